@@ -1,0 +1,255 @@
+"""Cut a network into shallow sub-networks and put it together again.
+
+Pure functions on pytrees; they know no ResNet, no mesh and no optimiser. A
+*chain* is a pytree whose every leaf stacks L identical blocks on its leading
+axis. *Slots* say which blocks each of S workers runs: `int32[S, K]`, ascending,
+where the value L marks an empty slot. Everything jits and vmaps.
+
+C. Dun, C. R. Wolfe, C. M. Jermaine, A. Kyrillidis. ResIST: Layer-Wise
+Decomposition of ResNets for Distributed Training. UAI 2022. Algorithm 1 is
+`sample_slots` and `take` (subResNets), local training, `aggregate`.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+
+def slots_per_worker(
+  num_blocks: int, num_workers: int, min_depth: int = 0
+) -> int:
+  """Returns K, the static number of slots that every worker gets.
+
+  Args:
+    num_blocks: L, the length of the chain.
+    num_workers: S.
+    min_depth: The least number of blocks that a worker runs.
+
+  Returns:
+    `max(ceil(L / S), min_depth)`.
+
+  Raises:
+    ValueError: If some worker would run no block, or more blocks than exist.
+
+  >>> slots_per_worker(22, 4), slots_per_worker(22, 8, min_depth=4)
+  (6, 4)
+  """
+  if num_workers < 1:
+    raise ValueError(f'num_workers is {num_workers}; it must be at least 1.')
+  if not 0 <= min_depth <= num_blocks:
+    raise ValueError(
+      f'min_depth is {min_depth}; a chain of {num_blocks} blocks allows 0 to '
+      f'{num_blocks}.'
+    )
+  if num_workers > num_blocks and min_depth == 0:
+    raise ValueError(
+      f'{num_workers} workers cannot share {num_blocks} blocks: some would run '
+      'none. Use at most one worker per block, or min_depth >= 1 to deal '
+      'copies.'
+    )
+  return max(-(-num_blocks // num_workers), min_depth)
+
+
+def num_copies(num_blocks: int, num_workers: int, min_depth: int = 0) -> int:
+  """Returns how many blocks all workers hold together.
+
+  Args:
+    num_blocks: L, the length of the chain.
+    num_workers: S.
+    min_depth: The least number of blocks that a worker runs.
+
+  Returns:
+    L without a minimum depth; the paper's Table 1 fits 22, 24 and 32.
+
+  >>> [num_copies(22, s, d) for s, d in ((2, 11), (4, 6), (8, 4))]
+  [22, 24, 32]
+  """
+  slots_per_worker(num_blocks, num_workers, min_depth)  # validates
+  fewest, with_one_more = divmod(num_blocks, num_workers)
+  return with_one_more * max(fewest + 1, min_depth) + (
+    num_workers - with_one_more
+  ) * max(fewest, min_depth)
+
+
+def sample_slots(
+  key: jax.Array, num_blocks: int, num_workers: int, min_depth: int = 0
+) -> jax.Array:
+  """Deals the blocks of a chain to workers at random (Algorithm 1, line 3).
+
+  A random permutation is dealt round-robin, so every block is held by exactly
+  one worker and the workers' counts are equal or one apart. Workers that are
+  then below `min_depth` get copies of blocks they do not hold yet.
+
+  Args:
+    key: A PRNG key.
+    num_blocks: L, the length of the chain; static.
+    num_workers: S; static.
+    min_depth: The least number of blocks that a worker runs; static.
+
+  Returns:
+    Slots, `int32[S, K]` with `K = slots_per_worker(...)`: block indices in
+    ascending order, then L in every empty slot.
+
+  Raises:
+    ValueError: If some worker would run no block, or more blocks than exist.
+
+  >>> slots = sample_slots(jax.random.key(0), num_blocks=5, num_workers=2)
+  >>> slots.shape, sorted(slots.ravel().tolist())
+  ((2, 3), [0, 1, 2, 3, 4, 5])
+  """
+  L, S = num_blocks, num_workers
+  K = slots_per_worker(L, S, min_depth)
+  dealt_per_worker = -(-L // S)
+  deal_key, copy_key = jax.random.split(key)
+
+  order = jax.random.permutation(deal_key, L).astype(jnp.int32)
+  padding = (0, dealt_per_worker * S - L)
+  hands = jnp.pad(order, padding, constant_values=L)
+  dealt = jnp.sort(hands.reshape(dealt_per_worker, S).T, axis=1)
+  if min_depth <= L // S:
+    return dealt
+
+  # Each worker ranks all blocks: its own first, then the rest in an order of
+  # its own. The first `depth` of that ranking are distinct by construction.
+  own = presence(dealt, L)
+  rank = jnp.where(own, -1.0, jax.random.uniform(copy_key, (S, L)))
+  ranked = jnp.argsort(rank, axis=1)[:, :K].astype(jnp.int32)
+  depth = jnp.maximum(own.sum(axis=1, dtype=jnp.int32), min_depth)
+  empty = jnp.arange(K, dtype=jnp.int32)[None, :] >= depth[:, None]
+  return jnp.sort(jnp.where(empty, L, ranked), axis=1)
+
+
+def presence(slots: jax.Array, num_blocks: int) -> jax.Array:
+  """Returns which worker holds which block.
+
+  Args:
+    slots: `int32[S, K]`.
+    num_blocks: L, the length of the chain.
+
+  Returns:
+    `bool[S, L]`.
+
+  >>> presence(jnp.array([[0, 2], [1, 3]]), 3).astype(int).tolist()
+  [[1, 0, 1], [0, 1, 0]]
+  """
+  blocks = jnp.arange(num_blocks, dtype=slots.dtype)
+  return (slots[:, :, None] == blocks[None, None, :]).any(axis=1)
+
+
+def take(chain: PyTree, slots_s: jax.Array) -> PyTree:
+  """Slices one worker's sub-chain out of the whole chain.
+
+  Args:
+    chain: Pytree of arrays `[L, ...]`.
+    slots_s: `int32[K]`, the blocks of one worker.
+
+  Returns:
+    Pytree of arrays `[K, ...]`, zeros in empty slots.
+
+  >>> take({'w': jnp.array([1.0, 2.0, 3.0])}, jnp.array([0, 2, 3]))['w'].tolist()
+  [1.0, 3.0, 0.0]
+  """
+  return jax.tree.map(
+    lambda x: jnp.take(x, slots_s, axis=0, mode='fill', fill_value=0), chain
+  )
+
+
+def aggregate(chains: PyTree, slots: jax.Array, chain: PyTree) -> PyTree:
+  """Averages every block over the workers that held it (Algorithm 1, line 5).
+
+  Args:
+    chains: Pytree of arrays `[S, K, ...]`, every worker's blocks.
+    slots: `int32[S, K]`, the blocks they are.
+    chain: Pytree of arrays `[L, ...]`, kept where nobody held a block.
+
+  Returns:
+    Pytree of arrays `[L, ...]`.
+
+  >>> old = {'w': jnp.array([1.0, 2.0, 3.0])}
+  >>> new = {'w': jnp.array([[5.0, 9.0], [7.0, 0.0]])}
+  >>> aggregate(new, jnp.array([[0, 1], [0, 3]]), old)['w'].tolist()
+  [6.0, 9.0, 3.0]
+  """
+  num_blocks = jax.tree.leaves(chain)[0].shape[0]
+  holders = block_count(slots, num_blocks)
+
+  def mean(blocks, old):
+    total = block_sum(blocks, slots, num_blocks)
+    shape = (num_blocks,) + (1,) * (old.ndim - 1)
+    count = holders.reshape(shape).astype(old.dtype)
+    return jnp.where(count > 0, total / jnp.maximum(count, 1), old)
+
+  return jax.tree.map(mean, chains, chain)
+
+
+def block_sum(
+  blocks: jax.Array, slots: jax.Array, num_blocks: int
+) -> jax.Array:
+  """Adds up each block over its holders.
+
+  Args:
+    blocks: `[S, K, ...]`, every worker's blocks.
+    slots: `int32[S, K]`, the blocks they are.
+    num_blocks: L, the length of the chain.
+
+  Returns:
+    `[L, ...]`, zeros where nobody held a block.
+  """
+  flat = blocks.reshape((-1, *blocks.shape[2:]))
+  # An empty slot holds L, one past the end: `drop` leaves it out.
+  zeros = jnp.zeros((num_blocks, *blocks.shape[2:]), blocks.dtype)
+  return zeros.at[slots.reshape(-1)].add(flat, mode='drop')
+
+
+def block_count(slots: jax.Array, num_blocks: int) -> jax.Array:
+  """Counts the holders of each block.
+
+  Args:
+    slots: `int32[S, K]`.
+    num_blocks: L, the length of the chain.
+
+  Returns:
+    `int32[L]`.
+  """
+  return presence(slots, num_blocks).sum(axis=0, dtype=jnp.int32)
+
+
+def split(
+  params: Mapping[str, PyTree], chains: Collection[str]
+) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+  """Separates the partitioned chains from everything else.
+
+  Args:
+    params: Parameters by name.
+    chains: The names of the partitioned chains.
+
+  Returns:
+    `(shared, chain)`, whose union is `params`.
+
+  >>> split({'stem': 1, 'stage3_chain': 2}, ['stage3_chain'])
+  ({'stem': 1}, {'stage3_chain': 2})
+  """
+  shared = {k: v for k, v in params.items() if k not in chains}
+  return shared, {k: params[k] for k in chains}
+
+
+def join(
+  shared: Mapping[str, PyTree], chain: Mapping[str, PyTree]
+) -> dict[str, PyTree]:
+  """Undoes `split`.
+
+  Args:
+    shared: Parameters by name.
+    chain: Chains by name.
+
+  Returns:
+    Their union.
+
+  >>> join({'stem': 1}, {'stage3_chain': 2})
+  {'stem': 1, 'stage3_chain': 2}
+  """
+  return {**shared, **chain}
