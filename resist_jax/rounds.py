@@ -13,6 +13,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
 import optax
 
 from resist_jax import decomposition, exchange
@@ -186,6 +187,32 @@ class Round:
       self._step = jax.jit(step, donate_argnums=0)
       self._finish = jax.jit(finish, donate_argnums=0)
 
+  def compile(self, state: State, constants: PyTree, batches: PyTree) -> None:
+    """Compiles ahead of the first call, so that no round pays for it.
+
+    Args:
+      state: As in a call; only its shapes are used.
+      constants: Likewise.
+      batches: Likewise.
+    """
+    index = np.int32(0)
+    state, constants = _shapes(state), _shapes(constants)
+    if self._on_device:
+      batches = _shapes(batches, self._sharding)
+      args = (state, state.slots, constants, batches, index)
+      self._whole = self._whole.lower(*args).compile()
+      return
+    parts = (state.shared, state.chain, state.velocity)
+    local = jax.eval_shape(self._begin, *parts)
+    local = _shapes(local, self._sharding)
+    batch = jax.eval_shape(lambda x: jax.tree.map(lambda y: y[:, 0], x), batches)
+    batch = _shapes(batch, self._sharding)
+    args = (local, state.slots, constants, batch, index, index)
+    self._begin = self._begin.lower(*parts).compile()
+    self._step = self._step.lower(*args).compile()
+    args = (local, state.slots, state.slots)
+    self._finish = self._finish.lower(*args).compile()
+
   def __call__(
     self,
     state: State,
@@ -208,7 +235,7 @@ class Round:
       and each of the loss function's own metrics, means over the steps, and
       `bool[S]` for `finite`: whether a worker's update is free of NaN and inf.
     """
-    index = jnp.int32(round_index)
+    index = np.int32(round_index)
     next_slots = jax.device_put(dict(next_slots), self._sharding)
     if self._on_device:
       batches = jax.device_put(batches, self._sharding)
@@ -217,8 +244,20 @@ class Round:
     for t in range(self._protocol.local_steps):
       batch = jax.tree.map(lambda x, t=t: x[:, t], batches)
       batch = jax.device_put(batch, self._sharding)
-      local = self._step(local, state.slots, constants, batch, index, t)
+      local = self._step(
+        local, state.slots, constants, batch, index, np.int32(t)
+      )
     return self._finish(local, state.slots, next_slots)
+
+
+def _shapes(tree: PyTree, sharding: NamedSharding | None = None) -> PyTree:
+  """Describes arrays without holding them."""
+
+  def describe(x):
+    where = sharding or getattr(x, 'sharding', None)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+  return jax.tree.map(describe, tree)
 
 
 def _scan_round(begin, step, finish, state, next_slots, constants, batches, i):

@@ -1,0 +1,35 @@
+"""Handwritten digits, or any small image set: the first thing to run.
+
+Paper: its CIFAR setting (pre-activation ResNet, section 3 partitioned, 1/S
+residual scale at test time, momentum restarted every round), scaled down to
+1,437 training images of 8x8 pixels and a network with a chain of 12 blocks.
+
+Command: python -m resist_jax --config=experiments/configs/digits.py \
+           --workdir=runs/digits
+Baselines: --config.protocol=local_sgd, --config.protocol=data_parallel
+Other sets: --config.data.name=cifar10 --config.data.dir=FOLDER
+Smoke: --config=experiments/configs/digits.py:smoke (seconds)
+"""
+
+import ml_collections
+
+from resist_jax import config as config_lib
+
+
+def get_config(scale: str = '') -> ml_collections.ConfigDict:
+  """Returns the config; `smoke` shrinks it to seconds."""
+  config = config_lib.get_config()
+  config.model.name = 'PreActResNetTiny'
+  config.num_workers = 4
+  config.num_rounds = 30
+  config.local_steps = 20
+  config.batch_size = 32
+  config.lr = 0.05
+  config.eval_every = 3
+  config.checkpoint_every = 10
+  if scale == 'smoke':
+    config.num_rounds, config.local_steps = 2, 2
+    config.eval_every = config.checkpoint_every = 1
+  elif scale:
+    raise ValueError(f'unknown scale {scale!r}: use digits.py or digits.py:smoke.')
+  return config

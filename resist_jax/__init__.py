@@ -1,0 +1,1 @@
+"""ResIST: layer-wise decomposition of ResNets for distributed training."""

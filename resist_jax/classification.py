@@ -1,0 +1,55 @@
+"""The loss of image classification, from example numbers to cross entropy."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from resist_jax import data
+from resist_jax.model import ResNet
+from resist_jax.rounds import LossFn
+
+
+def make_loss(
+  network: ResNet,
+  dataset: data.Dataset,
+  branch_scale: Mapping[str, float],
+  pad: int,
+  flip: bool,
+) -> LossFn:
+  """Returns the loss of a sub-network, or of the full one, on a batch.
+
+  Args:
+    network: The global network; sub-networks are it with shorter chains.
+    dataset: For its moments.
+    branch_scale: For each chain that ResIST cuts, the factor on its residual
+      branches in training.
+    pad: See `data.augment`.
+    flip: See `data.augment`.
+
+  Returns:
+    A `rounds.LossFn` whose constants are all training images and labels,
+    `(uint8[N, H, W, C], int32[N])`, and whose batch is `int32[B]`, examples of
+    these. It reports `accuracy`.
+  """
+
+  def loss_fn(params, present, constants, batch, key):
+    all_images, all_labels = constants
+    images = data.augment(key, all_images[batch], pad, flip)
+    images = data.normalise(images, dataset.mean, dataset.std)
+    labels = all_labels[batch]
+    lengths = {n: len(jax.tree.leaves(params[n])[0]) for n in branch_scale}
+    # An empty slot holds zeros; its scale of 0 also keeps NaN out of it.
+    scales = {
+      name: present.get(name, jnp.ones(length, jnp.float32))
+      * branch_scale[name]
+      for name, length in lengths.items()
+    }
+    subnetwork = network.with_chain_lengths(lengths)
+    logits = subnetwork.apply({'params': params}, images, scales)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    hits = (logits.argmax(axis=-1) == labels).mean(dtype=jnp.float32)
+    return loss.mean(), {'accuracy': hits}
+
+  return loss_fn

@@ -1,0 +1,244 @@
+"""The settings of a run, why each has its value, and what a person gets wrong.
+
+ConfigDict is read in `train.py` and nowhere below it.
+"""
+
+import ml_collections
+
+from resist_jax import decomposition
+from resist_jax import model as model_lib
+
+PROTOCOLS = ('resist', 'local_sgd', 'data_parallel')
+PHASE_FIELDS = ('full_before', 'full_after')
+
+# What may change between two runs in the same workdir: a checkpoint holds the
+# global model, so workers, devices and protocol are free (elastic resume).
+ELASTIC = frozenset(
+  {
+    'protocol',
+    'num_workers',
+    'num_devices',
+    'num_rounds',
+    'min_depth',
+    'eval_every',
+    'checkpoint_every',
+    'data.dir',
+  }
+)
+
+
+class ConfigError(ValueError):
+  """A mistake of the user's, told in one line that says what to do."""
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the paper's CIFAR setting for four workers, on digits.
+
+  >>> get_config().optimizer.momentum
+  0.9
+  """
+  config = ml_collections.ConfigDict()
+  config.protocol = 'resist'  # or local_sgd, data_parallel: the baselines.
+  config.num_workers = 4  # S
+  config.num_devices = 0  # D; 0: the largest divisor of S at hand.
+  config.num_rounds = 100  # Rounds of synchronisation, phases included.
+  config.local_steps = 50  # T, the paper's l; fewer for eight workers.
+  config.min_depth = 0  # Blocks a worker runs at least; the paper: 5.
+  config.batch_size = 128  # Per worker, as in the paper.
+  config.eval_every = 5  # Rounds; the last round is always evaluated.
+  config.checkpoint_every = 5  # Rounds; the last round is always saved.
+  config.seed = 0
+  config.lr = 0.03  # The paper's for S=4 on CIFAR-100.
+  config.partition = (3,)  # Stages whose chain is cut; the paper: section 3.
+  # Where residual branches of cut chains shrink to their expected share:
+  # evaluation (paper), training (inverted: grown there instead), or none.
+  config.residual_scale = 'evaluation'
+
+  # Rounds in which every worker trains the full model (local SGD), counted
+  # within num_rounds. The paper warms up so on ImageNet.
+  config.phases = ml_collections.ConfigDict()
+  config.phases.full_before = 0
+  config.phases.full_after = 0
+
+  config.optimizer = ml_collections.ConfigDict()
+  config.optimizer.momentum = 0.9
+  config.optimizer.weight_decay = 5e-4  # On all parameters, as PyTorch does.
+  config.optimizer.schedule = 'step'  # /10 at 50 % and 75 %; cosine, constant.
+  config.optimizer.warmup_rounds = 0  # Linear rise of the learning rate.
+  # Keep momentum from round to round, averaged with the parameters, instead of
+  # restarting it (paper). Twice the bytes. Data parallel always keeps it.
+  config.optimizer.carry_momentum = False
+
+  config.data = ml_collections.ConfigDict()
+  config.data.name = 'digits'  # Or any TFDS image classification set.
+  config.data.dir = ''  # Of prepared TFDS sets; empty: TFDS's own default.
+  config.data.sharded = False  # Each worker its part; the paper: all of it.
+  config.data.augment = 'auto'  # crop_flip, crop, none; auto: by the set.
+  config.data.validation = 0.0  # Share of the training set to hold out.
+
+  config.model = ml_collections.ConfigDict()
+  config.model.name = 'PreActResNet101'
+  config.model.stage_sizes = ()  # Empty: the family's.
+  config.model.widths = ()  # Empty: the family's.
+  config.model.norm = 'batch'  # Without running statistics (paper), or group.
+  config.model.pre_activation = True  # False for the paper's ablation.
+  config.model.stem = 'small'  # 3x3; imagenet: 7x7, stride 2, max pooling.
+  config.model.dtype = 'float32'  # Of compute; bfloat16 on GPU and TPU.
+
+  config.evaluation = ml_collections.ConfigDict()
+  config.evaluation.batch_size = 100  # Test-batch statistics are of these.
+  # Training images over which the deployed model's statistics are measured.
+  config.evaluation.statistics_images = 2000
+  return config
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+  """Finds mistakes that need no data and no device.
+
+  Args:
+    config: As made by `get_config`.
+
+  Raises:
+    ConfigError: On the first mistake.
+  """
+  _one_of(config, 'protocol', PROTOCOLS)
+  _one_of(config, 'residual_scale', ('evaluation', 'training', 'none'))
+  _one_of(config.data, 'augment', ('auto', 'crop_flip', 'crop', 'none'))
+  _one_of(config.optimizer, 'schedule', ('step', 'cosine', 'constant'))
+  _one_of(config.model, 'name', tuple(model_lib.FAMILY))
+  _one_of(config.model, 'norm', ('batch', 'group'))
+  _one_of(config.model, 'stem', ('small', 'imagenet'))
+  _one_of(config.model, 'dtype', ('float32', 'bfloat16'))
+  for field in (
+    'num_workers', 'num_rounds', 'local_steps', 'batch_size', 'eval_every',
+    'checkpoint_every',
+  ):  # fmt: skip
+    _at_least(field, config[field], 1)
+  for field in ('num_devices', 'min_depth', 'seed'):
+    _at_least(field, config[field], 0)
+  for field in PHASE_FIELDS:
+    _at_least(f'phases.{field}', config.phases[field], 0)
+  _at_least('optimizer.warmup_rounds', config.optimizer.warmup_rounds, 0)
+  _at_least('optimizer.weight_decay', config.optimizer.weight_decay, 0)
+  for field in ('batch_size', 'statistics_images'):
+    _at_least(f'evaluation.{field}', config.evaluation[field], 1)
+  if not config.lr > 0:
+    raise ConfigError(f'lr is {config.lr}; it must be greater than 0.')
+  if not 0 <= config.optimizer.momentum < 1:
+    raise ConfigError(
+      f'optimizer.momentum is {config.optimizer.momentum}; it must be at least '
+      '0 and less than 1.'
+    )
+  if not 0 <= config.data.validation < 1:
+    raise ConfigError(
+      f'data.validation is {config.data.validation}; it is a share of the '
+      'training set, at least 0 and less than 1.'
+    )
+  full = sum(config.phases[field] for field in PHASE_FIELDS)
+  if full > config.num_rounds:
+    raise ConfigError(
+      f'phases ask for {full} full-model rounds of {config.num_rounds}: raise '
+      'num_rounds or lower phases.'
+    )
+  if config.num_devices and config.num_workers % config.num_devices:
+    raise ConfigError(
+      f'num_workers is {config.num_workers}, not a multiple of num_devices '
+      f'{config.num_devices}: change one, or leave num_devices at 0.'
+    )
+  _check_model(config)
+
+
+def _check_model(config) -> None:
+  network = build_model(config, num_classes=2)
+  if len(network.stage_sizes) != len(network.widths):
+    raise ConfigError(
+      f'model.stage_sizes has {len(network.stage_sizes)} stages and '
+      f'model.widths {len(network.widths)}: give one width a stage.'
+    )
+  if min((*network.stage_sizes, *network.widths)) < 1:
+    raise ConfigError('model.stage_sizes and model.widths must be at least 1.')
+  if config.protocol != 'resist':
+    return
+  if not config.partition or len(set(config.partition)) < len(config.partition):
+    raise ConfigError(
+      'partition must name at least one stage, each once; protocol=local_sgd '
+      'cuts none.'
+    )
+  for stage in config.partition:
+    if not 1 <= stage <= len(network.stage_sizes):
+      raise ConfigError(
+        f'partition names stage {stage}; {config.model.name} has stages 1 to '
+        f'{len(network.stage_sizes)}.'
+      )
+    length = network.stage_sizes[stage - 1] - 1
+    try:
+      decomposition.slots_per_worker(
+        length, config.num_workers, config.min_depth
+      )
+    except ValueError as error:
+      raise ConfigError(f'stage {stage}: {error}') from error
+
+
+def build_model(
+  config: ml_collections.ConfigDict, num_classes: int, unroll: bool = True
+) -> model_lib.ResNet:
+  """Returns the network that `config.model` describes.
+
+  Args:
+    config: As made by `get_config`.
+    num_classes: Width of the classifier.
+    unroll: See `model.ResNet`.
+
+  Returns:
+    The global network.
+  """
+  sizes = {
+    field: tuple(config.model[field])
+    for field in ('stage_sizes', 'widths')
+    if config.model[field]
+  }
+  return model_lib.FAMILY[config.model.name](
+    num_classes=num_classes,
+    norm=config.model.norm,
+    pre_activation=config.model.pre_activation,
+    stem=config.model.stem,
+    dtype=config.model.dtype,
+    unroll=unroll,
+    **sizes,
+  )
+
+
+def differences(config: dict, other: dict, prefix: str = '') -> dict:
+  """Returns the fields whose values differ.
+
+  Args:
+    config: Nested dictionary.
+    other: Nested dictionary.
+    prefix: Of the names returned.
+
+  Returns:
+    `{name: (value in config, value in other)}`, None where a field is missing.
+
+  >>> differences({'a': 1, 'b': {'c': 2}}, {'a': 1, 'b': {'c': 3}})
+  {'b.c': (2, 3)}
+  """
+  found = {}
+  for field in sorted(config.keys() | other.keys()):
+    name, values = prefix + field, (config.get(field), other.get(field))
+    if all(isinstance(value, dict) for value in values):
+      found |= differences(*values, prefix=f'{name}.')
+    elif values[0] != values[1]:
+      found[name] = values
+  return found
+
+
+def _one_of(config, field: str, values: tuple[str, ...]) -> None:
+  if config[field] not in values:
+    raise ConfigError(
+      f'{field} is {config[field]!r}; use one of {", ".join(values)}.'
+    )
+
+
+def _at_least(name: str, value: float, least: int) -> None:
+  if not value >= least:
+    raise ConfigError(f'{name} is {value}; it must be at least {least}.')

@@ -1,0 +1,91 @@
+"""The rows of a run: a JSON line and TensorBoard scalars each, a progress bar."""
+
+from collections.abc import Mapping
+import json
+import pathlib
+from typing import Any
+
+import tensorboardX
+import tqdm
+
+
+class MetricsLog:
+  """Appends one row a round to `metrics.jsonl` and `tensorboard/`."""
+
+  def __init__(self, workdir: pathlib.Path, start_round: int, num_rounds: int):
+    """Opens the logs, and drops rows of rounds that will be done again.
+
+    Args:
+      workdir: Of the run.
+      start_round: Rounds completed.
+      num_rounds: Of the whole run.
+    """
+    path = workdir / 'metrics.jsonl'
+    rows = [row for row in read_rows(path) if row['round'] <= start_round]
+    lines = ''.join(json.dumps(row) + '\n' for row in rows)
+    replace_text(path, lines)
+    self._file = path.open('a')
+    self._board = tensorboardX.SummaryWriter(
+      str(workdir / 'tensorboard'), purge_step=start_round + 1
+    )
+    self._bar = tqdm.tqdm(
+      total=num_rounds, initial=start_round, unit='round', dynamic_ncols=True
+    )
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    """Logs a round.
+
+    Args:
+      row: JSON values; numbers also go to TensorBoard.
+    """
+    self._file.write(json.dumps(dict(row)) + '\n')
+    self._file.flush()
+    for name, value in row.items():
+      if isinstance(value, int | float) and name != 'round':
+        self._board.add_scalar(name, value, row['round'])
+    shown = {'loss': f'{row["train_loss"]:.3f}'}
+    shown['train'] = f'{row["train_accuracy"]:.1%}'
+    if 'test_accuracy' in row:
+      self._test = f'{row["test_accuracy"]:.1%}'
+    shown['test'] = getattr(self, '_test', '-')
+    shown['img/s'] = f'{row["images_per_second"]:.0f}'
+    self._bar.set_postfix(shown, refresh=False)
+    self._bar.update()
+
+  def __enter__(self) -> 'MetricsLog':
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._bar.close()
+    self._board.close()
+    self._file.close()
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Reads the rows of a run.
+
+  Args:
+    path: A `metrics.jsonl`, which need not exist.
+
+  Returns:
+    Its rows; a last line that a kill cut short is left out.
+  """
+  rows = []
+  for line in path.read_text().splitlines() if path.exists() else []:
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return rows
+
+
+def replace_text(path: pathlib.Path, text: str) -> None:
+  """Writes a file so that a reader, or a kill, sees the old one or the new.
+
+  Args:
+    path: Of the file.
+    text: Its new content.
+  """
+  part = path.with_name(path.name + '.part')
+  part.write_text(text)
+  part.replace(path)
