@@ -25,7 +25,13 @@ def parse(argv: list[str]) -> list[str]:
         raise flags.Error(f'--{flag.name} is missing.')
     if len(rest) > 1:
       raise flags.Error(f'unexpected argument {rest[1]!r}.')
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+  except (
+    flags.Error,
+    AttributeError,
+    KeyError,
+    TypeError,
+    ValueError,
+  ) as error:
     _fail(error)
   except OSError as error:
     _fail(f'--config: {error}')

@@ -71,9 +71,7 @@ def params_per_worker(
   )
 
 
-def round_trip_bytes(
-  sizes: Sizes, num_workers: int, min_depth: int = 0
-) -> int:
+def round_trip_bytes(sizes: Sizes, num_workers: int, min_depth: int = 0) -> int:
   """Counts the bytes of a round as the paper's Table 1 does.
 
   Every worker fetches its sub-network from somewhere and brings it back:
@@ -93,8 +91,7 @@ def round_trip_bytes(
   0.72
   """
   params = num_workers * sizes.shared + sum(
-    decomposition.num_copies(length, num_workers, min_depth)
-    * sizes.block[name]
+    decomposition.num_copies(length, num_workers, min_depth) * sizes.block[name]
     for name, length in sizes.num_blocks.items()
   )
   return 2 * BYTES_PER_PARAM * params

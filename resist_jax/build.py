@@ -70,7 +70,15 @@ class Setup:
     """Returns the global parameters before the first round."""
     image = jnp.zeros((1, *self.dataset.train.images.shape[1:]), jnp.float32)
     key = jax.random.key(self.config.seed)
-    return jax.jit(self.network.init)(key, image)['params']
+    # It runs once: on CPU, compile it fast rather than well.
+    options = {'xla_backend_optimization_level': 0} if self.on_cpu else None
+    init = jax.jit(self.network.init, compiler_options=options)
+    return init(key, image)['params']
+
+  @property
+  def on_cpu(self) -> bool:
+    """Whether the devices are CPUs, virtual ones included."""
+    return self.mesh.devices.flat[0].platform == 'cpu'
 
   @cached_property
   def schedule(self) -> optimizer.Schedule:
@@ -125,7 +133,7 @@ class Setup:
       protocol,
       self.mesh,
       config.seed,
-      on_device=self.mesh.devices.flat[0].platform != 'cpu',
+      on_device=not self.on_cpu,
       metrics=('accuracy',),
     )
     return Phase(name, protocol, run, self._bytes_per_round(protocol))
@@ -223,9 +231,7 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
     ConfigError: If the data or the devices do not fit the config.
   """
   mesh = rounds.make_mesh(_num_devices(config))
-  dataset = data.load(
-    config.data.name, config.data.dir, config.data.validation
-  )
+  dataset = data.load(config.data.name, config.data.dir, config.data.validation)
   visible = len(dataset.train)
   if config.data.sharded:
     visible //= config.num_workers

@@ -19,7 +19,15 @@ from resist_jax.config import ConfigError
 
 # A mirrored or shifted image of these is another character or none at all.
 CHARACTERS = frozenset(
-  {'digits', 'mnist', 'emnist', 'kmnist', 'svhn_cropped', 'omniglot', 'cmaterdb'}
+  {
+    'digits',
+    'mnist',
+    'emnist',
+    'kmnist',
+    'svhn_cropped',
+    'omniglot',
+    'cmaterdb',
+  }
 )
 LARGEST_IN_MEMORY = 8 * 2**30  # bytes; CIFAR is 0.15 GiB
 
@@ -107,7 +115,9 @@ def _digits() -> tuple[Split, Split, int]:
 def _tfds(name: str, data_dir: str) -> tuple[Split, Split, int]:
   import tensorflow_datasets as tfds  # Slow to import, and digits need it not.
 
-  where = data_dir or os.environ.get('TFDS_DATA_DIR') or tfds.core.constants.DATA_DIR
+  where = (
+    data_dir or os.environ.get('TFDS_DATA_DIR') or tfds.core.constants.DATA_DIR
+  )
   try:
     builder = tfds.builder(name, data_dir=data_dir or None)
     if not builder.is_prepared():

@@ -58,9 +58,7 @@ def masked_psum(
   holders = lax.psum(decomposition.block_count(slots, num_blocks), WORKER)
 
   def exchange(blocks):
-    total = lax.psum(
-      decomposition.block_sum(blocks, slots, num_blocks), WORKER
-    )
+    total = lax.psum(decomposition.block_sum(blocks, slots, num_blocks), WORKER)
     shape = (num_blocks,) + (1,) * (total.ndim - 1)
     mean = total / holders.reshape(shape).astype(total.dtype)
     return jax.vmap(decomposition.take, in_axes=(None, 0))(mean, next_slots)

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -39,7 +39,7 @@ AXES = {
   'bytes_total': "communication, the paper's count",
   'seconds_training': 'seconds of training',
 }
-CURVES = (
+CURVES: tuple[tuple[str, str, dict[str, Any]], ...] = (
   # metric, its name for readers, and the style of its line
   (
     'test_accuracy',
@@ -54,7 +54,7 @@ CURVES = (
 )
 
 
-def colours(count: int) -> list[str | tuple[float, ...]]:
+def colours(count: int) -> list[str]:
   """Returns one colour each for runs or workers.
 
   Args:
@@ -65,7 +65,7 @@ def colours(count: int) -> list[str | tuple[float, ...]]:
   """
   if count <= len(PALETTE):
     return list(PALETTE[:count])
-  return [tuple(c) for c in colormaps['viridis'](np.linspace(0, 1, count))]
+  return [to_hex(c) for c in colormaps['viridis'](np.linspace(0, 1, count))]
 
 
 def byte_unit(num_bytes: float) -> tuple[float, str]:
@@ -316,7 +316,7 @@ def _panel(axes: Axes, pixels: np.ndarray, first: int, num_blocks: int) -> None:
 
 
 def _worker_legend(
-  figure: Figure, table: Sequence[Any], num_workers: int, present: set[int]
+  figure: Figure, table: Sequence[str], num_workers: int, present: set[int]
 ) -> None:
   """Names the workers, or some of them where the map is continuous."""
   named = range(0, num_workers, -(-num_workers // 16))

@@ -17,8 +17,7 @@ from resist_jax import plots
 
 Summary = Mapping[str, Any]
 
-# The rows of the table: a name, and a cell made of the fields of a summary. A
-# field that is missing makes a dash.
+# Names and cells of the table; a field that a summary lacks makes a dash.
 TABLE = (
   ('data', '{dataset}'),
   ('model', '{model}'),
@@ -28,11 +27,11 @@ TABLE = (
   ('local steps per round', '{local_steps}'),
   ('test accuracy, as deployed', '{test_accuracy:.2%}'),
   ('test accuracy, as in paper', '{test_accuracy_paper:.2%}'),
-  ('best of it, as in paper', '{best_test_accuracy_paper:.2%}'),
+  ('best, as in paper', '{best_test_accuracy_paper:.2%}'),
   ('final training loss', '{final_train_loss:.4g}'),
   ('communication', '{bytes_total_text}'),
   ('communication per round', '{bytes_per_round_text}'),
-  ("share of local SGD's", '{share_of_bytes:.1%}'),
+  ('against local SGD', '{share_of_bytes:.1%}'),
   ('seconds of training', '{seconds_training:,.1f}'),
   ('images per second', '{images_per_second:,.0f}'),
   ('parameters', '{params_total:,}'),
@@ -54,12 +53,11 @@ model. As in the paper: with the statistics of each test batch. Communication:
 the paper's count, the parameters of all workers, there and back every round."""
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff;
-  max-width: 72rem; margin: 0 auto; padding: 1rem; overflow-wrap: break-word; }
+  max-width: 72rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .wide { overflow-x: auto; font-size: 0.9rem; } table { border-spacing: 0; }
 th, td { text-align: left; vertical-align: top; border-bottom: 1px solid #ddd;
   padding: 0.3rem 1.2rem 0.3rem 0; min-width: 8.5rem; max-width: 22rem; }
-td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 tbody th, figcaption, p { font-weight: normal; color: #555; max-width: 46rem; }
 figure { margin: 0 0 1rem; } img { max-width: min(100%, 48rem); }
 .plots { display: grid; gap: 1.5rem;
@@ -117,7 +115,7 @@ def _load_run(path: Path, label: str) -> Run:
   if (path / 'summary.json').is_file():
     written = _parse(path / 'summary.json')
     # A finished run that was given more rounds has left its summary behind.
-    if written.get('rounds', 0) >= rows[-1]['round']:
+    if (written.get('rounds') or 0) >= rows[-1]['round']:
       summary = written
   counts = (len(next(iter(r['slots'].values()))) for r in rows if r['slots'])
   changes = [str(count) for count, _ in itertools.groupby(counts)]
@@ -130,7 +128,7 @@ def _parse(path: Path, line: str = '', number: int = 0) -> dict[str, Any]:
   """Returns the JSON object in a file, or in one line of it."""
   where = f'{path}, line {number}' if number else path
   try:
-    value = json.loads(line if number else path.read_text())
+    value = json.loads(line if number else path.read_text('utf-8'))
   except ValueError:  # Neither text nor JSON.
     value = None
   if not isinstance(value, dict):
@@ -141,7 +139,7 @@ def _parse(path: Path, line: str = '', number: int = 0) -> dict[str, Any]:
 def _read_rows(path: Path) -> list[dict[str, Any]]:
   """Returns the rounds of a metrics file, ascending."""
   # A last line without its end: its writer is at work, or was killed.
-  lines = path.read_text(errors='replace').split('\n')[:-1]
+  lines = path.read_text('utf-8', 'replace').split('\n')[:-1]
   by_round = {}
   for number, line in enumerate(lines, 1):
     row = _parse(path, line, number)
@@ -160,7 +158,7 @@ def _is_round(row: Mapping[str, Any]) -> bool:
   try:
     chains = row['slots'].values()
     blocks = [b for workers in chains for worker in workers for b in worker]
-    integers = [row['round'], *row['num_blocks'].values(), *blocks]
+    integers = [row['round'], *row.get('num_blocks', {}).values(), *blocks]
   except (AttributeError, KeyError, TypeError):
     return False
   typed = all(isinstance(number, int | float) for number in numbers)
@@ -198,7 +196,7 @@ def _cells(
   """Returns a table's rows: a name, then a cell per run."""
   readable = []
   for summary in summaries:
-    fields = {'of_rounds': '', **summary}
+    fields: dict[str, Any] = {'of_rounds': '', **summary}
     for name in ('bytes_total', 'bytes_per_round'):
       if isinstance(count := fields.get(name), int | float):
         unit, unit_name = plots.byte_unit(count)
@@ -239,7 +237,7 @@ def summary_table(
   rows = [['', *labels]] if labels else []
   rows += _cells(TABLE, summaries)
   # The names take 26 characters, and two spaces part the columns.
-  room = max(20, 74 // max(len(summaries), 1) - 2)
+  room = max(26, 74 // max(len(summaries), 1) - 2)
   rows = [
     [c if len(c) <= room else f'{c[: room - 1]}…' for c in row] for row in rows
   ]
@@ -275,10 +273,9 @@ def write_report(run_dirs: Sequence[Path], out_dir: Path) -> Path:
     name = f'decomposition_{number}.png' if runs[1:] else 'decomposition.png'
     if figure := plots.decomposition_figure(run.label, run.rows):
       figures[name] = figure
-      captions[name] = f'{run.label}: striped blocks had several workers.'
+      captions[name] = f'{run.label}. Striped blocks have several workers.'
   files = {name: plots.render_png(f) for name, f in figures.items()}
   files['report.html'] = _page(runs, captions).encode('utf-8', 'replace')
-  out_dir = Path(out_dir)
   out_dir.mkdir(parents=True, exist_ok=True)
   for name, content in files.items():
     (out_dir / name).write_bytes(content)
@@ -310,7 +307,7 @@ def _page(runs: Sequence[Run], captions: Mapping[str, str]) -> str:
 <p>{NOTE}</p>
 <h2>Accuracy</h2>
 <div class="plots">{''.join(figures[:3])}</div>
-{'<h2>Decomposition</h2>' if figures[3:] else ''}
+{'<h2>Who trained which block</h2>' if figures[3:] else ''}
 {''.join(figures[3:])}
 <h2>{'Settings that differ' if runs[1:] else 'Settings'}</h2>
 {_html_table(runs, settings) if settings else '<p>None.</p>'}

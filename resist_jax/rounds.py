@@ -205,7 +205,9 @@ class Round:
     parts = (state.shared, state.chain, state.velocity)
     local = jax.eval_shape(self._begin, *parts)
     local = _shapes(local, self._sharding)
-    batch = jax.eval_shape(lambda x: jax.tree.map(lambda y: y[:, 0], x), batches)
+    batch = jax.eval_shape(
+      lambda x: jax.tree.map(lambda y: y[:, 0], x), batches
+    )
     batch = _shapes(batch, self._sharding)
     args = (local, state.slots, constants, batch, index, index)
     self._begin = self._begin.lower(*parts).compile()

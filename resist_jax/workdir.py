@@ -56,7 +56,9 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     if name not in ELASTIC and not name.startswith('phases.')
   }
   if fixed:
-    listed = ', '.join(f'{k} {old!r} -> {new!r}' for k, (old, new) in fixed.items())
+    listed = ', '.join(
+      f'{k} {old!r} -> {new!r}' for k, (old, new) in fixed.items()
+    )
     raise ConfigError(
       f'workdir {workdir} belongs to a run of another config ({listed}): '
       'choose another workdir, or set these back.'

@@ -31,5 +31,7 @@ def get_config(scale: str = '') -> ml_collections.ConfigDict:
     config.num_rounds, config.local_steps = 2, 2
     config.eval_every = config.checkpoint_every = 1
   elif scale:
-    raise ValueError(f'unknown scale {scale!r}: use digits.py or digits.py:smoke.')
+    raise ValueError(
+      f'unknown scale {scale!r}: use digits.py or digits.py:smoke.'
+    )
   return config

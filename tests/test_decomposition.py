@@ -1,0 +1,198 @@
+"""What a deal of blocks promises, and that cutting and joining lose nothing."""
+
+import itertools
+from statistics import NormalDist
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from resist_jax import decomposition
+
+DEALS = [
+  (22, 4, 0), (22, 4, 6), (22, 8, 4), (22, 2, 11), (22, 3, 0), (5, 5, 0),
+  (5, 2, 0), (5, 2, 3), (5, 8, 1), (5, 8, 2), (5, 4, 5), (1, 1, 0), (1, 4, 1),
+  (7, 1, 0),
+]  # fmt: skip
+
+
+def draw(L, S, min_depth=0, count=64, seed=0):
+  keys = jax.random.split(jax.random.key(seed), count)
+  sample = jax.vmap(lambda k: decomposition.sample_slots(k, L, S, min_depth))
+  return np.asarray(jax.jit(sample)(keys))
+
+
+@pytest.mark.parametrize(('L', 'S', 'min_depth'), DEALS)
+def test_every_deal_keeps_the_promises(L, S, min_depth):
+  K = decomposition.slots_per_worker(L, S, min_depth)
+  for slots in draw(L, S, min_depth):
+    assert slots.shape == (S, K)
+    assert slots.dtype == np.int32
+    hands = [row[row < L] for row in slots]
+    assert set(np.concatenate(hands)) == set(range(L))  # All blocks are held.
+    counts = [len(hand) for hand in hands]
+    assert max(counts) - min(counts) <= 1
+    assert min(counts) >= max(min_depth, L // S)
+    assert sum(counts) == decomposition.num_copies(L, S, min_depth)
+    for row, hand in zip(slots, hands, strict=True):
+      assert (np.diff(hand) > 0).all()  # Ascending, and none twice.
+      assert (row[len(hand) :] == L).all()  # Empty slots are last.
+
+
+def test_the_papers_counts():
+  counts = (draw(22, 4) < 22).sum(axis=2)
+  np.testing.assert_array_equal(counts, np.tile([6, 6, 5, 5], (64, 1)))
+
+
+@pytest.mark.parametrize('min_depth', [0, 6])
+def test_blocks_meet_workers_and_each_other_uniformly(min_depth):
+  """Each frequency within its bound, so that all hold with 99.99 %."""
+  L, S, count = 12, 3, 4000
+  slots = draw(L, S, min_depth, count)
+  held = np.asarray(jax.vmap(lambda s: decomposition.presence(s, L))(slots))
+  copies = decomposition.num_copies(L, S, min_depth) // S
+
+  def check(frequency, expected):
+    # Bonferroni over all frequencies checked, two-sided.
+    z = NormalDist().inv_cdf(1 - 1e-4 / 2 / frequency.size)
+    bound = z * np.sqrt(expected * (1 - expected) / count)
+    assert np.abs(frequency - expected).max() < bound
+
+  check(held.mean(axis=0), copies / L)
+  pairs = np.array(
+    [
+      held[:, s, a] & held[:, s, b]
+      for s in range(S)
+      for a, b in itertools.combinations(range(L), 2)
+    ]
+  )
+  check(pairs.mean(axis=1), copies * (copies - 1) / (L * (L - 1)))
+
+
+def test_draws_follow_the_key():
+  first, again, other = draw(9, 3), draw(9, 3), draw(9, 3, seed=1)
+  np.testing.assert_array_equal(first, again)
+  assert (first != other).any()
+
+
+@pytest.mark.parametrize(
+  ('L', 'S', 'min_depth', 'says'),
+  [
+    (5, 0, 0, 'at least 1'),
+    (5, 6, 0, 'cannot share'),
+    (5, 2, 6, 'allows 0 to 5'),
+    (5, 2, -1, 'allows 0 to 5'),
+    (0, 2, 0, 'cannot share'),
+  ],
+)
+def test_impossible_deals_say_why(L, S, min_depth, says):
+  with pytest.raises(ValueError, match=says):
+    decomposition.sample_slots(jax.random.key(0), L, S, min_depth)
+
+
+def random_chain(L, seed=0):
+  rng = np.random.default_rng(seed)
+  return {
+    'a': jnp.array(rng.normal(size=(L, 2, 3)), jnp.float32),
+    'b': [jnp.array(rng.normal(size=L), jnp.float32)],
+  }
+
+
+def test_take_is_a_slice_with_zeros_in_empty_slots():
+  chain = random_chain(4)
+  sub = decomposition.take(chain, jnp.array([1, 3, 4], jnp.int32))
+  np.testing.assert_array_equal(sub['a'][:2], chain['a'][np.array([1, 3])])
+  np.testing.assert_array_equal(sub['a'][2], 0)
+  np.testing.assert_array_equal(sub['b'][0][2], 0)
+
+
+@pytest.mark.parametrize(
+  ('L', 'S', 'min_depth'), [(7, 3, 0), (7, 3, 5), (4, 2, 0)]
+)
+def test_aggregate_is_the_mean_over_holders(L, S, min_depth):
+  slots = tiny.deal(0, L, S, min_depth)
+  chain, rng = random_chain(L), np.random.default_rng(1)
+  chains = jax.tree.map(
+    lambda x: jnp.array(
+      rng.normal(size=(S, slots.shape[1], *x.shape[1:])), jnp.float32
+    ),
+    chain,
+  )
+  got = jax.jit(decomposition.aggregate)(chains, slots, chain)
+  for block in range(L):
+    where = np.argwhere(np.asarray(slots) == block)
+    for new, old in zip(
+      jax.tree.leaves(got), jax.tree.leaves(chains), strict=True
+    ):
+      mean = np.mean([np.asarray(old)[s, k] for s, k in where], axis=0)
+      np.testing.assert_allclose(new[block], mean, rtol=1e-6, atol=1e-6)
+
+
+def test_aggregate_keeps_what_nobody_held():
+  chain = random_chain(4)
+  slots = jnp.array([[0, 1], [1, 4]], jnp.int32)
+  chains = jax.tree.map(lambda x: jnp.full((2, 2, *x.shape[1:]), 9.0), chain)
+  got = decomposition.aggregate(chains, slots, chain)
+  np.testing.assert_array_equal(got['a'][2:], chain['a'][2:])
+  np.testing.assert_array_equal(got['a'][:2], 9.0)
+
+
+@pytest.mark.parametrize(('L', 'S', 'min_depth'), DEALS)
+def test_aggregating_equal_copies_is_the_identity(L, S, min_depth):
+  chain, slots = random_chain(L), tiny.deal(0, L, S, min_depth)
+  chains = jax.vmap(decomposition.take, in_axes=(None, 0))(chain, slots)
+  zeros = jax.tree.map(jnp.zeros_like, chain)
+  got = decomposition.aggregate(chains, slots, zeros)
+  exact = min_depth == 0  # A mean of one copy is that copy, bit for bit.
+  for new, old in zip(
+    jax.tree.leaves(got), jax.tree.leaves(chain), strict=True
+  ):
+    np.testing.assert_allclose(new, old, rtol=0 if exact else 5e-7)
+
+
+@pytest.mark.parametrize('norm', ['batch', 'group'])
+def test_an_absent_block_gets_exactly_zero_gradient(norm):
+  """Through the slice, and in the empty slot of the worker that lacks one."""
+  L = 5
+  net = tiny.network(L, norm=norm)
+  params, loss_fn = tiny.init(net), tiny.make_loss(net)
+  slots = jnp.array([1, 4, L], jnp.int32)  # The third slot is empty.
+  present = {tiny.CHAIN: (slots < L).astype(jnp.float32)}
+
+  def loss(params):
+    shared, chain = decomposition.split(params, [tiny.CHAIN])
+    sub = {tiny.CHAIN: decomposition.take(chain[tiny.CHAIN], slots)}
+    network = decomposition.join(shared, sub)
+    return loss_fn(network, present, tiny.examples(), np.arange(12), None)[0]
+
+  grads = jax.jit(jax.grad(loss))(params)[tiny.CHAIN]
+  for leaf in jax.tree.leaves(grads):
+    assert (np.asarray(leaf)[[0, 2, 3]] == 0).all()
+  norms = jax.tree.map(
+    lambda g: np.abs(np.asarray(g)).reshape(L, -1).max(1), grads
+  )
+  assert (np.max(jax.tree.leaves(norms), axis=0)[[1, 4]] > 0).all()
+
+  def loss_of_slots(sub):
+    shared, _ = decomposition.split(params, [tiny.CHAIN])
+    network = decomposition.join(shared, {tiny.CHAIN: sub})
+    return loss_fn(network, present, tiny.examples(), np.arange(12), None)[0]
+
+  sub = decomposition.take(params[tiny.CHAIN], slots)
+  in_slots = jax.jit(jax.grad(loss_of_slots))(sub)
+  for leaf in jax.tree.leaves(in_slots):
+    assert (np.asarray(leaf)[2] == 0).all()
+
+
+def test_a_subnetwork_is_the_network_with_the_other_branches_off():
+  L, slots = 5, np.array([0, 3])
+  net = tiny.network(L)
+  params = tiny.init(net)
+  images, _ = tiny.examples()
+  on = jnp.zeros(L).at[slots].set(1.0)
+  whole = net.apply({'params': params}, images, {tiny.CHAIN: on})
+  sub = {**params, tiny.CHAIN: decomposition.take(params[tiny.CHAIN], slots)}
+  cut = net.with_chain_lengths({tiny.CHAIN: 2}).apply({'params': sub}, images)
+  np.testing.assert_allclose(cut, whole, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,327 @@
+"""Tests of the report and its pictures, on made-up run directories."""
+
+import html.parser
+import json
+
+import numpy as np
+import pytest
+
+from resist_jax import plots, report
+
+PNG_HEAD = b'\x89PNG\r\n\x1a\n'
+SLOTS = {'stage3_chain': [[0, 2], [1, 2]]}
+
+
+def make_run(path, num_rounds=4, finished=True, config=None, slots=SLOTS):
+  """Writes a run of two workers and three blocks; round 1 is a full model."""
+  path.mkdir(parents=True)
+  config = {'protocol': 'resist', 'num_rounds': 4, **(config or {})}
+  (path / 'config.json').write_text(json.dumps(config))
+  rows = []
+  for number in range(1, num_rounds + 1):
+    row = {
+      'round': number,
+      'protocol': 'resist' if number > 1 else 'local_sgd',
+      'train_loss': 1 / number,
+      'train_accuracy': 0.5,
+      'lr': 0.1,
+      'seconds_training': 2.0 * number,
+      'bytes_total': 3_000_000 * number,
+      'images_per_second': 900.0,
+      'slots': slots if number > 1 else {},
+      'num_blocks': {'stage3_chain': 3},
+    }
+    if number % 2 == 0:
+      row |= {'test_accuracy': 0.5, 'test_accuracy_paper': 0.1 * number}
+    rows.append(row)
+  lines = ''.join(json.dumps(row) + '\n' for row in rows)
+  (path / 'metrics.jsonl').write_text(lines)
+  if finished:
+    summary = {
+      'protocol': 'resist',
+      'dataset': 'digits',
+      'model': 'PreActResNetTiny',
+      'num_workers': 2,
+      'num_devices': 1,
+      'rounds': num_rounds,
+      'local_steps': 5,
+      'test_accuracy': 0.5,
+      'test_accuracy_paper': 0.4,
+      'best_test_accuracy_paper': 0.4,
+      'params_total': 1000,
+      'params_per_worker': 250,
+      'bytes_per_round': 3_000_000,
+      'bytes_per_round_local_sgd': 6_000_000,
+      'bytes_total': 12_000_000,
+      'seconds_training': 8.0,
+      'seconds_total': 9.0,
+      'images_per_second': 900.0,
+      'seed': 7,
+      'versions': {'jax': '0.10.2'},
+      'device': 'cpu',
+      'params_hash': '0123456789abcdef0123',
+      'final_train_loss': 0.25,
+    }
+    (path / 'summary.json').write_text(json.dumps(summary))
+  return path
+
+
+def is_picture(path):
+  content = path.read_bytes()
+  return content.startswith(PNG_HEAD) and len(content) > 5000
+
+
+class Tags(html.parser.HTMLParser):
+  """Collects the tags of a page and the pictures that it shows."""
+
+  def __init__(self):
+    super().__init__()
+    self.tags, self.images = [], []
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append(tag)
+    if tag == 'img':
+      self.images.append(dict(attrs)['src'])
+
+
+def test_image_splits_a_shared_block_into_equal_strips():
+  everyone, nobody = plots.EVERYONE, plots.NOBODY
+  rounds = [
+    [[0, 2], [1, 2]],  # Block 2 has two workers.
+    None,  # Every worker holds every block.
+    [[2], [0], [2], [2]],  # Block 2 has three, block 1 none.
+  ]
+  image = plots.decomposition_image(rounds, num_blocks=3)
+  # Two and three workers: six strips are the fewest that divide by both.
+  expected = [
+    *[[0, everyone, 1]] * 6,
+    *[[1, everyone, nobody]] * 6,
+    *[[0, everyone, 0]] * 2,
+    [0, everyone, 2],
+    [1, everyone, 2],
+    *[[1, everyone, 3]] * 2,
+  ]
+  np.testing.assert_array_equal(image, expected)
+
+
+def test_image_stays_small_for_many_numbers_of_holders():
+  # 1 to 11 holders: their least common multiple is 27720.
+  slots = [[b for b in range(11) if b >= worker] for worker in range(11)]
+  image = plots.decomposition_image([slots], num_blocks=11)
+  strips = image.shape[0] // 11
+  assert strips <= 120
+  last = image.reshape(11, strips)[10]
+  counts = np.bincount(last)
+  assert len(counts) == 11
+  assert counts.max() - counts.min() <= 1
+
+
+def test_report_of_one_run(tmp_path):
+  run = make_run(tmp_path / 'run')
+  page = report.write_report([run], tmp_path / 'out')
+  assert page == tmp_path / 'out' / 'report.html'
+  names = {
+    'accuracy_by_round.png',
+    'accuracy_by_bytes.png',
+    'accuracy_by_seconds.png',
+    'decomposition.png',
+  }
+  assert {p.name for p in page.parent.iterdir()} == names | {'report.html'}
+  assert all(is_picture(page.parent / name) for name in names)
+  text = page.read_text()
+  tags = Tags()
+  tags.feed(text)
+  assert set(tags.images) == names
+  for cell in ('50.00%', '40.00%', '12 MB', '25.0%', 'jax 0.10.2', '>7<'):
+    assert cell in text
+  assert 'unfinished' not in text
+
+
+def test_report_of_several_runs_shows_what_differs(tmp_path):
+  first = make_run(tmp_path / 'a' / 'run', config={'lr': {'peak': 0.1}})
+  other = make_run(tmp_path / 'b' / 'run', config={'lr': {'peak': 0.2}})
+  third = make_run(tmp_path / 'c' / 'run', slots={})
+  page = report.write_report([first, other, third], tmp_path / 'out')
+  text = page.read_text()
+  assert 'a/run' in text
+  assert 'b/run' in text
+  assert '<th>lr.peak</th><td>0.1</td><td>0.2</td><td>-</td>' in text
+  assert 'num_rounds' not in text
+  assert is_picture(page.parent / 'decomposition_1.png')
+  assert is_picture(page.parent / 'decomposition_2.png')
+  assert not (page.parent / 'decomposition_3.png').exists()
+
+
+def test_run_without_summary_is_shown_by_its_rounds(tmp_path):
+  run = make_run(tmp_path / 'run', num_rounds=3, finished=False)
+  with (run / 'metrics.jsonl').open('a') as file:
+    file.write('{"round": 4, "train_lo')  # Its writer was killed.
+  (loaded,) = report.load_runs([run])
+  assert [row['round'] for row in loaded.rows] == [1, 2, 3]
+  text = report.summary_table([loaded.summary])
+  assert '3 of 4, unfinished' in text
+  assert '50.00%' in text
+  assert '9 MB' in text
+  assert report.write_report([run], run).exists()
+
+
+def test_older_summary_does_not_hide_new_rounds(tmp_path):
+  run = make_run(tmp_path / 'run')
+  line = (run / 'metrics.jsonl').read_text().splitlines()[-1]
+  with (run / 'metrics.jsonl').open('a') as file:
+    file.write(json.dumps({**json.loads(line), 'round': 5}) + '\n')
+  (loaded,) = report.load_runs([run])
+  assert 'unfinished' in report.summary_table([loaded.summary])
+
+
+def test_number_of_workers_may_change(tmp_path):
+  run = make_run(tmp_path / 'run')
+  row = json.loads((run / 'metrics.jsonl').read_text().splitlines()[-1])
+  row |= {'round': 4, 'slots': {'stage3_chain': [[0], [1], [2]]}}
+  with (run / 'metrics.jsonl').open('a') as file:
+    file.write(json.dumps(row) + '\n')  # Round 4 again, after a resume.
+  (loaded,) = report.load_runs([run])
+  assert len(loaded.rows) == 4
+  assert loaded.summary['num_workers'] == '2, then 3'
+  assert report.write_report([run], run).exists()
+
+
+def test_run_without_evaluation(tmp_path):
+  run = make_run(tmp_path / 'run', num_rounds=1, finished=False)
+  page = report.write_report([run], tmp_path / 'out')
+  assert is_picture(page.parent / 'accuracy_by_round.png')
+  assert not (page.parent / 'decomposition.png').exists()
+
+
+def test_long_runs_are_cut_and_say_so():
+  row = {'slots': SLOTS, 'num_blocks': {'stage3_chain': 3}}
+  rows = [{'round': r, **row} for r in range(1, 101)]
+  figure = plots.decomposition_figure('run', rows)
+  assert figure is not None
+  assert figure.get_suptitle() == 'run: the first 60 of 100 rounds'
+  # A warm-up longer than the picture would leave nothing to see.
+  rows = [{**r, 'slots': {}} if r['round'] <= 80 else r for r in rows]
+  figure = plots.decomposition_figure('run', rows)
+  assert figure is not None
+  assert figure.get_suptitle() == 'run: rounds 76 to 100 of 100'
+
+
+def test_names_of_runs_are_text(tmp_path):
+  names = ['<b>bold & "co"', '_hidden', 'a$b$']
+  runs = [make_run(tmp_path / name) for name in names]
+  text = report.write_report(runs, tmp_path / 'out').read_text()
+  tags = Tags()
+  tags.feed(text)
+  assert 'b' not in tags.tags
+  assert '&lt;b&gt;' in text
+  figure = plots.accuracy_figure(dict.fromkeys(names, ()), 'round')
+  assert not figure.legends  # Nothing to name yet.
+  rows = {name: report.load_runs([tmp_path / name])[0].rows for name in names}
+  figure = plots.accuracy_figure(rows, 'round')
+  shown = [text.get_text() for text in figure.legends[0].get_texts()]
+  assert shown[:3] == names
+
+
+def test_bytes_of_very_different_runs_share_a_logarithmic_axis():
+  evaluated = {'round': 1, 'test_accuracy': 0.5}
+  runs = {
+    'cheap': [{**evaluated, 'bytes_total': 10**6}],
+    'dear': [{**evaluated, 'bytes_total': 10**9}],
+  }
+  (axes,) = plots.accuracy_figure(runs, 'bytes_total').axes
+  assert axes.get_xscale() == 'log'
+  assert 'MB' in axes.get_xlabel()
+
+
+@pytest.mark.parametrize('count', [1, 4, 8, 9, 40])
+def test_workers_have_different_colours(count):
+  assert len(set(plots.colours(count))) == count
+
+
+def test_two_runs_fit_a_terminal(tmp_path):
+  run = report.load_runs([make_run(tmp_path / 'run')])[0].summary
+  wide = {**run, 'device': 'x' * 200, 'model': None, 'versions': None}
+  table = report.summary_table([wide, wide], labels=['y' * 200, 'other'])
+  assert max(map(len, table.splitlines())) <= 100
+  assert table.splitlines()[0].split()[-1] == 'other'
+  assert report.summary_table([{}, {}]).count('-') >= 30
+
+
+def break_nothing_there(run):
+  for path in run.iterdir():
+    path.unlink()
+
+
+def break_no_round(run):
+  (run / 'metrics.jsonl').write_text('')
+
+
+def break_not_json(run):
+  (run / 'metrics.jsonl').write_text('{"round": 1\n')
+
+
+def break_bytes(run):
+  (run / 'metrics.jsonl').write_bytes(b'\xff\xfe\x00\n')
+
+
+def break_not_a_round(run):
+  (run / 'metrics.jsonl').write_text('{"round": "one", "slots": {}}\n')
+
+
+def break_slots(run):
+  (run / 'metrics.jsonl').write_text('{"round": 1, "slots": {"c": [0]}}\n')
+
+
+def break_config(run):
+  (run / 'config.json').write_bytes(b'\xff')
+
+
+def break_summary(run):
+  (run / 'summary.json').write_text('[]')
+
+
+@pytest.mark.parametrize(
+  'damage',
+  [
+    break_nothing_there,
+    break_no_round,
+    break_not_json,
+    break_bytes,
+    break_not_a_round,
+    break_slots,
+    break_config,
+    break_summary,
+  ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(damage, tmp_path, capsys):
+  good, bad = make_run(tmp_path / 'good'), make_run(tmp_path / 'bad')
+  damage(bad)
+  before = sorted(tmp_path.rglob('*'))
+  assert report.main([str(good), str(bad), f'--out={tmp_path / "out"}']) == 2
+  assert sorted(tmp_path.rglob('*')) == before
+  captured = capsys.readouterr()
+  assert captured.out == ''
+  assert captured.err.startswith('error: ')
+  assert captured.err.count('\n') == 1
+  assert str(bad) in captured.err
+
+
+def test_bad_arguments(tmp_path, capsys):
+  run = make_run(tmp_path / 'run')
+  assert report.main([str(tmp_path / 'nowhere')]) == 2
+  assert report.main([str(run), str(run)]) == 2
+  (tmp_path / 'file').write_text('')
+  assert report.main([str(run), f'--out={tmp_path / "file"}']) == 2
+  errors = capsys.readouterr().err.splitlines()
+  assert len(errors) == 3
+  assert all(line.startswith('error: ') for line in errors)
+
+
+def test_default_places(tmp_path, capsys, monkeypatch):
+  run, other = make_run(tmp_path / 'run'), make_run(tmp_path / 'other')
+  monkeypatch.chdir(tmp_path)
+  assert report.main(['run']) == 0
+  assert (run / 'report.html').exists()
+  assert report.main(['run', str(other)]) == 0
+  assert (tmp_path / 'report' / 'report.html').exists()
+  assert 'report.html' in capsys.readouterr().out

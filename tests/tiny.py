@@ -1,0 +1,166 @@
+"""A network that compiles in a second, and Algorithm 1 as a plain loop."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from resist_jax import decomposition, model, optimizer, rounds
+
+CHAIN = 'stage2_chain'
+CLASSES = 3
+MOMENTUM, WEIGHT_DECAY, RATE = 0.9, 5e-4, 0.1
+
+
+def network(num_blocks=5, **kwargs):
+  """Two stages of 8 channels; the second has the chain."""
+  return model.ResNet(
+    num_classes=CLASSES,
+    stage_sizes=(1, 1 + num_blocks),
+    widths=(8, 8),
+    **kwargs,
+  )
+
+
+def init(net):
+  return net.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))['params']
+
+
+def examples(count=24):
+  rng = np.random.default_rng(0)
+  images = rng.normal(size=(count, 4, 4, 1)).astype(np.float32)
+  return jnp.array(images), jnp.array(
+    rng.integers(0, CLASSES, count), jnp.int32
+  )
+
+
+def make_loss(net):
+  """A rounds.LossFn; constants are `examples`, a batch is their numbers."""
+
+  def loss_fn(params, present, constants, batch, key):
+    del key
+    images, labels = constants
+    lengths = {k: len(jax.tree.leaves(params[k])[0]) for k in present}
+    sub = net.with_chain_lengths(lengths)
+    logits = sub.apply({'params': params}, images[batch], present)
+    loss = optax.softmax_cross_entropy_with_integer_labels(
+      logits, labels[batch]
+    )
+    return loss.mean(), {}
+
+  return loss_fn
+
+
+def make_optimizer():
+  return optimizer.make_optimizer(MOMENTUM, WEIGHT_DECAY)
+
+
+def make_round(loss_fn, protocol, num_devices, on_device=False):
+  mesh = rounds.make_mesh(num_devices)
+  run = rounds.make_round(
+    loss_fn,
+    make_optimizer(),
+    lambda step: jnp.float32(RATE) / (1 + step),
+    protocol,
+    mesh,
+    seed=0,
+    on_device=on_device,
+  )
+  return mesh, run
+
+
+def deal(round_index, num_blocks, num_workers, min_depth=0):
+  key = jax.random.fold_in(jax.random.key(7), round_index)
+  return decomposition.sample_slots(key, num_blocks, num_workers, min_depth)
+
+
+def batches(round_index, num_workers, local_steps, batch_size=6):
+  rng = np.random.default_rng([1, round_index])
+  shape = (num_workers, local_steps, batch_size)
+  return rng.integers(0, 24, shape).astype(np.int32)
+
+
+def train_compiled(
+  loss_fn,
+  params,
+  protocol,
+  num_devices,
+  num_rounds,
+  on_device=False,
+  min_depth=0,
+):
+  """Runs compiled rounds and returns the global parameters."""
+  mesh, run = make_round(loss_fn, protocol, num_devices, on_device)
+  slots = lambda r: {
+    name: deal(r, length, protocol.num_workers, min_depth)
+    for name, length in protocol.num_blocks.items()
+  }
+  velocity = None
+  if protocol.carry_velocity:
+    velocity = jax.tree.map(jnp.zeros_like, params)
+  workers = protocol.num_workers
+  state = rounds.distribute(params, slots(0), workers, mesh, velocity)
+  for r in range(num_rounds):
+    state, metrics = run(
+      state,
+      slots(r + 1),
+      examples(),
+      batches(r, workers, protocol.local_steps),
+      r,
+    )
+  return rounds.assemble(state, protocol.num_blocks)[0], metrics
+
+
+@partial(jax.jit, static_argnums=0)
+def _gradient(loss_fn, params, present, batch):
+  loss = lambda p: loss_fn(p, present, examples(), batch, None)[0]
+  return jax.grad(loss)(params)
+
+
+def algorithm_1(loss_fn, params, num_blocks, num_workers, steps, num_rounds,
+                min_depth=0):  # fmt: skip
+  """The paper's Algorithm 1, one worker after another, nothing stacked.
+
+  A sub-ResNet here is a list of blocks, and SGD is written out: this shares
+  no line with `rounds`, `exchange` or `aggregate`.
+  """
+  for r in range(num_rounds):
+    slots = np.asarray(deal(r, num_blocks, num_workers, min_depth))
+    trained = []
+    for s in range(num_workers):
+      mine = [b for b in slots[s] if b < num_blocks]
+      sub = {k: v for k, v in params.items() if k != CHAIN}
+      sub[CHAIN] = jax.tree.map(lambda x, m=mine: x[np.array(m)], params[CHAIN])
+      velocity = jax.tree.map(jnp.zeros_like, sub)
+      for t in range(steps):
+        batch = batches(r, num_workers, steps)[s, t]
+        present = {CHAIN: jnp.ones(len(mine), jnp.float32)}
+        grads = _gradient(loss_fn, sub, present, batch)
+        velocity = jax.tree.map(
+          lambda v, g, p: MOMENTUM * v + g + WEIGHT_DECAY * p,
+          velocity, grads, sub,
+        )  # fmt: skip
+        rate = RATE / (1 + r * steps + t)
+        sub = jax.tree.map(lambda p, v, a=rate: p - a * v, sub, velocity)
+      trained.append((mine, sub))
+
+    new = {
+      k: jax.tree.map(
+        lambda *xs: sum(xs) / len(xs), *[t[1][k] for t in trained]
+      )
+      for k in params
+      if k != CHAIN
+    }
+    blocks = []
+    for block in range(num_blocks):
+      held = [
+        jax.tree.map(lambda x, i=mine.index(block): x[i], sub[CHAIN])
+        for mine, sub in trained
+        if block in mine
+      ]
+      blocks.append(jax.tree.map(lambda *xs: sum(xs) / len(xs), *held))
+    new[CHAIN] = jax.tree.map(lambda *xs: jnp.stack(xs), *blocks)
+    params = new
+  return params
