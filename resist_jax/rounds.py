@@ -171,21 +171,26 @@ def assemble(
 
 
 class Round:
-  """A compiled round; built once, it serves every decomposition."""
+  """A compiled round; built once, it serves every decomposition.
 
-  def __init__(self, protocol, functions, mesh, on_device):
+  Attributes:
+    compiled: The programs by name: `round` where one program loops over the
+      steps, else `begin`, `step` and `finish`.
+  """
+
+  def __init__(self, protocol, begin, step, finish, mesh, on_device):
     self._protocol = protocol
     self._sharding = NamedSharding(mesh, SHARDED)
-    self._on_device = on_device
-    begin, step, finish = functions
+    self.compiled: dict[str, Any]
     if on_device:
-      self._whole = jax.jit(
-        partial(_scan_round, begin, step, finish), donate_argnums=0
-      )
+      whole = partial(_scan_round, begin, step, finish)
+      self.compiled = {'round': jax.jit(whole, donate_argnums=0)}
     else:
-      self._begin = jax.jit(begin, donate_argnums=0)
-      self._step = jax.jit(step, donate_argnums=0)
-      self._finish = jax.jit(finish, donate_argnums=0)
+      self.compiled = {
+        'begin': jax.jit(begin, donate_argnums=(0, 1, 2)),
+        'step': jax.jit(step, donate_argnums=0),
+        'finish': jax.jit(finish, donate_argnums=0),
+      }
 
   def compile(self, state: State, constants: PyTree, batches: PyTree) -> None:
     """Compiles ahead of the first call, so that no round pays for it.
@@ -195,25 +200,23 @@ class Round:
       constants: Likewise.
       batches: Likewise.
     """
-    index = np.int32(0)
-    state, constants = _shapes(state), _shapes(constants)
-    if self._on_device:
+    index, slots = np.int32(0), state.slots
+    if 'round' in self.compiled:
       batches = _shapes(batches, self._sharding)
-      args = (state, state.slots, constants, batches, index)
-      self._whole = self._whole.lower(*args).compile()
-      return
-    parts = (state.shared, state.chain, state.velocity)
-    local = jax.eval_shape(self._begin, *parts)
-    local = _shapes(local, self._sharding)
-    batch = jax.eval_shape(
-      lambda x: jax.tree.map(lambda y: y[:, 0], x), batches
-    )
-    batch = _shapes(batch, self._sharding)
-    args = (local, state.slots, constants, batch, index, index)
-    self._begin = self._begin.lower(*parts).compile()
-    self._step = self._step.lower(*args).compile()
-    args = (local, state.slots, state.slots)
-    self._finish = self._finish.lower(*args).compile()
+      args = {'round': (state, slots, constants, batches, index)}
+    else:
+      begin = (state.shared, state.chain, state.velocity)
+      local = jax.eval_shape(self.compiled['begin'], *begin)
+      local = _shapes(local, self._sharding)
+      batch = jax.tree.map(lambda x: x[:, 0], batches)
+      batch = _shapes(batch, self._sharding)
+      args = {
+        'begin': begin,
+        'step': (local, slots, constants, batch, index, index),
+        'finish': (local, slots, slots),
+      }
+    for name, values in args.items():
+      self.compiled[name] = self.compiled[name].lower(*values).compile()
 
   def __call__(
     self,
@@ -237,29 +240,26 @@ class Round:
       and each of the loss function's own metrics, means over the steps, and
       `bool[S]` for `finite`: whether a worker's update is free of NaN and inf.
     """
-    index = np.int32(round_index)
+    index, slots = np.int32(round_index), state.slots
     next_slots = jax.device_put(dict(next_slots), self._sharding)
-    if self._on_device:
+    if 'round' in self.compiled:
       batches = jax.device_put(batches, self._sharding)
-      return self._whole(state, next_slots, constants, batches, index)
-    local = self._begin(state.shared, state.chain, state.velocity)
+      args = (state, next_slots, constants, batches, index)
+      return self.compiled['round'](*args)
+    local = self.compiled['begin'](state.shared, state.chain, state.velocity)
     for t in range(self._protocol.local_steps):
       batch = jax.tree.map(lambda x, t=t: x[:, t], batches)
       batch = jax.device_put(batch, self._sharding)
-      local = self._step(
-        local, state.slots, constants, batch, index, np.int32(t)
-      )
-    return self._finish(local, state.slots, next_slots)
+      args = (local, slots, constants, batch, index, np.int32(t))
+      local = self.compiled['step'](*args)
+    return self.compiled['finish'](local, slots, next_slots)
 
 
-def _shapes(tree: PyTree, sharding: NamedSharding | None = None) -> PyTree:
-  """Describes arrays without holding them."""
-
-  def describe(x):
-    where = sharding or getattr(x, 'sharding', None)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-
-  return jax.tree.map(describe, tree)
+def _shapes(tree: PyTree, sharding: NamedSharding) -> PyTree:
+  """Describes arrays that are not there yet."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+  )
 
 
 def _scan_round(begin, step, finish, state, next_slots, constants, batches, i):
@@ -311,12 +311,14 @@ def make_round(
   finish = partial(_finish, protocol)
   on_mesh = partial(jax.shard_map, mesh=mesh, check_vma=True, out_specs=SHARDED)
   step_specs = (SHARDED, SHARDED, REPLICATED, SHARDED, REPLICATED, REPLICATED)
-  functions = (
+  return Round(
+    protocol,
     on_mesh(begin, in_specs=SHARDED),
     on_mesh(step, in_specs=step_specs),
     on_mesh(finish, in_specs=SHARDED),
+    mesh,
+    on_device,
   )
-  return Round(protocol, functions, mesh, on_device)
 
 
 def _begin(optimizer, metrics, shared, chain, velocity) -> Local:

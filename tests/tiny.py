@@ -1,6 +1,7 @@
 """A network that compiles in a second, and Algorithm 1 as a plain loop."""
 
 from functools import partial
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ def make_round(loss_fn, protocol, num_devices, on_device=False):
   run = rounds.make_round(
     loss_fn,
     make_optimizer(),
-    lambda step: jnp.float32(RATE) / (1 + step),
+    lambda step: RATE / (1 + jnp.float32(step)),
     protocol,
     mesh,
     seed=0,
@@ -93,15 +94,19 @@ def train_compiled(
 ):
   """Runs compiled rounds and returns the global parameters."""
   mesh, run = make_round(loss_fn, protocol, num_devices, on_device)
-  slots = lambda r: {
-    name: deal(r, length, protocol.num_workers, min_depth)
-    for name, length in protocol.num_blocks.items()
-  }
+
+  def slots(r):
+    return {
+      name: deal(r, length, protocol.num_workers, min_depth)
+      for name, length in protocol.num_blocks.items()
+    }
+
   velocity = None
   if protocol.carry_velocity:
     velocity = jax.tree.map(jnp.zeros_like, params)
   workers = protocol.num_workers
   state = rounds.distribute(params, slots(0), workers, mesh, velocity)
+  metrics = {}
   for r in range(num_rounds):
     state, metrics = run(
       state,
@@ -114,8 +119,12 @@ def train_compiled(
 
 
 @partial(jax.jit, static_argnums=0)
-def _gradient(loss_fn, params, present, batch):
-  loss = lambda p: loss_fn(p, present, examples(), batch, None)[0]
+def gradient(loss_fn, params, present, batch):
+  """The gradient of the loss on the examples numbered `batch`."""
+
+  def loss(p):
+    return loss_fn(p, present, examples(), batch, None)[0]
+
   return jax.grad(loss)(params)
 
 
@@ -137,7 +146,7 @@ def algorithm_1(loss_fn, params, num_blocks, num_workers, steps, num_rounds,
       for t in range(steps):
         batch = batches(r, num_workers, steps)[s, t]
         present = {CHAIN: jnp.ones(len(mine), jnp.float32)}
-        grads = _gradient(loss_fn, sub, present, batch)
+        grads = gradient(loss_fn, sub, present, batch)
         velocity = jax.tree.map(
           lambda v, g, p: MOMENTUM * v + g + WEIGHT_DECAY * p,
           velocity, grads, sub,
@@ -156,7 +165,7 @@ def algorithm_1(loss_fn, params, num_blocks, num_workers, steps, num_rounds,
     blocks = []
     for block in range(num_blocks):
       held = [
-        jax.tree.map(lambda x, i=mine.index(block): x[i], sub[CHAIN])
+        jax.tree.map(operator.itemgetter(mine.index(block)), sub[CHAIN])
         for mine, sub in trained
         if block in mine
       ]

@@ -1,0 +1,167 @@
+"""Batches are a pure function; images are what TFDS says; mistakes are clear."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tfds_sets
+
+from resist_jax import data
+from resist_jax.config import ConfigError
+
+
+def indices(round_index, N=50, B=8, T=3, S=4, seed=0, sharded=False):
+  return data.batch_indices(N, B, seed, round_index, T, S, sharded)
+
+
+def test_batches_follow_seed_and_round():
+  np.testing.assert_array_equal(indices(3), indices(3))
+  assert (indices(3) != indices(4)).any()
+  assert (indices(3) != indices(3, seed=1)).any()
+  assert indices(0).shape == (4, 3, 8)
+
+
+def test_an_epoch_of_a_worker_repeats_nothing():
+  steps = np.concatenate([indices(r) for r in range(4)], axis=1)  # 12 steps
+  for worker in range(4):
+    for epoch in (steps[worker, :6], steps[worker, 6:]):  # 50 // 8 batches
+      assert len(np.unique(epoch)) == 48
+  assert (steps[0, :6] != steps[1, :6]).any()  # Each in its own order.
+  assert (steps[0, :6] != steps[0, 6:]).any()  # Another every epoch.
+
+
+def test_shards_are_disjoint_and_cover_the_set():
+  steps = np.concatenate(
+    [indices(r, N=48, B=4, T=3, sharded=True) for r in range(2)], axis=1
+  )
+  seen = [set(steps[worker, :3].ravel()) for worker in range(4)]
+  assert [len(s) for s in seen] == [12] * 4
+  assert len(set.union(*seen)) == 48
+  assert [set(steps[worker, 3:].ravel()) for worker in range(4)] == seen
+
+
+def test_digits_are_the_digits():
+  digits = data.load('digits')
+  test = digits.tests['test']
+  assert digits.train.images.shape == (1437, 8, 8, 1)
+  assert test.images.shape == (360, 8, 8, 1)
+  assert digits.num_classes == 10
+  assert digits.train.images.max() == 255
+  assert set(np.bincount(test.labels)) <= {35, 36, 37}
+  again = data.load('digits')
+  np.testing.assert_array_equal(again.train.images, digits.train.images)
+
+
+def test_normalised_training_images_have_mean_0_and_deviation_1():
+  digits = data.load('digits')
+  x = data.normalise(jnp.array(digits.train.images), digits.mean, digits.std)
+  assert abs(float(x.mean())) < 1e-4
+  assert abs(float(x.std()) - 1) < 1e-4
+
+
+def test_validation_is_held_out():
+  whole, held = data.load('digits'), data.load('digits', validation=0.2)
+  validation = held.tests['validation']
+  assert len(validation) == round(0.2 * 1437)
+  assert len(validation) + len(held.train) == len(whole.train)
+  parts = [*map(bytes, validation.images), *map(bytes, held.train.images)]
+  assert sorted(parts) == sorted(map(bytes, whole.train.images))
+
+
+@pytest.mark.filterwarnings('ignore')  # TFDS's own, while it writes a set.
+@pytest.mark.parametrize(
+  ('name', 'shape', 'classes'),
+  [
+    ('cifar10', (32, 32, 3), 10),
+    ('fashion_mnist', (28, 28, 1), 10),
+    ('a_set_of_my_own', (16, 16, 3), 5),
+  ],
+)
+def test_a_prepared_tfds_set_is_read_to_the_last_pixel(
+  name, shape, classes, tmp_path
+):
+  written = tfds_sets.write(tmp_path, name, shape, classes)
+  dataset = data.load(name, str(tmp_path))
+  assert dataset.num_classes == classes
+  got = {'train': dataset.train, 'test': dataset.tests['test']}
+  for split, (images, labels) in written.items():
+    assert got[split].images.shape == images.shape
+    pairs = zip(images, labels, strict=True)
+    want = sorted((bytes(image), label) for image, label in pairs)
+    pairs = zip(got[split].images, got[split].labels, strict=True)
+    assert sorted((bytes(image), label) for image, label in pairs) == want
+
+
+@pytest.mark.parametrize(
+  ('name', 'says'),
+  [
+    ('cifar1O', 'unknown data set'),
+    ('imdb_reviews', 'not one of images'),
+    ('oxford_flowers102', 'differ in size'),
+    ('mnist', 'is not prepared in .*resist_jax'),
+  ],
+)
+@pytest.mark.filterwarnings('ignore')
+def test_a_wrong_data_set_gets_a_clear_line(name, says, tmp_path):
+  with pytest.raises(ConfigError, match=says) as caught:
+    data.load(name, str(tmp_path))
+  assert '\n' not in str(caught.value)
+  assert not list(tmp_path.iterdir())
+
+
+def test_labels_out_of_range_are_found(monkeypatch):
+  images = np.zeros((4, 8, 8, 1), np.uint8)
+  bad = data.Split(images, np.array([0, 1, 2, 10], np.int32))
+  monkeypatch.setattr(data, '_digits', lambda: (bad, bad, 10))
+  with pytest.raises(ConfigError, match='run from 0 to 10, but .* 0 to 9'):
+    data.load('digits')
+
+
+def test_a_constant_channel_is_no_division_by_zero(monkeypatch):
+  split = data.Split(np.full((4, 8, 8, 1), 7, np.uint8), np.zeros(4, np.int32))
+  monkeypatch.setattr(data, '_digits', lambda: (split, split, 10))
+  dataset = data.load('digits')
+  x = data.normalise(jnp.array(split.images), dataset.mean, dataset.std)
+  assert np.isfinite(np.asarray(x)).all()
+
+
+def test_every_crop_is_a_window_of_the_padded_image():
+  rng = np.random.default_rng(0)
+  images = rng.integers(1, 256, (64, 6, 6, 2)).astype(np.uint8)
+  got = np.asarray(data.augment(jax.random.key(0), jnp.array(images), 2, False))
+  padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
+  corners = set()
+  for image, source in zip(got, padded, strict=True):
+    found = [
+      (i, j)
+      for i in range(5)
+      for j in range(5)
+      if (source[i : i + 6, j : j + 6] == image).all()
+    ]
+    assert len(found) == 1
+    corners.add(found[0])
+  assert len(corners) > 15  # Of 25: they differ from image to image.
+
+
+def test_about_half_are_mirrored_and_none_otherwise_changed():
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (200, 4, 4, 1)).astype(np.uint8)
+  got = np.asarray(data.augment(jax.random.key(0), jnp.array(images), 0, True))
+  same = (got == images).all((1, 2, 3))
+  mirrored = (got == images[:, :, ::-1]).all((1, 2, 3))
+  assert (same | mirrored).all()
+  assert 70 < mirrored.sum() < 130
+
+
+def test_without_augmentation_images_pass_through():
+  images = jnp.arange(32, dtype=jnp.uint8).reshape(2, 4, 4, 1)
+  got = data.augment(jax.random.key(0), images, 0, False)
+  np.testing.assert_array_equal(got, images)
+
+
+def test_a_split_is_immutable():
+  split = data.load('digits').train
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    split.labels = None

@@ -1,0 +1,189 @@
+"""The network family: sizes, forms of blocks, and three ways of batch norm."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from resist_jax import accounting, layers, model
+
+
+def count(tree):
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def shapes(net, size=32):
+  image = jnp.zeros((1, size, size, 3))
+  return jax.eval_shape(net.init, jax.random.key(0), image)['params']
+
+
+def test_the_papers_network_to_the_last_parameter():
+  params = shapes(model.PreActResNet101(num_classes=100))
+  sizes = accounting.measure(params, ['stage3_chain'])
+  assert sizes.total == 41_396_900
+  assert sizes.shared == 15_422_116
+  assert sizes.block == {'stage3_chain': 1_180_672}
+  assert sizes.num_blocks == {'stage3_chain': 22}
+
+
+@pytest.mark.parametrize('name', model.FAMILY)
+def test_every_family_member_builds(name):
+  net = model.FAMILY[name](num_classes=7)
+  params = shapes(net)
+  for stage, size in enumerate(net.stage_sizes, start=1):
+    assert f'stage{stage}_head' in params
+    chain = params.get(model.chain_name(stage))
+    lengths = {leaf.shape[0] for leaf in jax.tree.leaves(chain)}
+    assert lengths == ({size - 1} if size > 1 else set())
+  assert params['classifier']['kernel'].shape[1] == 7
+
+
+def test_depths_are_those_of_the_paper():
+  for name, blocks in (('101', 22), ('152', 35), ('200', 49)):
+    net = model.FAMILY[f'PreActResNet{name}'](num_classes=10)
+    assert net.stage_sizes[2] - 1 == blocks
+
+
+def test_known_parameter_counts_of_bottlenecks():
+  """The literature's ResNet-50 with 1000 classes has 25.56 M; ours lacks the
+  norms that pre-activation without stem and final norm leaves out."""
+  params = shapes(
+    model.PreActBottleneckResNet50(num_classes=1000, stem='imagenet'), 64
+  )
+  assert abs(count(params) / 25.557e6 - 1) < 0.002
+
+
+def test_stage_names_go_both_ways():
+  assert model.stage_of(model.chain_name(3)) == 3
+
+
+@pytest.mark.parametrize('pre_activation', [True, False])
+@pytest.mark.parametrize('bottleneck', [True, False])
+@pytest.mark.parametrize('norm', ['batch', 'group'])
+def test_a_scale_of_zero_turns_a_block_into_the_identity(
+  pre_activation, bottleneck, norm
+):
+  """Also after the activation: its input is not negative there."""
+  net = tiny.network(
+    2, pre_activation=pre_activation, bottleneck=bottleneck, norm=norm
+  )
+  params = tiny.init(net)
+  images, _ = tiny.examples()
+  off = net.apply({'params': params}, images, {tiny.CHAIN: jnp.zeros(2)})
+  without = net.with_chain_lengths({tiny.CHAIN: 0})
+  short = {k: v for k, v in params.items() if k != tiny.CHAIN}
+  want = without.apply({'params': short}, images)
+  np.testing.assert_allclose(off, want, rtol=1e-5, atol=1e-6)
+  on = net.apply({'params': params}, images)
+  assert np.abs(on - want).max() > 1e-3
+
+
+def test_a_loop_over_blocks_equals_blocks_in_a_row():
+  net = tiny.network()
+  params = tiny.init(net)
+  images, _ = tiny.examples()
+  row = net.apply({'params': params}, images)
+  loop = net.clone(unroll=False).apply({'params': params}, images)
+  np.testing.assert_allclose(row, loop, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_computes_on_float32_parameters():
+  net = tiny.network()
+  params = tiny.init(net)
+  images, _ = tiny.examples()
+  low = net.clone(dtype='bfloat16')
+  got = low.apply({'params': params}, images)
+  assert got.dtype == jnp.float32
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {
+    jnp.dtype('float32')
+  }
+  want = net.apply({'params': params}, images)
+  assert 0 < np.abs(got - want).max() < 0.2
+
+
+def test_initial_weights_keep_the_variance_of_the_outputs():
+  """He et al. (2015): deviation sqrt(2 / (9 * features)) of a 3x3 kernel."""
+  conv = layers.Conv(64)
+  kernel = conv.init(jax.random.key(0), jnp.zeros((1, 8, 8, 64)))['params']
+  deviation = float(kernel['kernel'].std())
+  assert abs(deviation / math.sqrt(2 / (9 * 64)) - 1) < 0.02
+
+
+@pytest.mark.parametrize(('size', 'stride'), [(3, 1), (3, 2), (1, 1), (1, 2)])
+def test_convolution_by_hand(size, stride):
+  """Padding is (size - 1) // 2 on both sides, also where the stride is 2."""
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(2, 6, 6, 3)).astype(np.float32)
+  conv = layers.Conv(4, size, stride)
+  variables = conv.init(jax.random.key(0), jnp.array(x))
+  kernel = np.asarray(variables['params']['kernel'])
+  pad = (size - 1) // 2
+  padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+  want = np.zeros((2, 6 // stride, 6 // stride, 4))
+  for i in range(want.shape[1]):
+    for j in range(want.shape[2]):
+      top, left = i * stride, j * stride
+      window = padded[:, top : top + size, left : left + size]
+      want[:, i, j] = np.einsum('bhwc,hwcf->bf', window, kernel)
+  got = conv.apply(variables, jnp.array(x))
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def batch_norm(x, stats=None, mutable=False):
+  norm = layers.BatchNorm()
+  variables = {
+    'params': {'scale': jnp.array([2.0, 0.5]), 'bias': jnp.array([1.0, -1.0])}
+  }
+  if stats is not None:
+    variables['batch_stats'] = stats
+  return norm.apply(variables, x, mutable=['batch_stats'] if mutable else False)
+
+
+def test_batch_norm_by_hand_and_its_three_modes():
+  rng = np.random.default_rng(0)
+  x = rng.normal(3, 2, size=(5, 4, 4, 2)).astype(np.float32)
+  mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+  want = (x - mean) / np.sqrt(var + 1e-5) * [2, 0.5] + [1, -1]
+  y = batch_norm(jnp.array(x))
+  np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
+
+  y, measured = batch_norm(jnp.array(x), mutable=True)
+  np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
+  stats = measured['batch_stats']
+  np.testing.assert_allclose(stats['mean'], mean, rtol=1e-5)
+  np.testing.assert_allclose(
+    stats['mean_square'], var + mean**2, rtol=1e-5
+  )
+
+  fixed = {'mean': jnp.zeros(2), 'mean_square': jnp.full(2, 4.0)}
+  y = batch_norm(jnp.array(x), fixed)
+  want = x / np.sqrt(4 + 1e-5) * [2, 0.5] + [1, -1]
+  np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_norm_has_the_gradient_of_its_definition():
+  """Against the same formula written with plain reductions."""
+  rng = np.random.default_rng(0)
+  x = jnp.array(rng.normal(1, 2, size=(6, 3, 3, 2)), jnp.float32)
+  weight = jnp.array(rng.normal(size=x.shape), jnp.float32)
+
+  def by_definition(x):
+    mean = x.mean((0, 1, 2), keepdims=True)
+    var = jnp.square(x - mean).mean((0, 1, 2), keepdims=True)
+    y = (x - mean) / jnp.sqrt(var + 1e-5)
+    scale = jnp.array([2.0, 0.5]).reshape(1, 1, 1, 2)
+    return (weight * y * scale).sum()
+
+  ours = jax.grad(lambda x: (weight * batch_norm(x)).sum())(x)
+  want = jax.grad(by_definition)(x)
+  np.testing.assert_allclose(ours, want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('field', ['norm', 'stem'])
+def test_unknown_choices_say_what_is_known(field):
+  net = tiny.network(**{field: 'nonsense'})
+  with pytest.raises(ValueError, match=f'unknown {field}'):
+    tiny.init(net)

@@ -1,0 +1,267 @@
+"""The compiled round is Algorithm 1, on any devices, and holds what it should."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from resist_jax import decomposition, rounds
+
+L = 5
+
+
+def resist(S, T=2, **kwargs):
+  return rounds.Protocol(S, T, {tiny.CHAIN: L}, **kwargs)
+
+
+def full(S, T=2, **kwargs):
+  return rounds.Protocol(S, T, {}, **kwargs)
+
+
+@functools.cache
+def problem(norm='batch'):
+  net = tiny.network(L, norm=norm)
+  return tiny.make_loss(net), tiny.init(net)
+
+
+@functools.cache
+def oracle(norm, S, min_depth):
+  loss_fn, params = problem(norm)
+  return tiny.algorithm_1(loss_fn, params, L, S, 2, 2, min_depth)
+
+
+def assert_close(got, want, tolerance=3e-5):
+  for path, leaf in jax.tree_util.tree_leaves_with_path(want):
+    new = functools.reduce(lambda tree, key: tree[key.key], path, got)
+    np.testing.assert_allclose(
+      new, leaf, rtol=tolerance, atol=tolerance, err_msg=str(path)
+    )
+
+
+@pytest.mark.parametrize(
+  ('norm', 'S', 'D', 'min_depth'),
+  [
+    ('batch', 1, 1, 0),
+    ('batch', 2, 1, 0),
+    ('batch', 2, 2, 0),  # 3 and 2 blocks: uneven, one slot empty.
+    ('batch', 4, 1, 0),
+    ('batch', 4, 2, 3),
+    ('batch', 4, 4, 0),
+    ('batch', 4, 4, 3),
+    ('batch', 8, 4, 1),  # More workers than blocks.
+    ('group', 1, 1, 0),
+    ('group', 2, 2, 4),
+    ('group', 4, 2, 0),
+    ('group', 8, 4, 2),
+  ],
+)
+def test_a_compiled_round_equals_algorithm_1(norm, S, D, min_depth):
+  loss_fn, params = problem(norm)
+  got, metrics = tiny.train_compiled(
+    loss_fn, params, resist(S), D, 2, min_depth=min_depth
+  )
+  assert_close(got, oracle(norm, S, min_depth))
+  assert metrics['loss'].shape == (S,)
+  assert np.asarray(metrics['finite']).all()
+
+
+@pytest.mark.parametrize(('S', 'D'), [(4, 4), (4, 2), (4, 1)])
+def test_the_loop_on_the_device_equals_algorithm_1(S, D):
+  loss_fn, params = problem()
+  got, _ = tiny.train_compiled(loss_fn, params, resist(S), D, 2, on_device=True)
+  assert_close(got, oracle('batch', S, 0))
+
+
+def test_one_local_step_equals_the_step_of_a_lone_worker():
+  """No gradient is summed over devices behind one's back."""
+  loss_fn, params = problem()
+  S, protocol = 4, full(4, 1)
+  mesh, run = tiny.make_round(loss_fn, protocol, S)
+  state = rounds.distribute(params, {}, S, mesh)
+  batches = tiny.batches(0, S, 1)
+  batches[:] = batches[0]  # All the same: then so is their mean.
+  state, _ = run(state, {}, tiny.examples(), batches, 0)
+  grads = jax.grad(lambda p: loss_fn(p, {}, tiny.examples(), batches[0, 0], 0)[0])
+  want = jax.tree.map(
+    lambda p, g: p - tiny.RATE * (g + tiny.WEIGHT_DECAY * p), params, grads(params)
+  )
+  assert_close(rounds.assemble(state, {})[0], want)
+
+
+def test_one_worker_of_resist_is_one_worker_of_local_sgd():
+  loss_fn, params = problem()
+  ours, _ = tiny.train_compiled(loss_fn, params, resist(1), 1, 2)
+  baseline, _ = tiny.train_compiled(loss_fn, params, full(1), 1, 2)
+  assert_close(ours, baseline)
+
+
+@pytest.mark.parametrize('on_device', [False, True])
+def test_data_parallel_is_one_worker_with_a_larger_batch(on_device):
+  """Where the norm allows it: group norm knows no other image of the batch."""
+  loss_fn, params = problem('group')
+  S, T = 4, 2
+  protocol = full(S, T, average_gradients=True, carry_velocity=True)
+  got, _ = tiny.train_compiled(loss_fn, params, protocol, 2, 2, on_device)
+
+  velocity = jax.tree.map(jnp.zeros_like, params)
+  for r in range(2):
+    batches = tiny.batches(r, S, T)
+    for t in range(T):
+      batch = batches[:, t].reshape(-1)
+      grads = tiny.gradient(loss_fn, params, {}, batch)
+      velocity = jax.tree.map(
+        lambda v, g, p: tiny.MOMENTUM * v + g + tiny.WEIGHT_DECAY * p,
+        velocity,
+        grads,
+        params,
+      )
+      rate = tiny.RATE / (1 + r * T + t)
+      params = jax.tree.map(lambda p, v, a=rate: p - a * v, params, velocity)
+  assert_close(got, params)
+
+
+def test_carried_velocity_is_exchanged_like_the_parameters():
+  """With one worker nothing is lost: two rounds of T are one of 2 T."""
+  loss_fn, params = problem()
+
+  def run(carry, T, num_rounds):
+    mesh, call = tiny.make_round(loss_fn, resist(1, T, carry_velocity=carry), 1)
+    slots = {tiny.CHAIN: tiny.deal(0, L, 1)}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    state = rounds.distribute(params, slots, 1, mesh, zeros if carry else None)
+    batches = tiny.batches(0, 1, 4).reshape(1, num_rounds, T, -1)
+    for r in range(num_rounds):
+      state, _ = call(state, slots, tiny.examples(), batches[:, r], r)
+    return rounds.assemble(state, {tiny.CHAIN: L})
+
+  carried, velocity = run(True, 2, 2)
+  whole, _ = run(True, 4, 1)
+  assert_close(carried, whole)
+  assert velocity is not None
+  assert jax.tree.map(jnp.shape, velocity) == jax.tree.map(jnp.shape, params)
+  restarted, nothing = run(False, 2, 2)
+  assert nothing is None
+  difference = restarted['stem']['kernel'] - whole['stem']['kernel']
+  assert np.abs(difference).max() > 1e-4
+
+
+def test_a_block_that_nobody_trains_keeps_its_value():
+  """A worker's step leaves the zeros of an empty slot zeros."""
+  loss_fn, params = problem()
+  S, protocol = 2, resist(2)
+  mesh, run = tiny.make_round(loss_fn, protocol, 2)
+  slots = {tiny.CHAIN: tiny.deal(0, L, S)}
+  state = rounds.distribute(params, slots, S, mesh)
+  state, _ = run(state, slots, tiny.examples(), tiny.batches(0, S, 2), 0)
+  empty = np.asarray(slots[tiny.CHAIN]) == L
+  assert empty.sum() == 1
+  for leaf in jax.tree.leaves(state.chain[tiny.CHAIN]):
+    assert (np.asarray(leaf)[empty] == 0).all()
+
+
+def programs(S=4, D=4, on_device=False, ahead=True):
+  loss_fn, params = problem()
+  mesh, run = tiny.make_round(loss_fn, resist(S), D, on_device)
+  slots = {tiny.CHAIN: tiny.deal(0, L, S)}
+  state = rounds.distribute(params, slots, S, mesh)
+  if ahead:
+    run.compile(state, tiny.examples(), tiny.batches(0, S, 2))
+  return state, run
+
+
+COLLECTIVE = r'all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter'
+
+
+def test_local_training_has_no_collective_and_never_the_chain():
+  _, run = programs()
+  text = run.compiled['step'].as_text()
+  assert not re.search(COLLECTIVE, text)
+  # A block's kernel is [3, 3, 8, 8]. K = 2 of them are stacked, never L = 5.
+  assert 'f32[2,3,3,8,8]' in text
+  assert 'f32[5,3,3,8,8]' not in text
+  finish = run.compiled['finish'].as_text()
+  assert re.search(COLLECTIVE, finish)
+  assert 'f32[5,3,3,8,8]' in finish  # The masked psum does build it.
+
+
+@pytest.mark.parametrize('on_device', [False, True])
+def test_one_compilation_serves_all_decompositions(on_device):
+  state, run = programs(on_device=on_device, ahead=False)
+  for r in range(3):
+    slots = {tiny.CHAIN: tiny.deal(r + 1, L, 4)}
+    batches = tiny.batches(r, 4, 2)
+    state, _ = run(state, slots, tiny.examples(), batches, r)
+  sizes = {name: p._cache_size() for name, p in run.compiled.items()}
+  assert set(sizes.values()) == {1}, sizes
+
+
+@pytest.mark.parametrize('on_device', [False, True])
+def test_the_state_is_donated(on_device):
+  state, run = programs(on_device=on_device)
+  slots = {tiny.CHAIN: tiny.deal(1, L, 4)}
+  run(state, slots, tiny.examples(), tiny.batches(0, 4, 2), 0)
+  kernel = state.chain[tiny.CHAIN]['conv1']['kernel']
+  assert kernel.is_deleted()
+  assert state.shared['stem']['kernel'].is_deleted()
+
+
+@pytest.mark.parametrize(('S', 'D'), [(4, 4), (8, 2)])
+def test_assemble_undoes_distribute_bit_for_bit(S, D):
+  _, params = problem()
+  slots = {tiny.CHAIN: tiny.deal(0, L, S, min_depth=2)}
+  state = rounds.distribute(params, slots, S, rounds.make_mesh(D), params)
+  for tree in rounds.assemble(state, {tiny.CHAIN: L}):
+    jax.tree.map(np.testing.assert_array_equal, tree, params)
+
+
+def test_a_device_holds_shared_parameters_and_its_own_blocks_only():
+  _, params = problem()
+  S = 4
+  slots = {tiny.CHAIN: tiny.deal(0, L, S)}
+  state = rounds.distribute(params, slots, S, rounds.make_mesh(S))
+  held = sum(
+    leaf.addressable_shards[0].data.size
+    for leaf in jax.tree.leaves((state.shared, state.chain))
+  )
+  shared, chain = decomposition.split(params, [tiny.CHAIN])
+  count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+  assert held == count(shared) + 2 * count(chain) // L
+
+
+def test_a_worker_that_diverges_is_named():
+  loss_fn, params = problem()
+
+  def explodes(params, present, constants, batch, key):
+    loss, metrics = loss_fn(params, present, constants, batch, key)
+    return loss * jnp.where(batch[0] == 0, jnp.inf, 1.0), metrics
+
+  mesh, run = tiny.make_round(explodes, full(4, 1), 4)
+  state = rounds.distribute(params, {}, 4, mesh)
+  batches = np.ones_like(tiny.batches(0, 4, 1))
+  batches[2] = 0
+  _, metrics = run(state, {}, tiny.examples(), batches, 0)
+  assert np.asarray(metrics['finite']).tolist() == [True, True, False, True]
+
+
+def test_randomness_follows_seed_round_worker_and_step():
+  _, params = problem()
+
+  def draws(params, present, constants, batch, key):
+    number = jax.random.uniform(key)
+    return number + 0 * params['classifier']['bias'].sum(), {}
+
+  def losses(round_index, T=1):
+    mesh, run = tiny.make_round(draws, full(4, T), 2)
+    state = rounds.distribute(params, {}, 4, mesh)
+    batches = tiny.batches(0, 4, T)
+    _, metrics = run(state, {}, tiny.examples(), batches, round_index)
+    return np.asarray(metrics['loss'])
+
+  first = losses(0)
+  np.testing.assert_array_equal(first, losses(0))
+  assert len({*first, *losses(1)}) == 8  # All workers and rounds differ.
+  assert (losses(0, T=2) != first).all()
