@@ -3,9 +3,10 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 
-Schedule = Callable[[jax.Array], jax.Array]
+Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
 
 def make_optimizer(
@@ -52,7 +53,7 @@ def make_schedule(
   [1.0, 1.0, 0.1, 0.01]
   """
   if name == 'step':
-    drops = {num_steps // 2: 0.1, num_steps * 3 // 4: 0.1}
+    drops = {max(num_steps // 2, 1): 0.1, max(num_steps * 3 // 4, 1): 0.1}
     schedule = optax.piecewise_constant_schedule(lr, drops)
   elif name == 'cosine':
     schedule = optax.cosine_decay_schedule(lr, max(num_steps, 1))
@@ -62,7 +63,11 @@ def make_schedule(
     raise ValueError(
       f'unknown learning rate schedule {name!r}: use step, cosine or constant.'
     )
-  if warmup_steps == 0:
-    return schedule
-  warmup = optax.linear_schedule(0.0, 1.0, warmup_steps)
-  return lambda step: schedule(step) * warmup(step + 1)
+  warmup = optax.linear_schedule(0.0, 1.0, max(warmup_steps, 1))
+
+  def rate(step: jax.typing.ArrayLike) -> jax.Array:
+    step = jnp.asarray(step, jnp.float32)
+    rise = warmup(step + 1) if warmup_steps else 1.0
+    return jnp.asarray(schedule(step) * rise, jnp.float32)
+
+  return rate
