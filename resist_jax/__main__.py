@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
 
 
 def _make_virtual_devices() -> None:
-  """Gives a CPU one virtual device per worker; GPUs and TPUs are not touched."""
+  """Gives a CPU one virtual device per worker; GPUs and TPUs stay."""
   wanted = CONFIG.value.num_devices or CONFIG.value.num_workers
   if wanted > 0:
     jax.config.update('jax_num_cpu_devices', wanted)

@@ -9,8 +9,8 @@ from functools import cached_property
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 import ml_collections
 import numpy as np
 
@@ -22,6 +22,7 @@ from resist_jax import (
   optimizer,
   rounds,
 )
+from resist_jax import state as state_lib
 from resist_jax.config import ConfigError, build_model
 from resist_jax.evaluate import Evaluator
 from resist_jax.model import ResNet, chain_name
@@ -41,7 +42,7 @@ class Phase:
   """
 
   name: str
-  protocol: rounds.Protocol
+  protocol: state_lib.Protocol
   run: rounds.Round
   bytes_per_round: int
 
@@ -95,7 +96,7 @@ class Setup:
   def constants(self) -> tuple[jax.Array, jax.Array]:
     """All training images and labels, on every device."""
     train = self.dataset.train
-    everywhere = NamedSharding(self.mesh, rounds.REPLICATED)
+    everywhere = NamedSharding(self.mesh, state_lib.REPLICATED)
     return jax.device_put((train.images, train.labels), everywhere)
 
   def phase_name(self, round_index: int) -> str:
@@ -111,7 +112,7 @@ class Setup:
     """Builds the phase that a round belongs to."""
     config, name = self.config, self.phase_name(round_index)
     chains = self.chains if name == 'resist' else {}
-    protocol = rounds.Protocol(
+    protocol = state_lib.Protocol(
       num_workers=config.num_workers,
       local_steps=config.local_steps,
       num_blocks=chains,
@@ -122,7 +123,7 @@ class Setup:
     )
     pad, flip = _augmentation(config.data, self.dataset)
     loss_fn = classification.make_loss(
-      self.network, self.dataset, self._training_scale(name), pad, flip
+      self.network, self.dataset, self.training_scale(name), pad, flip
     )
     run = rounds.make_round(
       loss_fn,
@@ -138,7 +139,7 @@ class Setup:
     )
     return Phase(name, protocol, run, self._bytes_per_round(protocol))
 
-  def _bytes_per_round(self, protocol: rounds.Protocol) -> int:
+  def _bytes_per_round(self, protocol: state_lib.Protocol) -> int:
     decomposed = bool(protocol.num_blocks)
     sent = accounting.round_trip_bytes(
       self.sizes if decomposed else self.full_sizes(),
@@ -197,7 +198,7 @@ class Setup:
       self.chains[chain], self.config.num_workers, self.config.min_depth
     )
 
-  def _training_scale(self, phase_name: str) -> dict[str, float]:
+  def training_scale(self, phase_name: str) -> dict[str, float]:
     """Returns the factor on residual branches of cut chains in training.
 
     The global network must mean the same in all phases. Scaled at evaluation,
@@ -230,7 +231,7 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
   Raises:
     ConfigError: If the data or the devices do not fit the config.
   """
-  mesh = rounds.make_mesh(_num_devices(config))
+  mesh = state_lib.make_mesh(_num_devices(config))
   dataset = data.load(config.data.name, config.data.dir, config.data.validation)
   visible = len(dataset.train)
   if config.data.sharded:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from resist_jax import data
+from resist_jax.local_training import LossFn
 from resist_jax.model import ResNet
-from resist_jax.rounds import LossFn
 
 
 def make_loss(
@@ -29,7 +29,7 @@ def make_loss(
     flip: See `data.augment`.
 
   Returns:
-    A `rounds.LossFn` whose constants are all training images and labels,
+    A `LossFn` whose constants are all training images and labels,
     `(uint8[N, H, W, C], int32[N])`, and whose batch is `int32[B]`, examples of
     these. It reports `accuracy`.
   """

@@ -135,6 +135,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
       'training set, at least 0 and less than 1.'
     )
   full = sum(config.phases[field] for field in PHASE_FIELDS)
+  if full and config.protocol != 'resist':
+    raise ConfigError(
+      f'phases are full-model rounds of protocol resist, not of '
+      f'{config.protocol}: set them to 0.'
+    )
   if full > config.num_rounds:
     raise ConfigError(
       f'phases ask for {full} full-model rounds of {config.num_rounds}: raise '

@@ -150,7 +150,8 @@ def take(chain: PyTree, slots_s: jax.Array) -> PyTree:
   Returns:
     Pytree of arrays `[K, ...]`, zeros in empty slots.
 
-  >>> take({'w': jnp.array([1.0, 2.0, 3.0])}, jnp.array([0, 2, 3]))['w'].tolist()
+  >>> chain = {'w': jnp.array([1.0, 2.0, 3.0])}
+  >>> take(chain, jnp.array([0, 2, 3]))['w'].tolist()
   [1.0, 3.0, 0.0]
   """
   return jax.tree.map(

@@ -4,7 +4,7 @@ import signal
 import types
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 - it is no error.
   """The run was asked to stop, and has saved what it had.
 
   Attributes:

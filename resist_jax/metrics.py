@@ -1,4 +1,4 @@
-"""The rows of a run: a JSON line and TensorBoard scalars each, a progress bar."""
+"""The rows of a run: a JSON line, TensorBoard scalars and a progress bar."""
 
 from collections.abc import Mapping
 import json

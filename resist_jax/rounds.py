@@ -4,170 +4,23 @@ This is the one file that says `shard_map`. The mesh has D devices on the axis
 `worker`; S workers live on them, W = S / D on each, and take turns there.
 """
 
-from collections.abc import Callable, Mapping
-import dataclasses
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 import numpy as np
 import optax
 
-from resist_jax import decomposition, exchange
-from resist_jax.exchange import WORKER
+from resist_jax import exchange
+from resist_jax.local_training import LossFn, make_local_training
 from resist_jax.optimizer import Schedule
+from resist_jax.state import REPLICATED, SHARDED, Protocol, State
 
 PyTree = Any
-Key = jax.Array
-
-SHARDED = PartitionSpec(WORKER)
-REPLICATED = PartitionSpec()
-
-
-class State(NamedTuple):
-  """What workers hold between rounds; the leading axis of all arrays is S.
-
-  Attributes:
-    shared: Parameters outside the partitioned chains, `[S, ...]`, equal on all
-      workers.
-    chain: For each partitioned chain, its blocks `[S, K, ...]`.
-    slots: For each partitioned chain, `int32[S, K]`: which blocks these are.
-    velocity: The optimiser's momentum for `{'shared': ..., 'chain': ...}` when
-      it is carried from round to round; None when it starts afresh.
-  """
-
-  shared: PyTree
-  chain: dict[str, PyTree]
-  slots: dict[str, jax.Array]
-  velocity: PyTree | None = None
-
-
-class Local(NamedTuple):
-  """What a worker changes during local training; arrays lead with S."""
-
-  params: PyTree
-  opt_state: PyTree
-  metrics: dict[str, jax.Array]
-
-
-# loss_fn(params, present, constants, batch, key) -> (loss, {'name': scalar}).
-# `present` is float32[K] per chain: 1 where a slot holds a block, 0 where it is
-# empty. `constants` never changes; `batch` is what one step of one worker gets.
-LossFn = Callable[
-  [PyTree, Mapping[str, jax.Array], PyTree, PyTree, Key],
-  tuple[jax.Array, dict[str, jax.Array]],
-]
-
-
-def make_mesh(num_devices: int) -> Mesh:
-  """Returns a mesh of the first `num_devices` devices on the axis `worker`."""
-  # Explicit axes, the default of make_mesh, would insist on input specs.
-  auto = (jax.sharding.AxisType.Auto,)
-  devices = jax.devices()[:num_devices]
-  return jax.make_mesh((num_devices,), (WORKER,), auto, devices=devices)
-
-
-@dataclasses.dataclass(frozen=True)
-class Protocol:
-  """Who holds what, and when workers talk.
-
-  ResIST, local SGD and data parallel are values of this, not trainers of their
-  own: local SGD partitions no chain, so every worker holds every block; data
-  parallel is local SGD that averages its gradients at every step.
-
-  Attributes:
-    num_workers: S.
-    local_steps: T, steps of each worker in a round.
-    num_blocks: L of each partitioned chain, by name; empty for full models.
-    average_gradients: Average over the workers at each step.
-    carry_velocity: Exchange the optimiser's momentum with the parameters and
-      keep it, instead of starting from zero in every round (the paper).
-  """
-
-  num_workers: int
-  local_steps: int
-  num_blocks: Mapping[str, int]
-  average_gradients: bool = False
-  carry_velocity: bool = False
-
-
-def distribute(
-  params: Mapping[str, PyTree],
-  slots: Mapping[str, jax.Array],
-  num_workers: int,
-  mesh: Mesh,
-  velocity: Mapping[str, PyTree] | None = None,
-) -> State:
-  """Hands the global model out to the workers.
-
-  Args:
-    params: Canonical global parameters by name, chains `[L, ...]`.
-    slots: `int32[S, K]` for each chain to partition.
-    num_workers: S.
-    mesh: Where the workers live.
-    velocity: Momentum to carry, shaped as `params`, or None.
-
-  Returns:
-    The state before a round, sharded over the mesh.
-  """
-
-  def hand_out(tree):
-    shared, chain = decomposition.split(tree, slots)
-    shared = jax.tree.map(
-      lambda x: jnp.broadcast_to(x, (num_workers, *x.shape)), shared
-    )
-    take = jax.vmap(decomposition.take, in_axes=(None, 0))
-    return shared, {name: take(chain[name], slots[name]) for name in slots}
-
-  @partial(jax.jit, out_shardings=NamedSharding(mesh, SHARDED))
-  def build(params, velocity, slots):
-    shared, chain = hand_out(params)
-    if velocity is not None:
-      velocity = dict(zip(('shared', 'chain'), hand_out(velocity), strict=True))
-    return State(shared, chain, slots, velocity)
-
-  # Inputs may come committed to another set of devices (an earlier phase).
-  inputs = (dict(params), velocity, dict(slots))
-  return build(*jax.device_put(inputs, NamedSharding(mesh, REPLICATED)))
-
-
-@partial(jax.jit, static_argnames='num_blocks')
-def _assemble(
-  shared: PyTree, chain: PyTree, slots: PyTree, num_blocks: tuple
-) -> dict[str, PyTree]:
-  whole = {}
-  for name, length in num_blocks:
-    held = decomposition.presence(slots[name], length)
-    # Copies are equal between rounds: read the first holder's.
-    worker = jnp.argmax(held, axis=0)
-    mine = slots[name][worker] == jnp.arange(length)[:, None]
-    index = (worker, jnp.argmax(mine, axis=1))
-    whole[name] = jax.tree.map(lambda x, i=index: x[i], chain[name])
-  return decomposition.join(jax.tree.map(lambda x: x[0], shared), whole)
-
-
-def assemble(
-  state: State, num_blocks: Mapping[str, int]
-) -> tuple[dict[str, PyTree], dict[str, PyTree] | None]:
-  """Undoes `distribute`: the canonical global model between two rounds.
-
-  Args:
-    state: The state after a round.
-    num_blocks: L of each partitioned chain.
-
-  Returns:
-    `(params, velocity)`: parameters by name with chains `[L, ...]`, and the
-    momentum in the same shape, or None where it is not carried.
-  """
-  lengths = tuple(sorted(num_blocks.items()))
-  params = _assemble(state.shared, state.chain, state.slots, lengths)
-  velocity = state.velocity and _assemble(
-    state.velocity['shared'], state.velocity['chain'], state.slots, lengths
-  )
-  return params, velocity
 
 
 class Round:
@@ -304,9 +157,8 @@ def make_round(
   Returns:
     The round.
   """
-  begin = partial(_begin, optimizer, ('loss', *metrics))
-  step = partial(
-    _local_step, loss_fn, optimizer, schedule, protocol, seed, on_device
+  begin, step = make_local_training(
+    loss_fn, optimizer, schedule, protocol, seed, on_device, metrics
   )
   finish = partial(_finish, protocol)
   on_mesh = partial(jax.shard_map, mesh=mesh, check_vma=True, out_specs=SHARDED)
@@ -319,67 +171,6 @@ def make_round(
     mesh,
     on_device,
   )
-
-
-def _begin(optimizer, metrics, shared, chain, velocity) -> Local:
-  params = {'shared': shared, 'chain': chain}
-  opt_state = jax.vmap(optimizer.init)(params)
-  if velocity is not None:
-    opt_state = optax.tree.set(opt_state, trace=velocity)
-  zeros = jnp.zeros(_workers_here(params), jnp.float32)
-  return Local(params, opt_state, dict.fromkeys(metrics, zeros))
-
-
-def _local_step(
-  loss_fn,
-  optimizer,
-  schedule,
-  protocol,
-  seed,
-  on_device,
-  local,
-  slots,
-  constants,
-  batch,
-  round_index,
-  t,
-) -> Local:
-  """One optimiser step of every worker of this device."""
-
-  def gradients(worker, params, slots, batch):
-    key = jax.random.key(seed)
-    for number in (round_index, worker, t):
-      key = jax.random.fold_in(key, number)
-    present = {
-      name: (blocks < protocol.num_blocks[name]).astype(jnp.float32)
-      for name, blocks in slots.items()
-    }
-
-    def loss(params):
-      network = decomposition.join(params['shared'], params['chain'])
-      return loss_fn(network, present, constants, batch, key)
-
-    (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    return grads, {'loss': value, **metrics}
-
-  here = _workers_here(local.params)
-  workers = lax.axis_index(WORKER) * here + jnp.arange(here, dtype=jnp.int32)
-  grads, metrics = _each_worker(
-    gradients, (workers, local.params, slots, batch), loop=on_device
-  )
-  if protocol.average_gradients:
-    grads = exchange.mean_over_workers(grads, protocol.num_workers)
-  updates, opt_state = jax.vmap(optimizer.update)(
-    grads, local.opt_state, local.params
-  )
-  rate = schedule(round_index * protocol.local_steps + t)
-  params = jax.tree.map(
-    lambda p, u: p - rate.astype(p.dtype) * u, local.params, updates
-  )
-  means = jax.tree.map(
-    lambda total, x: total + x / protocol.local_steps, local.metrics, metrics
-  )
-  return Local(params, opt_state, means)
 
 
 def _finish(protocol, local, slots, next_slots):
@@ -407,18 +198,3 @@ def _finish(protocol, local, slots, next_slots):
     velocity = hand_over(optax.tree.get(local.opt_state, 'trace'))
   state = State(params['shared'], params['chain'], next_slots, velocity)
   return state, {**local.metrics, 'finite': finite}
-
-
-def _workers_here(tree: PyTree) -> int:
-  return jax.tree.leaves(tree)[0].shape[0]
-
-
-def _each_worker(function, args, loop: bool):
-  """Maps a function over the workers of this device, one after another."""
-  here = _workers_here(args)
-  if loop and here > 1:
-    return lax.map(lambda xs: function(*xs), args)
-  turns = [
-    function(*jax.tree.map(lambda x, w=w: x[w], args)) for w in range(here)
-  ]
-  return jax.tree.map(lambda *xs: jnp.stack(xs), *turns)

@@ -13,7 +13,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from resist_jax import accounting, export, metrics, report, rounds
+from resist_jax import accounting, export, metrics, report
+from resist_jax import state as state_lib
 from resist_jax import workdir as workdir_lib
 from resist_jax.build import Phase, Setup, prepare
 from resist_jax.checkpoint import Checkpoints, Restored, digest
@@ -159,7 +160,7 @@ def _loop(
     progress = _read(setup, running, progress, clock)
     running = None
     clock.stop()
-    params, velocity = rounds.assemble(state, phase.protocol.num_blocks)
+    params, velocity = state_lib.assemble(state, phase.protocol.num_blocks)
     if evaluates:
       progress = _with_accuracies(progress, evaluator(params))
     log.write(progress.last)
@@ -186,7 +187,7 @@ def _enter(setup: Setup, phase: Phase, index: int, params, velocity):
     velocity = None
   elif velocity is None:
     velocity = jax.tree.map(np.zeros_like, params)
-  state = rounds.distribute(
+  state = state_lib.distribute(
     params,
     setup.slots(phase, index),
     setup.config.num_workers,
@@ -208,8 +209,8 @@ def _read(
     raise NonFiniteError(
       f'round {done}: the loss or the parameters of worker '
       f'{", ".join(map(str, bad))} are not finite. Lower lr (now '
-      f'{setup.config.lr}) or raise optimizer.warmup_rounds, and choose another '
-      'workdir; the last good checkpoint of this one is kept.'
+      f'{setup.config.lr}) or raise optimizer.warmup_rounds, and choose '
+      'another workdir; the last good checkpoint of this one is kept.'
     )
   config = setup.config
   images = config.num_workers * config.local_steps * config.batch_size

@@ -4,7 +4,9 @@ import pytest
 
 from resist_jax import accounting
 
-RESNET101 = accounting.Sizes(41_396_900, 15_422_116, {'c': 1_180_672}, {'c': 22})
+RESNET101 = accounting.Sizes(
+  41_396_900, 15_422_116, {'c': 1_180_672}, {'c': 22}
+)
 FULL = accounting.Sizes(41_396_900, 41_396_900, {}, {})
 
 

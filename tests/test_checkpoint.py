@@ -102,7 +102,9 @@ def test_every_file_matters_or_is_not_read(tmp_path):
 def test_all_damaged_is_an_error(tmp_path):
   save(tmp_path, 1)
   cut(newest_files(tmp_path, 1)[0])
-  with pytest.raises(ValueError, match='all 1 checkpoints .* move that folder'):
+  with pytest.raises(
+    ValueError, match=r'all 1 checkpoints .* move that folder'
+  ):
     restore(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Batches are a pure function; images are what TFDS says; mistakes are clear."""
+"""Batches are a pure function, images are TFDS's, and mistakes are clear."""
 
 import dataclasses
 
@@ -115,7 +115,7 @@ def test_labels_out_of_range_are_found(monkeypatch):
   images = np.zeros((4, 8, 8, 1), np.uint8)
   bad = data.Split(images, np.array([0, 1, 2, 10], np.int32))
   monkeypatch.setattr(data, '_digits', lambda: (bad, bad, 10))
-  with pytest.raises(ConfigError, match='run from 0 to 10, but .* 0 to 9'):
+  with pytest.raises(ConfigError, match=r'run from 0 to 10, but .* 0 to 9'):
     data.load('digits')
 
 

@@ -1,4 +1,4 @@
-"""Accuracy by hand on a tiny network, and statistics that are fixed and right."""
+"""Accuracy by hand on a tiny network, and statistics that are right."""
 
 import jax
 import jax.numpy as jnp

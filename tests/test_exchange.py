@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import tiny
 
-from resist_jax import decomposition, exchange, rounds
+from resist_jax import decomposition, exchange
+from resist_jax import state as state_lib
 
 ON_WORKERS = PartitionSpec(exchange.WORKER)
 
 
 def on_mesh(function, num_devices):
-  mesh = rounds.make_mesh(num_devices)
+  mesh = state_lib.make_mesh(num_devices)
   return jax.jit(
     jax.shard_map(
       function, mesh=mesh, in_specs=ON_WORKERS, out_specs=ON_WORKERS

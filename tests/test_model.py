@@ -154,9 +154,7 @@ def test_batch_norm_by_hand_and_its_three_modes():
   np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
   stats = measured['batch_stats']
   np.testing.assert_allclose(stats['mean'], mean, rtol=1e-5)
-  np.testing.assert_allclose(
-    stats['mean_square'], var + mean**2, rtol=1e-5
-  )
+  np.testing.assert_allclose(stats['mean_square'], var + mean**2, rtol=1e-5)
 
   fixed = {'mean': jnp.zeros(2), 'mean_square': jnp.full(2, 4.0)}
   y = batch_norm(jnp.array(x), fixed)

@@ -47,5 +47,7 @@ def write(folder, name, shape=(32, 32, 3), classes=10, counts=(40, 12)):
       raise NotImplementedError
 
   SmallImages.name = name
-  SmallImages(data_dir=folder, file_format='array_record').download_and_prepare()
+  SmallImages(
+    data_dir=folder, file_format='array_record'
+  ).download_and_prepare()
   return splits

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from resist_jax import decomposition, model, optimizer, rounds
+from resist_jax import state as state_lib
 
 CHAIN = 'stage2_chain'
 CLASSES = 3
@@ -59,7 +60,7 @@ def make_optimizer():
 
 
 def make_round(loss_fn, protocol, num_devices, on_device=False):
-  mesh = rounds.make_mesh(num_devices)
+  mesh = state_lib.make_mesh(num_devices)
   run = rounds.make_round(
     loss_fn,
     make_optimizer(),
@@ -105,7 +106,7 @@ def train_compiled(
   if protocol.carry_velocity:
     velocity = jax.tree.map(jnp.zeros_like, params)
   workers = protocol.num_workers
-  state = rounds.distribute(params, slots(0), workers, mesh, velocity)
+  state = state_lib.distribute(params, slots(0), workers, mesh, velocity)
   metrics = {}
   for r in range(num_rounds):
     state, metrics = run(
@@ -115,7 +116,7 @@ def train_compiled(
       batches(r, workers, protocol.local_steps),
       r,
     )
-  return rounds.assemble(state, protocol.num_blocks)[0], metrics
+  return state_lib.assemble(state, protocol.num_blocks)[0], metrics
 
 
 @partial(jax.jit, static_argnums=0)

@@ -1,0 +1,135 @@
+"""Local training of the workers of one device; runs inside `shard_map`.
+
+No collective touches the worker axis here, unless the protocol averages
+gradients. Arrays lead with W, the workers of this device.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import optax
+
+from resist_jax import decomposition, exchange
+from resist_jax.exchange import WORKER
+from resist_jax.optimizer import Schedule
+from resist_jax.state import Protocol
+
+PyTree = Any
+Key = jax.Array
+
+
+class Local(NamedTuple):
+  """What workers change during local training.
+
+  Attributes:
+    params: `{'shared': ..., 'chain': ...}`, arrays `[W, ...]`.
+    opt_state: The optimiser's, arrays `[W, ...]`.
+    metrics: `float32[W]` by name, means over the steps so far.
+  """
+
+  params: PyTree
+  opt_state: PyTree
+  metrics: dict[str, jax.Array]
+
+
+# loss_fn(params, present, constants, batch, key) -> (loss, {'name': scalar}).
+# `present` is float32[K] per chain: 1 where a slot holds a block, 0 where it is
+# empty. `constants` never changes; `batch` is what one step of one worker gets.
+LossFn = Callable[
+  [PyTree, Mapping[str, jax.Array], PyTree, PyTree, Key],
+  tuple[jax.Array, dict[str, jax.Array]],
+]
+
+
+def make_local_training(
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  schedule: Schedule,
+  protocol: Protocol,
+  seed: int,
+  loop: bool,
+  metrics: tuple[str, ...],
+) -> tuple[Callable[..., Local], Callable[..., Local]]:
+  """Makes the functions that begin local training and take one step of it.
+
+  Args:
+    loss_fn: See `LossFn`.
+    optimizer: A gradient transformation without its learning rate.
+    schedule: Learning rate at a step of the whole run.
+    protocol: Who holds what, and when workers talk.
+    seed: Seed of all randomness in training.
+    loop: Loop over the workers of a device, or lay them out in a row.
+    metrics: Names of the metrics that the loss function returns.
+
+  Returns:
+    `begin(shared, chain, velocity) -> Local` and `step(local, slots, constants,
+    batch, round_index, t) -> Local`.
+  """
+
+  def begin(shared, chain, velocity):
+    params = {'shared': shared, 'chain': chain}
+    opt_state = jax.vmap(optimizer.init)(params)
+    if velocity is not None:
+      opt_state = optax.tree.set(opt_state, trace=velocity)
+    zeros = jnp.zeros(_workers_here(params), jnp.float32)
+    return Local(params, opt_state, dict.fromkeys(('loss', *metrics), zeros))
+
+  def gradients(worker, params, slots, constants, batch, round_index, t):
+    key = jax.random.key(seed)
+    for number in (round_index, worker, t):
+      key = jax.random.fold_in(key, number)
+    present = {
+      name: (blocks < protocol.num_blocks[name]).astype(jnp.float32)
+      for name, blocks in slots.items()
+    }
+
+    def loss(params):
+      network = decomposition.join(params['shared'], params['chain'])
+      return loss_fn(network, present, constants, batch, key)
+
+    (value, measured), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return grads, {'loss': value, **measured}
+
+  def step(local, slots, constants, batch, round_index, t):
+    here = _workers_here(local.params)
+    workers = lax.axis_index(WORKER) * here + jnp.arange(here, dtype=jnp.int32)
+    grads, measured = _each_worker(
+      lambda worker, params, slots, batch: gradients(
+        worker, params, slots, constants, batch, round_index, t
+      ),
+      (workers, local.params, slots, batch),
+      loop,
+    )
+    if protocol.average_gradients:
+      grads = exchange.mean_over_workers(grads, protocol.num_workers)
+    updates, opt_state = jax.vmap(optimizer.update)(
+      grads, local.opt_state, local.params
+    )
+    rate = schedule(round_index * protocol.local_steps + t)
+    params = jax.tree.map(
+      lambda p, u: p - rate.astype(p.dtype) * u, local.params, updates
+    )
+    means = jax.tree.map(
+      lambda mean, x: mean + x / protocol.local_steps, local.metrics, measured
+    )
+    return Local(params, opt_state, means)
+
+  return begin, step
+
+
+def _workers_here(tree: PyTree) -> int:
+  return jax.tree.leaves(tree)[0].shape[0]
+
+
+def _each_worker(function, args, loop: bool):
+  """Maps a function over the workers of this device, one after another."""
+  here = _workers_here(args)
+  if loop and here > 1:
+    return lax.map(lambda xs: function(*xs), args)
+  turns = [
+    function(*jax.tree.map(lambda x, w=w: x[w], args)) for w in range(here)
+  ]
+  return jax.tree.map(lambda *xs: jnp.stack(xs), *turns)

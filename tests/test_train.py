@@ -1,0 +1,287 @@
+"""Whole runs on digits with a tiny network: what is written, and resumed."""
+
+import itertools
+import json
+import os
+import re
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from resist_jax import config as config_lib
+from resist_jax import export, metrics, train
+from resist_jax.config import ConfigError
+from resist_jax.interrupt import Interrupted
+
+
+def tiny_config(**fields):
+  config = config_lib.get_config()
+  config.model.name = 'PreActResNet18'
+  config.model.stage_sizes, config.model.widths = (1, 6), (8, 8)
+  config.partition = (2,)
+  config.num_rounds, config.local_steps, config.batch_size = 4, 2, 16
+  config.eval_every, config.checkpoint_every = 2, 1
+  config.num_devices = 2
+  config.evaluation.statistics_images = 200
+  with config.unlocked():
+    config.update_from_flattened_dict(fields)
+  return config
+
+
+def rows(folder):
+  return metrics.read_rows(folder / 'metrics.jsonl')
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """One whole run: `(folder, summary)`."""
+  folder = tmp_path_factory.mktemp('finished')
+  return folder, train.train(tiny_config(), str(folder))
+
+
+def test_a_run_leaves_what_it_promises(finished):
+  folder, summary = finished
+  for name in (
+    'config.json', 'metrics.jsonl', 'summary.json', 'report.html', 'model',
+    'decomposition.png', 'accuracy_by_round.png', 'tensorboard',
+  ):  # fmt: skip
+    assert (folder / name).exists(), name
+  assert json.loads((folder / 'summary.json').read_text()) == summary
+  assert summary['protocol'] == 'resist'
+  assert summary['num_workers'] == 4
+  assert summary['num_devices'] == 2
+  assert summary['rounds'] == 4
+  assert summary['params_total'] == (
+    summary['params_shared'] + 5 * summary['params_per_block']['stage2_chain']
+  )
+  assert summary['bytes_total'] == 4 * summary['bytes_per_round']
+  assert summary['bytes_per_round'] < summary['bytes_per_round_local_sgd']
+  for name in (
+    'local_steps', 'test_accuracy', 'test_accuracy_paper', 'seconds_training',
+    'best_test_accuracy_paper', 'params_per_worker', 'seconds_total', 'seed',
+    'images_per_second', 'versions', 'device', 'final_train_loss',
+  ):  # fmt: skip
+    assert name in summary, name
+  assert len(summary['params_hash']) == 64
+
+
+def test_the_log_has_a_row_a_round(finished):
+  log = rows(finished[0])
+  assert [row['round'] for row in log] == [1, 2, 3, 4]
+  assert ['test_accuracy' in row for row in log] == [False, True, False, True]
+  for row in log:
+    blocks = itertools.chain(*row['slots']['stage2_chain'])
+    assert sorted(blocks) == [0, 1, 2, 3, 4]
+  seconds = [row['seconds_training'] for row in log]
+  assert seconds == sorted(seconds)
+  assert log[0]['lr'] > log[-1]['lr']
+
+
+def test_a_trained_model_loads_in_three_lines(finished):
+  folder, summary = finished
+  predict = export.load(folder)
+  test = train.prepare(tiny_config()).dataset.tests['test']
+  hits = np.asarray(predict(test.images)).argmax(-1) == test.labels
+  assert hits.mean() == pytest.approx(summary['test_accuracy'])
+
+
+def test_the_same_command_again_changes_nothing(finished):
+  folder, summary = finished
+  again = train.train(tiny_config(), str(folder))
+  assert again == summary
+  assert len(rows(folder)) == 4
+
+
+def stopped_at(round_index, monkeypatch, folder, config, signum=signal.SIGTERM):
+  """Runs until a signal arrives while a round is being logged."""
+  write = metrics.MetricsLog.write
+
+  def write_and_signal(self, row):
+    write(self, row)
+    if row['round'] == round_index:
+      os.kill(os.getpid(), signum)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(metrics.MetricsLog, 'write', write_and_signal)
+    with pytest.raises(Interrupted, match='the same command goes on') as stop:
+      train.train(config, str(folder))
+  assert stop.value.signum == signum
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {},
+    {'optimizer.carry_momentum': True, 'min_depth': 3},
+    {'protocol': 'data_parallel'},
+    {'protocol': 'local_sgd', 'data.sharded': True},
+    {'phases.full_before': 1, 'phases.full_after': 1},
+  ],
+  ids=['resist', 'carried', 'data_parallel', 'local_sgd', 'phases'],
+)
+def test_a_stopped_run_ends_bit_equal_to_one_that_was_not(
+  fields, monkeypatch, tmp_path
+):
+  whole = train.train(tiny_config(**fields), str(tmp_path / 'whole'))
+  stopped_at(1, monkeypatch, tmp_path / 'stopped', tiny_config(**fields))
+  log = rows(tmp_path / 'stopped')
+  assert len(log) < 4
+  again = train.train(tiny_config(**fields), str(tmp_path / 'stopped'))
+  assert again['params_hash'] == whole['params_hash']
+  for name in ('test_accuracy', 'final_train_loss', 'bytes_total'):
+    assert again[name] == whole[name]
+  both = rows(tmp_path / 'stopped'), rows(tmp_path / 'whole')
+  losses = [[row['train_loss'] for row in log] for log in both]
+  assert losses[0] == losses[1]
+
+
+def test_a_run_that_never_stopped_is_reproducible(finished, tmp_path):
+  again = train.train(tiny_config(), str(tmp_path))
+  assert again['params_hash'] == finished[1]['params_hash']
+  other = train.train(tiny_config(seed=1, num_rounds=1), str(tmp_path / 'b'))
+  assert other['params_hash'] != again['params_hash']
+
+
+def test_the_number_of_devices_changes_rounding_only(finished, tmp_path):
+  losses = []
+  for folder, devices in ((finished[0], 2), (tmp_path, 4)):
+    if devices == 4:
+      train.train(tiny_config(num_devices=4), str(folder))
+    losses.append([row['train_loss'] for row in rows(folder)])
+  np.testing.assert_allclose(*losses, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {'num_workers': 2},
+    {'num_workers': 8, 'min_depth': 1},
+    {'protocol': 'local_sgd'},
+    {'protocol': 'data_parallel'},
+  ],
+  ids=['S=2', 'S=8', 'local_sgd', 'data_parallel'],
+)
+def test_a_checkpoint_goes_on_with_other_workers_or_another_protocol(
+  fields, monkeypatch, tmp_path
+):
+  stopped_at(1, monkeypatch, tmp_path, tiny_config(), signal.SIGINT)
+  start = len(rows(tmp_path))
+  summary = train.train(tiny_config(**fields), str(tmp_path))
+  assert summary['rounds'] == 4
+  for name, value in fields.items():
+    assert name not in summary or summary[name] == value
+  log = rows(tmp_path)
+  assert [row['round'] for row in log] == [1, 2, 3, 4]
+  assert log[start - 1]['protocol'] == 'resist'
+  assert log[start]['train_loss'] < log[0]['train_loss'] + 0.3
+  assert np.isfinite(summary['final_train_loss'])
+
+
+def test_a_damaged_newest_checkpoint_costs_its_rounds_only(
+  finished, tmp_path, monkeypatch, caplog
+):
+  stopped_at(3, monkeypatch, tmp_path, tiny_config(checkpoint_every=1))
+  steps = sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir())
+  newest = tmp_path / 'checkpoints' / str(steps[-1])
+  largest = max(
+    (p for p in newest.rglob('*') if p.is_file()),
+    key=lambda p: p.stat().st_size,
+  )
+  largest.write_bytes(largest.read_bytes()[:100])
+  summary = train.train(tiny_config(checkpoint_every=1), str(tmp_path))
+  assert f'falling back to round {steps[-2]}' in caplog.text
+  assert summary['params_hash'] == finished[1]['params_hash']
+
+
+def test_divergence_names_round_and_worker_and_keeps_the_checkpoint(tmp_path):
+  config = tiny_config(lr=1e30, checkpoint_every=1)
+  with pytest.raises(train.NonFiniteError, match=r'round 1: .* worker \d'):
+    train.train(config, str(tmp_path))
+  assert not list((tmp_path / 'checkpoints').iterdir())
+  assert not (tmp_path / 'summary.json').exists()
+
+
+@pytest.mark.parametrize('where', ['evaluation', 'training', 'none'])
+def test_the_global_model_means_the_same_in_all_phases(where):
+  """A full-model phase trains the network that is evaluated."""
+  config = tiny_config(residual_scale=where)
+  setup = train.prepare(config)
+  evaluated = float(setup.evaluator().scales['stage2_chain'][0])
+  assert setup.training_scale('local_sgd')['stage2_chain'] == evaluated
+  ratio = setup.training_scale('resist')['stage2_chain'] / evaluated
+  assert ratio == pytest.approx(1 if where == 'none' else 4)
+
+
+def test_baselines_scale_nothing():
+  setup = train.prepare(tiny_config(protocol='local_sgd'))
+  assert setup.training_scale('local_sgd') == {}
+  assert setup.evaluator().scales == {}
+
+
+def test_what_a_baseline_sends():
+  def sent(**fields):
+    return train.prepare(tiny_config(**fields)).phase(1).bytes_per_round
+
+  sgd = sent(protocol='local_sgd')
+  assert sent(protocol='data_parallel') == 2 * sgd  # T = 2.
+  carried = {'protocol': 'local_sgd', 'optimizer.carry_momentum': True}
+  assert sent(**carried) == 2 * sgd
+
+
+def test_validation_is_reported_beside_the_test(tmp_path):
+  config = tiny_config(**{'data.validation': 0.1, 'num_rounds': 1})
+  summary = train.train(config, str(tmp_path))
+  assert 0 <= summary['validation_accuracy'] <= 1
+  assert 'validation_accuracy_paper' in summary
+
+
+def test_two_chains_are_cut_at_once(tmp_path):
+  config = tiny_config(partition=(1, 2), num_rounds=2)
+  config.model.stage_sizes = (5, 6)
+  summary = train.train(config, str(tmp_path))
+  assert summary['num_blocks'] == {'stage1_chain': 4, 'stage2_chain': 5}
+  assert set(rows(tmp_path)[0]['slots']) == {'stage1_chain', 'stage2_chain'}
+
+
+def differing(folder, **fields):
+  with pytest.raises(ConfigError) as caught:
+    train.train(tiny_config(**fields), str(folder))
+  message = str(caught.value)
+  assert '\n' not in message
+  return message
+
+
+def test_another_config_is_refused_and_nothing_is_touched(finished):
+  folder, _ = finished
+  before = {p: p.stat().st_mtime_ns for p in folder.rglob('*') if p.is_file()}
+  message = differing(folder, lr=0.5)
+  assert re.search(
+    r'another config \(lr 0.03 -> 0.5\).* another workdir', message
+  )
+  message = differing(folder, **{'model.norm': 'group'})
+  assert "model.norm 'batch' -> 'group'" in message
+  message = differing(folder, num_rounds=3)
+  assert 'trained 4 rounds already' in message
+  after = {p: p.stat().st_mtime_ns for p in folder.rglob('*') if p.is_file()}
+  assert after == before
+
+
+def test_a_checkpoints_folder_of_nobody_is_refused(tmp_path):
+  (tmp_path / 'checkpoints').mkdir()
+  assert 'no config.json' in differing(tmp_path)
+
+
+def test_loading_an_unfinished_run_says_so(tmp_path):
+  with pytest.raises(FileNotFoundError, match='when it has finished'):
+    export.load(tmp_path)
+
+
+def test_devices_that_are_not_there():
+  with pytest.raises(ConfigError, match='but there are 4 here'):
+    train.prepare(tiny_config(num_workers=8, num_devices=8, min_depth=1))
+  assert train.prepare(tiny_config(num_devices=0)).mesh.devices.size == 4
+  three = tiny_config(num_devices=0, num_workers=3)
+  assert train.prepare(three).mesh.devices.size == 3
+  jax.clear_caches()
