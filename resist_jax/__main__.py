@@ -1,5 +1,6 @@
 """Command line: python -m resist_jax --config=FILE --workdir=DIR."""
 
+import re
 import sys
 
 from absl import app, flags, logging
@@ -25,26 +26,31 @@ def parse(argv: list[str]) -> list[str]:
         raise flags.Error(f'--{flag.name} is missing.')
     if len(rest) > 1:
       raise flags.Error(f'unexpected argument {rest[1]!r}.')
-  except (
-    flags.Error,
-    AttributeError,
-    KeyError,
-    TypeError,
-    ValueError,
-  ) as error:
-    _fail(error)
+    CONFIG.value.to_dict()  # A card that failed to load fails here.
+  except (AttributeError, KeyError) as error:
+    # ml_collections names the nearest field, in quotes within quotes.
+    text = str(error).replace('\\n', '. ')
+    _fail('unknown config field ' + re.sub(r'[\\\'"]', '', text))
+  except (flags.Error, TypeError, ValueError) as error:
+    # An error inside a card comes with its traceback: the last line says it.
+    lines = str(error).strip().splitlines()
+    _fail(lines[-1] if 'Traceback' in str(error) else error)
   except OSError as error:
-    _fail(f'--config: {error}')
+    _fail(f'--config cannot be loaded: {error}')
   return rest
 
 
 def main(argv: list[str]) -> None:
   """Trains, and prints the table of the run."""
   del argv
-  logging.set_verbosity(logging.WARNING)
-  _make_virtual_devices()
+  logging.set_verbosity(logging.WARNING)  # orbax reports every step it takes.
+  config = CONFIG.value
+  virtual_devices = config.get('num_devices') or config.get('num_workers', 1)
+  if isinstance(virtual_devices, int) and virtual_devices > 0:
+    # One virtual CPU device per worker; GPUs and TPUs stay as they are.
+    jax.config.update('jax_num_cpu_devices', virtual_devices)
   try:
-    summary = train.train(CONFIG.value, WORKDIR.value)
+    summary = train.train(config, WORKDIR.value)
   except ConfigError as error:
     _fail(error)
   except train.NonFiniteError as error:
@@ -54,13 +60,6 @@ def main(argv: list[str]) -> None:
     sys.exit(128 + stop.signum)
   print(report.summary_table([summary]))
   print(f'report: {WORKDIR.value}/report.html')
-
-
-def _make_virtual_devices() -> None:
-  """Gives a CPU one virtual device per worker; GPUs and TPUs stay."""
-  wanted = CONFIG.value.num_devices or CONFIG.value.num_workers
-  if wanted > 0:
-    jax.config.update('jax_num_cpu_devices', wanted)
 
 
 def _fail(error: object, code: int = 2) -> None:

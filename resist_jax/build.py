@@ -178,8 +178,9 @@ class Setup:
       config.data.sharded,
     )
 
+  @cached_property
   def evaluator(self) -> Evaluator:
-    """Returns what measures the global model, at its residual scale."""
+    """What measures the global model, at its residual scale."""
     scaled = self.config.residual_scale == 'evaluation'
     scales = {
       name: jnp.full(length, self._share(name) if scaled else 1.0, jnp.float32)

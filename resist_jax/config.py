@@ -101,6 +101,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   Raises:
     ConfigError: On the first mistake.
   """
+  _check_fields(config)
   _one_of(config, 'protocol', PROTOCOLS)
   _one_of(config, 'residual_scale', ('evaluation', 'training', 'none'))
   _one_of(config.data, 'augment', ('auto', 'crop_flip', 'crop', 'none'))
@@ -151,6 +152,25 @@ def validate(config: ml_collections.ConfigDict) -> None:
       f'{config.num_devices}: change one, or leave num_devices at 0.'
     )
   _check_model(config)
+
+
+def _check_fields(config) -> None:
+  """A card that was not made from `get_config` may lack or add fields."""
+  for name, (ours, theirs) in differences(
+    _names(get_config().to_dict()), _names(config.to_dict())
+  ).items():
+    problem = 'lacks the field' if theirs is None else 'has an unknown field'
+    del ours
+    raise ConfigError(
+      f'the config {problem} {name}: begin with resist_jax.config.get_config().'
+    )
+
+
+def _names(config: dict) -> dict:
+  return {
+    name: _names(value) if isinstance(value, dict) else True
+    for name, value in config.items()
+  }
 
 
 def _check_model(config) -> None:

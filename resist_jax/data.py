@@ -4,11 +4,14 @@ Sets that fit live on the device as uint8; `batch_indices` is a pure function of
 (seed, round, worker, step), so a resumed run sees the same batches.
 """
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import os
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -112,6 +115,18 @@ def _digits() -> tuple[Split, Split, int]:
   return train, Split(test_images, test_labels), 10
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """TFDS warns of every folder that it looked into: only errors matter here."""
+  before = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(before)
+
+
+@_quiet()
 def _tfds(name: str, data_dir: str) -> tuple[Split, Split, int]:
   import tensorflow_datasets as tfds  # Slow to import, and digits need it not.
 

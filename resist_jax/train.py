@@ -82,7 +82,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         setup, checkpoints, log, interrupt, restored, started
       )
   summary = _summary(setup, params, progress)
-  export.save(folder, setup.evaluator().predictor(params))
+  export.save(folder, setup.evaluator.predictor(params))
   workdir_lib.write_json(folder / 'summary.json', summary)
   report.write_report([folder], folder)
   return summary
@@ -125,7 +125,7 @@ def _loop(
   started: float,
 ) -> tuple[PyTree, Progress]:
   """Trains the remaining rounds and returns the global model."""
-  config, evaluator = setup.config, setup.evaluator()
+  config, evaluator = setup.config, setup.evaluator
   params, velocity = restored.params, restored.velocity
   progress = Progress(**restored.progress)
   seconds_before = progress.seconds_total

@@ -1,8 +1,14 @@
 """Four virtual devices and a strict JAX, for every test."""
 
 import os
+import tempfile
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Many runs, also those of subprocesses, compile the same programs: keep them
+# for this session.
+CACHE = tempfile.TemporaryDirectory()
+os.environ['JAX_COMPILATION_CACHE_DIR'] = CACHE.name
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 import jax
 import pytest
