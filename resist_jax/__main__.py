@@ -2,6 +2,7 @@
 
 import re
 import sys
+from typing import NoReturn
 
 from absl import app, flags, logging
 import jax
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
     # One virtual CPU device per worker; GPUs and TPUs stay as they are.
     jax.config.update('jax_num_cpu_devices', virtual_devices)
   try:
-    summary = train.train(config, WORKDIR.value)
+    summary = train.train(config, str(WORKDIR.value))
   except ConfigError as error:
     _fail(error)
   except train.NonFiniteError as error:
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> None:
   print(f'report: {WORKDIR.value}/report.html')
 
 
-def _fail(error: object, code: int = 2) -> None:
+def _fail(error: object, code: int = 2) -> NoReturn:
   print('error:', ' '.join(str(error).split()), file=sys.stderr)
   sys.exit(code)
 

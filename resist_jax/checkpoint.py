@@ -44,8 +44,8 @@ class Checkpoints:
     Args:
       workdir: Of the run.
     """
-    policy = ocp.training.preservation_policies.LatestN(KEEP)
-    directory = workdir.absolute() / 'checkpoints'  # orbax wants absolute.
+    policy: Any = ocp.training.preservation_policies.LatestN(KEEP)
+    directory = str(workdir.absolute() / 'checkpoints')  # Orbax's own wish.
     self._checkpointer = ocp.training.Checkpointer(
       directory, preservation_policy=policy, cleanup_tmp_directories=True
     )
@@ -67,7 +67,7 @@ class Checkpoints:
     if velocity is not None:
       state['velocity'] = dict(velocity)
     state = jax.tree.map(np.asarray, state)
-    record = {'progress': dict(progress), 'sha256': digest(state)}
+    record: Any = {'progress': dict(progress), 'sha256': digest(state)}
     self._checkpointer.save(
       progress['round'], state, overwrite=True, custom_metadata=record
     )
@@ -101,7 +101,7 @@ class Checkpoints:
     return None
 
   def _read(self, step: int) -> Restored:
-    record = self._checkpointer.metadata(step).custom_metadata
+    record: Any = self._checkpointer.metadata(step).custom_metadata
     with warnings.catch_warnings():
       # No target shardings are given on purpose: arrays go to the host.
       warnings.filterwarnings('ignore', message='Sharding info not provided')

@@ -1,6 +1,7 @@
 """The loss of image classification, from example numbers to cross entropy."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def make_loss(
       for name, length in lengths.items()
     }
     subnetwork = network.with_chain_lengths(lengths)
-    logits = subnetwork.apply({'params': params}, images, scales)
+    logits: Any = subnetwork.apply({'params': params}, images, scales)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     hits = (logits.argmax(axis=-1) == labels).mean(dtype=jnp.float32)
     return loss.mean(), {'accuracy': hits}

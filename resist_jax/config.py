@@ -249,11 +249,11 @@ def differences(config: dict, other: dict, prefix: str = '') -> dict:
   """
   found = {}
   for field in sorted(config.keys() | other.keys()):
-    name, values = prefix + field, (config.get(field), other.get(field))
-    if all(isinstance(value, dict) for value in values):
-      found |= differences(*values, prefix=f'{name}.')
-    elif values[0] != values[1]:
-      found[name] = values
+    name, ours, theirs = prefix + field, config.get(field), other.get(field)
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+      found |= differences(ours, theirs, prefix=f'{name}.')
+    elif ours != theirs:
+      found[name] = ours, theirs
   return found
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib.util
 import os
+from typing import Any
 
 from absl import logging
 import jax
@@ -104,7 +105,7 @@ def load(name: str, data_dir: str = '', validation: float = 0.0) -> Dataset:
 
 
 def _digits() -> tuple[Split, Split, int]:
-  digits = sklearn_datasets.load_digits()
+  digits: Any = sklearn_datasets.load_digits()
   images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
   labels = digits.target.astype(np.int32)
   parts = model_selection.train_test_split(

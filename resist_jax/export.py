@@ -4,7 +4,6 @@
 >>> predictor(images).argmax(axis=-1)      # doctest: +SKIP
 """
 
-from collections.abc import Mapping
 import dataclasses
 from functools import partial
 import pathlib
@@ -52,9 +51,8 @@ class Predictor:
       Probabilities, `float32[B, num_classes]`.
     """
     images = data.normalise(jnp.asarray(images), self.mean, self.std)
-    return jax.nn.softmax(
-      self.network.apply(self.variables, images, self.scales)
-    )
+    logits: Any = self.network.apply(self.variables, images, self.scales)
+    return jax.nn.softmax(logits)
 
 
 def save(workdir: pathlib.Path, predictor: Predictor) -> None:
@@ -75,9 +73,8 @@ def save(workdir: pathlib.Path, predictor: Predictor) -> None:
     'std': predictor.std.tolist(),
   }
   state = {'variables': predictor.variables, 'scales': predictor.scales}
-  folder = workdir.absolute() / FOLDER
   ocp.save(
-    folder,
+    str(workdir.absolute() / FOLDER),
     jax.tree.map(np.asarray, state),
     overwrite=True,
     custom_metadata=record,
@@ -101,9 +98,9 @@ def load(workdir: str | pathlib.Path) -> Predictor:
     raise FileNotFoundError(
       f'{folder} does not exist: a run writes it when it has finished.'
     )
-  metadata = ocp.metadata(folder)
-  record: Mapping[str, Any] = metadata.custom_metadata
-  state = ocp.load(folder, metadata.metadata)
+  metadata = ocp.metadata(str(folder))
+  record: Any = metadata.custom_metadata
+  state: Any = ocp.load(str(folder), metadata.metadata)
   network = record['network']
   for field in ('stage_sizes', 'widths'):
     network[field] = tuple(network[field])

@@ -4,10 +4,11 @@ import os
 import tempfile
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# Many runs, also those of subprocesses, compile the same programs: keep them
-# for this session.
-CACHE = tempfile.TemporaryDirectory()
-os.environ['JAX_COMPILATION_CACHE_DIR'] = CACHE.name
+# Many runs, also those of subprocesses and of other test processes, compile the
+# same programs: keep them for this session.
+if 'PYTEST_XDIST_WORKER' not in os.environ:
+  CACHE = tempfile.TemporaryDirectory()
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = CACHE.name
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 import jax

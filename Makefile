@@ -1,0 +1,36 @@
+# `make demo` and `make test` set themselves up in .venv; Python 3.11 or newer.
+PYTHON ?= python3
+RUNS ?= runs
+SCALE ?=
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check clean
+
+$(VENV)/installed: requirements.txt setup.cfg pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'Python 3.11 or newer is needed: make PYTHON=python3.12 ...'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+# ResIST on four workers, then local SGD on the same budget, then both at once.
+demo: $(VENV)/installed
+	$(BIN)/python -m resist_jax --config=experiments/configs/digits.py$(SCALE) \
+	  --workdir=$(RUNS)/resist --config.protocol=resist
+	$(BIN)/python -m resist_jax --config=experiments/configs/digits.py$(SCALE) \
+	  --workdir=$(RUNS)/local_sgd --config.protocol=local_sgd
+	$(BIN)/python -m resist_jax.report $(RUNS)/resist $(RUNS)/local_sgd \
+	  --out=$(RUNS)/report
+	@echo 'both side by side: $(RUNS)/report/report.html'
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -q -n auto
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+
+clean:
+	rm -rf $(VENV) $(RUNS) build *.egg-info

@@ -1,0 +1,1 @@
+"""Experiments with resist_jax: configs, benchmarks and their results."""

@@ -1,0 +1,289 @@
+"""How fast a round is, in parts, beside a bare jitted step.
+
+For each network, on random images: seconds of a worker's local step as
+`resist_jax.rounds` runs it, beside `jax.jit` of the same sub-network's gradient
+and update (in turn, medians); then a round of S workers, the share of it that
+the exchange takes, compile times and memory.
+
+  python -m experiments.bench                            # both networks
+  python -m experiments.bench --network=paper --batch_size=128 --dtype=bfloat16
+
+Results go to experiments/results/bench/ with their provenance.
+"""
+
+import argparse
+import json
+import pathlib
+import resource
+import statistics
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.provenance import provenance
+from resist_jax import classification, data, model, optimizer, rounds
+from resist_jax import state as state_lib
+from resist_jax.decomposition import join, sample_slots
+
+CHAIN = 'stage3_chain'
+RESULTS = pathlib.Path(__file__).parent / 'results' / 'bench'
+
+
+class Network(NamedTuple):
+  """What is measured.
+
+  Attributes:
+    network: The global network.
+    size: Height and width of its images.
+    channels: Of its images.
+    batch_size: B, unless another is asked for.
+    local_steps: T, unless another is asked for.
+  """
+
+  network: model.ResNet
+  size: int
+  channels: int
+  batch_size: int
+  local_steps: int
+
+
+NETWORKS = {
+  'digits': Network(model.PreActResNetTiny(num_classes=10), 8, 1, 32, 20),
+  # The paper's setting is B = 128, T = 50: for accelerators.
+  'paper': Network(model.PreActResNet101(num_classes=100), 32, 3, 16, 2),
+}
+
+
+def main() -> None:
+  """Measures, prints and writes."""
+  args = _arguments()
+  if args.workers > 1:
+    jax.config.update('jax_num_cpu_devices', args.workers)
+  results = []
+  for name in NETWORKS if args.network == 'both' else [args.network]:
+    result = measure(NETWORKS[name], args)
+    results.append({'network': name, **result})
+    print(json.dumps(results[-1], indent=2))
+  kind = jax.devices()[0].device_kind.replace(' ', '_')
+  path = args.out or RESULTS / f'{kind}_{args.dtype}_{args.network}.json'
+  path.parent.mkdir(parents=True, exist_ok=True)
+  record = {
+    'command': ' '.join(['python -m experiments.bench', *sys.argv[1:]]),
+    'provenance': provenance(),
+    'seed': 0,
+    'results': results,
+  }
+  path.write_text(json.dumps(record, indent=2) + '\n')
+  print('written to', path)
+
+
+def _arguments() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--network', choices=[*NETWORKS, 'both'], default='both')
+  parser.add_argument('--workers', type=int, default=4, help='S')
+  parser.add_argument('--batch_size', type=int, help='B, per worker')
+  parser.add_argument('--local_steps', type=int, help='T')
+  parser.add_argument('--repeats', type=int, default=7, help='timed calls')
+  parser.add_argument(
+    '--dtype', default='float32', choices=['float32', 'bfloat16']
+  )
+  parser.add_argument('--out', type=pathlib.Path)
+  return parser.parse_args()
+
+
+def measure(spec: Network, args: argparse.Namespace) -> dict[str, Any]:
+  """Measures one network.
+
+  Args:
+    spec: The network.
+    args: Of the command line.
+
+  Returns:
+    Seconds, images per second, shares and bytes by name.
+  """
+  on_cpu = jax.devices()[0].platform == 'cpu'
+  network = spec.network.clone(dtype=args.dtype, unroll=on_cpu)
+  B = args.batch_size or spec.batch_size
+  T = args.local_steps or spec.local_steps
+  dataset = _random_images(spec, 4 * B, network.num_classes)
+  image = jnp.zeros((1, spec.size, spec.size, spec.channels))
+  init = jax.jit(network.init)
+  params = jax.device_get(init(jax.random.key(0), image)['params'])
+  problem = (network, dataset, params, B)
+
+  step = _one_worker(*problem, args.workers, args.repeats)
+  whole = _whole_round(*problem, args.workers, T, args.repeats, not on_cpu)
+  return {
+    'dtype': args.dtype,
+    'batch_size': B,
+    'blocks': sample_slots(
+      jax.random.key(0), _length(params), args.workers
+    ).shape[1],
+    **step,
+    **whole,
+    'peak_memory_of_process_bytes': 1024
+    * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    'peak_memory_of_device_bytes': (jax.devices()[0].memory_stats() or {}).get(
+      'peak_bytes_in_use'
+    ),
+  }
+
+
+def _length(params) -> int:
+  return jax.tree.leaves(params[CHAIN])[0].shape[0]
+
+
+def _random_images(spec: Network, count: int, classes: int) -> data.Dataset:
+  rng = np.random.default_rng(0)
+  shape = (count, spec.size, spec.size, spec.channels)
+  images = rng.integers(0, 256, shape).astype(np.uint8)
+  split = data.Split(images, rng.integers(0, classes, count).astype(np.int32))
+  half = np.full(spec.channels, 0.5, np.float32)
+  return data.Dataset('random', split, {'test': split}, classes, half, half / 2)
+
+
+def _make_round(network, dataset, length, S, T, D, on_device):
+  protocol = state_lib.Protocol(S, T, {CHAIN: length})
+  mesh = state_lib.make_mesh(D)
+  loss_fn = classification.make_loss(network, dataset, {CHAIN: 1.0}, 0, False)
+  run = rounds.make_round(
+    loss_fn,
+    optimizer.make_optimizer(0.9, 5e-4),
+    optimizer.make_schedule('constant', 0.01, 100),
+    protocol,
+    mesh,
+    seed=0,
+    on_device=on_device,
+    metrics=('accuracy',),
+  )
+  return mesh, run, loss_fn
+
+
+def _one_worker(network, dataset, params, B, S, repeats) -> dict[str, Any]:
+  """Times a worker's step inside the round beside a bare jitted step."""
+  length = _length(params)
+  # The slots of worker 0 of S, as the only worker of a mesh of one device.
+  slots = {CHAIN: sample_slots(jax.random.key(0), length, S)[:1]}
+  mesh, run, loss_fn = _make_round(network, dataset, length, 1, 1, 1, False)
+  constants = jax.device_put((dataset.train.images, dataset.train.labels))
+  batches = np.arange(B, dtype=np.int32).reshape(1, 1, B)
+  state = state_lib.distribute(params, slots, 1, mesh)
+  started = time.perf_counter()
+  run.compile(state, constants, batches)
+  compiled_in = time.perf_counter() - started
+
+  sub = join(
+    jax.tree.map(lambda x: x[0] + 0, state.shared),
+    jax.tree.map(lambda x: x[0] + 0, state.chain),
+  )
+  local = run.compiled['begin'](state.shared, state.chain, state.velocity)
+  index, batch = np.int32(0), jnp.asarray(batches[:, 0])
+
+  def ours():
+    nonlocal local
+    local = run.compiled['step'](
+      local, state.slots, constants, batch, index, index
+    )
+    return local
+
+  sgd = optimizer.make_optimizer(0.9, 5e-4)
+  present = {CHAIN: jnp.ones(slots[CHAIN].shape[1], jnp.float32)}
+
+  @jax.jit(donate_argnums=(0, 1))
+  def bare_step(params, opt_state, batch):
+    def loss(params):
+      return loss_fn(params, present, constants, batch, jax.random.key(0))
+
+    grads, metrics = jax.grad(loss, has_aux=True)(params)
+    updates, opt_state = sgd.update(grads, opt_state, params)
+    params = jax.tree.map(lambda p, u: p - 0.01 * u, params, updates)
+    return params, opt_state, metrics
+
+  carry = sub, jax.jit(sgd.init)(sub)
+
+  def bare():
+    nonlocal carry
+    *carry, metrics = bare_step(*carry, batch[0])
+    return carry, metrics
+
+  ours_seconds, bare_seconds = _in_turn((ours, bare), repeats)
+  return {
+    'step_seconds': ours_seconds,
+    'bare_step_seconds': bare_seconds,
+    'step_over_bare': ours_seconds / bare_seconds,
+    'images_per_second_of_a_worker': B / ours_seconds,
+    'compile_seconds_of_a_worker': compiled_in,
+    'params_of_a_worker': sum(x.size for x in jax.tree.leaves(sub)),
+  }
+
+
+def _whole_round(
+  network, dataset, params, B, S, T, repeats, on_device
+) -> dict[str, Any]:
+  """Times whole rounds of S workers, and the exchange alone."""
+  length = _length(params)
+  D = max(d for d in range(1, len(jax.devices()) + 1) if S % d == 0)
+  mesh, run, _ = _make_round(network, dataset, length, S, T, D, on_device)
+  everywhere = jax.sharding.NamedSharding(mesh, state_lib.REPLICATED)
+  train = dataset.train
+  constants = jax.device_put((train.images, train.labels), everywhere)
+  batches = np.tile(np.arange(B, dtype=np.int32), (S, T, 1))
+
+  def deal(r):
+    return {CHAIN: sample_slots(jax.random.key(r), length, S)}
+
+  state = state_lib.distribute(params, deal(0), S, mesh)
+  started = time.perf_counter()
+  run.compile(state, constants, batches)
+  compiled_in = time.perf_counter() - started
+
+  def one_round():
+    nonlocal state
+    state, _ = run(state, deal(1), constants, batches, 0)
+    return state
+
+  (seconds,) = _in_turn((one_round,), max(3, repeats // 2))
+  # T = 0 leaves the beginning and the exchange: that much is not training.
+  _, idle, _ = _make_round(network, dataset, length, S, 0, D, False)
+
+  def exchange():
+    nonlocal state
+    state, _ = idle(state, deal(1), constants, batches[:, :0], 0)
+    return state
+
+  (exchange_seconds,) = _in_turn((exchange,), repeats)
+  memory = run.compiled['round' if on_device else 'step'].memory_analysis()
+  return {
+    'workers': S,
+    'devices': D,
+    'local_steps': T,
+    'round_seconds': seconds,
+    'images_per_second': S * T * B / seconds,
+    'exchange_seconds': exchange_seconds,
+    'exchange_share_of_round': exchange_seconds / seconds,
+    'exchange_share_of_round_at_T_50': exchange_seconds
+    / (exchange_seconds + 50 * (seconds - exchange_seconds) / T),
+    'compile_seconds_of_round': compiled_in,
+    'argument_bytes_of_training_program': memory.argument_size_in_bytes,
+    'temporary_bytes_of_training_program': memory.temp_size_in_bytes,
+  }
+
+
+def _in_turn(functions, repeats: int) -> list[float]:
+  """Returns each function's median seconds, called in turn after a warm-up."""
+  times: list[list[float]] = [[] for _ in functions]
+  for turn in range(repeats + 1):
+    for function, mine in zip(functions, times, strict=True):
+      started = time.perf_counter()
+      jax.block_until_ready(function())
+      if turn:
+        mine.append(time.perf_counter() - started)
+  return [statistics.median(mine) for mine in times]
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,1 @@
+"""Experiment cards: each says its paper, its cost and its exact command."""

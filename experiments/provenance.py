@@ -1,0 +1,53 @@
+"""Where a result comes from, to be written beside it."""
+
+import importlib.metadata
+import os
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+import jax
+
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
+
+
+def provenance() -> dict[str, Any]:
+  """Returns commit, versions and device of this process.
+
+  Returns:
+    JSON values; the commit ends in `+` where files differ from it.
+  """
+  return {
+    'commit': _commit(),
+    'python': platform.python_version(),
+    'versions': {name: importlib.metadata.version(name) for name in PACKAGES},
+    'device': f'{len(jax.devices())} x {jax.devices()[0].device_kind}',
+    'processor': _processor(),
+    'cores': os.cpu_count(),
+  }
+
+
+def _commit() -> str:
+  root = pathlib.Path(__file__).parent.parent
+
+  def git(*args: str) -> str:
+    command = ['git', '-C', str(root), *args]
+    return subprocess.run(
+      command, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+  try:
+    dirty = '+' if git('status', '--porcelain', '--untracked-files=no') else ''
+    return git('rev-parse', '--short=12', 'HEAD') + dirty
+  except (OSError, subprocess.CalledProcessError):
+    return 'unknown'
+
+
+def _processor() -> str:
+  try:
+    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+  except OSError:
+    return platform.processor()
+  names = [line.split(':')[1].strip() for line in lines if 'model name' in line]
+  return names[0] if names else platform.processor()

@@ -1,0 +1,150 @@
+"""Makes the README's results from the committed result files.
+
+python -m experiments.readme
+"""
+
+from collections.abc import Sequence
+import json
+import pathlib
+import statistics
+from typing import Any
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / 'experiments' / 'results'
+BEGIN = '<!-- results: made by python -m experiments.readme -->\n'
+END = '<!-- end of results -->\n'
+PROTOCOLS = {
+  'resist': 'ResIST',
+  'local_sgd': 'local SGD',
+  'data_parallel': 'data parallel',
+}
+
+
+def main() -> None:
+  """Rewrites the results section of the README."""
+  path = ROOT / 'README.md'
+  path.write_text(with_results(path.read_text()))
+
+
+def with_results(text: str) -> str:
+  """Returns a README with the results of today's files.
+
+  Args:
+    text: The README.
+
+  Returns:
+    It, with all between the two markers replaced.
+  """
+  before, rest = text.split(BEGIN)
+  _, after = rest.split(END)
+  parts = [_digits(), *_benches(), _peer()]
+  return (
+    before + BEGIN + '\n' + '\n'.join(filter(None, parts)) + '\n' + END + after
+  )
+
+
+def _load(pattern: str) -> list[dict[str, Any]]:
+  return [
+    json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))
+  ]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+  head, *body = ['| ' + ' | '.join(row) + ' |' for row in rows]
+  return '\n'.join([head, '|---' * len(rows[0]) + '|', *body]) + '\n'
+
+
+def _digits() -> str:
+  rows = [
+    ['', 'test accuracy, deployed', "the paper's protocol", 'sent a round']
+    + ['weights on a worker', 'training seconds']
+  ]
+  provenance = config = None
+  for protocol, name in PROTOCOLS.items():
+    runs = _load(f'digits/{protocol}_seed*.json')
+    if not runs:
+      continue
+    provenance, config = runs[0]['provenance'], runs[0]['config']
+    found = [run['summary'] for run in runs]
+    first = found[0]
+    rows.append(
+      [
+        name,
+        _spread([100 * s['test_accuracy'] for s in found]) + ' %',
+        _spread([100 * s['test_accuracy_paper'] for s in found]) + ' %',
+        f'{first["bytes_per_round"] / 1e6:.2f} MB',
+        f'{first["params_per_worker"] / first["params_total"]:.0%}',
+        f'{statistics.median(s["seconds_training"] for s in found):.0f}',
+      ]
+    )
+  if provenance is None or config is None:
+    return ''
+  count = len(_load('digits/resist_seed*.json'))
+  return (
+    f'Handwritten digits (360 test images), {config["num_workers"]} workers, '
+    f'{config["num_rounds"]} rounds of {config["local_steps"]} steps, a chain '
+    f'of 12 blocks; mean and standard deviation of {count} seeds, on '
+    f'{_machine(provenance)}. `python -m experiments.digits`\n\n'
+    f'{_table(rows)}\n'
+    "Sent is the paper's count: every worker fetches its part and brings it "
+    'back (data parallel: its gradients, at every step).\n'
+  )
+
+
+def _spread(values: Sequence[float]) -> str:
+  if len(values) == 1:
+    return f'{values[0]:.1f}'
+  return f'{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}'
+
+
+def _machine(provenance: dict[str, Any]) -> str:
+  device = provenance['device'].split(' x ')[1]
+  if device != 'cpu':
+    return f'{device}, JAX {provenance["versions"]["jax"]}'
+  return (
+    f'{provenance["cores"]} cores of {provenance["processor"]}, JAX '
+    f'{provenance["versions"]["jax"]}'
+  )
+
+
+def _benches() -> list[str]:
+  sections = []
+  for record in _load('bench/*_both.json'):
+    rows = [
+      ['network', "step of a worker's sub-network", 'over a bare jitted step']
+      + ['exchange, share of a round', 'at T = 50', 'compile', 'images/s, all']
+    ]
+    for r in record['results']:
+      rows.append(
+        [
+          f'{r["network"]}, batch {r["batch_size"]}, {r["blocks"]} blocks',
+          f'{r["step_seconds"]:.3g} s',
+          f'{r["step_over_bare"]:.2f}',
+          f'{r["exchange_share_of_round"]:.1%} at T = {r["local_steps"]}',
+          f'{r["exchange_share_of_round_at_T_50"]:.1%}',
+          f'{r["compile_seconds_of_round"]:.1f} s',
+          f'{r["images_per_second"]:.0f}',
+        ]
+      )
+    first = record['results'][0]
+    sections.append(
+      f'Speed in {first["dtype"]}, {first["workers"]} workers on '
+      f'{first["devices"]} devices, {_machine(record["provenance"])}. '
+      f'`{record["command"]}`\n\n{_table(rows)}'
+    )
+  return sections
+
+
+def _peer() -> str:
+  return '\n'.join(
+    f"One step of the paper's sub-ResNet (11 blocks, batch {r['batch_size']}) "
+    f'takes {r["jax_seconds"]:.2f} s, in plain PyTorch '
+    f'{r["torch_seconds"]:.2f} s: {r["ratio"]:.2f} times as long, where the '
+    f'aim was 1.2. Medians of {r["runs"]} runs in turn, '
+    f'{_machine(r["provenance"])}. `{r["command"]}`\n'
+    for r in _load('bench/peer_*.json')
+  )
+
+
+if __name__ == '__main__':
+  main()
