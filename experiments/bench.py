@@ -27,7 +27,7 @@ import numpy as np
 from experiments.provenance import provenance
 from resist_jax import classification, data, model, optimizer, rounds
 from resist_jax import state as state_lib
-from resist_jax.decomposition import join, sample_slots
+from resist_jax.decomposition import join, sample_slots, slots_per_worker
 
 CHAIN = 'stage3_chain'
 RESULTS = pathlib.Path(__file__).parent / 'results' / 'bench'
@@ -61,7 +61,7 @@ NETWORKS = {
 def main() -> None:
   """Measures, prints and writes."""
   args = _arguments()
-  if args.workers > 1:
+  if args.workers > 1 and not args.only_step:  # A lone worker has all cores.
     jax.config.update('jax_num_cpu_devices', args.workers)
   results = []
   for name in NETWORKS if args.network == 'both' else [args.network]:
@@ -91,6 +91,7 @@ def _arguments() -> argparse.Namespace:
   parser.add_argument(
     '--dtype', default='float32', choices=['float32', 'bfloat16']
   )
+  parser.add_argument('--only_step', action='store_true', help='no rounds')
   parser.add_argument('--out', type=pathlib.Path)
   return parser.parse_args()
 
@@ -106,7 +107,7 @@ def measure(spec: Network, args: argparse.Namespace) -> dict[str, Any]:
     Seconds, images per second, shares and bytes by name.
   """
   on_cpu = jax.devices()[0].platform == 'cpu'
-  network = spec.network.clone(dtype=args.dtype, unroll=on_cpu)
+  network = spec.network.clone(dtype=args.dtype, for_cpu=on_cpu)
   B = args.batch_size or spec.batch_size
   T = args.local_steps or spec.local_steps
   dataset = _random_images(spec, 4 * B, network.num_classes)
@@ -115,14 +116,15 @@ def measure(spec: Network, args: argparse.Namespace) -> dict[str, Any]:
   params = jax.device_get(init(jax.random.key(0), image)['params'])
   problem = (network, dataset, params, B)
 
-  step = _one_worker(*problem, args.workers, args.repeats)
-  whole = _whole_round(*problem, args.workers, T, args.repeats, not on_cpu)
+  S = args.workers
+  step = _one_worker(*problem, S, args.repeats)
+  whole = {}
+  if not args.only_step:
+    whole = _whole_round(*problem, S, T, args.repeats, not on_cpu)
   return {
     'dtype': args.dtype,
     'batch_size': B,
-    'blocks': sample_slots(
-      jax.random.key(0), _length(params), args.workers
-    ).shape[1],
+    'blocks': slots_per_worker(_length(params), S),
     **step,
     **whole,
     'peak_memory_of_process_bytes': 1024

@@ -243,7 +243,7 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
       f'training images of {config.data.name}: lower batch_size.'
     )
   on_cpu = mesh.devices.flat[0].platform == 'cpu'
-  network = build_model(config, dataset.num_classes, unroll=on_cpu)
+  network = build_model(config, dataset.num_classes, for_cpu=on_cpu)
   resist = config.protocol == 'resist'
   names = [chain_name(s) for s in config.partition] if resist else []
   image = jnp.zeros((1, *dataset.train.images.shape[1:]), jnp.float32)

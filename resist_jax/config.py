@@ -205,14 +205,14 @@ def _check_model(config) -> None:
 
 
 def build_model(
-  config: ml_collections.ConfigDict, num_classes: int, unroll: bool = True
+  config: ml_collections.ConfigDict, num_classes: int, for_cpu: bool = True
 ) -> model_lib.ResNet:
   """Returns the network that `config.model` describes.
 
   Args:
     config: As made by `get_config`.
     num_classes: Width of the classifier.
-    unroll: See `model.ResNet`.
+    for_cpu: See `model.ResNet`.
 
   Returns:
     The global network.
@@ -228,7 +228,7 @@ def build_model(
     pre_activation=config.model.pre_activation,
     stem=config.model.stem,
     dtype=config.model.dtype,
-    unroll=unroll,
+    for_cpu=for_cpu,
     **sizes,
   )
 

@@ -1,7 +1,7 @@
 """A trained model, ready to use: parameters with fixed statistics.
 
->>> predictor = load('runs/resist')        # doctest: +SKIP
->>> predictor(images).argmax(axis=-1)      # doctest: +SKIP
+predict = export.load('runs/resist')
+predict(images).argmax(axis=-1)
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ def save(workdir: pathlib.Path, predictor: Predictor) -> None:
   network = {
     field.name: getattr(predictor.network, field.name)
     for field in dataclasses.fields(predictor.network)
-    if field.name not in ('parent', 'name', 'unroll')
+    if field.name not in ('parent', 'name', 'for_cpu')
   }
   record = {
     'network': network | {'dtype': jnp.dtype(network['dtype']).name},

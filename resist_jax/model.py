@@ -98,9 +98,10 @@ class ResNet(nn.Module):
     stem: `small` (3x3, for images up to 64 pixels) or `imagenet` (7x7, stride
       2, then max pooling).
     dtype: Compute dtype; parameters and statistics are float32.
-    unroll: Lay the blocks of a chain out one after another instead of looping
-      over them. XLA's CPU backend runs convolutions in loops some 10 to 40
-      times slower; on GPU and TPU a loop compiles faster and costs nothing.
+    for_cpu: Lay the blocks of a chain out one after another instead of looping
+      over them (XLA's CPU backend runs convolutions in loops some 10 to 40
+      times slower; elsewhere a loop compiles faster and costs nothing), and
+      use `layers.convolve_with_wide_kernel_gradient`. The result is the same.
   """
 
   num_classes: int
@@ -111,7 +112,7 @@ class ResNet(nn.Module):
   norm: str = 'batch'
   stem: str = 'small'
   dtype: Any = jnp.float32
-  unroll: bool = True
+  for_cpu: bool = True
 
   @nn.compact
   def __call__(
@@ -133,7 +134,7 @@ class ResNet(nn.Module):
     scales = dict(residual_scale or {})
     if self.norm not in ('batch', 'group'):
       raise ValueError(f'unknown norm {self.norm!r}: use batch or group.')
-    conv = partial(Conv, dtype=self.dtype)
+    conv = partial(Conv, dtype=self.dtype, wide_kernel_gradient=self.for_cpu)
     norm = partial(
       BatchNorm if self.norm == 'batch' else GroupNorm16, dtype=self.dtype
     )
@@ -158,7 +159,7 @@ class ResNet(nn.Module):
           variable_axes={'params': 0, 'batch_stats': 0},
           split_rngs={'params': True},
           length=size - 1,
-          unroll=size - 1 if self.unroll else 1,
+          unroll=size - 1 if self.for_cpu else 1,
         )
         ones = jnp.ones((size - 1,), jnp.float32)
         x, _ = chain(**make_block.keywords, name=name)(

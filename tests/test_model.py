@@ -86,7 +86,7 @@ def test_a_loop_over_blocks_equals_blocks_in_a_row():
   params = tiny.init(net)
   images, _ = tiny.examples()
   row = net.apply({'params': params}, images)
-  loop = net.clone(unroll=False).apply({'params': params}, images)
+  loop = net.clone(for_cpu=False).apply({'params': params}, images)
   np.testing.assert_allclose(row, loop, rtol=1e-5, atol=1e-6)
 
 
@@ -130,6 +130,24 @@ def test_convolution_by_hand(size, stride):
       want[:, i, j] = np.einsum('bhwc,hwcf->bf', window, kernel)
   got = conv.apply(variables, jnp.array(x))
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_wide_kernel_gradient_is_the_gradient():
+  rng = np.random.default_rng(0)
+  x = jnp.array(rng.normal(size=(3, 6, 5, 4)), jnp.float32)
+  kernel = jnp.array(rng.normal(size=(3, 3, 4, 7)), jnp.float32)
+  weight = jnp.array(rng.normal(size=(3, 6, 5, 7)), jnp.float32)
+
+  def gradients(convolve):
+    def loss(x, kernel):
+      return (weight * jnp.tanh(convolve(x, kernel))).sum()
+
+    return jax.grad(loss, argnums=(0, 1))(x, kernel)
+
+  ours = gradients(layers.convolve_with_wide_kernel_gradient)
+  want = gradients(layers.convolve)
+  for got, expected in zip(ours, want, strict=True):
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def batch_norm(x, stats=None, mutable=False):

@@ -156,7 +156,7 @@ def test_the_number_of_devices_changes_rounding_only(finished, tmp_path):
 @pytest.mark.parametrize(
   'fields',
   [
-    {'num_workers': 2},
+    {'num_workers': 2, 'num_devices': 2},
     {'num_workers': 8, 'min_depth': 1},
     {'protocol': 'local_sgd'},
     {'protocol': 'data_parallel'},

@@ -21,12 +21,13 @@ def get_config(scale: str = '') -> ml_collections.ConfigDict:
   config = config_lib.get_config()
   config.model.name = 'PreActResNetTiny'
   config.num_workers = 4
-  config.num_rounds = 30
-  config.local_steps = 20
+  config.num_rounds = 20
+  config.local_steps = 20  # Nine epochs of digits for each worker in all.
   config.batch_size = 32
   config.lr = 0.05
-  config.eval_every = 3
+  config.eval_every = 4
   config.checkpoint_every = 10
+  config.evaluation.batch_size = 120  # Divides the 360 test images of digits.
   if scale == 'smoke':
     config.num_rounds, config.local_steps = 2, 2
     config.eval_every = config.checkpoint_every = 1
