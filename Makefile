@@ -1,7 +1,7 @@
 # `make demo` and `make test` set themselves up in .venv; Python 3.11 or newer.
 PYTHON ?= python3
-RUNS ?= runs
 SCALE ?=
+RUNS ?= runs$(subst :,/,$(SCALE))
 VENV := .venv
 BIN := $(VENV)/bin
 

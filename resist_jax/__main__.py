@@ -1,7 +1,9 @@
 """Command line: python -m resist_jax --config=FILE --workdir=DIR."""
 
 import re
+import signal
 import sys
+import traceback
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -28,16 +30,19 @@ def parse(argv: list[str]) -> list[str]:
     if len(rest) > 1:
       raise flags.Error(f'unexpected argument {rest[1]!r}.')
     CONFIG.value.to_dict()  # A card that failed to load fails here.
-  except (AttributeError, KeyError) as error:
-    # ml_collections names the nearest field, in quotes within quotes.
-    text = str(error).replace('\\n', '. ')
-    _fail('unknown config field ' + re.sub(r'[\\\'"]', '', text))
-  except (flags.Error, TypeError, ValueError) as error:
+  except flags.Error as error:
     # An error inside a card comes with its traceback: the last line says it.
     lines = str(error).strip().splitlines()
     _fail(lines[-1] if 'Traceback' in str(error) else error)
-  except OSError as error:
-    _fail(f'--config cannot be loaded: {error}')
+  except Exception as error:  # A card is a program: it can raise anything.
+    where = traceback.extract_tb(error.__traceback__)[-1].filename
+    if isinstance(error, AttributeError | KeyError) and (
+      'ml_collections' in where
+    ):
+      # It names the nearest field, in quotes within quotes.
+      text = str(error).replace('\\n', '. ')
+      _fail('unknown config field ' + re.sub(r'[\\\'"]', '', text))
+    _fail(f'--config cannot be loaded: {type(error).__name__}: {error}')
   return rest
 
 
@@ -48,8 +53,9 @@ def main(argv: list[str]) -> None:
   config = CONFIG.value
   virtual_devices = config.get('num_devices') or config.get('num_workers', 1)
   if isinstance(virtual_devices, int) and virtual_devices > 0:
-    # One virtual CPU device per worker; GPUs and TPUs stay as they are.
-    jax.config.update('jax_num_cpu_devices', virtual_devices)
+    # One virtual CPU device per worker; GPUs and TPUs stay as they are. More
+    # would only copy the data more often: workers can take turns.
+    jax.config.update('jax_num_cpu_devices', min(virtual_devices, 64))
   try:
     summary = train.train(config, str(WORKDIR.value))
   except ConfigError as error:
@@ -59,6 +65,8 @@ def main(argv: list[str]) -> None:
   except Interrupted as stop:
     print(stop, file=sys.stderr)
     sys.exit(128 + stop.signum)
+  except KeyboardInterrupt:  # Before the first round, or after the last.
+    sys.exit(128 + signal.SIGINT)
   print(report.summary_table([summary]))
   print(f'report: {WORKDIR.value}/report.html')
 

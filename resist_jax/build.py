@@ -6,6 +6,7 @@ With `train.py`, the last place that reads a ConfigDict.
 from collections.abc import Mapping
 import dataclasses
 from functools import cached_property
+import re
 from typing import Any
 
 import jax
@@ -28,6 +29,8 @@ from resist_jax.evaluate import Evaluator
 from resist_jax.model import ResNet, chain_name
 
 PyTree = Any
+
+DEALING = 2**31 - 1  # No round has this number.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +159,10 @@ class Setup:
 
   def slots(self, phase: Phase, round_index: int) -> dict[str, jax.Array]:
     """Deals the blocks of a round; a pure function of (seed, round)."""
-    key = jax.random.fold_in(jax.random.key(self.config.seed), round_index)
     config = self.config
+    # Apart from the stream of training, which folds in the round first.
+    key = jax.random.fold_in(jax.random.key(config.seed), DEALING)
+    key = jax.random.fold_in(key, round_index)
     return {
       name: decomposition.sample_slots(
         jax.random.fold_in(key, i), length, config.num_workers, config.min_depth
@@ -181,10 +186,9 @@ class Setup:
   @cached_property
   def evaluator(self) -> Evaluator:
     """What measures the global model, at its residual scale."""
-    scaled = self.config.residual_scale == 'evaluation'
     scales = {
-      name: jnp.full(length, self._share(name) if scaled else 1.0, jnp.float32)
-      for name, length in self.chains.items()
+      name: jnp.full(self.chains[name], scale, jnp.float32)
+      for name, scale in self.global_scale().items()
     }
     return Evaluator(
       self.network,
@@ -193,6 +197,13 @@ class Setup:
       self.config.evaluation.batch_size,
       self.config.evaluation.statistics_images,
     )
+
+  def global_scale(self) -> dict[str, float]:
+    """Returns the residual scale of the global model's cut chains."""
+    scaled = self.config.residual_scale == 'evaluation'
+    return {
+      chain: self._share(chain) if scaled else 1.0 for chain in self.chains
+    }
 
   def _share(self, chain: str) -> float:
     return accounting.expected_share(
@@ -271,7 +282,8 @@ def _augmentation(
   height = dataset.train.images.shape[1]
   kind = config['augment']
   if kind == 'auto':
-    characters = dataset.name in data.CHARACTERS
+    # TFDS names may go on with a config and a version: emnist/letters:3.1.0.
+    characters = re.split('[/:]', dataset.name)[0] in data.CHARACTERS
     kind = 'crop' if characters else 'crop_flip'
     if height < 24:  # A shift by one pixel of eight is a lot.
       kind = 'none' if characters else 'flip'

@@ -68,9 +68,18 @@ class Checkpoints:
       state['velocity'] = dict(velocity)
     state = jax.tree.map(np.asarray, state)
     record: Any = {'progress': dict(progress), 'sha256': digest(state)}
-    self._checkpointer.save(
-      progress['round'], state, overwrite=True, custom_metadata=record
+    # Forced: after a fallback, a damaged checkpoint of a later round is there.
+    saved = self._checkpointer.save(
+      progress['round'],
+      state,
+      force=True,
+      overwrite=True,
+      custom_metadata=record,
     )
+    if not saved:
+      raise OSError(
+        f'the checkpoint of round {progress["round"]} was not saved.'
+      )
 
   def restore(self) -> Restored | None:
     """Reads the newest checkpoint that is whole.

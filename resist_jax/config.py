@@ -1,6 +1,6 @@
 """The settings of a run, why each has its value, and what a person gets wrong.
 
-ConfigDict is read in `train.py` and nowhere below it.
+ConfigDict is read in `build.py` and `train.py`, and nowhere below them.
 """
 
 import ml_collections
@@ -41,7 +41,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.protocol = 'resist'  # or local_sgd, data_parallel: the baselines.
   config.num_workers = 4  # S
   config.num_devices = 0  # D; 0: the largest divisor of S at hand.
-  config.num_rounds = 100  # Rounds of synchronisation, phases included.
+  # Rounds of synchronisation, phases included; the schedule spans them all.
+  config.num_rounds = 100
   config.local_steps = 50  # T, the paper's l; fewer for eight workers.
   config.min_depth = 0  # Blocks a worker runs at least; the paper: 5.
   config.batch_size = 128  # Per worker, as in the paper.
@@ -174,6 +175,13 @@ def _names(config: dict) -> dict:
 
 
 def _check_model(config) -> None:
+  for name, values in (
+    ('partition', config.partition),
+    ('model.stage_sizes', config.model.stage_sizes),
+    ('model.widths', config.model.widths),
+  ):
+    if not all(type(value) is int for value in values):
+      raise ConfigError(f'{name} is {values}; it must hold whole numbers.')
   network = build_model(config, num_classes=2)
   if len(network.stage_sizes) != len(network.widths):
     raise ConfigError(

@@ -21,9 +21,10 @@ from sklearn import model_selection
 
 from resist_jax.config import ConfigError
 
-# A mirrored or shifted image of these is another character or none at all.
+# A mirrored image of these is another character, or none at all.
 CHARACTERS = frozenset(
   {
+    'binary_alpha_digits',
     'digits',
     'mnist',
     'emnist',
@@ -194,9 +195,9 @@ def _prepare(name: str, builder, where: str) -> None:
   """Downloads and prepares, where TensorFlow and a network allow it."""
   advice = (
     f'run `python -c "import tensorflow_datasets as tfds; tfds.builder('
-    f"'{name}', file_format='array_record').download_and_prepare()\"` on a "
-    "machine with internet after pip install 'resist_jax[prepare]', or point "
-    '--config.data.dir at a folder that holds it.'
+    f"'{name}', data_dir='{where}', file_format='array_record')"
+    '.download_and_prepare()"` where there is internet, after pip install '
+    'tensorflow, or point --config.data.dir at a folder that holds it.'
   )
   if importlib.util.find_spec('tensorflow') is None:
     raise ConfigError(

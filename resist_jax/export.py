@@ -40,7 +40,6 @@ class Predictor:
   mean: np.ndarray
   std: np.ndarray
 
-  @partial(jax.jit, static_argnums=0)
   def __call__(self, images: jax.Array) -> jax.Array:
     """Classifies images.
 
@@ -51,8 +50,12 @@ class Predictor:
       Probabilities, `float32[B, num_classes]`.
     """
     images = data.normalise(jnp.asarray(images), self.mean, self.std)
-    logits: Any = self.network.apply(self.variables, images, self.scales)
-    return jax.nn.softmax(logits)
+    return _classify(self.network, self.variables, images, self.scales)
+
+
+@partial(jax.jit, static_argnums=0)
+def _classify(network, variables, images, scales):
+  return jax.nn.softmax(network.apply(variables, images, scales))
 
 
 def save(workdir: pathlib.Path, predictor: Predictor) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 NHWC = ('NHWC', 'HWIO', 'NHWC')
 
-# He et al. (2015), forward variance kept by the outputs of a convolution.
+# He et al. (2015), in the form that keeps the variance of gradients.
 he_normal = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 

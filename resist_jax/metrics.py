@@ -8,6 +8,8 @@ from typing import Any
 import tensorboardX
 import tqdm
 
+from resist_jax.config import ConfigError
+
 
 class MetricsLog:
   """Appends one row a round to `metrics.jsonl` and `tensorboard/`."""
@@ -20,6 +22,7 @@ class MetricsLog:
       start_round: Rounds completed.
       num_rounds: Of the whole run.
     """
+    self._shown_test = '-'
     path = workdir / 'metrics.jsonl'
     rows = [row for row in read_rows(path) if row['round'] <= start_round]
     lines = ''.join(json.dumps(row) + '\n' for row in rows)
@@ -46,8 +49,8 @@ class MetricsLog:
     shown = {'loss': f'{row["train_loss"]:.3f}'}
     shown['train'] = f'{row["train_accuracy"]:.1%}'
     if 'test_accuracy' in row:
-      self._test = f'{row["test_accuracy"]:.1%}'
-    shown['test'] = getattr(self, '_test', '-')
+      self._shown_test = f'{row["test_accuracy"]:.1%}'
+    shown['test'] = self._shown_test
     shown['img/s'] = f'{row["images_per_second"]:.0f}'
     self._bar.set_postfix(shown, refresh=False)
     self._bar.update()
@@ -69,14 +72,20 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
 
   Returns:
     Its rows; a last line that a kill cut short is left out.
+
+  Raises:
+    ConfigError: If another line is no JSON.
   """
-  rows = []
-  for line in path.read_text().splitlines() if path.exists() else []:
-    try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
-      break
-  return rows
+  if not path.exists():
+    return []
+  *lines, unfinished = path.read_text().split('\n')
+  del unfinished  # Empty, unless a kill cut it short.
+  try:
+    return [json.loads(line) for line in lines]
+  except json.JSONDecodeError as error:
+    raise ConfigError(
+      f'{path} is damaged ({error}): move it away to go on without it.'
+    ) from error
 
 
 def replace_text(path: pathlib.Path, text: str) -> None:

@@ -214,6 +214,29 @@ class GroupNorm16(nn.Module):
     return norm(x)
 
 
+def rescale_branches(
+  params: Mapping[str, Any], factors: Mapping[str, float], network: ResNet
+) -> dict[str, Any]:
+  """Multiplies the residual branches of chains by factors.
+
+  Args:
+    params: Global parameters by name.
+    factors: For some chains by name.
+    network: Whose parameters they are.
+
+  Returns:
+    Parameters whose named branches give `factor` times what they gave, since
+    the last layer of a branch is linear in its parameters.
+  """
+  kind = 'conv' if network.pre_activation else 'norm'
+  last = f'{kind}{3 if network.bottleneck else 2}'
+  params = dict(params)
+  for chain, factor in factors.items():
+    scaled = jax.tree.map(lambda x, f=factor: x * f, params[chain][last])
+    params[chain] = {**params[chain], last: scaled}
+  return params
+
+
 def chain_name(stage: int) -> str:
   """Returns the parameters' name of a stage's chain; stages count from 1."""
   return f'stage{stage}_chain'

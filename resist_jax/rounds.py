@@ -54,17 +54,17 @@ class Round:
       batches: Likewise.
     """
     index, slots = np.int32(0), state.slots
+    trained = (state.shared, state.chain, state.velocity)
     if 'round' in self.compiled:
       batches = _shapes(batches, self._sharding)
-      args = {'round': (state, slots, constants, batches, index)}
+      args = {'round': (trained, slots, slots, constants, batches, index)}
     else:
-      begin = (state.shared, state.chain, state.velocity)
-      local = jax.eval_shape(self.compiled['begin'], *begin)
+      local = jax.eval_shape(self.compiled['begin'], *trained)
       local = _shapes(local, self._sharding)
       batch = jax.tree.map(lambda x: x[:, 0], batches)
       batch = _shapes(batch, self._sharding)
       args = {
-        'begin': begin,
+        'begin': trained,
         'step': (local, slots, constants, batch, index, index),
         'finish': (local, slots, slots),
       }
@@ -82,7 +82,7 @@ class Round:
     """Trains every worker for T steps and exchanges.
 
     Args:
-      state: Donated; do not use it again.
+      state: Donated but for its slots; do not use it again.
       next_slots: `int32[S, K]` for each partitioned chain.
       constants: Passed to the loss as it is, e.g. data that live on devices.
       batches: Pytree of arrays `[S, T, ...]`; what step t of worker s gets.
@@ -94,17 +94,24 @@ class Round:
       `bool[S]` for `finite`: whether a worker's update is free of NaN and inf.
     """
     index, slots = np.int32(round_index), state.slots
+    trained = (state.shared, state.chain, state.velocity)
     next_slots = jax.device_put(dict(next_slots), self._sharding)
     if 'round' in self.compiled:
       batches = jax.device_put(batches, self._sharding)
-      args = (state, next_slots, constants, batches, index)
+      args = (trained, slots, next_slots, constants, batches, index)
       return self.compiled['round'](*args)
-    local = self.compiled['begin'](state.shared, state.chain, state.velocity)
+    local = self.compiled['begin'](*trained)
     for t in range(self._protocol.local_steps):
       batch = jax.tree.map(lambda x, t=t: x[:, t], batches)
       batch = jax.device_put(batch, self._sharding)
       args = (local, slots, constants, batch, index, np.int32(t))
       local = self.compiled['step'](*args)
+      if self._protocol.average_gradients:
+        jax.block_until_ready(local)
+    # XLA's CPU collectives hold a thread each, and abort the process when a
+    # device comes 40 seconds late. So no step is queued behind one that waits
+    # for others, and all devices have trained before the first one exchanges.
+    jax.block_until_ready(local)
     return self.compiled['finish'](local, slots, next_slots)
 
 
@@ -115,18 +122,20 @@ def _shapes(tree: PyTree, sharding: NamedSharding) -> PyTree:
   )
 
 
-def _scan_round(begin, step, finish, state, next_slots, constants, batches, i):
+def _scan_round(
+  begin, step, finish, trained, slots, next_slots, constants, batches, i
+):
   """One program for the whole round, for GPU and TPU."""
-  local = begin(state.shared, state.chain, state.velocity)
+  local = begin(*trained)
 
   def body(local, step_input):
     batch, t = step_input
-    return step(local, state.slots, constants, batch, i, t), None
+    return step(local, slots, constants, batch, i, t), None
 
   by_step = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), batches)
   steps = jnp.arange(jax.tree.leaves(by_step)[0].shape[0], dtype=jnp.int32)
   local, _ = lax.scan(body, local, (by_step, steps))
-  return finish(local, state.slots, next_slots)
+  return finish(local, slots, next_slots)
 
 
 def make_round(

@@ -20,6 +20,7 @@ from resist_jax.build import Phase, Setup, prepare
 from resist_jax.checkpoint import Checkpoints, Restored, digest
 from resist_jax.config import ConfigError, validate
 from resist_jax.interrupt import Interrupt, Interrupted
+from resist_jax.model import rescale_branches
 
 PyTree = Any
 
@@ -39,6 +40,7 @@ class Progress:
     seconds_training: Without compilation, tests and checkpoints.
     seconds_total: With everything.
     best_test_accuracy_paper: Over the evaluations so far.
+    residual_scale: Of the global model's cut chains; 1 where none is named.
     last: The newest row of the log.
   """
 
@@ -48,6 +50,7 @@ class Progress:
   seconds_training: float = 0.0
   seconds_total: float = 0.0
   best_test_accuracy_paper: float = 0.0
+  residual_scale: dict[str, float] = dataclasses.field(default_factory=dict)
   last: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -104,7 +107,23 @@ def _restore(checkpoints: Checkpoints, setup: Setup) -> Restored:
       f'{done} rounds already: raise num_rounds or choose another workdir.'
     )
   logging.info('going on after round %d', done)
-  return restored
+  return restored._replace(params=_as_scaled_now(setup, restored))
+
+
+def _as_scaled_now(setup: Setup, restored: Restored) -> PyTree:
+  """Keeps the global model the same function where S or the protocol changed.
+
+  Residual branches of another S are tested at another scale: what the scale
+  gains, their last layer gives.
+  """
+  before = restored.progress['residual_scale']
+  now = setup.global_scale()
+  factors = {
+    chain: before.get(chain, 1.0) / now.get(chain, 1.0)
+    for chain in before.keys() | now.keys()
+  }
+  changed = {chain: factor for chain, factor in factors.items() if factor != 1}
+  return rescale_branches(restored.params, changed, setup.network)
 
 
 class _Dispatched(NamedTuple):
@@ -127,7 +146,9 @@ def _loop(
   """Trains the remaining rounds and returns the global model."""
   config, evaluator = setup.config, setup.evaluator
   params, velocity = restored.params, restored.velocity
-  progress = Progress(**restored.progress)
+  progress = Progress(
+    **{**restored.progress, 'residual_scale': setup.global_scale()}
+  )
   seconds_before = progress.seconds_total
   clock = _Clock(progress.seconds_training)
   state = phase = running = None
@@ -153,9 +174,9 @@ def _loop(
     done = index + 1
     last = done == config.num_rounds
     evaluates = last or done % config.eval_every == 0
-    saves = last or done % config.checkpoint_every == 0 or interrupt.signum
+    saves = last or done % config.checkpoint_every == 0
     leaves = not last and setup.phase_name(done) != phase.name
-    if not (evaluates or saves or leaves):
+    if not (evaluates or saves or leaves or interrupt.signum):
       continue
     progress = _read(setup, running, progress, clock)
     running = None
@@ -166,11 +187,12 @@ def _loop(
     log.write(progress.last)
     elapsed = seconds_before + time.perf_counter() - started
     progress = dataclasses.replace(progress, seconds_total=elapsed)
-    if saves:
+    signum = interrupt.signum  # Read once: it may come at any time.
+    if saves or signum:
       checkpoints.save(params, velocity, dataclasses.asdict(progress))
-    if interrupt.signum and not last:
+    if signum and not last:
       raise Interrupted(
-        interrupt.signum,
+        signum,
         f'stopped after round {done} of {config.num_rounds}; the same command '
         'goes on from there.',
       )
@@ -279,7 +301,10 @@ def _summary(
     'params_total': sizes.total,
     'params_per_worker': accounting.params_per_worker(sizes, workers, depth),
     'params_shared': sizes.shared,
-    'params_per_block': sizes.block,
+    # One number where one chain is cut, and 0 where none is.
+    'params_per_block': (
+      sizes.block if len(sizes.block) > 1 else sum(sizes.block.values())
+    ),
     'num_blocks': sizes.num_blocks,
     'bytes_per_round': setup.phase(
       config.num_rounds - 1 - config.phases.full_after

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import json
+import os
 import pathlib
 import tempfile
 from typing import Any
@@ -21,7 +22,7 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     ConfigError: If it holds another run, or cannot be written.
   """
   existing = workdir
-  while not existing.exists() and existing != existing.parent:
+  while not os.path.exists(existing) and existing != existing.parent:
     existing = existing.parent
   if not existing.is_dir():
     raise ConfigError(
@@ -35,7 +36,8 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
       f'workdir {workdir} cannot be written ({error.strerror}): choose another.'
     ) from error
   if not (workdir / 'config.json').exists():
-    if (workdir / 'checkpoints').exists():
+    # An empty one is what a run leaves that was killed in its first seconds.
+    if any(workdir.glob('checkpoints/*')):
       raise ConfigError(
         f'workdir {workdir} holds checkpoints but no config.json: choose '
         'another.'

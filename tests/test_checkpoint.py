@@ -87,6 +87,15 @@ def test_a_damaged_newest_falls_back_and_says_so(tmp_path, damage, caplog):
   assert 'falling back to round 1' in caplog.text
 
 
+def test_after_a_fallback_an_earlier_round_is_saved(tmp_path):
+  """Round 3 comes again while the damaged checkpoint of round 4 is there."""
+  save(tmp_path, 2, 4)
+  cut(newest_files(tmp_path, 4)[0])
+  assert_is(restore(tmp_path), 2)
+  save(tmp_path, 3)
+  assert_is(restore(tmp_path), 3)
+
+
 def test_every_file_matters_or_is_not_read(tmp_path):
   """No damage anywhere brings back wrong numbers."""
   save(tmp_path, 1, 2)

@@ -29,6 +29,8 @@ def test_the_defaults_are_valid():
     ({'partition': (5,)}, 'stage 5; .* stages 1 to 4'),
     ({'partition': ()}, 'at least one stage'),
     ({'partition': (3, 3)}, 'each once'),
+    ({'partition': ('x',)}, 'whole numbers'),
+    ({'model.stage_sizes': (1, 2.5, 3, 1)}, 'whole numbers'),
     ({'phases.full_before': 60, 'phases.full_after': 41}, '101 full-model'),
     ({'phases.full_before': -1}, 'phases.full_before'),
     ({'residual_scale': 'test'}, 'residual_scale'),

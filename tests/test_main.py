@@ -99,6 +99,20 @@ def test_a_card_of_another_program(tmp_path):
   check_refusal(run(tmp_path / 'run', card=card), 'lacks the field batch_size')
 
 
+@pytest.mark.parametrize(
+  ('text', 'says'),
+  [
+    ('import nothing_of_the_kind', 'ModuleNotFoundError'),
+    ('def get_config(:', 'SyntaxError'),
+    ('def get_config():\n  return {}["x"]', "cannot be loaded: KeyError: 'x'"),
+  ],
+)
+def test_a_broken_card(text, says, tmp_path):
+  card = tmp_path / 'card.py'
+  card.write_text(text)
+  check_refusal(run(tmp_path / 'run', card=card), says)
+
+
 def test_missing_flags():
   args = [sys.executable, '-m', 'resist_jax']
   result = subprocess.run(args, cwd=ROOT, capture_output=True, text=True)

@@ -104,7 +104,7 @@ def test_bfloat16_computes_on_float32_parameters():
   assert 0 < np.abs(got - want).max() < 0.2
 
 
-def test_initial_weights_keep_the_variance_of_the_outputs():
+def test_initial_weights_have_he_deviation():
   """He et al. (2015): deviation sqrt(2 / (9 * features)) of a 3x3 kernel."""
   conv = layers.Conv(64)
   kernel = conv.init(jax.random.key(0), jnp.zeros((1, 8, 8, 64)))['params']
@@ -196,6 +196,20 @@ def test_batch_norm_has_the_gradient_of_its_definition():
   ours = jax.grad(lambda x: (weight * batch_norm(x)).sum())(x)
   want = jax.grad(by_definition)(x)
   np.testing.assert_allclose(ours, want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('pre_activation', [True, False])
+@pytest.mark.parametrize('norm', ['batch', 'group'])
+def test_rescaled_branches_undo_another_residual_scale(pre_activation, norm):
+  net = tiny.network(3, pre_activation=pre_activation, norm=norm)
+  params = tiny.init(net)
+  images, _ = tiny.examples()
+  quarter = {tiny.CHAIN: jnp.full(3, 0.25)}
+  half = {tiny.CHAIN: jnp.full(3, 0.5)}
+  want = net.apply({'params': params}, images, quarter)
+  halved = model.rescale_branches(params, {tiny.CHAIN: 0.5}, net)
+  got = net.apply({'params': halved}, images, half)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('field', ['norm', 'stem'])

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+from resist_jax import build, export, metrics, train
 from resist_jax import config as config_lib
-from resist_jax import export, metrics, train
 from resist_jax.config import ConfigError
 from resist_jax.interrupt import Interrupted
 
@@ -54,7 +54,7 @@ def test_a_run_leaves_what_it_promises(finished):
   assert summary['num_devices'] == 4
   assert summary['rounds'] == 4
   assert summary['params_total'] == (
-    summary['params_shared'] + 5 * summary['params_per_block']['stage2_chain']
+    summary['params_shared'] + 5 * summary['params_per_block']
   )
   assert summary['bytes_total'] == 4 * summary['bytes_per_round']
   assert summary['bytes_per_round'] < summary['bytes_per_round_local_sgd']
@@ -179,6 +179,47 @@ def test_a_checkpoint_goes_on_with_other_workers_or_another_protocol(
   assert np.isfinite(summary['final_train_loss'])
 
 
+def test_a_run_goes_on_as_the_same_function(tmp_path):
+  """S=4 tests branches at 1/4, S=2 at 1/2: logits stay the same."""
+  train.train(tiny_config(num_rounds=1), str(tmp_path))
+  logits = []
+  for fields in ({}, {'num_workers': 2, 'num_devices': 2},
+                 {'protocol': 'local_sgd'}):  # fmt: skip
+    setup = train.prepare(tiny_config(**fields))
+    with train.Checkpoints(tmp_path) as checkpoints:
+      params = train._restore(checkpoints, setup).params
+    predict = setup.evaluator.predictor(params)
+    logits.append(np.asarray(predict(setup.dataset.train.images[:50])))
+  np.testing.assert_allclose(logits[1], logits[0], rtol=1e-3, atol=1e-5)
+  np.testing.assert_allclose(logits[2], logits[0], rtol=1e-3, atol=1e-5)
+
+
+def test_a_signal_during_an_evaluation_is_not_lost(tmp_path, monkeypatch):
+  """A round that is evaluated but not due for a checkpoint saves one then."""
+  evaluate = train.prepare(tiny_config()).evaluator.__class__.__call__
+
+  def evaluate_and_signal(self, params):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return evaluate(self, params)
+
+  config = tiny_config(checkpoint_every=3, eval_every=2)
+  with monkeypatch.context() as patch:
+    patch.setattr(train.prepare(config).evaluator.__class__, '__call__',
+                  evaluate_and_signal)  # fmt: skip
+    with pytest.raises(Interrupted, match='stopped after round 2'):
+      train.train(config, str(tmp_path))
+  assert [p.name for p in (tmp_path / 'checkpoints').iterdir()] == ['2']
+
+
+def test_a_whole_run_as_on_an_accelerator(tmp_path, monkeypatch, finished):
+  """One program a round, which donates its state: the log still has slots."""
+  monkeypatch.setattr(build.Setup, 'on_cpu', property(lambda _: False))
+  train.train(tiny_config(num_workers=2, num_devices=1), str(tmp_path))
+  log = rows(tmp_path)
+  blocks = itertools.chain(*log[-1]['slots']['stage2_chain'])
+  assert sorted(blocks) == [0, 1, 2, 3, 4]
+
+
 def test_a_damaged_newest_checkpoint_costs_its_rounds_only(
   finished, tmp_path, monkeypatch, caplog
 ):
@@ -269,7 +310,7 @@ def test_another_config_is_refused_and_nothing_is_touched(finished):
 
 
 def test_a_checkpoints_folder_of_nobody_is_refused(tmp_path):
-  (tmp_path / 'checkpoints').mkdir()
+  (tmp_path / 'checkpoints' / '7').mkdir(parents=True)
   assert 'no config.json' in differing(tmp_path)
 
 
