@@ -75,7 +75,7 @@ def main() -> None:
   parser.add_argument('--runs', type=int, default=5)
   parser.add_argument('--steps', type=int, default=7)
   args = parser.parse_args()
-  ours, theirs = [], []
+  ours, theirs, torch_params = [], [], 0
   for _ in range(args.runs):
     seconds, torch_params = _torch(args)
     theirs.append(seconds)

@@ -18,6 +18,7 @@ from resist_jax import state as state_lib
 from resist_jax import workdir as workdir_lib
 from resist_jax.build import Phase, Setup, prepare
 from resist_jax.checkpoint import Checkpoints, Restored, digest
+from resist_jax.clock import Clock
 from resist_jax.config import ConfigError, validate
 from resist_jax.interrupt import Interrupt, Interrupted
 from resist_jax.model import rescale_branches
@@ -146,11 +147,11 @@ def _loop(
   """Trains the remaining rounds and returns the global model."""
   config, evaluator = setup.config, setup.evaluator
   params, velocity = restored.params, restored.velocity
-  progress = Progress(
-    **{**restored.progress, 'residual_scale': setup.global_scale()}
+  progress = dataclasses.replace(
+    Progress(**restored.progress), residual_scale=setup.global_scale()
   )
   seconds_before = progress.seconds_total
-  clock = _Clock(progress.seconds_training)
+  clock = Clock(progress.seconds_training)
   state = phase = running = None
   for index in range(progress.round, config.num_rounds):
     if state is None or phase is None:
@@ -221,7 +222,7 @@ def _enter(setup: Setup, phase: Phase, index: int, params, velocity):
 
 
 def _read(
-  setup: Setup, running: _Dispatched, progress: Progress, clock: '_Clock'
+  setup: Setup, running: _Dispatched, progress: Progress, clock: Clock
 ) -> Progress:
   """Waits for a round and turns its metrics into a row of the log."""
   measured = {k: np.asarray(v) for k, v in running.metrics.items()}
@@ -327,25 +328,3 @@ def _summary(
     },
     'params_hash': digest(params),
   }
-
-
-class _Clock:
-  """Adds up the seconds between `start` and `stop`."""
-
-  def __init__(self, seconds: float):
-    self._seconds = seconds
-    self._since: float | None = None
-
-  def start(self) -> None:
-    """Runs, if it is not running already."""
-    self._since = self._since or time.perf_counter()
-
-  def stop(self) -> None:
-    """Stands still."""
-    self._seconds, self._since = self.seconds(), None
-
-  def seconds(self) -> float:
-    """Returns the sum so far."""
-    if self._since is None:
-      return self._seconds
-    return self._seconds + time.perf_counter() - self._since

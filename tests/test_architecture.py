@@ -10,7 +10,7 @@ ROOT = PACKAGE.parent
 
 # A module may import those in the lines above its own.
 LAYERS = [
-  {'decomposition', 'layers', 'optimizer', 'interrupt', 'plots'},
+  {'decomposition', 'layers', 'optimizer', 'interrupt', 'plots', 'clock'},
   {'exchange', 'model', 'accounting'},
   {'state', 'config'},
   {'local_training'},

@@ -100,7 +100,7 @@ def test_a_prepared_tfds_set_is_read_to_the_last_pixel(
     ('cifar1O', 'unknown data set'),
     ('imdb_reviews', 'not one of images'),
     ('oxford_flowers102', 'differ in size'),
-    ('mnist', 'is not prepared in .*resist_jax'),
+    ('mnist', 'is not prepared in .*pip install'),
   ],
 )
 @pytest.mark.filterwarnings('ignore')
