@@ -129,7 +129,23 @@ def test_data_parallel_is_one_worker_with_a_larger_batch(on_device):
   assert_close(got, params)
 
 
-def test_carried_velocity_is_exchanged_like_the_parameters():
+@pytest.mark.parametrize('on_device', [False, True])
+def test_carried_velocity_is_exchanged_like_the_parameters(on_device):
+  """Against the plain loop, with new slots, copies and an uneven deal."""
+  loss_fn, params = problem()
+  S, min_depth = 4, 2
+  protocol = resist(S, carry_velocity=True)
+  got, _ = tiny.train_compiled(
+    loss_fn, params, protocol, 2, 3, on_device, min_depth
+  )
+  want = tiny.algorithm_1(loss_fn, params, L, S, 2, 3, min_depth, carry=True)
+  assert_close(got, want)
+  restarted = tiny.algorithm_1(loss_fn, params, L, S, 2, 3, min_depth)
+  difference = want['stem']['kernel'] - restarted['stem']['kernel']
+  assert np.abs(difference).max() > 1e-3
+
+
+def test_carried_velocity_makes_rounds_seamless():
   """With one worker nothing is lost: two rounds of T are one of 2 T."""
   loss_fn, params = problem()
 

@@ -130,47 +130,60 @@ def gradient(loss_fn, params, present, batch):
 
 
 def algorithm_1(loss_fn, params, num_blocks, num_workers, steps, num_rounds,
-                min_depth=0):  # fmt: skip
+                min_depth=0, carry=False):  # fmt: skip
   """The paper's Algorithm 1, one worker after another, nothing stacked.
 
   A sub-ResNet here is a list of blocks, and SGD is written out: this shares
-  no line with `rounds`, `exchange` or `aggregate`.
+  no line with `rounds`, `exchange` or `aggregate`. With `carry`, momentum is
+  cut and averaged as the parameters are.
   """
+  velocity = jax.tree.map(jnp.zeros_like, params)
   for r in range(num_rounds):
     slots = np.asarray(deal(r, num_blocks, num_workers, min_depth))
-    trained = []
-    for s in range(num_workers):
-      mine = [b for b in slots[s] if b < num_blocks]
-      sub = {k: v for k, v in params.items() if k != CHAIN}
-      sub[CHAIN] = jax.tree.map(lambda x, m=mine: x[np.array(m)], params[CHAIN])
-      velocity = jax.tree.map(jnp.zeros_like, sub)
+    hands = [[b for b in row if b < num_blocks] for row in slots]
+    subs, momenta = [], []
+    for s, mine in enumerate(hands):
+      sub, momentum = cut(params, mine), cut(velocity, mine)
+      if not carry:
+        momentum = jax.tree.map(jnp.zeros_like, momentum)
+      present = {CHAIN: jnp.ones(len(mine), jnp.float32)}
       for t in range(steps):
         batch = batches(r, num_workers, steps)[s, t]
-        present = {CHAIN: jnp.ones(len(mine), jnp.float32)}
         grads = gradient(loss_fn, sub, present, batch)
-        velocity = jax.tree.map(
+        momentum = jax.tree.map(
           lambda v, g, p: MOMENTUM * v + g + WEIGHT_DECAY * p,
-          velocity, grads, sub,
+          momentum, grads, sub,
         )  # fmt: skip
         rate = RATE / (1 + r * steps + t)
-        sub = jax.tree.map(lambda p, v, a=rate: p - a * v, sub, velocity)
-      trained.append((mine, sub))
-
-    new = {
-      k: jax.tree.map(
-        lambda *xs: sum(xs) / len(xs), *[t[1][k] for t in trained]
-      )
-      for k in params
-      if k != CHAIN
-    }
-    blocks = []
-    for block in range(num_blocks):
-      held = [
-        jax.tree.map(operator.itemgetter(mine.index(block)), sub[CHAIN])
-        for mine, sub in trained
-        if block in mine
-      ]
-      blocks.append(jax.tree.map(lambda *xs: sum(xs) / len(xs), *held))
-    new[CHAIN] = jax.tree.map(lambda *xs: jnp.stack(xs), *blocks)
-    params = new
+        sub = jax.tree.map(lambda p, v, a=rate: p - a * v, sub, momentum)
+      subs.append(sub)
+      momenta.append(momentum)
+    params = merge(subs, hands, num_blocks)
+    velocity = merge(momenta, hands, num_blocks)
   return params
+
+
+def cut(tree, mine):
+  """The part of a worker that holds the blocks `mine`."""
+  chain = jax.tree.map(lambda x: x[np.array(mine)], tree[CHAIN])
+  return {**tree, CHAIN: chain}
+
+
+def merge(parts, hands, num_blocks):
+  """Means over the workers that held a parameter."""
+  blocks = []
+  for block in range(num_blocks):
+    held = [
+      jax.tree.map(operator.itemgetter(mine.index(block)), part[CHAIN])
+      for part, mine in zip(parts, hands, strict=True)
+      if block in mine
+    ]
+    blocks.append(mean(held))
+  shared = [{k: v for k, v in part.items() if k != CHAIN} for part in parts]
+  chain = jax.tree.map(lambda *xs: jnp.stack(xs), *blocks)
+  return {**mean(shared), CHAIN: chain}
+
+
+def mean(trees):
+  """The plain mean of pytrees."""
+  return jax.tree.map(lambda *xs: sum(xs) / len(xs), *trees)
