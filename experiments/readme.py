@@ -80,10 +80,13 @@ def _digits() -> str:
   if provenance is None or config is None:
     return ''
   count = len(_load('digits/resist_seed*.json'))
+  seeds = 'one seed'
+  if count > 1:
+    seeds = f'mean and standard deviation of {count} seeds'
   return (
     f'Handwritten digits (360 test images), {config["num_workers"]} workers, '
     f'{config["num_rounds"]} rounds of {config["local_steps"]} steps, a chain '
-    f'of 12 blocks; mean and standard deviation of {count} seeds, on '
+    f'of 12 blocks; {seeds}, on '
     f'{_machine(provenance)}. `python -m experiments.digits`\n\n'
     f'{_table(rows)}\n'
     "Sent is the paper's count: every worker fetches its part and brings it "
