@@ -43,16 +43,16 @@ def run(protocol: str, seed: int, target: pathlib.Path) -> None:
     target: The result file.
   """
   with tempfile.TemporaryDirectory() as folder:
+    workdir = pathlib.Path(folder) / protocol  # Pictures bear its name.
     flags = [
       f'--config.protocol={protocol}',
       f'--config.seed={seed}',
-      f'--workdir={folder}',
+      f'--workdir={workdir}',
     ]
     subprocess.run(
       [sys.executable, '-m', 'resist_jax', f'--config={CARD}', *flags],
       check=True,
     )
-    workdir = pathlib.Path(folder)
     record = {
       'provenance': provenance(),
       'config': json.loads((workdir / 'config.json').read_text()),
