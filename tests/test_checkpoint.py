@@ -6,6 +6,12 @@ import pytest
 
 from resist_jax.checkpoint import KEEP, Checkpoints, digest
 
+# When one read of a damaged checkpoint fails, orbax closes its event loop under
+# the reads beside it, which complain from their threads.
+pytestmark = pytest.mark.filterwarnings(
+  'ignore::pytest.PytestUnraisableExceptionWarning'
+)
+
 
 def state(seed):
   rng = np.random.default_rng(seed)

@@ -220,6 +220,8 @@ def test_a_whole_run_as_on_an_accelerator(tmp_path, monkeypatch, finished):
   assert sorted(blocks) == [0, 1, 2, 3, 4]
 
 
+# Orbax's reads beside the one that fails complain from their threads.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 def test_a_damaged_newest_checkpoint_costs_its_rounds_only(
   finished, tmp_path, monkeypatch, caplog
 ):
