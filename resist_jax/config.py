@@ -157,11 +157,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 def _check_fields(config) -> None:
   """A card that was not made from `get_config` may lack or add fields."""
-  for name, (ours, theirs) in differences(
+  for name, (_, theirs) in differences(
     _names(get_config().to_dict()), _names(config.to_dict())
   ).items():
     problem = 'lacks the field' if theirs is None else 'has an unknown field'
-    del ours
     raise ConfigError(
       f'the config {problem} {name}: begin with resist_jax.config.get_config().'
     )

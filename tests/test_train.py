@@ -13,6 +13,7 @@ import pytest
 from resist_jax import build, export, metrics, train
 from resist_jax import config as config_lib
 from resist_jax.config import ConfigError
+from resist_jax.evaluate import Evaluator
 from resist_jax.interrupt import Interrupted
 
 
@@ -196,7 +197,7 @@ def test_a_run_goes_on_as_the_same_function(tmp_path):
 
 def test_a_signal_during_an_evaluation_is_not_lost(tmp_path, monkeypatch):
   """A round that is evaluated but not due for a checkpoint saves one then."""
-  evaluate = train.prepare(tiny_config()).evaluator.__class__.__call__
+  evaluate = Evaluator.__call__
 
   def evaluate_and_signal(self, params):
     os.kill(os.getpid(), signal.SIGTERM)
@@ -204,8 +205,7 @@ def test_a_signal_during_an_evaluation_is_not_lost(tmp_path, monkeypatch):
 
   config = tiny_config(checkpoint_every=3, eval_every=2)
   with monkeypatch.context() as patch:
-    patch.setattr(train.prepare(config).evaluator.__class__, '__call__',
-                  evaluate_and_signal)  # fmt: skip
+    patch.setattr(Evaluator, '__call__', evaluate_and_signal)
     with pytest.raises(Interrupted, match='stopped after round 2'):
       train.train(config, str(tmp_path))
   assert [p.name for p in (tmp_path / 'checkpoints').iterdir()] == ['2']
