@@ -2,8 +2,8 @@
 
 For each network, on random images: seconds of a worker's local step as
 `resist_jax.rounds` runs it, beside `jax.jit` of the same sub-network's gradient
-and update (in turn, medians); then a round of S workers, the share of it that
-the exchange takes, compile times and memory.
+and update (in turn, medians); then a round of S workers, the exchanges and wire
+formats (in turn), their share of a round, compile times and memory.
 
   python -m experiments.bench                            # both networks
   python -m experiments.bench --network=paper --batch_size=128 --dtype=bfloat16
@@ -12,6 +12,7 @@ Results go to experiments/results/bench/ with their provenance.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import resource
@@ -25,8 +26,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.provenance import provenance
-from resist_jax import classification, data, model, optimizer, rounds
+from resist_jax import (
+  classification,
+  data,
+  footprint,
+  model,
+  optimizer,
+  rounds,
+)
 from resist_jax import state as state_lib
+from resist_jax.dealing import Deal
 from resist_jax.decomposition import join, sample_slots, slots_per_worker
 
 CHAIN = 'stage3_chain'
@@ -148,8 +157,15 @@ def _random_images(spec: Network, count: int, classes: int) -> data.Dataset:
   return data.Dataset('random', split, {'test': split}, classes, half, half / 2)
 
 
-def _make_round(network, dataset, length, S, T, D, on_device):
-  protocol = state_lib.Protocol(S, T, {CHAIN: length})
+EXCHANGES = (
+  ('hand_over', 'float32'),
+  ('masked_psum', 'float32'),
+  ('hand_over', 'bfloat16'),
+  ('hand_over', 'int8'),
+)
+
+
+def _make_round(network, dataset, protocol, D, on_device):
   mesh = state_lib.make_mesh(D)
   loss_fn = classification.make_loss(network, dataset, {CHAIN: 1.0}, 0, False)
   run = rounds.make_round(
@@ -169,11 +185,13 @@ def _one_worker(network, dataset, params, B, S, repeats) -> dict[str, Any]:
   """Times a worker's step inside the round beside a bare jitted step."""
   length = _length(params)
   # The slots of worker 0 of S, as the only worker of a mesh of one device.
-  slots = {CHAIN: sample_slots(jax.random.key(0), length, S)[:1]}
-  mesh, run, loss_fn = _make_round(network, dataset, length, 1, 1, 1, False)
+  dealt = np.asarray(sample_slots(jax.random.key(0), length, S))
+  slots = {CHAIN: Deal(dealt[:1])}
+  protocol = state_lib.Protocol(1, 1, {CHAIN: length})
+  mesh, run, loss_fn = _make_round(network, dataset, protocol, 1, False)
   constants = jax.device_put((dataset.train.images, dataset.train.labels))
   batches = np.arange(B, dtype=np.int32).reshape(1, 1, B)
-  state = state_lib.distribute(params, slots, 1, mesh)
+  state = state_lib.distribute(params, slots, protocol, mesh)
   started = time.perf_counter()
   run.compile(state, constants, batches)
   compiled_in = time.perf_counter() - started
@@ -188,12 +206,12 @@ def _one_worker(network, dataset, params, B, S, repeats) -> dict[str, Any]:
   def ours():
     nonlocal local
     local = run.compiled['step'](
-      local, state.slots, constants, batch, index, index
+      local, {CHAIN: dealt[:1]}, constants, batch, index, index
     )
     return local
 
   sgd = optimizer.make_optimizer(0.9, 5e-4)
-  present = {CHAIN: jnp.ones(slots[CHAIN].shape[1], jnp.float32)}
+  present = {CHAIN: jnp.ones(dealt.shape[1], jnp.float32)}
 
   @jax.jit(donate_argnums=(0, 1))
   def bare_step(params, opt_state, batch):
@@ -226,53 +244,79 @@ def _one_worker(network, dataset, params, B, S, repeats) -> dict[str, Any]:
 def _whole_round(
   network, dataset, params, B, S, T, repeats, on_device
 ) -> dict[str, Any]:
-  """Times whole rounds of S workers, and the exchange alone."""
-  length = _length(params)
+  """Times whole rounds of S workers, and every exchange alone."""
   D = max(d for d in range(1, len(jax.devices()) + 1) if S % d == 0)
-  mesh, run, _ = _make_round(network, dataset, length, S, T, D, on_device)
+  protocol = state_lib.Protocol(
+    S, T, {CHAIN: _length(params)}, exchange='hand_over'
+  )
+  mesh, run, _ = _make_round(network, dataset, protocol, D, on_device)
   everywhere = jax.sharding.NamedSharding(mesh, state_lib.REPLICATED)
   train = dataset.train
   constants = jax.device_put((train.images, train.labels), everywhere)
   batches = np.tile(np.arange(B, dtype=np.int32), (S, T, 1))
 
-  def deal(r):
-    return {CHAIN: sample_slots(jax.random.key(r), length, S)}
-
-  state = state_lib.distribute(params, deal(0), S, mesh)
+  deals = protocol.dealer(CHAIN).deals([0])
+  state = state_lib.distribute(params, {CHAIN: next(deals)}, protocol, mesh)
   started = time.perf_counter()
   run.compile(state, constants, batches)
   compiled_in = time.perf_counter() - started
+  memory = footprint.compiled_memory(run)
 
   def one_round():
     nonlocal state
-    state, _ = run(state, deal(1), constants, batches, 0)
-    return state
+    state, _ = run(state, {CHAIN: next(deals)}, constants, batches, 0)
+    return state.shared, state.chain
 
   (seconds,) = _in_turn((one_round,), max(3, repeats // 2))
-  # T = 0 leaves the beginning and the exchange: that much is not training.
-  _, idle, _ = _make_round(network, dataset, length, S, 0, D, False)
-
-  def exchange():
-    nonlocal state
-    state, _ = idle(state, deal(1), constants, batches[:, :0], 0)
-    return state
-
-  (exchange_seconds,) = _in_turn((exchange,), repeats)
-  memory = run.compiled['round' if on_device else 'step'].memory_analysis()
+  del state
+  exchanges = [
+    _exchange(network, dataset, params, protocol, D, constants, batches, *kind)
+    for kind in EXCHANGES
+  ]
+  times = _in_turn(exchanges, repeats)
+  training = seconds - times[0]  # The round hands over in float32.
   return {
     'workers': S,
     'devices': D,
     'local_steps': T,
     'round_seconds': seconds,
     'images_per_second': S * T * B / seconds,
-    'exchange_seconds': exchange_seconds,
-    'exchange_share_of_round': exchange_seconds / seconds,
-    'exchange_share_of_round_at_T_50': exchange_seconds
-    / (exchange_seconds + 50 * (seconds - exchange_seconds) / T),
+    'exchange_seconds': {
+      ' '.join(kind): t for kind, t in zip(EXCHANGES, times, strict=True)
+    },
+    'exchange_share_of_round_at_T_50': {
+      ' '.join(kind): t / (t + 50 * training / T)
+      for kind, t in zip(EXCHANGES, times, strict=True)
+    },
     'compile_seconds_of_round': compiled_in,
-    'argument_bytes_of_training_program': memory.argument_size_in_bytes,
-    'temporary_bytes_of_training_program': memory.temp_size_in_bytes,
+    'compiled_memory': memory,
   }
+
+
+def _exchange(
+  network, dataset, params, protocol, D, constants, batches, exchange, wire
+):
+  """Returns a function that begins a round and ends it, without a step."""
+  protocol = dataclasses.replace(
+    protocol, local_steps=0, exchange=exchange, wire_format=wire
+  )
+  mesh, run, _ = _make_round(network, dataset, protocol, D, False)
+  # The deals of a dealer suit every exchange.
+  dealer = protocol.dealer(CHAIN)
+  deals = dealer.deals([0])
+
+  def deal():
+    dealt = next(deals)
+    return {CHAIN: dealt if exchange == 'hand_over' else Deal(dealt.slots)}
+
+  state = state_lib.distribute(params, deal(), protocol, mesh)
+
+  def run_exchange():
+    nonlocal state
+    state, _ = run(state, deal(), constants, batches[:, :0], 0)
+    return state.shared, state.chain
+
+  return run_exchange
 
 
 def _in_turn(functions, repeats: int) -> list[float]:

@@ -7,17 +7,11 @@ keeps each run's summary, config and provenance in experiments/results/digits/.
 """
 
 import argparse
-import json
 import pathlib
-import shutil
-import subprocess
-import sys
-import tempfile
 
-from experiments.provenance import provenance
+from experiments.runs import run
 
 RESULTS = pathlib.Path(__file__).parent / 'results' / 'digits'
-CARD = pathlib.Path(__file__).parent / 'configs' / 'digits.py'
 PROTOCOLS = ('resist', 'local_sgd', 'data_parallel')
 
 
@@ -26,42 +20,15 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--seeds', type=int, default=3)
   args = parser.parse_args()
-  RESULTS.mkdir(parents=True, exist_ok=True)
   for seed in range(args.seeds):
     for protocol in PROTOCOLS:
-      target = RESULTS / f'{protocol}_seed{seed}.json'
-      if not target.exists():
-        run(protocol, seed, target)
-
-
-def run(protocol: str, seed: int, target: pathlib.Path) -> None:
-  """Trains once and keeps what a reader needs to check it.
-
-  Args:
-    protocol: Of the run.
-    seed: Of the run.
-    target: The result file.
-  """
-  with tempfile.TemporaryDirectory() as folder:
-    workdir = pathlib.Path(folder) / protocol  # Pictures bear its name.
-    flags = [
-      f'--config.protocol={protocol}',
-      f'--config.seed={seed}',
-      f'--workdir={workdir}',
-    ]
-    subprocess.run(
-      [sys.executable, '-m', 'resist_jax', f'--config={CARD}', *flags],
-      check=True,
-    )
-    record = {
-      'provenance': provenance(),
-      'config': json.loads((workdir / 'config.json').read_text()),
-      'summary': json.loads((workdir / 'summary.json').read_text()),
-    }
-    if protocol == 'resist' and seed == 0:
-      picture = 'decomposition.png'
-      shutil.copy(workdir / picture, RESULTS / picture)
-  target.write_text(json.dumps(record, indent=2) + '\n')
+      shown = protocol == 'resist' and seed == 0
+      run(
+        'digits.py',
+        [f'--config.protocol={protocol}', f'--config.seed={seed}'],
+        RESULTS / f'{protocol}_seed{seed}.json',
+        RESULTS / 'decomposition.png' if shown else None,
+      )
 
 
 if __name__ == '__main__':

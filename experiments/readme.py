@@ -9,6 +9,9 @@ import pathlib
 import statistics
 from typing import Any
 
+from experiments import wire_formats
+from experiments.wire_formats import spread
+
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / 'experiments' / 'results'
 BEGIN = '<!-- results: made by python -m experiments.readme -->\n'
@@ -37,7 +40,7 @@ def with_results(text: str) -> str:
   """
   before, rest = text.split(BEGIN)
   _, after = rest.split(END)
-  parts = [_digits(), *_benches(), _peer()]
+  parts = [_digits(), *_formats(), *_benches(), _peer()]
   return (
     before + BEGIN + '\n' + '\n'.join(filter(None, parts)) + '\n' + END + after
   )
@@ -70,8 +73,8 @@ def _digits() -> str:
     rows.append(
       [
         name,
-        _spread([100 * s['test_accuracy'] for s in found]) + ' %',
-        _spread([100 * s['test_accuracy_paper'] for s in found]) + ' %',
+        spread([100 * s['test_accuracy'] for s in found]) + ' %',
+        spread([100 * s['test_accuracy_paper'] for s in found]) + ' %',
         f'{first["bytes_per_round"] / 1e6:.2f} MB',
         f'{first["params_per_worker"] / first["params_total"]:.0%}',
         f'{statistics.median(s["seconds_training"] for s in found):.0f}',
@@ -94,12 +97,6 @@ def _digits() -> str:
   )
 
 
-def _spread(values: Sequence[float]) -> str:
-  if len(values) == 1:
-    return f'{values[0]:.1f}'
-  return f'{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}'
-
-
 def _machine(provenance: dict[str, Any]) -> str:
   device = provenance['device'].split(' x ')[1]
   if device != 'cpu':
@@ -110,21 +107,32 @@ def _machine(provenance: dict[str, Any]) -> str:
   )
 
 
+def _formats() -> list[str]:
+  return [
+    f'Wire formats on {name}. `python -m experiments.wire_formats '
+    f'--data={name}`\n\n{_table(rows)}'
+    for name in wire_formats.CARDS
+    if (rows := wire_formats.table(name))
+  ]
+
+
 def _benches() -> list[str]:
   sections = []
   for record in _load('bench/*_both.json'):
+    kinds = record['results'][0]['exchange_share_of_round_at_T_50']
     rows = [
       ['network', "step of a worker's sub-network", 'over a bare jitted step']
-      + ['exchange, share of a round', 'at T = 50', 'compile', 'images/s, all']
+      + [kind.replace('_', ' ') for kind in kinds]
+      + ['compile', 'images/s, all']
     ]
     for r in record['results']:
+      shares = r['exchange_share_of_round_at_T_50']
       rows.append(
         [
           f'{r["network"]}, batch {r["batch_size"]}, {r["blocks"]} blocks',
           f'{r["step_seconds"]:.3g} s',
           f'{r["step_over_bare"]:.2f}',
-          f'{r["exchange_share_of_round"]:.1%} at T = {r["local_steps"]}',
-          f'{r["exchange_share_of_round_at_T_50"]:.1%}',
+          *(f'{share:.1%}' for share in shares.values()),
           f'{r["compile_seconds_of_round"]:.1f} s',
           f'{r["images_per_second"]:.0f}',
         ]
@@ -132,7 +140,8 @@ def _benches() -> list[str]:
     first = record['results'][0]
     sections.append(
       f'Speed in {first["dtype"]}, {first["workers"]} workers on '
-      f'{first["devices"]} devices, {_machine(record["provenance"])}. '
+      f'{first["devices"]} devices, {_machine(record["provenance"])}; the '
+      'exchanges are shares of a round of 50 steps. '
       f'`{record["command"]}`\n\n{_table(rows)}'
     )
   return sections

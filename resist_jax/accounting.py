@@ -1,4 +1,9 @@
-"""What a protocol stores and sends, predicted from the network's sizes."""
+"""What a protocol sends and stores, predicted from the network's sizes.
+
+The paper's count is of parameters that workers fetch and bring back. *Wire
+bytes* are what really leaves a device for another one, all devices together;
+`hlo.py` reads the same number from the compiled program.
+"""
 
 from collections.abc import Mapping
 import dataclasses
@@ -7,7 +12,9 @@ from typing import Any
 
 import jax
 
-from resist_jax import decomposition
+from resist_jax import decomposition, exchange, wire
+from resist_jax.dealing import Deal, Dealer, Route
+from resist_jax.state import Protocol
 
 PyTree = Any
 
@@ -97,6 +104,27 @@ def round_trip_bytes(sizes: Sizes, num_workers: int, min_depth: int = 0) -> int:
   return 2 * BYTES_PER_PARAM * params
 
 
+def paper_bytes(sizes: Sizes, protocol: Protocol) -> int:
+  """Counts the bytes of a protocol's round as the paper does.
+
+  Args:
+    sizes: Of the network, as the protocol cuts it.
+    protocol: Who sends what. Gradients that are averaged travel at every step,
+      and momentum that is carried travels with the parameters.
+
+  Returns:
+    Bytes, of float32 numbers whatever the wire format.
+  """
+  sent = round_trip_bytes(
+    sizes,
+    protocol.num_workers,
+    protocol.min_depth if protocol.num_blocks else 0,
+  )
+  if protocol.average_gradients:
+    return sent * protocol.local_steps
+  return sent * 2 if protocol.carry_velocity else sent
+
+
 def expected_share(
   num_blocks: int, num_workers: int, min_depth: int = 0
 ) -> float:
@@ -116,3 +144,141 @@ def expected_share(
   """
   copies = decomposition.num_copies(num_blocks, num_workers, min_depth)
   return copies / (num_workers * num_blocks)
+
+
+def all_reduce_bytes(
+  count: int, num_workers: int, num_devices: int, encoding: str = 'float32'
+) -> int:
+  """Predicts the wire bytes of giving all workers the sum of their vectors.
+
+  Exact sums go round a ring: each device sends `2 (D - 1) / D` of the vector.
+  Rounded ones are a reduce-scatter and an all-gather of encoded parts, see
+  `exchange.sum_over_workers`.
+
+  Args:
+    count: Length of the vectors.
+    num_workers: S.
+    num_devices: D.
+    encoding: See `wire.encode`.
+
+  Returns:
+    Bytes, of all devices together.
+
+  >>> all_reduce_bytes(1_000_000, num_workers=4, num_devices=4)
+  24000000
+  """
+  S, D = num_workers, num_devices
+  if encoding == 'float32':
+    return 2 * (D - 1) * BYTES_PER_PARAM * count
+  message = wire.message_bytes(exchange.part_size(count, S), encoding)
+  return (S * (S - S // D) + S * (D - 1)) * message
+
+
+def messages(
+  dealer: Dealer, before: Deal, after: Deal, num_devices: int
+) -> int:
+  """Counts the blocks that a hand-over sends from device to device.
+
+  Args:
+    dealer: Of the chain.
+    before: A deal.
+    after: The deal after it.
+    num_devices: D.
+
+  Returns:
+    Guests that go home, blocks that move on, and guests that are lent.
+  """
+  per_device = dealer.num_workers // num_devices
+  taken = [dealer.moves(j)[t] for j, t in enumerate(after.shifts)]
+  for deal in (before, after):
+    taken += [dealer.lendings(g)[t] for g, t in enumerate(deal.loans)]
+  return sum(_away(route, per_device) for route in taken)
+
+
+def expected_messages(dealer: Dealer, num_devices: int) -> float:
+  """Returns the mean of `messages` over all deals.
+
+  Args:
+    dealer: Of the chain.
+    num_devices: D.
+
+  Returns:
+    Blocks a round.
+
+  >>> expected_messages(Dealer(22, 4), num_devices=4)
+  16.0
+  """
+  per_device = dealer.num_workers // num_devices
+
+  def mean(routes: list[Route]) -> float:
+    return sum(_away(route, per_device) for route in routes) / len(routes)
+
+  moved = sum(mean(dealer.moves(j)) for j in range(dealer.num_columns))
+  guests = range(len(dealer.borrowers))
+  # The route of loan 0 is never taken.
+  return moved + 2 * sum(mean(dealer.lendings(g)[1:]) for g in guests)
+
+
+def _away(route: Route, per_device: int) -> int:
+  return sum(s // per_device != t // per_device for s, t in route)
+
+
+def branches(name: str, before: Deal, after: Deal) -> dict[str, int]:
+  """Tells which routes a hand-over takes, for `hlo.wire_bytes`.
+
+  Args:
+    name: Of the chain.
+    before: A deal of it.
+    after: The deal after it.
+
+  Returns:
+    The branch taken in each scope that `hand_over` names.
+  """
+  found = {f'{name}_move_{j}': int(t) for j, t in enumerate(after.shifts)}
+  for action, deal in (('return', before), ('lend', after)):
+    for g, loan in enumerate(deal.loans):
+      found[f'{name}_{action}_{g}'] = int(loan)
+  return found
+
+
+def wire_bytes(
+  sizes: Sizes,
+  protocol: Protocol,
+  num_devices: int,
+  deals: Mapping[str, tuple[Deal, Deal]] | None = None,
+) -> float:
+  """Predicts what a round puts on the wire.
+
+  Args:
+    sizes: Of the network, as the protocol cuts it.
+    protocol: Who sends what.
+    num_devices: D.
+    deals: For each chain that is handed over, the deals before and after the
+      round; without, the mean over all deals.
+
+  Returns:
+    Bytes, of all devices together.
+  """
+  S, D, encoding = protocol.num_workers, num_devices, protocol.format.values
+  if protocol.average_gradients:
+    step = all_reduce_bytes(sizes.total, S, D, encoding)
+    return protocol.local_steps * step
+  total: float = all_reduce_bytes(sizes.shared, S, D, protocol.format.changes)
+  if protocol.carry_velocity:
+    total += all_reduce_bytes(sizes.shared, S, D, encoding)
+  times = 2 if protocol.carry_velocity else 1
+  for name, length in protocol.num_blocks.items():
+    if protocol.exchange == 'masked_psum':
+      # The holders of each block are counted as well.
+      chain: float = all_reduce_bytes(length, S, D)
+      chain += all_reduce_bytes(length * sizes.block[name], S, D, encoding)
+    else:
+      dealer = protocol.dealer(name)
+      sent = (
+        messages(dealer, *deals[name], D)
+        if deals
+        else expected_messages(dealer, D)
+      )
+      chain = sent * wire.message_bytes(sizes.block[name], encoding)
+    total += times * chain
+  return total

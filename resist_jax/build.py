@@ -3,9 +3,10 @@
 With `train.py`, the last place that reads a ConfigDict.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import dataclasses
 from functools import cached_property
+import itertools
 import re
 from typing import Any
 
@@ -25,6 +26,7 @@ from resist_jax import (
 )
 from resist_jax import state as state_lib
 from resist_jax.config import ConfigError, build_model
+from resist_jax.dealing import Deal
 from resist_jax.evaluate import Evaluator
 from resist_jax.model import ResNet, chain_name
 
@@ -41,13 +43,41 @@ class Phase:
     name: The protocol.
     protocol: What it means for rounds.
     run: The compiled round.
-    bytes_per_round: By the paper's count.
+    sizes: Parameter counts, as the protocol cuts the network.
+    num_devices: D.
   """
 
   name: str
   protocol: state_lib.Protocol
   run: rounds.Round
-  bytes_per_round: int
+  sizes: accounting.Sizes
+  num_devices: int
+
+  @property
+  def bytes_per_round(self) -> int:
+    """By the paper's count."""
+    return accounting.paper_bytes(self.sizes, self.protocol)
+
+  def wire_bytes(
+    self,
+    before: Mapping[str, Deal] | None = None,
+    after: Mapping[str, Deal] | None = None,
+  ) -> int:
+    """Predicts what a round sends from device to device.
+
+    Args:
+      before: The deal of each chain in the round; None for the mean of all.
+      after: The deals after it.
+
+    Returns:
+      Bytes, of all devices together.
+    """
+    deals = None
+    if before is not None and after is not None:
+      deals = {name: (before[name], after[name]) for name in before}
+    return round(
+      accounting.wire_bytes(self.sizes, self.protocol, self.num_devices, deals)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,15 +99,6 @@ class Setup:
   chains: dict[str, int]
   sizes: accounting.Sizes
   mesh: Mesh
-
-  def initial_params(self) -> dict[str, PyTree]:
-    """Returns the global parameters before the first round."""
-    image = jnp.zeros((1, *self.dataset.train.images.shape[1:]), jnp.float32)
-    key = jax.random.key(self.config.seed)
-    # It runs once: on CPU, compile it fast rather than well.
-    options = {'xla_backend_optimization_level': 0} if self.on_cpu else None
-    init = jax.jit(self.network.init, compiler_options=options)
-    return init(key, image)['params']
 
   @property
   def on_cpu(self) -> bool:
@@ -105,25 +126,33 @@ class Setup:
   def phase_name(self, round_index: int) -> str:
     """Returns the protocol of a round."""
     config = self.config
+    round_index = min(round_index, config.num_rounds - 1)
     before = round_index < config.phases.full_before
     after = round_index >= config.num_rounds - config.phases.full_after
     if config.protocol == 'resist' and (before or after):
       return 'local_sgd'
     return config.protocol
 
-  def phase(self, round_index: int) -> Phase:
-    """Builds the phase that a round belongs to."""
-    config, name = self.config, self.phase_name(round_index)
-    chains = self.chains if name == 'resist' else {}
-    protocol = state_lib.Protocol(
+  def protocol(self, name: str) -> state_lib.Protocol:
+    """Returns what a protocol means for rounds of this run."""
+    config = self.config
+    return state_lib.Protocol(
       num_workers=config.num_workers,
       local_steps=config.local_steps,
-      num_blocks=chains,
+      num_blocks=self.chains if name == 'resist' else {},
+      min_depth=config.min_depth,
       average_gradients=name == 'data_parallel',
       carry_velocity=(
         config.optimizer.carry_momentum or name == 'data_parallel'
       ),
+      exchange=config.exchange,
+      wire_format=config.wire_format,
     )
+
+  def phase(self, round_index: int) -> Phase:
+    """Builds the phase that a round belongs to."""
+    config, name = self.config, self.phase_name(round_index)
+    protocol = self.protocol(name)
     pad, flip = _augmentation(config.data, self.dataset)
     loss_fn = classification.make_loss(
       self.network, self.dataset, self.training_scale(name), pad, flip
@@ -140,35 +169,52 @@ class Setup:
       on_device=not self.on_cpu,
       metrics=('accuracy',),
     )
-    return Phase(name, protocol, run, self._bytes_per_round(protocol))
+    sizes = self.sizes_for(protocol)
+    return Phase(name, protocol, run, sizes, self.mesh.devices.size)
 
-  def _bytes_per_round(self, protocol: state_lib.Protocol) -> int:
-    decomposed = bool(protocol.num_blocks)
-    sent = accounting.round_trip_bytes(
-      self.sizes if decomposed else self.full_sizes(),
-      protocol.num_workers,
-      self.config.min_depth if decomposed else 0,
-    )
-    if protocol.average_gradients:  # Those travel, at every step.
-      return sent * protocol.local_steps
-    return sent * 2 if protocol.carry_velocity else sent
+  def sizes_for(self, protocol: state_lib.Protocol) -> accounting.Sizes:
+    """Returns parameter counts, as a protocol cuts the network."""
+    return self.sizes if protocol.num_blocks else self.full_sizes()
 
   def full_sizes(self) -> accounting.Sizes:
     """Returns the sizes of the network with no chain cut."""
     return accounting.Sizes(self.sizes.total, self.sizes.total, {}, {})
 
-  def slots(self, phase: Phase, round_index: int) -> dict[str, jax.Array]:
-    """Deals the blocks of a round; a pure function of (seed, round)."""
-    config = self.config
-    # Apart from the stream of training, which folds in the round first.
-    key = jax.random.fold_in(jax.random.key(config.seed), DEALING)
-    key = jax.random.fold_in(key, round_index)
-    return {
-      name: decomposition.sample_slots(
-        jax.random.fold_in(key, i), length, config.num_workers, config.min_depth
-      )
-      for i, (name, length) in enumerate(phase.protocol.num_blocks.items())
-    }
+  def deals(self, phase: Phase, start: int) -> Iterator[dict[str, Deal]]:
+    """Deals the blocks of a round, and of each one after it.
+
+    Args:
+      phase: Whose chains to deal.
+      start: The first round wanted.
+
+    Yields:
+      The deal of each chain; a pure function of (seed, round).
+    """
+    seed, protocol = self.config.seed, phase.protocol
+    if protocol.exchange == 'hand_over':
+      streams = {
+        name: protocol.dealer(name).deals([seed, DEALING, i], start)
+        for i, name in enumerate(protocol.num_blocks)
+      }
+      while True:
+        yield {name: next(stream) for name, stream in streams.items()}
+    for round_index in itertools.count(start):
+      # Apart from the stream of training, which folds in the round first.
+      key = jax.random.fold_in(jax.random.key(seed), DEALING)
+      key = jax.random.fold_in(key, round_index)
+      yield {
+        name: Deal(
+          np.asarray(
+            decomposition.sample_slots(
+              jax.random.fold_in(key, i),
+              length,
+              protocol.num_workers,
+              protocol.min_depth,
+            )
+          )
+        )
+        for i, (name, length) in enumerate(protocol.num_blocks.items())
+      }
 
   def batches(self, round_index: int) -> np.ndarray:
     """Returns the examples of a round, `int32[S, T, B]`."""
@@ -196,6 +242,8 @@ class Setup:
       scales,
       self.config.evaluation.batch_size,
       self.config.evaluation.statistics_images,
+      self.mesh,
+      self.config.evaluation.batches_at_once,
     )
 
   def global_scale(self) -> dict[str, float]:

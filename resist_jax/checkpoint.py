@@ -1,20 +1,25 @@
-"""Checkpoints of the canonical global model, by orbax.
+"""Checkpoints of a run's state, by orbax, each part written by who holds it.
 
-They hold neither workers nor devices, so a run goes on with any number of
-either. Each carries a digest of its arrays: one with flipped bytes counts as
-damaged, and the newest whole one is restored.
+A checkpoint holds the blocks of each worker as they lie on the devices, and the
+slots that say which blocks they are, so any number of workers and devices can
+go on from it. Each carries a digest of its arrays: one with flipped bytes
+counts as damaged, and the newest whole one is restored.
 """
 
 from collections.abc import Mapping
 import hashlib
+import json
 import pathlib
 from typing import Any, NamedTuple
-import warnings
 
 from absl import logging
 import jax
+from jax.sharding import Mesh, NamedSharding
 import numpy as np
 from orbax.checkpoint import v1 as ocp
+
+from resist_jax.dealing import Deal
+from resist_jax.state import SHARDED, State, first_copy
 
 PyTree = Any
 
@@ -25,25 +30,27 @@ class Restored(NamedTuple):
   """A checkpoint that was read and found whole.
 
   Attributes:
-    params: Canonical global parameters, on the host.
-    velocity: Momentum of the same shape, or None.
+    state: As it was saved; its shared part is without the axis S, on the host.
+    num_blocks: L of each chain that was partitioned.
     progress: What the run had counted by then; `progress['round']` rounds.
   """
 
-  params: dict[str, PyTree]
-  velocity: dict[str, PyTree] | None
+  state: State
+  num_blocks: dict[str, int]
   progress: dict[str, Any]
 
 
 class Checkpoints:
   """The checkpoints of one run."""
 
-  def __init__(self, workdir: pathlib.Path):
+  def __init__(self, workdir: pathlib.Path, mesh: Mesh):
     """Opens the folder, and makes it where it does not exist.
 
     Args:
       workdir: Of the run.
+      mesh: Whose devices read the parts of the workers that live there.
     """
+    self._sharding = NamedSharding(mesh, SHARDED)
     policy: Any = ocp.training.preservation_policies.LatestN(KEEP)
     directory = str(workdir.absolute() / 'checkpoints')  # Orbax's own wish.
     self._checkpointer = ocp.training.Checkpointer(
@@ -52,26 +59,32 @@ class Checkpoints:
 
   def save(
     self,
-    params: Mapping[str, PyTree],
-    velocity: Mapping[str, PyTree] | None,
+    state: State,
+    num_blocks: Mapping[str, int],
     progress: Mapping[str, Any],
   ) -> None:
     """Saves the state between two rounds; it is whole or not there at all.
 
     Args:
-      params: Canonical global parameters.
-      velocity: Momentum, or None.
+      state: What the workers hold.
+      num_blocks: L of each partitioned chain.
       progress: JSON values; `progress['round']` names the checkpoint.
     """
-    state = {'params': dict(params)}
-    if velocity is not None:
-      state['velocity'] = dict(velocity)
-    state = jax.tree.map(np.asarray, state)
-    record: Any = {'progress': dict(progress), 'sha256': digest(state)}
+    arrays: Any = {'params': _parts(state.shared, state.chain)}
+    if state.velocity is not None:
+      arrays['velocity'] = _parts(**state.velocity)
+    if state.residual is not None:
+      arrays['residual'] = {'workers': state.residual}
+    record: Any = {
+      'progress': dict(progress),
+      'num_blocks': dict(num_blocks),
+      'slots': {k: deal.slots.tolist() for k, deal in state.slots.items()},
+    }
+    record['sha256'] = _seal(arrays, record)
     # Forced: after a fallback, a damaged checkpoint of a later round is there.
     saved = self._checkpointer.save(
       progress['round'],
-      state,
+      arrays,
       force=True,
       overwrite=True,
       custom_metadata=record,
@@ -110,20 +123,57 @@ class Checkpoints:
     return None
 
   def _read(self, step: int) -> Restored:
-    record: Any = self._checkpointer.metadata(step).custom_metadata
-    with warnings.catch_warnings():
-      # No target shardings are given on purpose: arrays go to the host.
-      warnings.filterwarnings('ignore', message='Sharding info not provided')
-      state = jax.tree.map(np.asarray, self._checkpointer.load(step))
-    if record is None or digest(state) != record['sha256']:
+    saved: Any = self._checkpointer.metadata(step)
+    record = saved.custom_metadata
+
+    def target(path, leaf):
+      # Workers' parts go straight to the devices that they share out evenly.
+      if path[1].key == 'workers' and (
+        leaf.shape[0] % self._sharding.mesh.size == 0
+      ):
+        return jax.ShapeDtypeStruct(
+          leaf.shape, leaf.dtype, sharding=self._sharding
+        )
+      return np.zeros(leaf.shape, leaf.dtype)
+
+    targets = jax.tree_util.tree_map_with_path(target, saved.metadata)
+    arrays: Any = self._checkpointer.load(step, targets)
+    if record is None or record.pop('sha256') != _seal(arrays, record):
       raise ValueError('its digest differs from the one saved with it')
-    return Restored(state['params'], state.get('velocity'), record['progress'])
+    slots = {
+      name: Deal(np.array(table, np.int32))
+      for name, table in record['slots'].items()
+    }
+    shared, chain = _from_parts(arrays['params'])
+    velocity = None
+    if 'velocity' in arrays:
+      parts = _from_parts(arrays['velocity'])
+      velocity = dict(zip(('shared', 'chain'), parts, strict=True))
+    residual = arrays.get('residual', {}).get('workers')
+    state = State(shared, chain, slots, velocity, residual)
+    return Restored(state, record['num_blocks'], record['progress'])
 
   def __enter__(self) -> 'Checkpoints':
     return self
 
   def __exit__(self, *_) -> None:
     self._checkpointer.close()  # Waits for what is being written.
+
+
+def _seal(arrays: PyTree, record: Mapping[str, Any]) -> str:
+  """Returns a digest of everything that a checkpoint says."""
+  words = json.dumps(record, sort_keys=True) + digest(arrays)
+  return hashlib.sha256(words.encode()).hexdigest()
+
+
+def _parts(shared: PyTree, chain: PyTree) -> dict[str, PyTree]:
+  """Returns what to save: once what all workers hold, and their own parts."""
+  whole = jax.tree.map(first_copy, shared)
+  return {'whole': whole, **({'workers': chain} if chain else {})}
+
+
+def _from_parts(parts: PyTree) -> tuple[PyTree, PyTree]:
+  return parts['whole'], parts.get('workers', {})
 
 
 def digest(tree: PyTree) -> str:

@@ -5,10 +5,12 @@ ConfigDict is read in `build.py` and `train.py`, and nowhere below them.
 
 import ml_collections
 
-from resist_jax import decomposition
+from resist_jax import decomposition, wire
 from resist_jax import model as model_lib
+from resist_jax.dealing import Dealer
 
 PROTOCOLS = ('resist', 'local_sgd', 'data_parallel')
+EXCHANGES = ('hand_over', 'masked_psum')
 PHASE_FIELDS = ('full_before', 'full_after')
 
 # What may change between two runs in the same workdir: a checkpoint holds the
@@ -20,6 +22,8 @@ ELASTIC = frozenset(
     'num_devices',
     'num_rounds',
     'min_depth',
+    'exchange',
+    'wire_format',
     'eval_every',
     'checkpoint_every',
     'data.dir',
@@ -45,6 +49,12 @@ def get_config() -> ml_collections.ConfigDict:
   config.num_rounds = 100
   config.local_steps = 50  # T, the paper's l; fewer for eight workers.
   config.min_depth = 0  # Blocks a worker runs at least; the paper: 5.
+  # How blocks get to their next worker: hand_over sends those that move, and
+  # needs a block for every worker; masked_psum sends all to all, and does not.
+  config.exchange = 'hand_over'
+  # What numbers travel as: float32 (exact), bfloat16, int8 (changes, with error
+  # feedback; blocks that move in 16 bits).
+  config.wire_format = 'float32'
   config.batch_size = 128  # Per worker, as in the paper.
   config.eval_every = 5  # Rounds; the last round is always evaluated.
   config.checkpoint_every = 5  # Rounds; the last round is always saved.
@@ -90,6 +100,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.evaluation.batch_size = 100  # Test-batch statistics are of these.
   # Training images over which the deployed model's statistics are measured.
   config.evaluation.statistics_images = 2000
+  # Batches whose activations a device holds while the blocks of cut chains
+  # pass by; fewer batches at once, more passes.
+  config.evaluation.batches_at_once = 32
   return config
 
 
@@ -104,6 +117,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
   """
   _check_fields(config)
   _one_of(config, 'protocol', PROTOCOLS)
+  _one_of(config, 'exchange', EXCHANGES)
+  _one_of(config, 'wire_format', tuple(wire.FORMATS))
   _one_of(config, 'residual_scale', ('evaluation', 'training', 'none'))
   _one_of(config.data, 'augment', ('auto', 'crop_flip', 'crop', 'none'))
   _one_of(config.optimizer, 'schedule', ('step', 'cosine', 'constant'))
@@ -122,7 +137,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _at_least(f'phases.{field}', config.phases[field], 0)
   _at_least('optimizer.warmup_rounds', config.optimizer.warmup_rounds, 0)
   _at_least('optimizer.weight_decay', config.optimizer.weight_decay, 0)
-  for field in ('batch_size', 'statistics_images'):
+  for field in ('batch_size', 'statistics_images', 'batches_at_once'):
     _at_least(f'evaluation.{field}', config.evaluation[field], 1)
   if not config.lr > 0:
     raise ConfigError(f'lr is {config.lr}; it must be greater than 0.')
@@ -135,6 +150,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     raise ConfigError(
       f'data.validation is {config.data.validation}; it is a share of the '
       'training set, at least 0 and less than 1.'
+    )
+  if config.protocol == 'data_parallel' and config.wire_format == 'int8':
+    raise ConfigError(
+      'wire_format int8 sends changes between rounds, and data_parallel has '
+      'none: use bfloat16 or float32.'
     )
   full = sum(config.phases[field] for field in PHASE_FIELDS)
   if full and config.protocol != 'resist':
@@ -204,9 +224,10 @@ def _check_model(config) -> None:
       )
     length = network.stage_sizes[stage - 1] - 1
     try:
-      decomposition.slots_per_worker(
-        length, config.num_workers, config.min_depth
-      )
+      sizes = (length, config.num_workers, config.min_depth)
+      decomposition.slots_per_worker(*sizes)
+      if config.exchange == 'hand_over':
+        Dealer(*sizes)
     except ValueError as error:
       raise ConfigError(f'stage {stage}: {error}') from error
 

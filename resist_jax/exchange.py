@@ -1,42 +1,159 @@
 """The end of a round inside `shard_map`: average, then hand out new blocks.
 
 A device of the mesh looks after W = S / D workers, so every array here leads
-with W. The functions name the mesh axis once, `WORKER`.
+with W. The functions name the mesh axis once, `WORKER`. `hand_over.py` is the
+other way to hand out blocks.
 """
 
 from typing import Any
 
 import jax
 from jax import lax
+from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 
-from resist_jax import decomposition
+from resist_jax import decomposition, wire
 
 PyTree = Any
 
 WORKER = 'worker'
 
 
-def mean_over_workers(tree: PyTree, num_workers: int) -> PyTree:
+def mean_over_workers(
+  tree: PyTree, num_workers: int, encoding: str = 'float32'
+) -> PyTree:
   """Averages over all workers and gives each of them the result.
 
   Args:
     tree: Pytree of arrays `[W, ...]`.
     num_workers: S, over the whole mesh.
+    encoding: Of what is sent, see `wire.encode`.
 
   Returns:
     Pytree of arrays `[W, ...]`, equal along W and on all devices.
   """
+  if encoding == 'float32':
+    return jax.tree.map(lambda x: _sum_exactly(x) / num_workers, tree)
+  flat, unflatten = _flatten(tree)
+  total, _ = sum_over_workers(flat / num_workers, num_workers, encoding)
+  return unflatten(jnp.broadcast_to(total, flat.shape))
 
-  def mean(x):
-    total = lax.psum(x.sum(axis=0), WORKER)
-    return jnp.broadcast_to(total[None] / num_workers, x.shape)
 
-  return jax.tree.map(mean, tree)
+def _sum_exactly(x):
+  return jnp.broadcast_to(lax.psum(x.sum(axis=0), WORKER)[None], x.shape)
+
+
+def add_mean_change(
+  before: PyTree,
+  after: PyTree,
+  residual: PyTree | None,
+  num_workers: int,
+  encoding: str,
+) -> tuple[PyTree, PyTree | None]:
+  """Averages over all workers by sending changes since they last agreed.
+
+  Args:
+    before: Pytree of arrays `[W, ...]`, equal on all workers.
+    after: Likewise, after local training.
+    residual: What earlier changes lack, see `residual_shapes`; or None, to
+      forget what rounding leaves out.
+    num_workers: S, over the whole mesh.
+    encoding: Of what is sent, see `wire.encode`.
+
+  Returns:
+    `(tree, residual)`: the mean of `after`, equal on all workers, but for
+    rounding; and what the changes lacked this time.
+  """
+  old, unflatten = _flatten(before)
+  change = (_flatten(after)[0] - old) / num_workers
+  total, residual = sum_over_workers(change, num_workers, encoding, residual)
+  return unflatten(old + total[None]), residual
+
+
+def residual_shapes(shared_size: int, num_workers: int) -> dict[str, tuple]:
+  """Returns the shapes of error feedback, which starts as zeros.
+
+  Args:
+    shared_size: Parameters in the shared part.
+    num_workers: S.
+
+  Returns:
+    `sent` of each worker's own change, and `mean` of the part of their mean
+    that it computes for all: `[S, ...]` each.
+  """
+  part = part_size(shared_size, num_workers)
+  return {
+    'sent': (num_workers, num_workers * part),
+    'mean': (num_workers, part),
+  }
+
+
+def part_size(count: int, num_workers: int) -> int:
+  """Returns the numbers that each worker adds up for all, in a lossy sum.
+
+  Args:
+    count: Length of the vectors.
+    num_workers: S.
+
+  Returns:
+    One part of S, rounded up to whole groups of `wire.GROUP`.
+  """
+  groups = -(-count // (num_workers * wire.GROUP))
+  return groups * wire.GROUP
+
+
+def sum_over_workers(
+  x: jax.Array, num_workers: int, encoding: str, residual: PyTree | None = None
+) -> tuple[jax.Array, PyTree | None]:
+  """Adds up vectors in few bits: reduce-scatter, then all-gather.
+
+  Every worker sends each other one a part of its vector, adds up the parts it
+  gets, in float32, and sends the sum to all. Workers that share a device
+  round as others do, so the result does not depend on D.
+
+  Args:
+    x: `float32[W, n]`.
+    num_workers: S, over the whole mesh.
+    encoding: Of what is sent, see `wire.encode`.
+    residual: What earlier sums lacked, to be added now, or None.
+
+  Returns:
+    `(total, residual)`: `float32[n]`, equal on all devices; and what rounding
+    left out of this sum, or None.
+  """
+  W, n = x.shape
+  part = part_size(n, num_workers)
+  x = jnp.pad(x, ((0, 0), (0, num_workers * part - n)))
+  encode = jax.vmap(lambda v: wire.encode(v, encoding))
+  decode = jax.vmap(lambda m: wire.decode(m, part, encoding))
+
+  if residual is not None:
+    x = x + residual['sent']
+  parts = x.reshape(W * num_workers, part)
+  messages = encode(parts)
+  sent = decode(messages).reshape(x.shape)
+  # To device d go the parts of its W workers, from each of mine.
+  messages = messages.reshape(W, num_workers // W, W, -1)
+  received = lax.all_to_all(messages, WORKER, 1, 0, tiled=True)
+  received = received.reshape(num_workers * W, -1)
+  total = decode(received).reshape(num_workers, W, part).sum(axis=0)
+
+  if residual is not None:
+    total = total + residual['mean']
+  messages = encode(total)
+  if residual is not None:
+    residual = {'sent': x - sent, 'mean': total - decode(messages)}
+  everyones = lax.all_gather(messages, WORKER, axis=0, tiled=True)
+  return decode(everyones).reshape(-1)[:n], residual
 
 
 def masked_psum(
-  chain: PyTree, slots: jax.Array, next_slots: jax.Array, num_blocks: int
+  chain: PyTree,
+  slots: jax.Array,
+  next_slots: jax.Array,
+  num_blocks: int,
+  num_workers: int,
+  encoding: str = 'float32',
 ) -> PyTree:
   """Aggregates a chain and deals it again, for any slots before and after.
 
@@ -51,16 +168,43 @@ def masked_psum(
     slots: `int32[W, K]`, which blocks they are.
     next_slots: `int32[W, K]`, which blocks the workers get.
     num_blocks: L, the length of the chain. Every block must have a holder.
+    num_workers: S, over the whole mesh.
+    encoding: Of what is sent, see `wire.encode`.
 
   Returns:
     Pytree of arrays `[W, K, ...]`, the blocks of the next round.
   """
   holders = lax.psum(decomposition.block_count(slots, num_blocks), WORKER)
 
-  def exchange(blocks):
-    total = lax.psum(decomposition.block_sum(blocks, slots, num_blocks), WORKER)
+  def divide(total):
     shape = (num_blocks,) + (1,) * (total.ndim - 1)
-    mean = total / holders.reshape(shape).astype(total.dtype)
+    return total / holders.reshape(shape).astype(total.dtype)
+
+  def deal(mean):
     return jax.vmap(decomposition.take, in_axes=(None, 0))(mean, next_slots)
 
-  return jax.tree.map(exchange, chain)
+  if encoding == 'float32':
+
+    def exchange(blocks):
+      mine = decomposition.block_sum(blocks, slots, num_blocks)
+      return deal(divide(lax.psum(mine, WORKER)))
+
+    return jax.tree.map(exchange, chain)
+
+  def scatter(blocks, slots_s):
+    return divide(
+      decomposition.block_sum(blocks[None], slots_s[None], num_blocks)
+    )
+
+  each = jax.tree.map(lambda x: jax.vmap(scatter)(x, slots), chain)
+  flat, unflatten = _flatten(each)
+  total, _ = sum_over_workers(flat, num_workers, encoding)
+  whole = unflatten(total[None])
+  return jax.tree.map(lambda x: deal(x[0]), whole)
+
+
+def _flatten(tree: PyTree):
+  """Lays arrays `[W, ...]` out as `[W, n]`; also returns what undoes it."""
+  flat = jax.vmap(lambda t: ravel_pytree(t)[0])(tree)
+  one = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), tree)
+  return flat, jax.vmap(ravel_pytree(one)[1])

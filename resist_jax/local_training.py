@@ -104,7 +104,9 @@ def make_local_training(
       loop,
     )
     if protocol.average_gradients:
-      grads = exchange.mean_over_workers(grads, protocol.num_workers)
+      grads = exchange.mean_over_workers(
+        grads, protocol.num_workers, protocol.format.values
+      )
     updates, opt_state = jax.vmap(optimizer.update)(
       grads, local.opt_state, local.params
     )

@@ -85,6 +85,38 @@ class Block(nn.Module):
     return [(self.features, 3, self.stride), (self.features, 3, 1)]
 
 
+class Stem(Conv):
+  """The first convolution of a network, and what comes before its blocks.
+
+  Attributes:
+    norm: Makes the norm that follows; None if the first block begins with one
+      (the paper).
+    pool: Halve the image by max pooling at the end.
+  """
+
+  norm: Layer | None = None
+  pool: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps `[B, H, W, C]` to `[B, H', W', features]`."""
+    x = super().__call__(x)
+    if self.norm is not None:
+      x = nn.relu(self.norm(name='norm')(x))
+    if self.pool:
+      x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+    return x
+
+
+class Classifier(nn.Dense):
+  """The mean over pixels, and a linear map of it."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps `[B, H, W, C]` to logits, `float32[B, features]`."""
+    return super().__call__(x.astype(jnp.float32).mean(axis=(1, 2)))
+
+
 class ResNet(nn.Module):
   """A residual network; the families below are this module with data.
 
@@ -132,26 +164,10 @@ class ResNet(nn.Module):
       Logits, `float32[B, num_classes]`.
     """
     scales = dict(residual_scale or {})
-    if self.norm not in ('batch', 'group'):
-      raise ValueError(f'unknown norm {self.norm!r}: use batch or group.')
-    conv = partial(Conv, dtype=self.dtype, wide_kernel_gradient=self.for_cpu)
-    norm = partial(
-      BatchNorm if self.norm == 'batch' else GroupNorm16, dtype=self.dtype
-    )
-    x = self._stem(x.astype(self.dtype), conv, norm)
-    stages = zip(self.stage_sizes, self.widths, strict=True)
-    for stage, (size, features) in enumerate(stages, start=1):
-      make_block = partial(
-        Block,
-        features=features,
-        conv=conv,
-        norm=norm,
-        bottleneck=self.bottleneck,
-        pre_activation=self.pre_activation,
-      )
-      head = make_block(stride=min(stage, 2), name=f'stage{stage}_head')
+    x = self.make_piece('stem')(x)
+    for stage, size in enumerate(self.stage_sizes, start=1):
       one = jnp.ones((), jnp.float32)
-      x, _ = head(x, one)
+      x, _ = self.make_piece(f'stage{stage}_head')(x, one)
       if size > 1:
         name = chain_name(stage)
         chain = nn.scan(
@@ -162,25 +178,67 @@ class ResNet(nn.Module):
           unroll=size - 1 if self.for_cpu else 1,
         )
         ones = jnp.ones((size - 1,), jnp.float32)
-        x, _ = chain(**make_block.keywords, name=name)(
-          x, scales.get(name, ones)
-        )
-    x = x.astype(jnp.float32).mean(axis=(1, 2))
-    return nn.Dense(self.num_classes, name='classifier')(x)
+        x, _ = self.make_piece(name, chain)(x, scales.get(name, ones))
+    return self.make_piece('classifier')(x)
 
-  def _stem(self, x: jax.Array, conv: Layer, norm: Layer) -> jax.Array:
-    # The paper's stem has no norm: the first block's norm follows directly.
-    if self.stem == 'small':
-      x = conv(self.widths[0], 3, 1, name='stem')(x)
-    elif self.stem == 'imagenet':
-      x = conv(self.widths[0], 7, 2, name='stem')(x)
-    else:
+  @nn.nowrap
+  def pieces(self) -> list[tuple[str, int | None]]:
+    """Returns what an image passes, in order.
+
+    Returns:
+      For every piece, the name of its parameters, and for a block of a chain
+      its number in that chain.
+    """
+    passed: list[tuple[str, int | None]] = [('stem', None)]
+    for stage, size in enumerate(self.stage_sizes, start=1):
+      passed.append((f'stage{stage}_head', None))
+      passed += [(chain_name(stage), i) for i in range(size - 1)]
+    return [*passed, ('classifier', None)]
+
+  # Unwrapped, so that a piece belongs to the network inside its `__call__`, and
+  # to nobody outside: there it is applied alone, with its own parameters.
+  @nn.nowrap
+  def make_piece(self, name: str, block: Layer = Block) -> Any:
+    """Makes a part of the network that can run alone.
+
+    Args:
+      name: Of its parameters; see `pieces`.
+      block: What to make of a stage: the module of one block, or of a chain.
+
+    Returns:
+      `Stem`, `Classifier`, or `block` for a head or a chain.
+    """
+    if self.norm not in ('batch', 'group'):
+      raise ValueError(f'unknown norm {self.norm!r}: use batch or group.')
+    if self.stem not in ('small', 'imagenet'):
       raise ValueError(f'unknown stem {self.stem!r}: use small or imagenet.')
-    if not self.pre_activation:
-      x = nn.relu(norm(name='stem_norm')(x))
-    if self.stem == 'imagenet':
-      x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
-    return x
+    conv = {'dtype': self.dtype, 'wide_kernel_gradient': self.for_cpu}
+    norm = partial(
+      BatchNorm if self.norm == 'batch' else GroupNorm16, dtype=self.dtype
+    )
+    if name == 'stem':
+      large = self.stem == 'imagenet'
+      return Stem(
+        self.widths[0],
+        size=7 if large else 3,
+        stride=2 if large else 1,
+        norm=None if self.pre_activation else norm,
+        pool=large,
+        name=name,
+        **conv,
+      )
+    if name == 'classifier':
+      return Classifier(self.num_classes, name=name)
+    stage, kind = name.removeprefix('stage').split('_')
+    return block(
+      features=self.widths[int(stage) - 1],
+      conv=partial(Conv, **conv),
+      norm=norm,
+      stride=min(int(stage), 2) if kind == 'head' else 1,
+      bottleneck=self.bottleneck,
+      pre_activation=self.pre_activation,
+      name=name,
+    )
 
   def with_chain_lengths(self, lengths: Mapping[str, int]) -> 'ResNet':
     """Returns the network whose named chains have other lengths.

@@ -16,6 +16,8 @@ import numpy as np
 import optax
 
 from resist_jax import exchange
+from resist_jax.dealing import Deal
+from resist_jax.hand_over import hand_over
 from resist_jax.local_training import LossFn, make_local_training
 from resist_jax.optimizer import Schedule
 from resist_jax.state import REPLICATED, SHARDED, Protocol, State
@@ -33,16 +35,19 @@ class Round:
 
   def __init__(self, protocol, begin, step, finish, mesh, on_device):
     self._protocol = protocol
+    self._mesh = mesh
     self._sharding = NamedSharding(mesh, SHARDED)
     self.compiled: dict[str, Any]
     if on_device:
-      whole = partial(_scan_round, begin, step, finish)
-      self.compiled = {'round': jax.jit(whole, donate_argnums=0)}
+      whole = partial(_scan_round, protocol, begin, step, finish)
+      self.compiled = {'round': jax.jit(whole, donate_argnums=(0, 1))}
     else:
+      # Where changes are sent, the parameters before them stay.
+      spent = (1, 2) if protocol.sends_changes else (0, 1, 2)
       self.compiled = {
-        'begin': jax.jit(begin, donate_argnums=(0, 1, 2)),
+        'begin': jax.jit(begin, donate_argnums=spent),
         'step': jax.jit(step, donate_argnums=0),
-        'finish': jax.jit(finish, donate_argnums=0),
+        'finish': jax.jit(finish, donate_argnums=(0, 1, 2)),
       }
 
   def compile(self, state: State, constants: PyTree, batches: PyTree) -> None:
@@ -53,20 +58,23 @@ class Round:
       constants: Likewise.
       batches: Likewise.
     """
-    index, slots = np.int32(0), state.slots
+    index = np.int32(0)
     trained = (state.shared, state.chain, state.velocity)
+    deals, slots = self._on_mesh(state.slots)
     if 'round' in self.compiled:
       batches = _shapes(batches, self._sharding)
-      args = {'round': (trained, slots, slots, constants, batches, index)}
+      inputs = (trained, state.residual, deals, deals)
+      args = {'round': (*inputs, constants, batches, index)}
     else:
       local = jax.eval_shape(self.compiled['begin'], *trained)
       local = _shapes(local, self._sharding)
       batch = jax.tree.map(lambda x: x[:, 0], batches)
       batch = _shapes(batch, self._sharding)
+      base = state.shared if self._protocol.sends_changes else None
       args = {
         'begin': trained,
         'step': (local, slots, constants, batch, index, index),
-        'finish': (local, slots, slots),
+        'finish': (local, base, state.residual, deals, deals),
       }
     for name, values in args.items():
       self.compiled[name] = self.compiled[name].lower(*values).compile()
@@ -74,7 +82,7 @@ class Round:
   def __call__(
     self,
     state: State,
-    next_slots: Mapping[str, jax.Array],
+    next_slots: Mapping[str, Deal],
     constants: PyTree,
     batches: PyTree,
     round_index: int,
@@ -82,8 +90,8 @@ class Round:
     """Trains every worker for T steps and exchanges.
 
     Args:
-      state: Donated but for its slots; do not use it again.
-      next_slots: `int32[S, K]` for each partitioned chain.
+      state: Its arrays are donated; do not use it again.
+      next_slots: The next deal of each partitioned chain.
       constants: Passed to the loss as it is, e.g. data that live on devices.
       batches: Pytree of arrays `[S, T, ...]`; what step t of worker s gets.
       round_index: Decides the learning rate and the randomness.
@@ -92,14 +100,20 @@ class Round:
       `(state, metrics)`: the next round's state, and `float32[S]` for `loss`
       and each of the loss function's own metrics, means over the steps, and
       `bool[S]` for `finite`: whether a worker's update is free of NaN and inf.
+
+    Raises:
+      ValueError: If a hand-over is given slots that it cannot reach.
     """
-    index, slots = np.int32(round_index), state.slots
+    self._check(state.slots, next_slots)
+    index = np.int32(round_index)
     trained = (state.shared, state.chain, state.velocity)
-    next_slots = jax.device_put(dict(next_slots), self._sharding)
+    before, slots = self._on_mesh(state.slots)
+    after, _ = self._on_mesh(next_slots)
     if 'round' in self.compiled:
       batches = jax.device_put(batches, self._sharding)
-      args = (trained, slots, next_slots, constants, batches, index)
-      return self.compiled['round'](*args)
+      inputs = (trained, state.residual, before, after)
+      new, metrics = self.compiled['round'](*inputs, constants, batches, index)
+      return new._replace(slots=dict(next_slots)), metrics
     local = self.compiled['begin'](*trained)
     for t in range(self._protocol.local_steps):
       batch = jax.tree.map(lambda x, t=t: x[:, t], batches)
@@ -112,7 +126,44 @@ class Round:
     # device comes 40 seconds late. So no step is queued behind one that waits
     # for others, and all devices have trained before the first one exchanges.
     jax.block_until_ready(local)
-    return self.compiled['finish'](local, slots, next_slots)
+    base = state.shared if self._protocol.sends_changes else None
+    new, metrics = self.compiled['finish'](
+      local, base, state.residual, before, after
+    )
+    return new._replace(slots=dict(next_slots)), metrics
+
+  def _check(self, slots, next_slots) -> None:
+    if self._protocol.exchange != 'hand_over':
+      return
+    for name in self._protocol.num_blocks:
+      dealer = self._protocol.dealer(name)
+      if not dealer.follows(slots[name], next_slots[name]):
+        raise ValueError(
+          f'hand_over did not deal the next slots of {name}: take deals one '
+          'after another from dealing.Dealer(...).deals, or use the exchange '
+          'masked_psum.'
+        )
+
+  def _on_mesh(self, deals):
+    """Puts deals, and slots alone, where the programs want them."""
+    deals = {
+      name: jax.device_put(
+        deal._replace(own=None),
+        jax.tree.map(
+          lambda spec: NamedSharding(self._mesh, spec),
+          deal_specs(deal.own is not None),
+        ),
+      )
+      for name, deal in deals.items()
+    }
+    return deals, {name: deal.slots for name, deal in deals.items()}
+
+
+def deal_specs(dealt: bool) -> Deal:
+  """Returns how the arrays of a deal lie on the mesh."""
+  if not dealt:
+    return Deal(SHARDED)
+  return Deal(SHARDED, None, SHARDED, SHARDED, REPLICATED, REPLICATED)
 
 
 def _shapes(tree: PyTree, sharding: NamedSharding) -> PyTree:
@@ -123,9 +174,12 @@ def _shapes(tree: PyTree, sharding: NamedSharding) -> PyTree:
 
 
 def _scan_round(
-  begin, step, finish, trained, slots, next_slots, constants, batches, i
-):
+  protocol, begin, step, finish, trained, residual, before, after, constants,
+  batches, i,
+):  # fmt: skip
   """One program for the whole round, for GPU and TPU."""
+  base = trained[0] if protocol.sends_changes else None
+  slots = {name: deal.slots for name, deal in before.items()}
   local = begin(*trained)
 
   def body(local, step_input):
@@ -135,7 +189,7 @@ def _scan_round(
   by_step = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), batches)
   steps = jnp.arange(jax.tree.leaves(by_step)[0].shape[0], dtype=jnp.int32)
   local, _ = lax.scan(body, local, (by_step, steps))
-  return finish(local, slots, next_slots)
+  return finish(local, base, residual, before, after)
 
 
 def make_round(
@@ -172,38 +226,72 @@ def make_round(
   finish = partial(_finish, protocol)
   on_mesh = partial(jax.shard_map, mesh=mesh, check_vma=True, out_specs=SHARDED)
   step_specs = (SHARDED, SHARDED, REPLICATED, SHARDED, REPLICATED, REPLICATED)
+  deals = deal_specs(protocol.exchange == 'hand_over')
+  deals = dict.fromkeys(protocol.num_blocks, deals)
+  finish_specs = (SHARDED, SHARDED, SHARDED, deals, deals)
   return Round(
     protocol,
     on_mesh(begin, in_specs=SHARDED),
     on_mesh(step, in_specs=step_specs),
-    on_mesh(finish, in_specs=SHARDED),
+    on_mesh(finish, in_specs=finish_specs),
     mesh,
     on_device,
   )
 
 
-def _finish(protocol, local, slots, next_slots):
+def _finish(protocol, local, base, residual, before, after):
   """Aggregates, and hands out the blocks of the next round."""
   leaves = jax.tree.leaves((local.params, local.metrics['loss']))
   finite = jnp.stack(
     [jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))) for x in leaves]
   ).all(axis=0)
+  S, encoding = protocol.num_workers, protocol.format.values
 
-  def hand_over(tree):
-    shared, chain = tree['shared'], tree['chain']
-    if not protocol.average_gradients:  # Those never left each other.
-      shared = exchange.mean_over_workers(shared, protocol.num_workers)
-    chain = {
-      name: exchange.masked_psum(
-        chain[name], slots[name], next_slots[name], length
-      )
-      for name, length in protocol.num_blocks.items()
-    }
-    return {'shared': shared, 'chain': chain}
+  shared = local.params['shared']
+  if protocol.sends_changes:
+    shared, residual = exchange.add_mean_change(
+      base, shared, residual, S, protocol.format.changes
+    )
+  elif not protocol.average_gradients:  # Those never left each other.
+    shared = exchange.mean_over_workers(shared, S)
+  chain = _exchange_chains(protocol, local.params['chain'], before, after)
 
-  params = hand_over(local.params)
   velocity = None
   if protocol.carry_velocity:
-    velocity = hand_over(optax.tree.get(local.opt_state, 'trace'))
-  state = State(params['shared'], params['chain'], next_slots, velocity)
+    velocity = dict(optax.tree.get(local.opt_state, 'trace'))
+    if not protocol.average_gradients:
+      velocity['shared'] = exchange.mean_over_workers(
+        velocity['shared'], S, encoding
+      )
+    velocity['chain'] = _exchange_chains(
+      protocol, velocity['chain'], before, after
+    )
+  state = State(shared, chain, {}, velocity, residual)
   return state, {**local.metrics, 'finite': finite}
+
+
+def _exchange_chains(protocol, chains, before, after):
+  encoding = protocol.format.values
+  if protocol.exchange == 'hand_over':
+    return {
+      name: hand_over(
+        chain,
+        before[name],
+        after[name],
+        protocol.dealer(name),
+        name,
+        encoding,
+      )
+      for name, chain in chains.items()
+    }
+  return {
+    name: exchange.masked_psum(
+      chain,
+      before[name].slots,
+      after[name].slots,
+      protocol.num_blocks[name],
+      protocol.num_workers,
+      encoding,
+    )
+    for name, chain in chains.items()
+  }

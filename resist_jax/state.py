@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping
 import dataclasses
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
 
-from resist_jax import decomposition
+from resist_jax import decomposition, exchange, wire
+from resist_jax.dealing import Deal, Dealer
 from resist_jax.exchange import WORKER
 
 PyTree = Any
@@ -28,7 +28,7 @@ def make_mesh(num_devices: int) -> Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-  """Who holds what, and when workers talk.
+  """Who holds what, and when and how workers talk.
 
   ResIST, local SGD and data parallel are values of this, not trainers of their
   own: local SGD partitions no chain, so every worker holds every block; data
@@ -38,16 +38,48 @@ class Protocol:
     num_workers: S.
     local_steps: T, steps of each worker in a round.
     num_blocks: L of each partitioned chain, by name; empty for full models.
+    min_depth: Blocks of each partitioned chain that a worker runs at least.
     average_gradients: Average over the workers at each step.
     carry_velocity: Exchange the optimiser's momentum with the parameters and
       keep it, instead of starting from zero in every round (the paper).
+    exchange: `masked_psum`, for any slots, or `hand_over`, for those of a
+      `dealing.Dealer`.
+    wire_format: Name of one of `wire.FORMATS`.
   """
 
   num_workers: int
   local_steps: int
   num_blocks: Mapping[str, int]
+  min_depth: int = 0
   average_gradients: bool = False
   carry_velocity: bool = False
+  exchange: str = 'masked_psum'
+  wire_format: str = 'float32'
+
+  @property
+  def format(self) -> wire.Format:
+    """How parameters are sent."""
+    return wire.FORMATS[self.wire_format]
+
+  @property
+  def sends_changes(self) -> bool:
+    """Whether the exchange needs the parameters before local training."""
+    return not (self.format.exact or self.average_gradients)
+
+  @property
+  def keeps_residual(self) -> bool:
+    """Whether senders keep what rounding left out."""
+    return self.sends_changes and self.format.feedback
+
+  def slots_per_worker(self, chain: str) -> int:
+    """Returns K of a chain."""
+    return decomposition.slots_per_worker(
+      self.num_blocks[chain], self.num_workers, self.min_depth
+    )
+
+  def dealer(self, chain: str) -> Dealer:
+    """Returns what deals a chain for a hand-over."""
+    return Dealer(self.num_blocks[chain], self.num_workers, self.min_depth)
 
 
 class State(NamedTuple):
@@ -57,70 +89,137 @@ class State(NamedTuple):
     shared: Parameters outside the partitioned chains, `[S, ...]`, equal on all
       workers.
     chain: For each partitioned chain, its blocks `[S, K, ...]`.
-    slots: For each partitioned chain, `int32[S, K]`: which blocks these are.
+    slots: For each partitioned chain, which blocks these are; on the host.
     velocity: The optimiser's momentum for `{'shared': ..., 'chain': ...}` when
       it is carried from round to round; None when it starts afresh.
+    residual: What rounding left out of the changes sent so far, see
+      `exchange.residual_shapes`; None where nothing is kept.
   """
 
   shared: PyTree
   chain: dict[str, PyTree]
-  slots: dict[str, jax.Array]
+  slots: dict[str, Deal]
   velocity: PyTree | None = None
+  residual: PyTree | None = None
+
+  @property
+  def parts(self) -> tuple[PyTree, dict[str, PyTree], dict[str, np.ndarray]]:
+    """The parameters: shared, chains, and the slots that say which blocks."""
+    slots = {name: deal.slots for name, deal in self.slots.items()}
+    return self.shared, self.chain, slots
 
 
 def distribute(
   params: Mapping[str, PyTree],
-  slots: Mapping[str, jax.Array],
-  num_workers: int,
+  slots: Mapping[str, Deal],
+  protocol: Protocol,
   mesh: Mesh,
   velocity: Mapping[str, PyTree] | None = None,
 ) -> State:
-  """Hands the global model out to the workers.
+  """Hands the global model out to the workers; a device gets its part only.
 
   Args:
     params: Canonical global parameters by name, chains `[L, ...]`.
-    slots: `int32[S, K]` for each chain to partition.
-    num_workers: S.
+    slots: The deal of each chain to partition.
+    protocol: Who holds what.
     mesh: Where the workers live.
     velocity: Momentum to carry, shaped as `params`, or None.
 
   Returns:
     The state before a round, sharded over the mesh.
   """
+  S = protocol.num_workers
+
+  def block_rows(x, deal):
+    x = np.asarray(x)
+    # An empty slot holds L, one past the end.
+    padded = np.concatenate([x, np.zeros_like(x[:1])])
+    shape = (deal.slots.shape[1], *x.shape[1:])
+    return _place(lambda s: padded[deal.slots[s]], S, shape, mesh)
 
   def hand_out(tree):
     shared, chain = decomposition.split(tree, slots)
-    shared = jax.tree.map(
-      lambda x: jnp.broadcast_to(x, (num_workers, *x.shape)), shared
-    )
-    take = jax.vmap(decomposition.take, in_axes=(None, 0))
-    return shared, {name: take(chain[name], slots[name]) for name in slots}
+    return replicate(shared, S, mesh), {
+      name: jax.tree.map(lambda x, d=deal: block_rows(x, d), chain[name])
+      for name, deal in slots.items()
+    }
 
-  @partial(jax.jit, out_shardings=NamedSharding(mesh, SHARDED))
-  def build(params, velocity, slots):
-    shared, chain = hand_out(params)
-    if velocity is not None:
-      velocity = dict(zip(('shared', 'chain'), hand_out(velocity), strict=True))
-    return State(shared, chain, slots, velocity)
+  shared, chain = hand_out(params)
+  if velocity is not None:
+    velocity = dict(zip(('shared', 'chain'), hand_out(velocity), strict=True))
+  residual = None
+  if protocol.keeps_residual:
+    size = sum(x[0].size for x in jax.tree.leaves(shared))
+    residual = {
+      name: _place(lambda _, n=n: np.zeros(n, np.float32), S, (n,), mesh)
+      for name, (_, n) in exchange.residual_shapes(size, S).items()
+    }
+  return State(shared, chain, dict(slots), velocity, residual)
 
-  # Inputs may come committed to another set of devices (an earlier phase).
-  inputs = (dict(params), velocity, dict(slots))
-  return build(*jax.device_put(inputs, NamedSharding(mesh, REPLICATED)))
+
+def replicate(tree: PyTree, num_workers: int, mesh: Mesh) -> PyTree:
+  """Gives every worker a copy.
+
+  Args:
+    tree: Pytree of arrays.
+    num_workers: S.
+    mesh: Where the workers live.
+
+  Returns:
+    Pytree of arrays `[S, ...]`, sharded over the mesh.
+  """
+
+  def copies(x):
+    x = np.asarray(x)
+    return _place(lambda _: x, num_workers, x.shape, mesh)
+
+  return jax.tree.map(copies, tree)
 
 
-@partial(jax.jit, static_argnames='num_blocks')
-def _assemble(
-  shared: PyTree, chain: PyTree, slots: PyTree, num_blocks: tuple
-) -> dict[str, PyTree]:
-  whole = {}
-  for name, length in num_blocks:
-    held = decomposition.presence(slots[name], length)
-    # Copies are equal between rounds: read the first holder's.
-    worker = jnp.argmax(held, axis=0)
-    mine = slots[name][worker] == jnp.arange(length)[:, None]
-    index = (worker, jnp.argmax(mine, axis=1))
-    whole[name] = jax.tree.map(lambda x, i=index: x[i], chain[name])
-  return decomposition.join(jax.tree.map(lambda x: x[0], shared), whole)
+def _place(row_of, num_workers, shape, mesh) -> jax.Array:
+  """Makes an array `[S, ...]`; each device gets its workers' rows, no more."""
+
+  def rows(index):
+    first, stop, _ = index[0].indices(num_workers)
+    return np.stack([row_of(worker) for worker in range(first, stop)])
+
+  sharding = NamedSharding(mesh, SHARDED)
+  shape = (num_workers, *shape)
+  return jax.make_array_from_callback(shape, sharding, rows)
+
+
+def first_copy(x: jax.Array | np.ndarray) -> np.ndarray:
+  """Returns on the host what all workers hold alike.
+
+  Args:
+    x: `[S, ...]`, equal along S.
+
+  Returns:
+    `[...]`, from a device at hand.
+  """
+  return np.asarray(x.addressable_data(0) if isinstance(x, jax.Array) else x)[0]
+
+
+def holders(
+  slots: np.ndarray, num_blocks: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Finds a holder of every block.
+
+  Args:
+    slots: `int32[S, K]`.
+    num_blocks: L.
+
+  Returns:
+    `(worker, slot)`, `int32[L]` each: the first worker that holds the block,
+    and its slot there.
+
+  >>> holders(np.array([[1, 2], [0, 1]]), 3)[0].tolist()
+  [1, 0, 0]
+  """
+  found = slots[:, :, None] == np.arange(num_blocks)
+  worker = found.any(axis=1).argmax(axis=0)
+  slot = found[worker, :, np.arange(num_blocks)].argmax(axis=1)
+  return worker.astype(np.int32), slot.astype(np.int32)
 
 
 def assemble(
@@ -129,16 +228,26 @@ def assemble(
   """Undoes `distribute`: the canonical global model between two rounds.
 
   Args:
-    state: The state after a round.
+    state: The state after a round; its arrays may live anywhere.
     num_blocks: L of each partitioned chain.
 
   Returns:
-    `(params, velocity)`: parameters by name with chains `[L, ...]`, and the
-    momentum in the same shape, or None where it is not carried.
+    `(params, velocity)`: parameters by name with chains `[L, ...]`, on the
+    host, and the momentum in the same shape, or None where it is not carried.
   """
-  lengths = tuple(sorted(num_blocks.items()))
-  params = _assemble(state.shared, state.chain, state.slots, lengths)
-  velocity = state.velocity and _assemble(
-    state.velocity['shared'], state.velocity['chain'], state.slots, lengths
-  )
-  return params, velocity
+  # Copies are equal between rounds: read the first holder's.
+  where = {
+    name: holders(state.slots[name].slots, length)
+    for name, length in num_blocks.items()
+  }
+
+  def gather(shared, chain):
+    shared = jax.tree.map(first_copy, shared)
+    whole = {
+      name: jax.tree.map(lambda x, i=index: np.asarray(x)[i], chain[name])
+      for name, index in where.items()
+    }
+    return decomposition.join(shared, whole)
+
+  velocity = state.velocity and gather(**state.velocity)
+  return gather(state.shared, state.chain), velocity

@@ -1,10 +1,7 @@
 """A run from a config: build, restore, loop over rounds, evaluate, save."""
 
 import dataclasses
-import importlib.metadata
-import os
 import pathlib
-import platform
 import time
 from typing import Any, NamedTuple
 
@@ -13,17 +10,17 @@ import jax
 import ml_collections
 import numpy as np
 
-from resist_jax import accounting, export, metrics, report
+from resist_jax import entry, export, metrics, report
 from resist_jax import state as state_lib
 from resist_jax import workdir as workdir_lib
 from resist_jax.build import Phase, Setup, prepare
-from resist_jax.checkpoint import Checkpoints, Restored, digest
+from resist_jax.checkpoint import Checkpoints, Restored
 from resist_jax.clock import Clock
 from resist_jax.config import ConfigError, validate
+from resist_jax.dealing import Deal
 from resist_jax.interrupt import Interrupt, Interrupted
-from resist_jax.model import rescale_branches
-
-PyTree = Any
+from resist_jax.state import State
+from resist_jax.summary import summarise
 
 
 class NonFiniteError(ArithmeticError):
@@ -37,6 +34,7 @@ class Progress:
   Attributes:
     round: Rounds completed.
     bytes_total: Sent so far, by the paper's count.
+    wire_bytes_total: Sent so far from device to device.
     images_total: Trained on so far, over all workers.
     seconds_training: Without compilation, tests and checkpoints.
     seconds_total: With everything.
@@ -47,6 +45,7 @@ class Progress:
 
   round: int = 0
   bytes_total: int = 0
+  wire_bytes_total: int = 0
   images_total: int = 0
   seconds_training: float = 0.0
   seconds_total: float = 0.0
@@ -76,31 +75,32 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   workdir_lib.check(folder, config.to_dict())
   setup = prepare(config)
 
-  checkpoints = Checkpoints(folder)
+  checkpoints = Checkpoints(folder, setup.mesh)
   with Interrupt() as interrupt, checkpoints:
     restored = _restore(checkpoints, setup)
     workdir_lib.write_json(folder / 'config.json', config.to_dict())
-    done = restored.progress['round']
+    done = restored.progress['round'] if restored else 0
     with metrics.MetricsLog(folder, done, config.num_rounds) as log:
-      params, progress = _loop(
+      state, phase, progress = _loop(
         setup, checkpoints, log, interrupt, restored, started
       )
-  summary = _summary(setup, params, progress)
-  export.save(folder, setup.evaluator.predictor(params))
+  params, _ = state_lib.assemble(state, phase.protocol.num_blocks)
+  statistics = setup.evaluator.statistics(*state.parts)
+  export.save(folder, setup.evaluator.predictor(params, statistics))
+  summary = summarise(setup, phase, params, dataclasses.asdict(progress))
   workdir_lib.write_json(folder / 'summary.json', summary)
   report.write_report([folder], folder)
   return summary
 
 
-def _restore(checkpoints: Checkpoints, setup: Setup) -> Restored:
-  """Returns the newest checkpoint, or the state before the first round."""
+def _restore(checkpoints: Checkpoints, setup: Setup) -> Restored | None:
+  """Returns the newest checkpoint, or None before the first round."""
   try:
     restored = checkpoints.restore()
   except ValueError as error:
     raise ConfigError(str(error)) from error
   if restored is None:
-    params = setup.initial_params()
-    return Restored(params, None, dataclasses.asdict(Progress()))
+    return None
   done = restored.progress['round']
   if done > setup.config.num_rounds:
     raise ConfigError(
@@ -108,23 +108,7 @@ def _restore(checkpoints: Checkpoints, setup: Setup) -> Restored:
       f'{done} rounds already: raise num_rounds or choose another workdir.'
     )
   logging.info('going on after round %d', done)
-  return restored._replace(params=_as_scaled_now(setup, restored))
-
-
-def _as_scaled_now(setup: Setup, restored: Restored) -> PyTree:
-  """Keeps the global model the same function where S or the protocol changed.
-
-  Residual branches of another S are tested at another scale: what the scale
-  gains, their last layer gives.
-  """
-  before = restored.progress['residual_scale']
-  now = setup.global_scale()
-  factors = {
-    chain: before.get(chain, 1.0) / now.get(chain, 1.0)
-    for chain in before.keys() | now.keys()
-  }
-  changed = {chain: factor for chain, factor in factors.items() if factor != 1}
-  return rescale_branches(restored.params, changed, setup.network)
+  return restored
 
 
 class _Dispatched(NamedTuple):
@@ -132,7 +116,8 @@ class _Dispatched(NamedTuple):
 
   index: int
   phase: Phase
-  slots: dict[str, jax.Array]
+  before: dict[str, Deal]
+  after: dict[str, Deal]
   metrics: dict[str, jax.Array]
 
 
@@ -141,36 +126,28 @@ def _loop(
   checkpoints: Checkpoints,
   log: metrics.MetricsLog,
   interrupt: Interrupt,
-  restored: Restored,
+  restored: Restored | None,
   started: float,
-) -> tuple[PyTree, Progress]:
-  """Trains the remaining rounds and returns the global model."""
+) -> tuple[State, Phase, Progress]:
+  """Trains the remaining rounds and returns what they end with."""
   config, evaluator = setup.config, setup.evaluator
-  params, velocity = restored.params, restored.velocity
-  progress = dataclasses.replace(
-    Progress(**restored.progress), residual_scale=setup.global_scale()
-  )
+  progress = Progress(**restored.progress) if restored else Progress()
+  progress = dataclasses.replace(progress, residual_scale=setup.global_scale())
   seconds_before = progress.seconds_total
   clock = Clock(progress.seconds_training)
-  state = phase = running = None
+  phase, state, deals = entry.enter(setup, restored)
+  running = None
   for index in range(progress.round, config.num_rounds):
-    if state is None or phase is None:
-      phase = setup.phase(index)
-      state = _enter(setup, phase, index, params, velocity)
     clock.start()
-    slots = state.slots
+    before, after = state.slots, next(deals)
     state, measured = phase.run(
-      state,
-      setup.slots(phase, index + 1),
-      setup.constants,
-      setup.batches(index),
-      index,
+      state, after, setup.constants, setup.batches(index), index
     )
     # This round runs while the metrics of the one before are read and logged.
     if running:
       progress = _read(setup, running, progress, clock)
       log.write(progress.last)
-    running = _Dispatched(index, phase, slots, measured)
+    running = _Dispatched(index, phase, before, after, measured)
 
     done = index + 1
     last = done == config.num_rounds
@@ -182,15 +159,15 @@ def _loop(
     progress = _read(setup, running, progress, clock)
     running = None
     clock.stop()
-    params, velocity = state_lib.assemble(state, phase.protocol.num_blocks)
     if evaluates:
-      progress = _with_accuracies(progress, evaluator(params))
+      progress = _with_accuracies(progress, evaluator(*state.parts))
     log.write(progress.last)
     elapsed = seconds_before + time.perf_counter() - started
     progress = dataclasses.replace(progress, seconds_total=elapsed)
     signum = interrupt.signum  # Read once: it may come at any time.
     if saves or signum:
-      checkpoints.save(params, velocity, dataclasses.asdict(progress))
+      chains = phase.protocol.num_blocks
+      checkpoints.save(state, chains, dataclasses.asdict(progress))
     if signum and not last:
       raise Interrupted(
         signum,
@@ -198,27 +175,11 @@ def _loop(
         'goes on from there.',
       )
     if leaves:
-      state = None
+      whole = state_lib.assemble(state, phase.protocol.num_blocks)
+      phase, state, deals = entry.begin(setup, done, *whole)
   if 'test_accuracy' not in progress.last:  # Ended by a lower num_rounds.
-    progress = _with_accuracies(progress, evaluator(params))
-  return params, progress
-
-
-def _enter(setup: Setup, phase: Phase, index: int, params, velocity):
-  """Hands the global model out for the rounds of a phase, and compiles them."""
-  if not phase.protocol.carry_velocity:
-    velocity = None
-  elif velocity is None:
-    velocity = jax.tree.map(np.zeros_like, params)
-  state = state_lib.distribute(
-    params,
-    setup.slots(phase, index),
-    setup.config.num_workers,
-    setup.mesh,
-    velocity,
-  )
-  phase.run.compile(state, setup.constants, setup.batches(index))
-  return state
+    progress = _with_accuracies(progress, evaluator(*state.parts))
+  return state, phase, progress
 
 
 def _read(
@@ -246,12 +207,13 @@ def _read(
     'lr': float(setup.schedule(done * config.local_steps - 1)),
     'seconds_training': seconds,
     'bytes_total': progress.bytes_total + running.phase.bytes_per_round,
+    'wire_bytes_total': progress.wire_bytes_total
+    + running.phase.wire_bytes(running.before, running.after),
     'images_per_second': images / (seconds - progress.seconds_training),
     'slots': {
       name: [[b for b in worker if b < setup.chains[name]] for worker in table]
       for name, table in (
-        (name, np.asarray(table).tolist())
-        for name, table in running.slots.items()
+        (name, deal.slots.tolist()) for name, deal in running.before.items()
       )
     },
     'num_blocks': dict(setup.chains),
@@ -260,6 +222,7 @@ def _read(
     progress,
     round=done,
     bytes_total=row['bytes_total'],
+    wire_bytes_total=row['wire_bytes_total'],
     images_total=progress.images_total + images,
     seconds_training=seconds,
     last=row,
@@ -277,54 +240,3 @@ def _with_accuracies(
     best_test_accuracy_paper=best,
     last={**progress.last, **accuracies},
   )
-
-
-def _summary(
-  setup: Setup, params: PyTree, progress: Progress
-) -> dict[str, Any]:
-  """Returns what a run is remembered by."""
-  config, sizes = setup.config, setup.sizes
-  depth, workers = config.min_depth, config.num_workers
-  devices = setup.mesh.devices
-  accuracies = {k: v for k, v in progress.last.items() if '_accuracy' in k}
-  del accuracies['train_accuracy']
-  return {
-    'protocol': config.protocol,
-    'dataset': config.data.name,
-    'model': config.model.name,
-    'num_workers': workers,
-    'num_devices': devices.size,
-    'rounds': progress.round,
-    'local_steps': config.local_steps,
-    **accuracies,
-    'best_test_accuracy_paper': progress.best_test_accuracy_paper,
-    'final_train_loss': progress.last['train_loss'],
-    'params_total': sizes.total,
-    'params_per_worker': accounting.params_per_worker(sizes, workers, depth),
-    'params_shared': sizes.shared,
-    # One number where one chain is cut, and 0 where none is.
-    'params_per_block': (
-      sizes.block if len(sizes.block) > 1 else sum(sizes.block.values())
-    ),
-    'num_blocks': sizes.num_blocks,
-    'bytes_per_round': setup.phase(
-      config.num_rounds - 1 - config.phases.full_after
-    ).bytes_per_round,
-    'bytes_total': progress.bytes_total,
-    'bytes_per_round_local_sgd': accounting.round_trip_bytes(
-      setup.full_sizes(), workers
-    ),
-    'seconds_training': progress.seconds_training,
-    'seconds_total': progress.seconds_total,
-    'images_per_second': progress.images_total / progress.seconds_training,
-    'seed': config.seed,
-    'device': f'{devices.flat[0].device_kind}, {os.cpu_count()} cores on host',
-    'versions': {
-      'python': platform.python_version(),
-      **{
-        name: importlib.metadata.version(name)
-        for name in ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint')
-      },
-    },
-    'params_hash': digest(params),
-  }

@@ -17,6 +17,8 @@ import pytest
 jax.config.update('jax_num_cpu_devices', 4)
 # Tests run each program a few times: compile it fast rather than well.
 jax.config.update('jax_disable_most_optimizations', True)
+# Programs that differ in the names of scopes alone must not share an entry.
+jax.config.update('jax_compilation_cache_include_metadata_in_key', True)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 

@@ -1,10 +1,14 @@
 """Checkpoints come back bit for bit, or not at all."""
 
 import jax
+from jax.sharding import NamedSharding
 import numpy as np
 import pytest
 
+from resist_jax import state as state_lib
 from resist_jax.checkpoint import KEEP, Checkpoints, digest
+from resist_jax.dealing import Deal
+from resist_jax.state import State
 
 # When one read of a damaged checkpoint fails, orbax closes its event loop under
 # the reads beside it, which complain from their threads.
@@ -13,22 +17,30 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def state(seed):
+SLOTS = {'chain': Deal(np.array([[0, 2], [1, 3], [3, 4], [0, 4]], np.int32))}
+
+
+def state(seed, workers=4, **kwargs):
   rng = np.random.default_rng(seed)
-  return {
-    'stem': {'kernel': rng.normal(size=(3, 3, 8)).astype(np.float32)},
-    'chain': {'kernel': rng.normal(size=(9, 40, 40)).astype(np.float32)},
-  }
+  kernels = rng.normal(size=(workers, 2, 30, 40)).astype(np.float32)
+  sharding = NamedSharding(state_lib.make_mesh(4), state_lib.SHARDED)
+  return State(
+    {'stem': np.tile(rng.normal(size=(1, 3, 8)), (workers, 1, 1))},
+    {'chain': {'kernel': jax.device_put(kernels, sharding)}},
+    SLOTS,
+    **kwargs,
+  )
 
 
-def save(tmp_path, *steps, velocity=None):
-  with Checkpoints(tmp_path) as checkpoints:
+def save(tmp_path, *steps, **kwargs):
+  with Checkpoints(tmp_path, state_lib.make_mesh(4)) as checkpoints:
     for step in steps:
-      checkpoints.save(state(step), velocity, {'round': step, 'note': [1, 2]})
+      progress = {'round': step, 'note': [1, 2]}
+      checkpoints.save(state(step, **kwargs), {'chain': 5}, progress)
 
 
-def restore(tmp_path):
-  with Checkpoints(tmp_path) as checkpoints:
+def restore(tmp_path, num_devices=4):
+  with Checkpoints(tmp_path, state_lib.make_mesh(num_devices)) as checkpoints:
     return checkpoints.restore()
 
 
@@ -42,7 +54,11 @@ def newest_files(tmp_path, step):
 
 def assert_is(restored, step):
   assert restored.progress == {'round': step, 'note': [1, 2]}
-  jax.tree.map(np.testing.assert_array_equal, restored.params, state(step))
+  assert restored.num_blocks == {'chain': 5}
+  got, want = restored.state, state(step)
+  np.testing.assert_array_equal(got.shared['stem'], want.shared['stem'][0])
+  jax.tree.map(np.testing.assert_array_equal, got.chain, want.chain)
+  np.testing.assert_array_equal(got.slots['chain'].slots, SLOTS['chain'].slots)
 
 
 def test_nothing_there(tmp_path):
@@ -52,13 +68,39 @@ def test_nothing_there(tmp_path):
 def test_the_newest_comes_back(tmp_path):
   save(tmp_path, 1, 2)
   assert_is(restore(tmp_path), 2)
-  assert restore(tmp_path).velocity is None
+  assert restore(tmp_path).state.velocity is None
 
 
-def test_velocity_comes_back(tmp_path):
-  save(tmp_path, 1, velocity=state(9))
-  velocity = restore(tmp_path).velocity
-  jax.tree.map(np.testing.assert_array_equal, velocity, state(9))
+@pytest.mark.parametrize('num_devices', [1, 2, 4])
+def test_workers_read_their_own_parts(tmp_path, num_devices):
+  save(tmp_path, 1)
+  restored = restore(tmp_path, num_devices)
+  assert_is(restored, 1)
+  kernel = restored.state.chain['chain']['kernel']
+  shapes = {shard.data.shape for shard in kernel.addressable_shards}
+  assert shapes == {(4 // num_devices, 2, 30, 40)}
+
+
+def test_workers_that_devices_cannot_share_out_are_read_on_the_host(tmp_path):
+  save(tmp_path, 1)
+  restored = restore(tmp_path, 3)
+  assert_is(restored, 1)
+  assert isinstance(restored.state.chain['chain']['kernel'], np.ndarray)
+
+
+def test_velocity_and_residual_come_back(tmp_path):
+  other = state(9)
+  velocity = {'shared': other.shared, 'chain': other.chain}
+  residual = {'sent': np.ones((4, 7), np.float32)}
+  save(tmp_path, 1, velocity=velocity, residual=residual)
+  got = restore(tmp_path).state
+  jax.tree.map(
+    np.testing.assert_array_equal, got.velocity['chain'], other.chain
+  )
+  np.testing.assert_array_equal(
+    got.velocity['shared']['stem'], other.shared['stem'][0]
+  )
+  jax.tree.map(np.testing.assert_array_equal, got.residual, residual)
 
 
 def test_a_few_are_kept(tmp_path):

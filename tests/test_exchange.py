@@ -1,4 +1,4 @@
-"""The exchange on a mesh is `take(aggregate(...), next_slots)`."""
+"""Every exchange on a mesh is `take(aggregate(...), next_slots)`."""
 
 from functools import partial
 
@@ -9,45 +9,176 @@ import numpy as np
 import pytest
 import tiny
 
-from resist_jax import decomposition, exchange
+from resist_jax import decomposition, exchange, hand_over, rounds, wire
 from resist_jax import state as state_lib
+from resist_jax.dealing import Dealer
 
 ON_WORKERS = PartitionSpec(exchange.WORKER)
 
 
-def on_mesh(function, num_devices):
+def on_mesh(function, num_devices, in_specs=ON_WORKERS):
   mesh = state_lib.make_mesh(num_devices)
   return jax.jit(
-    jax.shard_map(
-      function, mesh=mesh, in_specs=ON_WORKERS, out_specs=ON_WORKERS
-    )
+    jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=ON_WORKERS)
   )
 
 
-@pytest.mark.parametrize('min_depth', [0, 3])
-@pytest.mark.parametrize(
-  ('S', 'D'), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 4)]
-)
-def test_masked_psum_aggregates_and_deals_again(S, D, min_depth):
-  L = 9
-  slots, next_slots = (tiny.deal(r, L, S, min_depth) for r in (0, 1))
+def random_chain(slots):
   rng = np.random.default_rng(0)
-  shape = (*slots.shape, 2, 3)
-  chain = {'w': jnp.array(rng.normal(size=shape), jnp.float32)}
-  run = on_mesh(partial(exchange.masked_psum, num_blocks=L), D)
-  got = run(chain, slots, next_slots)
+  shapes = {'w': (*slots.shape, 2, 3), 'b': (*slots.shape, 5)}
+  return {
+    name: jnp.array(rng.normal(size=shape), jnp.float32)
+    for name, shape in shapes.items()
+  }
 
-  old = {'w': jnp.full((L, 2, 3), np.nan)}
-  whole = decomposition.aggregate(chain, slots, old)
-  for s in range(S):
-    want = decomposition.take(whole, next_slots[s])
-    np.testing.assert_allclose(got['w'][s], want['w'], rtol=1e-6, atol=1e-6)
+
+def assert_dealt(got, chain, slots, next_slots, num_blocks, tolerance=1e-6):
+  old = jax.tree.map(lambda x: jnp.full_like(x[0, :1], jnp.nan), chain)
+  old = jax.tree.map(lambda x: jnp.repeat(x, num_blocks, 0), old)
+  whole = decomposition.aggregate(chain, jnp.array(slots), old)
+  for s, row in enumerate(next_slots):
+    want = decomposition.take(whole, jnp.array(row))
+    for name, value in want.items():
+      np.testing.assert_allclose(
+        got[name][s], value, rtol=tolerance, atol=tolerance
+      )
+
+
+SIZES = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 4), (8, 2)]
+# Every size exactly, and some in each encoding.
+CASES = [(S, D, depth, 'float32') for S, D in SIZES for depth in (0, 3)] + [
+  (S, D, 3, encoding)
+  for S, D in ((4, 1), (4, 4), (8, 4))
+  for encoding in ('bfloat16', 'int16')
+]
+
+
+@pytest.mark.parametrize(('S', 'D', 'min_depth', 'encoding'), CASES)
+def test_masked_psum_aggregates_and_deals_again(S, D, min_depth, encoding):
+  L = 9
+  slots, next_slots = (tiny.deal(r, L, S, min_depth).slots for r in (0, 1))
+  chain = random_chain(slots)
+  run = on_mesh(
+    partial(
+      exchange.masked_psum, num_blocks=L, num_workers=S, encoding=encoding
+    ),
+    D,
+  )
+  got = run(chain, slots, next_slots)
+  tolerance = {'float32': 1e-6, 'bfloat16': 1e-2, 'int16': 2e-4}[encoding]
+  assert_dealt(got, chain, slots, next_slots, L, tolerance)
+
+
+def hand_over_on_mesh(dealer, num_devices, encoding):
+  deal = rounds.deal_specs(dealt=True)
+  run = on_mesh(
+    partial(hand_over.hand_over, dealer=dealer, name='c', encoding=encoding),
+    num_devices,
+    in_specs=(ON_WORKERS, deal, deal),
+  )
+
+  def exchange_chain(chain, before, after):
+    return run(chain, before._replace(own=None), after._replace(own=None))
+
+  return exchange_chain
+
+
+@pytest.mark.parametrize(
+  ('S', 'D', 'min_depth', 'encoding'), [*CASES, (4, 2, 7, 'float32')]
+)
+def test_a_hand_over_aggregates_and_deals_again(S, D, min_depth, encoding):
+  """Over several rounds, so that columns, guests and shifts vary."""
+  L = 9
+  dealer = Dealer(L, S, min_depth)
+  run = hand_over_on_mesh(dealer, D, encoding)
+  tolerance = {'float32': 1e-6, 'bfloat16': 1e-2, 'int16': 2e-4}[encoding]
+  deals = dealer.deals([3])
+  before = next(deals)
+  for after in (next(deals) for _ in range(3)):
+    chain = random_chain(before.slots)
+    got = run(chain, before, after)
+    assert_dealt(got, chain, before.slots, after.slots, L, tolerance)
+    before = after
+
+
+@pytest.mark.parametrize('encoding', ['bfloat16', 'int16'])
+def test_blocks_are_rounded_alike_however_many_devices(encoding):
+  """Workers that share a device round as others do."""
+  L, S = 9, 4
+  dealer = Dealer(L, S, 3)
+  deals = dealer.deals([3])
+  before, after = next(deals), next(deals)
+  chain = random_chain(before.slots)
+  one, *others = (
+    hand_over_on_mesh(dealer, D, encoding)(chain, before, after)
+    for D in (1, 2, 4)
+  )
+  for other in others:
+    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 @pytest.mark.parametrize(('S', 'D'), [(1, 1), (4, 1), (4, 2), (4, 4)])
-def test_the_mean_over_workers_reaches_all_of_them(S, D):
+@pytest.mark.parametrize('encoding', ['float32', 'bfloat16'])
+def test_the_mean_over_workers_reaches_all_of_them(S, D, encoding):
   x = np.random.default_rng(0).normal(size=(S, 5)).astype(np.float32)
-  run = on_mesh(partial(exchange.mean_over_workers, num_workers=S), D)
+  run = on_mesh(
+    partial(exchange.mean_over_workers, num_workers=S, encoding=encoding), D
+  )
   got = np.asarray(run(jnp.array(x)))
-  np.testing.assert_allclose(got, np.tile(x.mean(0), (S, 1)), rtol=1e-6)
+  tolerance = 1e-6 if encoding == 'float32' else 1e-2
+  want = np.tile(x.mean(0), (S, 1))
+  np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
   assert (got == got[0]).all()
+
+
+def changes(num_devices, encoding, feedback, num_rounds=20, S=4, n=1500):
+  """Exchanges the same small changes again and again."""
+  rng = np.random.default_rng(0)
+  steps = rng.normal(size=(S, n)).astype(np.float32) / 500
+  steps[:, 0] = 1.0  # One large change sets the scale of its neighbours.
+  run = on_mesh(
+    partial(exchange.add_mean_change, num_workers=S, encoding=encoding),
+    num_devices,
+  )
+  tree = {'w': jnp.zeros((S, n))}
+  residual = None
+  if feedback:
+    shapes = exchange.residual_shapes(n, S)
+    residual = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+  for _ in range(num_rounds):
+    after = {'w': tree['w'] + jnp.array(steps)}
+    tree, residual = run(tree, after, residual)
+  return np.asarray(tree['w']), num_rounds * steps.mean(axis=0)
+
+
+def test_error_feedback_sends_what_rounding_left_out():
+  got, want = changes(4, 'int8', feedback=True)
+  assert (got == got[0]).all()
+  # What is not sent yet is at most a step of the sender's and of the mean's.
+  assert np.abs(got[0] - want).max() < 2 / 127
+  forgetful, _ = changes(4, 'int8', feedback=False)
+  # Without, small changes are lost for ever beside a large one.
+  assert np.abs(forgetful[0] - want).max() > 2 / 127
+
+
+@pytest.mark.parametrize('encoding', ['int8', 'bfloat16'])
+def test_changes_add_up_alike_however_many_devices(encoding):
+  one, *others = (
+    changes(D, encoding, encoding == 'int8')[0] for D in (1, 2, 4)
+  )
+  for other in others:
+    np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize('encoding', ['float32', 'bfloat16', 'int16', 'int8'])
+@pytest.mark.parametrize('count', [1, 1024, 1500])
+def test_a_message_is_as_long_as_promised_and_reads_back(encoding, count):
+  rng = np.random.default_rng(count)
+  x = jnp.array(rng.normal(size=count), jnp.float32)
+  message = wire.encode(x, encoding)
+  assert message.nbytes == wire.message_bytes(count, encoding)
+  error = np.abs(wire.decode(message, count, encoding) - x).max()
+  largest = np.abs(x).max()
+  steps = {'float32': 0, 'bfloat16': 2**-8, 'int16': 2**-16, 'int8': 2**-8}
+  assert error <= 1.01 * steps[encoding] * largest
+  assert (wire.decode(wire.encode(0 * x, encoding), count, encoding) == 0).all()

@@ -1,6 +1,8 @@
 """The compiled round is Algorithm 1, on any devices, and holds what it may."""
 
+import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from resist_jax import decomposition
+from resist_jax import decomposition, wire
 from resist_jax import state as state_lib
 
 L = 5
@@ -29,10 +31,15 @@ def problem(norm='batch'):
   return tiny.make_loss(net), tiny.init(net)
 
 
+def hand_over(S, T=2, **kwargs):
+  return resist(S, T, exchange='hand_over', **kwargs)
+
+
 @functools.cache
-def oracle(norm, S, min_depth):
+def oracle(norm, S, min_depth, exchange='masked_psum'):
   loss_fn, params = problem(norm)
-  return tiny.algorithm_1(loss_fn, params, L, S, 2, 2, min_depth)
+  protocol = resist(S, min_depth=min_depth, exchange=exchange)
+  return tiny.algorithm_1(loss_fn, params, protocol, num_rounds=2)
 
 
 def assert_close(got, want, tolerance=3e-5):
@@ -60,21 +67,25 @@ def assert_close(got, want, tolerance=3e-5):
     ('group', 8, 4, 2),
   ],
 )
-def test_a_compiled_round_equals_algorithm_1(norm, S, D, min_depth):
+@pytest.mark.parametrize('exchange', ['masked_psum', 'hand_over'])
+def test_a_compiled_round_equals_algorithm_1(norm, S, D, min_depth, exchange):
+  if exchange == 'hand_over' and S > L:
+    pytest.skip('a hand-over needs a block for every worker')
   loss_fn, params = problem(norm)
-  got, metrics = tiny.train_compiled(
-    loss_fn, params, resist(S), D, 2, min_depth=min_depth
-  )
-  assert_close(got, oracle(norm, S, min_depth))
+  protocol = resist(S, min_depth=min_depth, exchange=exchange)
+  got, metrics = tiny.train_compiled(loss_fn, params, protocol, D, 2)
+  assert_close(got, oracle(norm, S, min_depth, exchange))
   assert metrics['loss'].shape == (S,)
   assert np.asarray(metrics['finite']).all()
 
 
+@pytest.mark.parametrize('exchange', ['masked_psum', 'hand_over'])
 @pytest.mark.parametrize(('S', 'D'), [(4, 4), (4, 2), (4, 1)])
-def test_the_loop_on_the_device_equals_algorithm_1(S, D):
+def test_the_loop_on_the_device_equals_algorithm_1(S, D, exchange):
   loss_fn, params = problem()
-  got, _ = tiny.train_compiled(loss_fn, params, resist(S), D, 2, on_device=True)
-  assert_close(got, oracle('batch', S, 0))
+  protocol = resist(S, exchange=exchange)
+  got, _ = tiny.train_compiled(loss_fn, params, protocol, D, 2, on_device=True)
+  assert_close(got, oracle('batch', S, 0, exchange))
 
 
 def test_one_local_step_equals_the_step_of_a_lone_worker():
@@ -82,7 +93,7 @@ def test_one_local_step_equals_the_step_of_a_lone_worker():
   loss_fn, params = problem()
   S, protocol = 4, full(4, 1)
   mesh, run = tiny.make_round(loss_fn, protocol, S)
-  state = state_lib.distribute(params, {}, S, mesh)
+  state = state_lib.distribute(params, {}, protocol, mesh)
   batches = tiny.batches(0, S, 1)
   batches[:] = batches[0]  # All the same: then so is their mean.
   state, _ = run(state, {}, tiny.examples(), batches, 0)
@@ -129,18 +140,17 @@ def test_data_parallel_is_one_worker_with_a_larger_batch(on_device):
   assert_close(got, params)
 
 
+@pytest.mark.parametrize('exchange', ['masked_psum', 'hand_over'])
 @pytest.mark.parametrize('on_device', [False, True])
-def test_carried_velocity_is_exchanged_like_the_parameters(on_device):
+def test_carried_velocity_is_exchanged_like_the_parameters(on_device, exchange):
   """Against the plain loop, with new slots, copies and an uneven deal."""
   loss_fn, params = problem()
-  S, min_depth = 4, 2
-  protocol = resist(S, carry_velocity=True)
-  got, _ = tiny.train_compiled(
-    loss_fn, params, protocol, 2, 3, on_device, min_depth
-  )
-  want = tiny.algorithm_1(loss_fn, params, L, S, 2, 3, min_depth, carry=True)
+  protocol = resist(4, min_depth=2, carry_velocity=True, exchange=exchange)
+  got, _ = tiny.train_compiled(loss_fn, params, protocol, 2, 3, on_device)
+  want = tiny.algorithm_1(loss_fn, params, protocol, num_rounds=3)
   assert_close(got, want)
-  restarted = tiny.algorithm_1(loss_fn, params, L, S, 2, 3, min_depth)
+  restarts = dataclasses.replace(protocol, carry_velocity=False)
+  restarted = tiny.algorithm_1(loss_fn, params, restarts, num_rounds=3)
   difference = want['stem']['kernel'] - restarted['stem']['kernel']
   assert np.abs(difference).max() > 1e-3
 
@@ -150,11 +160,12 @@ def test_carried_velocity_makes_rounds_seamless():
   loss_fn, params = problem()
 
   def run(carry, T, num_rounds):
-    mesh, call = tiny.make_round(loss_fn, resist(1, T, carry_velocity=carry), 1)
+    protocol = resist(1, T, carry_velocity=carry)
+    mesh, call = tiny.make_round(loss_fn, protocol, 1)
     slots = {tiny.CHAIN: tiny.deal(0, L, 1)}
     zeros = jax.tree.map(jnp.zeros_like, params)
     state = state_lib.distribute(
-      params, slots, 1, mesh, zeros if carry else None
+      params, slots, protocol, mesh, zeros if carry else None
     )
     batches = tiny.batches(0, 1, 4).reshape(1, num_rounds, T, -1)
     for r in range(num_rounds):
@@ -178,22 +189,23 @@ def test_a_block_that_nobody_trains_keeps_its_value():
   S, protocol = 2, resist(2)
   mesh, run = tiny.make_round(loss_fn, protocol, 2)
   slots = {tiny.CHAIN: tiny.deal(0, L, S)}
-  state = state_lib.distribute(params, slots, S, mesh)
+  state = state_lib.distribute(params, slots, protocol, mesh)
   state, _ = run(state, slots, tiny.examples(), tiny.batches(0, S, 2), 0)
-  empty = np.asarray(slots[tiny.CHAIN]) == L
+  empty = slots[tiny.CHAIN].slots == L
   assert empty.sum() == 1
   for leaf in jax.tree.leaves(state.chain[tiny.CHAIN]):
     assert (np.asarray(leaf)[empty] == 0).all()
 
 
-def programs(S=4, D=4, on_device=False, ahead=True):
+def programs(protocol, D=4, on_device=False, ahead=True):
   loss_fn, params = problem()
-  mesh, run = tiny.make_round(loss_fn, resist(S), D, on_device)
-  slots = {tiny.CHAIN: tiny.deal(0, L, S)}
-  state = state_lib.distribute(params, slots, S, mesh)
+  mesh, run = tiny.make_round(loss_fn, protocol, D, on_device)
+  dealt = tiny.deals(protocol)
+  state = state_lib.distribute(params, next(dealt), protocol, mesh)
   if ahead:
-    run.compile(state, tiny.examples(), tiny.batches(0, S, 2))
-  return state, run
+    batches = tiny.batches(0, protocol.num_workers, protocol.local_steps)
+    run.compile(state, tiny.examples(), batches)
+  return state, run, dealt
 
 
 COLLECTIVE = (
@@ -201,8 +213,9 @@ COLLECTIVE = (
 )
 
 
-def test_local_training_has_no_collective_and_never_the_chain():
-  _, run = programs()
+@pytest.mark.parametrize('wire_format', list(wire.FORMATS))
+def test_local_training_has_no_collective_and_never_the_chain(wire_format):
+  _, run, _ = programs(resist(4, wire_format=wire_format))
   text = run.compiled['step'].as_text()
   assert not re.search(COLLECTIVE, text)
   # A block's kernel is [3, 3, 8, 8]. K = 2 of them are stacked, never L = 5.
@@ -213,32 +226,66 @@ def test_local_training_has_no_collective_and_never_the_chain():
   assert 'f32[5,3,3,8,8]' in finish  # The masked psum does build it.
 
 
+@pytest.mark.parametrize('min_depth', [0, 3])
+def test_a_hand_over_builds_nothing_larger_than_a_sub_network(min_depth):
+  protocol = hand_over(4, min_depth=min_depth)
+  _, run, _ = programs(protocol)
+  finish = run.compiled['finish'].as_text()
+  assert re.search('collective-permute', finish)
+  shapes = re.findall(r'\bf32\[([\d,]+)\]', finish)
+  sizes = {math.prod(map(int, shape.split(','))) for shape in shapes}
+  kernel = 3 * 3 * 8 * 8
+  message = 2 * (kernel + 2 * 8)  # One block: two kernels and two norms.
+  K = protocol.dealer(tiny.CHAIN).num_slots
+  assert max(sizes) == max(K * kernel, message) < L * kernel
+
+
+PROTOCOLS = [
+  resist(4),
+  hand_over(4),
+  hand_over(4, min_depth=3),
+  hand_over(4, wire_format='int8'),
+]
+
+
 @pytest.mark.parametrize('on_device', [False, True])
-def test_one_compilation_serves_all_decompositions(on_device):
-  state, run = programs(on_device=on_device, ahead=False)
+@pytest.mark.parametrize('protocol', PROTOCOLS)
+def test_one_compilation_serves_all_decompositions(protocol, on_device):
+  state, run, dealt = programs(protocol, on_device=on_device, ahead=False)
   for r in range(3):
-    slots = {tiny.CHAIN: tiny.deal(r + 1, L, 4)}
     batches = tiny.batches(r, 4, 2)
-    state, _ = run(state, slots, tiny.examples(), batches, r)
+    state, _ = run(state, next(dealt), tiny.examples(), batches, r)
   sizes = {name: p._cache_size() for name, p in run.compiled.items()}
   assert set(sizes.values()) == {1}, sizes
 
 
 @pytest.mark.parametrize('on_device', [False, True])
-def test_the_state_is_donated(on_device):
-  state, run = programs(on_device=on_device)
-  slots = {tiny.CHAIN: tiny.deal(1, L, 4)}
-  run(state, slots, tiny.examples(), tiny.batches(0, 4, 2), 0)
+@pytest.mark.parametrize('protocol', PROTOCOLS)
+def test_the_state_is_donated(protocol, on_device):
+  state, run, dealt = programs(protocol, on_device=on_device)
+  run(state, next(dealt), tiny.examples(), tiny.batches(0, 4, 2), 0)
   kernel = state.chain[tiny.CHAIN]['conv1']['kernel']
   assert kernel.is_deleted()
   assert state.shared['stem']['kernel'].is_deleted()
+
+
+def test_a_hand_over_refuses_slots_that_it_did_not_deal():
+  state, run, dealt = programs(hand_over(4), ahead=False)
+  fresh = {tiny.CHAIN: tiny.deal(1, L, 4)}
+  next(dealt)
+  for wrong in (fresh, next(dealt)):  # Of anyone, and of a later round.
+    with pytest.raises(ValueError, match='did not deal') as raised:
+      run(state, wrong, tiny.examples(), tiny.batches(0, 4, 2), 0)
+    assert '\n' not in str(raised.value)
+  assert not state.shared['stem']['kernel'].is_deleted()
 
 
 @pytest.mark.parametrize(('S', 'D'), [(4, 4), (8, 2)])
 def test_assemble_undoes_distribute_bit_for_bit(S, D):
   _, params = problem()
   slots = {tiny.CHAIN: tiny.deal(0, L, S, min_depth=2)}
-  state = state_lib.distribute(params, slots, S, state_lib.make_mesh(D), params)
+  mesh = state_lib.make_mesh(D)
+  state = state_lib.distribute(params, slots, resist(S), mesh, params)
   for tree in state_lib.assemble(state, {tiny.CHAIN: L}):
     jax.tree.map(np.testing.assert_array_equal, tree, params)
 
@@ -247,7 +294,8 @@ def test_a_device_holds_shared_parameters_and_its_own_blocks_only():
   _, params = problem()
   S = 4
   slots = {tiny.CHAIN: tiny.deal(0, L, S)}
-  state = state_lib.distribute(params, slots, S, state_lib.make_mesh(S))
+  mesh = state_lib.make_mesh(S)
+  state = state_lib.distribute(params, slots, resist(S), mesh)
   held = sum(
     leaf.addressable_shards[0].data.size
     for leaf in jax.tree.leaves((state.shared, state.chain))
@@ -268,7 +316,7 @@ def test_a_worker_that_diverges_is_named():
     return loss * jnp.where(batch[0] == 0, jnp.inf, 1.0), metrics
 
   mesh, run = tiny.make_round(explodes, full(4, 1), 4)
-  state = state_lib.distribute(params, {}, 4, mesh)
+  state = state_lib.distribute(params, {}, full(4, 1), mesh)
   batches = np.ones_like(tiny.batches(0, 4, 1))
   batches[2] = 0
   _, metrics = run(state, {}, tiny.examples(), batches, 0)
@@ -284,7 +332,7 @@ def test_randomness_follows_seed_round_worker_and_step():
 
   def losses(round_index, T=1):
     mesh, run = tiny.make_round(draws, full(4, T), 2)
-    state = state_lib.distribute(params, {}, 4, mesh)
+    state = state_lib.distribute(params, {}, full(4, T), mesh)
     batches = tiny.batches(0, 4, T)
     _, metrics = run(state, {}, tiny.examples(), batches, round_index)
     return np.asarray(metrics['loss'])

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from resist_jax import build, export, metrics, train
+from resist_jax import build, entry, export, metrics, train
 from resist_jax import config as config_lib
+from resist_jax import state as state_lib
 from resist_jax.config import ConfigError
 from resist_jax.evaluate import Evaluator
 from resist_jax.interrupt import Interrupted
@@ -59,6 +60,13 @@ def test_a_run_leaves_what_it_promises(finished):
   )
   assert summary['bytes_total'] == 4 * summary['bytes_per_round']
   assert summary['bytes_per_round'] < summary['bytes_per_round_local_sgd']
+  wire = summary['wire_bytes_last_round']
+  assert wire['predicted'] == wire['compiled']
+  memory = summary['memory_per_device']
+  assert (
+    memory['compiled']['begin']['arguments']
+    == (memory['predicted']['parameters'])
+  )
   for name in (
     'local_steps', 'test_accuracy', 'test_accuracy_paper', 'seconds_training',
     'best_test_accuracy_paper', 'params_per_worker', 'seconds_total', 'seed',
@@ -116,11 +124,21 @@ def stopped_at(round_index, monkeypatch, folder, config, signum=signal.SIGTERM):
   [
     {},
     {'optimizer.carry_momentum': True, 'min_depth': 3},
+    {'exchange': 'masked_psum', 'min_depth': 3},
+    {'wire_format': 'int8'},
     {'protocol': 'data_parallel'},
     {'protocol': 'local_sgd', 'data.sharded': True},
     {'phases.full_before': 1, 'phases.full_after': 1},
   ],
-  ids=['resist', 'carried', 'data_parallel', 'local_sgd', 'phases'],
+  ids=[
+    'resist',
+    'carried',
+    'psum',
+    'int8',
+    'data_parallel',
+    'local_sgd',
+    'phases',
+  ],
 )
 def test_a_stopped_run_ends_bit_equal_to_one_that_was_not(
   fields, monkeypatch, tmp_path
@@ -158,11 +176,14 @@ def test_the_number_of_devices_changes_rounding_only(finished, tmp_path):
   'fields',
   [
     {'num_workers': 2, 'num_devices': 2},
-    {'num_workers': 8, 'min_depth': 1},
+    {'num_workers': 8, 'min_depth': 1, 'exchange': 'masked_psum'},
+    {'num_devices': 2},
+    {'min_depth': 3},
+    {'wire_format': 'int8'},
     {'protocol': 'local_sgd'},
     {'protocol': 'data_parallel'},
   ],
-  ids=['S=2', 'S=8', 'local_sgd', 'data_parallel'],
+  ids=['S=2', 'S=8', 'D=2', 'copies', 'int8', 'local_sgd', 'data_parallel'],
 )
 def test_a_checkpoint_goes_on_with_other_workers_or_another_protocol(
   fields, monkeypatch, tmp_path
@@ -187,9 +208,13 @@ def test_a_run_goes_on_as_the_same_function(tmp_path):
   for fields in ({}, {'num_workers': 2, 'num_devices': 2},
                  {'protocol': 'local_sgd'}):  # fmt: skip
     setup = train.prepare(tiny_config(**fields))
-    with train.Checkpoints(tmp_path) as checkpoints:
-      params = train._restore(checkpoints, setup).params
-    predict = setup.evaluator.predictor(params)
+    with train.Checkpoints(tmp_path, setup.mesh) as checkpoints:
+      restored = train._restore(checkpoints, setup)
+    phase, state, _ = entry.enter(setup, restored)
+    params, _ = state_lib.assemble(state, phase.protocol.num_blocks)
+    predict = setup.evaluator.predictor(
+      params, setup.evaluator.statistics(*state.parts)
+    )
     logits.append(np.asarray(predict(setup.dataset.train.images[:50])))
   np.testing.assert_allclose(logits[1], logits[0], rtol=1e-3, atol=1e-5)
   np.testing.assert_allclose(logits[2], logits[0], rtol=1e-3, atol=1e-5)
@@ -199,9 +224,9 @@ def test_a_signal_during_an_evaluation_is_not_lost(tmp_path, monkeypatch):
   """A round that is evaluated but not due for a checkpoint saves one then."""
   evaluate = Evaluator.__call__
 
-  def evaluate_and_signal(self, params):
+  def evaluate_and_signal(self, *parts):
     os.kill(os.getpid(), signal.SIGTERM)
-    return evaluate(self, params)
+    return evaluate(self, *parts)
 
   config = tiny_config(checkpoint_every=3, eval_every=2)
   with monkeypatch.context() as patch:
@@ -323,7 +348,11 @@ def test_loading_an_unfinished_run_says_so(tmp_path):
 
 def test_devices_that_are_not_there():
   with pytest.raises(ConfigError, match='but there are 4 here'):
-    train.prepare(tiny_config(num_workers=8, num_devices=8, min_depth=1))
+    train.prepare(
+      tiny_config(
+        num_workers=8, num_devices=8, min_depth=1, exchange='masked_psum'
+      )
+    )
   assert train.prepare(tiny_config(num_devices=0)).mesh.devices.size == 4
   three = tiny_config(num_devices=0, num_workers=3)
   assert train.prepare(three).mesh.devices.size == 3

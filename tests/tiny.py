@@ -1,6 +1,7 @@
 """A network that compiles in a second, and Algorithm 1 as a plain loop."""
 
 from functools import partial
+import itertools
 import operator
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from resist_jax import decomposition, model, optimizer, rounds
+from resist_jax import dealing, decomposition, model, optimizer, rounds
 from resist_jax import state as state_lib
 
 CHAIN = 'stage2_chain'
@@ -74,8 +75,26 @@ def make_round(loss_fn, protocol, num_devices, on_device=False):
 
 
 def deal(round_index, num_blocks, num_workers, min_depth=0):
+  """Fresh round-robin slots."""
   key = jax.random.fold_in(jax.random.key(7), round_index)
-  return decomposition.sample_slots(key, num_blocks, num_workers, min_depth)
+  slots = decomposition.sample_slots(key, num_blocks, num_workers, min_depth)
+  return dealing.Deal(np.asarray(slots))
+
+
+def deals(protocol, start=0):
+  """What an exchange can carry: rounds of deals, by chain."""
+  if protocol.exchange == 'hand_over':
+    streams = {
+      name: protocol.dealer(name).deals([7, i], start)
+      for i, name in enumerate(protocol.num_blocks)
+    }
+    while True:
+      yield {name: next(stream) for name, stream in streams.items()}
+  for r in itertools.count(start):
+    yield {
+      name: deal(r, length, protocol.num_workers, protocol.min_depth)
+      for name, length in protocol.num_blocks.items()
+    }
 
 
 def batches(round_index, num_workers, local_steps, batch_size=6):
@@ -85,33 +104,21 @@ def batches(round_index, num_workers, local_steps, batch_size=6):
 
 
 def train_compiled(
-  loss_fn,
-  params,
-  protocol,
-  num_devices,
-  num_rounds,
-  on_device=False,
-  min_depth=0,
+  loss_fn, params, protocol, num_devices, num_rounds, on_device=False
 ):
   """Runs compiled rounds and returns the global parameters."""
   mesh, run = make_round(loss_fn, protocol, num_devices, on_device)
-
-  def slots(r):
-    return {
-      name: deal(r, length, protocol.num_workers, min_depth)
-      for name, length in protocol.num_blocks.items()
-    }
-
   velocity = None
   if protocol.carry_velocity:
     velocity = jax.tree.map(jnp.zeros_like, params)
   workers = protocol.num_workers
-  state = state_lib.distribute(params, slots(0), workers, mesh, velocity)
+  dealt = deals(protocol)
+  state = state_lib.distribute(params, next(dealt), protocol, mesh, velocity)
   metrics = {}
   for r in range(num_rounds):
     state, metrics = run(
       state,
-      slots(r + 1),
+      next(dealt),
       examples(),
       batches(r, workers, protocol.local_steps),
       r,
@@ -129,26 +136,27 @@ def gradient(loss_fn, params, present, batch):
   return jax.grad(loss)(params)
 
 
-def algorithm_1(loss_fn, params, num_blocks, num_workers, steps, num_rounds,
-                min_depth=0, carry=False):  # fmt: skip
+def algorithm_1(loss_fn, params, protocol, num_rounds):
   """The paper's Algorithm 1, one worker after another, nothing stacked.
 
   A sub-ResNet here is a list of blocks, and SGD is written out: this shares
-  no line with `rounds`, `exchange` or `aggregate`. With `carry`, momentum is
-  cut and averaged as the parameters are.
+  no line with `rounds`, `exchange` or `aggregate`. Where it is carried,
+  momentum is cut and averaged as the parameters are.
   """
+  num_blocks, steps = protocol.num_blocks[CHAIN], protocol.local_steps
   velocity = jax.tree.map(jnp.zeros_like, params)
-  for r in range(num_rounds):
-    slots = np.asarray(deal(r, num_blocks, num_workers, min_depth))
-    hands = [[b for b in row if b < num_blocks] for row in slots]
+  for r, dealt in zip(range(num_rounds), deals(protocol), strict=False):
+    hands = [
+      [b for b in row if b < num_blocks] for row in dealt[CHAIN].slots.tolist()
+    ]
     subs, momenta = [], []
     for s, mine in enumerate(hands):
       sub, momentum = cut(params, mine), cut(velocity, mine)
-      if not carry:
+      if not protocol.carry_velocity:
         momentum = jax.tree.map(jnp.zeros_like, momentum)
       present = {CHAIN: jnp.ones(len(mine), jnp.float32)}
       for t in range(steps):
-        batch = batches(r, num_workers, steps)[s, t]
+        batch = batches(r, protocol.num_workers, steps)[s, t]
         grads = gradient(loss_fn, sub, present, batch)
         momentum = jax.tree.map(
           lambda v, g, p: MOMENTUM * v + g + WEIGHT_DECAY * p,

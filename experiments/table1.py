@@ -1,0 +1,393 @@
+"""The paper's Table 1, bytes per round, beside ours and beside the wire.
+
+For PreActResNet101 on CIFAR-100 and 2, 4 and 8 workers: gigabytes by the
+paper's count, and what workers really send to each other, one device each, for
+every protocol, exchange and wire format, in float32 also as a share of what
+local SGD's ring all-reduce sends.
+
+  python -m experiments.table1
+  python -m experiments.table1 --compiled  # beside the bytes XLA's programs send
+  python -m experiments.table1 --json      # for machines
+"""
+
+import argparse
+from collections.abc import Iterator, Mapping
+import json
+import pathlib
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.provenance import provenance
+from resist_jax import (
+  accounting,
+  exchange,
+  footprint,
+  model,
+  optimizer,
+  rounds,
+  wire,
+)
+from resist_jax import state as state_lib
+from resist_jax.accounting import Sizes
+from resist_jax.dealing import Deal
+from resist_jax.decomposition import sample_slots, split
+from resist_jax.state import Protocol
+
+PyTree = Any
+
+CHAIN = 'stage3_chain'
+IMAGE, CLASSES = (32, 32, 3), 100
+STEPS = 50  # T, the steps in a round; only data parallel sends at each.
+# As printed, GB; and the minimum depth, not printed, that fits ResIST's.
+PAPER = {
+  'local_sgd': {2: 0.662, 4: 1.325, 8: 2.649},
+  'resist': {2: 0.454, 4: 0.720, 8: 1.289},
+}
+MIN_DEPTH = {2: 11, 4: 6, 8: 4}
+GB = 1e9
+
+
+class Variant(NamedTuple):
+  """A way to train and to talk.
+
+  Attributes:
+    protocol: `resist` has the paper's minimum depth.
+    exchange: How parameters or gradients travel.
+    wire_format: What they travel as.
+  """
+
+  protocol: str
+  exchange: str
+  wire_format: str
+
+
+BASELINE = Variant('local_sgd', 'all_reduce', 'float32')
+VARIANTS = [
+  *(Variant('local_sgd', 'all_reduce', f) for f in wire.FORMATS),
+  # int8 is for changes between rounds, which data parallel has not.
+  *(Variant('data_parallel', 'all_reduce', f) for f in ('float32', 'bfloat16')),
+  *(
+    Variant(protocol, exchange, f)
+    for protocol in ('resist', 'resist_without_min_depth')
+    for exchange in ('masked_psum', 'hand_over')
+    for f in wire.FORMATS
+  ),
+]
+
+
+def main() -> None:
+  """Prints the tables; exit code 1 if a program sends what is not predicted."""
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--json', action='store_true', help='for machines')
+  parser.add_argument(
+    '--compiled', action='store_true', help='read the programs; minutes'
+  )
+  parser.add_argument('--out', type=pathlib.Path, help='JSON file to write')
+  args = parser.parse_args()
+  jax.config.update('jax_num_cpu_devices', max(MIN_DEPTH))
+  params = network_shapes()
+  sizes = accounting.measure(params, [CHAIN])
+  result = figures(sizes)
+  if args.compiled:
+    result['compiled'] = list(compiled_rows(params, sizes))
+  if args.out:
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+      'command': ' '.join(['python -m experiments.table1', *sys.argv[1:]]),
+      'provenance': provenance(),
+      **result,
+    }
+    args.out.write_text(json.dumps(record, indent=2) + '\n')
+  print(json.dumps(result, indent=2) if args.json else text(result))
+  rows = result.get('compiled', [])
+  sys.exit(any(row['predicted'] != row['read'] for row in rows))
+
+
+def network_shapes() -> dict[str, PyTree]:
+  """Returns the shapes of the network's parameters by name."""
+  network = model.PreActResNet101(num_classes=CLASSES)
+  return jax.eval_shape(
+    lambda: network.init(jax.random.key(0), jnp.zeros((1, *IMAGE)))
+  )['params']
+
+
+def make_protocol(variant: Variant, num_workers: int, length: int) -> Protocol:
+  """Returns what a variant means.
+
+  Args:
+    variant: A row of the table.
+    num_workers: S.
+    length: L of the chain.
+
+  Returns:
+    The protocol of a round.
+  """
+  name, resist = variant.protocol, variant.protocol.startswith('resist')
+  return Protocol(
+    num_workers,
+    STEPS,
+    {CHAIN: length} if resist else {},
+    MIN_DEPTH[num_workers] if name == 'resist' else 0,
+    average_gradients=name == 'data_parallel',
+    carry_velocity=name == 'data_parallel',
+    exchange=variant.exchange if resist else 'masked_psum',
+    wire_format=variant.wire_format,
+  )
+
+
+def _cut(sizes: Sizes, protocol: Protocol) -> Sizes:
+  """Returns the sizes as the protocol cuts the network."""
+  return (
+    sizes if protocol.num_blocks else Sizes(sizes.total, sizes.total, {}, {})
+  )
+
+
+def figures(sizes: Sizes) -> dict[str, Any]:
+  """Computes what is printed.
+
+  Args:
+    sizes: Of the network, its chain cut.
+
+  Returns:
+    GB of a round: `paper` and `ours` by protocol and number of workers, `wire`
+    by protocol, exchange, format and number of workers.
+  """
+  length = sizes.num_blocks[CHAIN]
+  ours: dict[str, Any] = {name: {} for name in PAPER}
+  sent: dict[str, Any] = {}
+  for S in MIN_DEPTH:
+    for variant in VARIANTS:
+      protocol = make_protocol(variant, S, length)
+      cut = _cut(sizes, protocol)
+      exchanges = sent.setdefault(variant.protocol, {})
+      formats = exchanges.setdefault(variant.exchange, {})
+      formats.setdefault(variant.wire_format, {})[str(S)] = (
+        accounting.wire_bytes(cut, protocol, S) / GB
+      )
+      if variant.protocol in PAPER:
+        gigabytes = accounting.paper_bytes(cut, protocol) / GB
+        ours[variant.protocol][str(S)] = gigabytes
+  paper = {
+    name: {str(S): value for S, value in row.items()}
+    for name, row in PAPER.items()
+  }
+  return {'paper': paper, 'ours': ours, 'wire': sent}
+
+
+def compiled_rows(
+  params: Mapping[str, PyTree],
+  sizes: Sizes,
+  workers: tuple[int, ...] = tuple(MIN_DEPTH),
+) -> Iterator[dict[str, Any]]:
+  """Reads the bytes of a round from its compiled programs.
+
+  Args:
+    params: Shapes of the network's parameters.
+    sizes: Of the network, its chain cut.
+    workers: Each S wanted.
+
+  Yields:
+    For each variant and S, bytes predicted for two deals and read from the
+    program; for a hand-over also the blocks it sends, and how many of all
+    blocks change their worker.
+  """
+  # Else a cache may give a program whose scopes have other names.
+  jax.config.update('jax_compilation_cache_include_metadata_in_key', True)
+  length = sizes.num_blocks[CHAIN]
+  for S in workers:
+    for variant in VARIANTS:
+      protocol = make_protocol(variant, S, length)
+      deals = _two_deals(protocol)
+      run = _compile(params, protocol, deals)
+      row: dict[str, Any] = {**variant._asdict(), 'workers': S}
+      branches, pairs = {}, None
+      if deals and protocol.exchange == 'hand_over':
+        branches, pairs = accounting.branches(CHAIN, *deals), {CHAIN: deals}
+        row['blocks_sent'] = accounting.messages(
+          protocol.dealer(CHAIN), *deals, S
+        )
+        row['blocks_that_change_workers'] = changes(*deals, length)
+      cut = _cut(sizes, protocol)
+      yield {
+        **row,
+        'predicted': accounting.wire_bytes(cut, protocol, S, pairs),
+        'read': footprint.compiled_wire_bytes(run, STEPS, branches),
+      }
+
+
+def changes(before: Deal, after: Deal, length: int) -> int:
+  """Counts the blocks that a worker gets without having held them.
+
+  Args:
+    before: A deal.
+    after: The deal after it.
+    length: L.
+
+  Returns:
+    Blocks, each once for every worker that it is new to.
+  """
+  held, wanted = (
+    (deal.slots[:, :, None] == np.arange(length)).any(axis=1)
+    for deal in (before, after)
+  )
+  return int((wanted & ~held).sum())
+
+
+def _two_deals(protocol: Protocol) -> tuple[Deal, Deal] | None:
+  if not protocol.num_blocks:
+    return None
+  if protocol.exchange == 'hand_over':
+    deals = protocol.dealer(CHAIN).deals([0])
+    return next(deals), next(deals)
+  slots = sample_slots(
+    jax.random.key(0),
+    protocol.num_blocks[CHAIN],
+    protocol.num_workers,
+    protocol.min_depth,
+  )
+  return (Deal(np.asarray(slots)),) * 2
+
+
+def _loss(params, present, constants, batch, key):
+  """Stands for the network's: what is sent depends on shapes alone."""
+  del present, constants, batch, key
+  return sum(jnp.sum(x**2) for x in jax.tree.leaves(params)), {}
+
+
+def _compile(
+  params: Mapping[str, PyTree],
+  protocol: Protocol,
+  deals: tuple[Deal, Deal] | None,
+) -> rounds.Round:
+  """Compiles a round for arrays that are never there."""
+  S = protocol.num_workers
+  mesh = state_lib.make_mesh(S)
+  run = rounds.make_round(
+    _loss,
+    optimizer.make_optimizer(0.9, 5e-4),
+    optimizer.make_schedule('constant', 0.01, 1),
+    protocol,
+    mesh,
+    seed=0,
+    on_device=False,
+  )
+  shared, chain = split(params, protocol.num_blocks)
+  on_workers = jax.sharding.NamedSharding(mesh, state_lib.SHARDED)
+
+  def spread(tree, *lead):
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
+        (*lead, *x.shape[len(lead) - 1 :]), x.dtype, sharding=on_workers
+      ),
+      tree,
+    )
+
+  chain = {
+    name: spread(blocks, S, protocol.slots_per_worker(name))
+    for name, blocks in chain.items()
+  }
+  shared = spread(shared, S)
+  velocity = residual = None
+  if protocol.carry_velocity:
+    velocity = {'shared': shared, 'chain': chain}
+  if protocol.keeps_residual:
+    size = accounting.measure(shared, []).total // S
+    residual = {
+      name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=on_workers)
+      for name, shape in exchange.residual_shapes(size, S).items()
+    }
+  slots = {CHAIN: deals[0]} if deals else {}
+  state = state_lib.State(shared, chain, slots, velocity, residual)
+  run.compile(state, (), np.zeros((S, STEPS, 1), np.int32))
+  return run
+
+
+def text(result: Mapping[str, Any]) -> str:
+  """Returns the tables for people.
+
+  Args:
+    result: Of `figures`, perhaps with `compiled`.
+
+  Returns:
+    Lines.
+  """
+  parts = [_counted(result), _sent(result['wire'])]
+  if 'compiled' in result:
+    parts.append(_read(result['compiled']))
+  return '\n'.join(parts)
+
+
+def _counted(result: Mapping[str, Any]) -> str:
+  lines = [
+    "Table 1, GB a round by the paper's count: every worker fetches its part",
+    'and brings it back, 2 * 4 * (S * shared + copies * block) bytes.',
+    '',
+    f'{"":13}'
+    + ''.join(f'{f"S={S}: paper":>12}{"ours":>9}' for S in MIN_DEPTH),
+  ]
+  for name in PAPER:
+    paper, ours = result['paper'][name], result['ours'][name]
+    row = ''.join(f'{paper[S]:>12.3f}{ours[S]:>9.5f}' for S in paper)
+    lines.append(f'{name:13}{row}')
+  depths = ', '.join(f'{d} (S={S})' for S, d in MIN_DEPTH.items())
+  return '\n'.join(
+    [
+      *lines,
+      '',
+      f'Minimum depths that fit: {depths}.',
+      'The paper rounds some entries and cuts others: it prints 0.45455 as '
+      '0.454,',
+      'and 1.3247 as 1.325.',
+      '',
+    ]
+  )
+
+
+def _sent(sent: Mapping[str, Any]) -> str:
+  lines = [
+    'What really goes over the wire in a round, all workers together, one',
+    f'device each, mean over all deals; data_parallel: {STEPS} steps. GB, and '
+    'as a',
+    "share of local SGD's ring all-reduce in float32. resist has the minimum",
+    'depths above, resist_without_min_depth none.',
+    '',
+    f'{"":25}{"exchange":12}{"format":9}'
+    + ''.join(f'{f"S={S}: GB":>11}{"share":>8}' for S in MIN_DEPTH),
+  ]
+  whole = sent[BASELINE.protocol][BASELINE.exchange][BASELINE.wire_format]
+  for variant in VARIANTS:
+    protocol, way, form = variant
+    found = sent[protocol][way][form]
+    row = ''.join(f'{x:>11.4f}{x / whole[S]:>8.3f}' for S, x in found.items())
+    lines.append(f'{protocol:25}{way:12}{form:9}{row}')
+  return '\n'.join([*lines, ''])
+
+
+def _read(rows: list[dict[str, Any]]) -> str:
+  lines = [
+    'The same for two deals in a row: bytes predicted, and read from the',
+    'compiled programs. moved: blocks sent / blocks new to a worker.',
+    '',
+    f'{"":25}{"exchange":12}{"format":9}{"S":>3}{"predicted":>14}{"read":>14}'
+    f'{"moved":>9}',
+  ]
+  for row in rows:
+    moved = ''
+    if 'blocks_sent' in row:
+      moved = f'{row["blocks_sent"]}/{row["blocks_that_change_workers"]}'
+    lines.append(
+      f'{row["protocol"]:25}{row["exchange"]:12}{row["wire_format"]:9}'
+      f'{row["workers"]:>3}{row["predicted"]:>14,.0f}{row["read"]:>14,.0f}'
+      f'{moved:>9}'
+    )
+  wrong = sum(row['predicted'] != row['read'] for row in rows)
+  verdict = f'{wrong} of {len(rows)} differ.' if wrong else 'All are equal.'
+  return '\n'.join([*lines, '', verdict])
+
+
+if __name__ == '__main__':
+  main()
