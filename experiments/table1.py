@@ -6,12 +6,12 @@ every protocol, exchange and wire format, in float32 also as a share of what
 local SGD's ring all-reduce sends.
 
   python -m experiments.table1
-  python -m experiments.table1 --compiled  # beside the bytes XLA's programs send
+  python -m experiments.table1 --compiled  # beside what XLA's programs send
   python -m experiments.table1 --json      # for machines
 """
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import json
 import pathlib
 import sys
@@ -22,15 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.provenance import provenance
-from resist_jax import (
-  accounting,
-  exchange,
-  footprint,
-  model,
-  optimizer,
-  rounds,
-  wire,
-)
+from resist_jax import accounting, exchange, hlo, model, optimizer, rounds, wire
 from resist_jax import state as state_lib
 from resist_jax.accounting import Sizes
 from resist_jax.dealing import Deal
@@ -44,21 +36,15 @@ IMAGE, CLASSES = (32, 32, 3), 100
 STEPS = 50  # T, the steps in a round; only data parallel sends at each.
 # As printed, GB; and the minimum depth, not printed, that fits ResIST's.
 PAPER = {
-  'local_sgd': {2: 0.662, 4: 1.325, 8: 2.649},
-  'resist': {2: 0.454, 4: 0.720, 8: 1.289},
+  'local_sgd': {'2': 0.662, '4': 1.325, '8': 2.649},
+  'resist': {'2': 0.454, '4': 0.720, '8': 1.289},
 }
 MIN_DEPTH = {2: 11, 4: 6, 8: 4}
 GB = 1e9
 
 
 class Variant(NamedTuple):
-  """A way to train and to talk.
-
-  Attributes:
-    protocol: `resist` has the paper's minimum depth.
-    exchange: How parameters or gradients travel.
-    wire_format: What they travel as.
-  """
+  """A way to train and to talk; `resist` has the paper's minimum depth."""
 
   protocol: str
   exchange: str
@@ -83,9 +69,7 @@ def main() -> None:
   """Prints the tables; exit code 1 if a program sends what is not predicted."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--json', action='store_true', help='for machines')
-  parser.add_argument(
-    '--compiled', action='store_true', help='read the programs; minutes'
-  )
+  parser.add_argument('--compiled', action='store_true', help='minutes')
   parser.add_argument('--out', type=pathlib.Path, help='JSON file to write')
   args = parser.parse_args()
   jax.config.update('jax_num_cpu_devices', max(MIN_DEPTH))
@@ -115,17 +99,7 @@ def network_shapes() -> dict[str, PyTree]:
   )['params']
 
 
-def make_protocol(variant: Variant, num_workers: int, length: int) -> Protocol:
-  """Returns what a variant means.
-
-  Args:
-    variant: A row of the table.
-    num_workers: S.
-    length: L of the chain.
-
-  Returns:
-    The protocol of a round.
-  """
+def _protocol(variant: Variant, num_workers: int, length: int) -> Protocol:
   name, resist = variant.protocol, variant.protocol.startswith('resist')
   return Protocol(
     num_workers,
@@ -141,9 +115,8 @@ def make_protocol(variant: Variant, num_workers: int, length: int) -> Protocol:
 
 def _cut(sizes: Sizes, protocol: Protocol) -> Sizes:
   """Returns the sizes as the protocol cuts the network."""
-  return (
-    sizes if protocol.num_blocks else Sizes(sizes.total, sizes.total, {}, {})
-  )
+  total = sizes.total
+  return sizes if protocol.num_blocks else Sizes(total, total, {}, {})
 
 
 def figures(sizes: Sizes) -> dict[str, Any]:
@@ -161,7 +134,7 @@ def figures(sizes: Sizes) -> dict[str, Any]:
   sent: dict[str, Any] = {}
   for S in MIN_DEPTH:
     for variant in VARIANTS:
-      protocol = make_protocol(variant, S, length)
+      protocol = _protocol(variant, S, length)
       cut = _cut(sizes, protocol)
       exchanges = sent.setdefault(variant.protocol, {})
       formats = exchanges.setdefault(variant.exchange, {})
@@ -171,17 +144,14 @@ def figures(sizes: Sizes) -> dict[str, Any]:
       if variant.protocol in PAPER:
         gigabytes = accounting.paper_bytes(cut, protocol) / GB
         ours[variant.protocol][str(S)] = gigabytes
-  paper = {
-    name: {str(S): value for S, value in row.items()}
-    for name, row in PAPER.items()
-  }
-  return {'paper': paper, 'ours': ours, 'wire': sent}
+  return {'paper': PAPER, 'ours': ours, 'wire': sent}
 
 
 def compiled_rows(
   params: Mapping[str, PyTree],
   sizes: Sizes,
-  workers: tuple[int, ...] = tuple(MIN_DEPTH),
+  workers: Iterable[int] = tuple(MIN_DEPTH),
+  variants: Iterable[Variant] = VARIANTS,
 ) -> Iterator[dict[str, Any]]:
   """Reads the bytes of a round from its compiled programs.
 
@@ -189,6 +159,7 @@ def compiled_rows(
     params: Shapes of the network's parameters.
     sizes: Of the network, its chain cut.
     workers: Each S wanted.
+    variants: Rows wanted.
 
   Yields:
     For each variant and S, bytes predicted for two deals and read from the
@@ -199,10 +170,9 @@ def compiled_rows(
   jax.config.update('jax_compilation_cache_include_metadata_in_key', True)
   length = sizes.num_blocks[CHAIN]
   for S in workers:
-    for variant in VARIANTS:
-      protocol = make_protocol(variant, S, length)
+    for variant in variants:
+      protocol = _protocol(variant, S, length)
       deals = _two_deals(protocol)
-      run = _compile(params, protocol, deals)
       row: dict[str, Any] = {**variant._asdict(), 'workers': S}
       branches, pairs = {}, None
       if deals and protocol.exchange == 'hand_over':
@@ -210,26 +180,18 @@ def compiled_rows(
         row['blocks_sent'] = accounting.messages(
           protocol.dealer(CHAIN), *deals, S
         )
-        row['blocks_that_change_workers'] = changes(*deals, length)
+        row['blocks_that_change_workers'] = _changes(*deals, length)
       cut = _cut(sizes, protocol)
+      print(*row.values(), file=sys.stderr)
       yield {
         **row,
         'predicted': accounting.wire_bytes(cut, protocol, S, pairs),
-        'read': footprint.compiled_wire_bytes(run, STEPS, branches),
+        'read': _read_bytes(params, protocol, deals, branches),
       }
 
 
-def changes(before: Deal, after: Deal, length: int) -> int:
-  """Counts the blocks that a worker gets without having held them.
-
-  Args:
-    before: A deal.
-    after: The deal after it.
-    length: L.
-
-  Returns:
-    Blocks, each once for every worker that it is new to.
-  """
+def _changes(before: Deal, after: Deal, length: int) -> int:
+  """Counts the blocks that workers get without having held them."""
   held, wanted = (
     (deal.slots[:, :, None] == np.arange(length)).any(axis=1)
     for deal in (before, after)
@@ -258,14 +220,14 @@ def _loss(params, present, constants, batch, key):
   return sum(jnp.sum(x**2) for x in jax.tree.leaves(params)), {}
 
 
-def _compile(
+def _read_bytes(
   params: Mapping[str, PyTree],
   protocol: Protocol,
   deals: tuple[Deal, Deal] | None,
-) -> rounds.Round:
-  """Compiles a round for arrays that are never there."""
-  S = protocol.num_workers
-  mesh = state_lib.make_mesh(S)
+  branches: Mapping[str, int],
+) -> int:
+  """Compiles what sends, for arrays that are never there, and reads it."""
+  S, mesh = protocol.num_workers, state_lib.make_mesh(protocol.num_workers)
   run = rounds.make_round(
     _loss,
     optimizer.make_optimizer(0.9, 5e-4),
@@ -274,36 +236,46 @@ def _compile(
     mesh,
     seed=0,
     on_device=False,
-  )
+  ).compiled
+
+  def array(shape, dtype, spec=state_lib.SHARDED):
+    sharding = jax.sharding.NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
   shared, chain = split(params, protocol.num_blocks)
-  on_workers = jax.sharding.NamedSharding(mesh, state_lib.SHARDED)
-
-  def spread(tree, *lead):
-    return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(
-        (*lead, *x.shape[len(lead) - 1 :]), x.dtype, sharding=on_workers
-      ),
-      tree,
-    )
-
+  size = accounting.measure(shared, []).total
+  shared = jax.tree.map(lambda x: array((S, *x.shape), x.dtype), shared)
   chain = {
-    name: spread(blocks, S, protocol.slots_per_worker(name))
-    for name, blocks in chain.items()
+    name: jax.tree.map(
+      lambda x, k=k: array((S, k, *x.shape[1:]), x.dtype), chain[name]
+    )
+    for name in protocol.num_blocks
+    for k in [protocol.slots_per_worker(name)]
   }
-  shared = spread(shared, S)
-  velocity = residual = None
-  if protocol.carry_velocity:
-    velocity = {'shared': shared, 'chain': chain}
+  velocity = {'shared': shared, 'chain': chain}
+  local = jax.eval_shape(
+    run['begin'], shared, chain, velocity if protocol.carry_velocity else None
+  )
+  local = jax.tree.map(lambda x: array(x.shape, x.dtype), local)
+  if protocol.average_gradients:  # All that it sends, it sends in steps.
+    index = np.int32(0)
+    args = local, {}, (), array((S, 1), jnp.int32), index, index
+    text = run['step'].lower(*args).compile().as_text()
+    return protocol.local_steps * hlo.wire_bytes(text, branches)
+  base = shared if protocol.sends_changes else None
+  residual = None
   if protocol.keeps_residual:
-    size = accounting.measure(shared, []).total // S
-    residual = {
-      name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=on_workers)
-      for name, shape in exchange.residual_shapes(size, S).items()
-    }
-  slots = {CHAIN: deals[0]} if deals else {}
-  state = state_lib.State(shared, chain, slots, velocity, residual)
-  run.compile(state, (), np.zeros((S, STEPS, 1), np.int32))
-  return run
+    shapes = exchange.residual_shapes(size, S)
+    residual = {k: array(shape, jnp.float32) for k, shape in shapes.items()}
+
+  def on_mesh(deal):
+    specs = rounds.deal_specs(protocol.exchange == 'hand_over')
+    deal = deal._replace(own=None)
+    return jax.tree.map(lambda x, s: array(x.shape, x.dtype, s), deal, specs)
+
+  before, after = [{CHAIN: on_mesh(d)} for d in deals or ()] or [{}, {}]
+  program = run['finish'].lower(local, base, residual, before, after).compile()
+  return hlo.wire_bytes(program.as_text(), branches)
 
 
 def text(result: Mapping[str, Any]) -> str:
@@ -318,60 +290,49 @@ def text(result: Mapping[str, Any]) -> str:
   parts = [_counted(result), _sent(result['wire'])]
   if 'compiled' in result:
     parts.append(_read(result['compiled']))
-  return '\n'.join(parts)
+  return '\n\n'.join(parts)
 
 
 def _counted(result: Mapping[str, Any]) -> str:
+  head = ''.join(f'{f"S={S}: paper":>12}{"ours":>9}' for S in MIN_DEPTH)
   lines = [
     "Table 1, GB a round by the paper's count: every worker fetches its part",
-    'and brings it back, 2 * 4 * (S * shared + copies * block) bytes.',
-    '',
-    f'{"":13}'
-    + ''.join(f'{f"S={S}: paper":>12}{"ours":>9}' for S in MIN_DEPTH),
+    'and brings it back, 2 * 4 * (S * shared + copies * block) bytes.\n',
+    f'{"":13}{head}',
   ]
   for name in PAPER:
     paper, ours = result['paper'][name], result['ours'][name]
     row = ''.join(f'{paper[S]:>12.3f}{ours[S]:>9.5f}' for S in paper)
     lines.append(f'{name:13}{row}')
   depths = ', '.join(f'{d} (S={S})' for S, d in MIN_DEPTH.items())
-  return '\n'.join(
-    [
-      *lines,
-      '',
-      f'Minimum depths that fit: {depths}.',
-      'The paper rounds some entries and cuts others: it prints 0.45455 as '
-      '0.454,',
-      'and 1.3247 as 1.325.',
-      '',
-    ]
-  )
+  lines += [
+    f'\nMinimum depths that fit: {depths}.',
+    'The paper rounds some entries and cuts others.',
+  ]
+  return '\n'.join(lines)
 
 
 def _sent(sent: Mapping[str, Any]) -> str:
+  head = ''.join(f'{f"S={S}: GB":>11}{"share":>8}' for S in MIN_DEPTH)
   lines = [
     'What really goes over the wire in a round, all workers together, one',
-    f'device each, mean over all deals; data_parallel: {STEPS} steps. GB, and '
-    'as a',
-    "share of local SGD's ring all-reduce in float32. resist has the minimum",
-    'depths above, resist_without_min_depth none.',
-    '',
-    f'{"":25}{"exchange":12}{"format":9}'
-    + ''.join(f'{f"S={S}: GB":>11}{"share":>8}' for S in MIN_DEPTH),
+    'device each, mean over all deals. GB, and as a share of what the ring',
+    f'all-reduce of local SGD sends in float32; data_parallel: {STEPS} steps.',
+    'resist has the minimum depths above, resist_without_min_depth none.\n',
+    f'{"":25}{"exchange":12}{"format":9}{head}',
   ]
   whole = sent[BASELINE.protocol][BASELINE.exchange][BASELINE.wire_format]
-  for variant in VARIANTS:
-    protocol, way, form = variant
+  for protocol, way, form in VARIANTS:
     found = sent[protocol][way][form]
     row = ''.join(f'{x:>11.4f}{x / whole[S]:>8.3f}' for S, x in found.items())
     lines.append(f'{protocol:25}{way:12}{form:9}{row}')
-  return '\n'.join([*lines, ''])
+  return '\n'.join(lines)
 
 
 def _read(rows: list[dict[str, Any]]) -> str:
   lines = [
     'The same for two deals in a row: bytes predicted, and read from the',
-    'compiled programs. moved: blocks sent / blocks new to a worker.',
-    '',
+    'compiled programs. moved: blocks sent / blocks new to a worker.\n',
     f'{"":25}{"exchange":12}{"format":9}{"S":>3}{"predicted":>14}{"read":>14}'
     f'{"moved":>9}',
   ]
@@ -386,7 +347,7 @@ def _read(rows: list[dict[str, Any]]) -> str:
     )
   wrong = sum(row['predicted'] != row['read'] for row in rows)
   verdict = f'{wrong} of {len(rows)} differ.' if wrong else 'All are equal.'
-  return '\n'.join([*lines, '', verdict])
+  return '\n'.join([*lines, f'\n{verdict}'])
 
 
 if __name__ == '__main__':

@@ -266,12 +266,13 @@ def wire_bytes(
   total: float = all_reduce_bytes(sizes.shared, S, D, protocol.format.changes)
   if protocol.carry_velocity:
     total += all_reduce_bytes(sizes.shared, S, D, encoding)
-  times = 2 if protocol.carry_velocity else 1
+  times = 2 if protocol.carry_velocity else 1  # Momentum goes where blocks go.
   for name, length in protocol.num_blocks.items():
     if protocol.exchange == 'masked_psum':
-      # The holders of each block are counted as well.
-      chain: float = all_reduce_bytes(length, S, D)
-      chain += all_reduce_bytes(length * sizes.block[name], S, D, encoding)
+      total += all_reduce_bytes(length, S, D)  # Counts each block's holders.
+      chain: float = all_reduce_bytes(
+        length * sizes.block[name], S, D, encoding
+      )
     else:
       dealer = protocol.dealer(name)
       sent = (

@@ -51,6 +51,7 @@ class MetricsLog:
     if 'test_accuracy' in row:
       self._shown_test = f'{row["test_accuracy"]:.1%}'
     shown['test'] = self._shown_test
+    shown['sent'] = f'{row["wire_bytes_total"] / 1e6:.4g}MB'
     shown['img/s'] = f'{row["images_per_second"]:.0f}'
     self._bar.set_postfix(shown, refresh=False)
     self._bar.update()

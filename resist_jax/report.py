@@ -5,17 +5,14 @@ Run it as `python -m resist_jax.report DIR... [--out=OUT]`.
 
 import argparse
 from collections.abc import Mapping, Sequence
-import dataclasses
 from html import escape
-import itertools
 import json
 from pathlib import Path
 import sys
 from typing import Any
 
 from resist_jax import plots
-
-Summary = Mapping[str, Any]
+from resist_jax.records import DASH, Run, RunError, Summary, load_runs
 
 # Names and cells of the table; a field that a summary lacks makes a dash.
 TABLE = (
@@ -32,10 +29,16 @@ TABLE = (
   ('communication', '{bytes_total_text}'),
   ('communication per round', '{bytes_per_round_text}'),
   ('against local SGD', '{share_of_bytes:.1%}'),
+  ('on the wire per round', '{wire_bytes_per_round_text}'),
+  ('against local SGD', '{share_of_wire:.1%}'),
+  ('against data parallel', '{share_of_wire_parallel:.1%}'),
+  ('exchange, format', '{exchange}, {wire_format}'),
   ('seconds of training', '{seconds_training:,.1f}'),
   ('images per second', '{images_per_second:,.0f}'),
   ('parameters', '{params_total:,}'),
   ('share of them per worker', '{share_of_params:.1%}'),
+  ('parameters per device', '{parameter_memory_text}'),
+  ('peak memory per device', '{peak_memory_text}'),
   ('devices', '{num_devices}, {device}'),
 )
 PROVENANCE = (
@@ -45,12 +48,11 @@ PROVENANCE = (
   ('seconds, with tests', '{seconds_total:,.1f}'),
   ('versions', '{versions_text}'),
 )
-DASH = '-'
-NUMBERS = ('train_loss', 'test_accuracy', 'test_accuracy_paper', 'bytes_total',
-           'seconds_training', 'images_per_second')  # fmt: skip
 NOTE = """As deployed: with fixed norm statistics, measured anew for the global
 model. As in the paper: with the statistics of each test batch. Communication:
-the paper's count, the parameters of all workers, there and back every round."""
+the paper's count, the parameters of all workers, there and back every round. On
+the wire: what all devices together send each other, local SGD and data parallel
+by exact ring all-reduces. Memory: as compiled, of a round's largest program."""
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff;
   max-width: 72rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
@@ -65,131 +67,6 @@ figure { margin: 0 0 1rem; } img { max-width: min(100%, 48rem); }
 """
 
 
-class RunError(ValueError):
-  """A run directory that cannot be shown, in one line that says what to do."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """What a run directory says; labels differ between the runs of a report."""
-
-  label: str
-  config: Mapping[str, Any]  # one level, dotted names
-  summary: Summary
-  rows: plots.Rows
-
-
-def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
-  """Reads run directories.
-
-  Args:
-    run_dirs: Directories that a training run wrote. One without a summary, of
-      a run that goes on or was stopped, is summarised by its rounds.
-
-  Returns:
-    The runs in the same order.
-
-  Raises:
-    RunError: If one cannot be read.
-  """
-  paths = [Path(path).resolve() for path in run_dirs]
-  if len(set(paths)) < len(paths):
-    raise RunError('a run is given twice: give every run once.')
-  depth = 1
-  while len({path.parts[-depth:] for path in paths}) < len(paths):
-    depth += 1
-  return [_load_run(path, '/'.join(path.parts[-depth:])) for path in paths]
-
-
-def _load_run(path: Path, label: str) -> Run:
-  """Reads one run directory."""
-  for name in ('config.json', 'metrics.jsonl'):
-    if not (path / name).is_file():
-      raise RunError(
-        f'{path} has no {name}: give the directory of a run that finished at '
-        'least one round.'
-      )
-  config = _flatten(_parse(path / 'config.json'))
-  rows = _read_rows(path / 'metrics.jsonl')
-  summary = _summary_so_far(config, rows)
-  if (path / 'summary.json').is_file():
-    written = _parse(path / 'summary.json')
-    # A finished run that was given more rounds has left its summary behind.
-    if (written.get('rounds') or 0) >= rows[-1]['round']:
-      summary = written
-  counts = (len(next(iter(r['slots'].values()))) for r in rows if r['slots'])
-  changes = [str(count) for count, _ in itertools.groupby(counts)]
-  if len(changes) > 1:  # elastic resume
-    summary['num_workers'] = ', then '.join(changes)
-  return Run(label, config, {**summary, 'directory': str(path)}, rows)
-
-
-def _parse(path: Path, line: str = '', number: int = 0) -> dict[str, Any]:
-  """Returns the JSON object in a file, or in one line of it."""
-  where = f'{path}, line {number}' if number else path
-  try:
-    value = json.loads(line if number else path.read_text('utf-8'))
-  except ValueError:  # Neither text nor JSON.
-    value = None
-  if not isinstance(value, dict):
-    raise RunError(f'{where}: no JSON object. Repair it or omit this run.')
-  return value
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-  """Returns the rounds of a metrics file, ascending."""
-  # A last line without its end: its writer is at work, or was killed.
-  lines = path.read_text('utf-8', 'replace').split('\n')[:-1]
-  by_round = {}
-  for number, line in enumerate(lines, 1):
-    row = _parse(path, line, number)
-    if not _is_round(row):
-      raise RunError(f'{path}, line {number}: not a round. Delete that line.')
-    # Where a resumed run repeated a round, the model went on from the last.
-    by_round[row['round']] = row
-  if not by_round:
-    raise RunError(f'{path} has no round yet: wait for it, or omit this run.')
-  return [by_round[number] for number in sorted(by_round)]
-
-
-def _is_round(row: Mapping[str, Any]) -> bool:
-  """Returns whether the fields that are read have their types."""
-  numbers = [row.get(name) or 0 for name in NUMBERS]
-  try:
-    chains = row['slots'].values()
-    blocks = [b for workers in chains for worker in workers for b in worker]
-    integers = [row['round'], *row.get('num_blocks', {}).values(), *blocks]
-  except (AttributeError, KeyError, TypeError):
-    return False
-  typed = all(isinstance(number, int | float) for number in numbers)
-  return typed and all(isinstance(i, int) for i in integers) and all(chains)
-
-
-def _summary_so_far(config: Summary, rows: plots.Rows) -> dict[str, Any]:
-  """Returns the fields of a summary that settings and rounds tell."""
-  fields = {**rows[-1], **config, 'rounds': rows[-1]['round']}
-  for name in NUMBERS:
-    values = [row[name] for row in rows if row.get(name) is not None]
-    fields[name] = values[-1] if values else None
-    fields[f'best_{name}'] = max(values, default=None)
-  fields['final_train_loss'] = fields['train_loss']
-  fields['dataset'] = config.get('data.name', DASH)
-  fields['model'] = config.get('model.name', DASH)
-  fields['of_rounds'] = f' of {config.get("num_rounds", "?")}, unfinished'
-  return fields
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Returns a nested mapping as one level of dotted names."""
-  flat = {}
-  for name, value in tree.items():
-    if isinstance(value, dict):
-      flat |= _flatten(value, f'{prefix}{name}.')
-    else:
-      flat[f'{prefix}{name}'] = value
-  return flat
-
-
 def _cells(
   table: Sequence[tuple[str, str]], summaries: Sequence[Summary]
 ) -> list[list[str]]:
@@ -197,12 +74,17 @@ def _cells(
   readable = []
   for summary in summaries:
     fields: dict[str, Any] = {'of_rounds': '', **summary}
-    for name in ('bytes_total', 'bytes_per_round'):
+    fields |= _memory(fields.get('memory_per_device'))
+    for name in ('bytes_total', 'bytes_per_round', 'wire_bytes_per_round',
+                 'parameter_memory', 'peak_memory'):  # fmt: skip
       if isinstance(count := fields.get(name), int | float):
         unit, unit_name = plots.byte_unit(count)
         fields[f'{name}_text'] = f'{count / unit:.4g} {unit_name}'
+    wire = 'wire_bytes_per_round'
     for name, part, whole in (
       ('share_of_bytes', 'bytes_per_round', 'bytes_per_round_local_sgd'),
+      ('share_of_wire', wire, f'{wire}_local_sgd'),
+      ('share_of_wire_parallel', wire, f'{wire}_data_parallel'),
       ('share_of_params', 'params_per_worker', 'params_total'),
     ):
       if fields.get(part) and fields.get(whole):
@@ -211,6 +93,16 @@ def _cells(
     fields['versions_text'] = ', '.join(f'{k} {v}' for k, v in versions) or DASH
     readable.append(fields)
   return [[n, *(_cell(form, s) for s in readable)] for n, form in table]
+
+
+def _memory(memory: Mapping[str, Any] | None) -> dict[str, int]:
+  """Returns what a device holds of parameters, and needs at most."""
+  try:
+    peaks = [program['peak'] for program in memory['compiled'].values()]
+    held = memory['predicted']['parameters']
+    return {'parameter_memory': held, 'peak_memory': max(peaks)}
+  except (AttributeError, KeyError, TypeError, ValueError):
+    return {}
 
 
 def _cell(form: str, fields: Summary) -> str:

@@ -1,8 +1,11 @@
 """The paper's Table 1, and shares."""
 
+import itertools
+
 import pytest
 
-from resist_jax import accounting
+from resist_jax import accounting, dealing, decomposition
+from resist_jax import state as state_lib
 
 RESNET101 = accounting.Sizes(
   41_396_900, 15_422_116, {'c': 1_180_672}, {'c': 22}
@@ -39,3 +42,44 @@ def test_weights_a_worker_holds():
 def test_the_residual_scale_is_the_papers(S, min_depth, share):
   assert accounting.expected_share(22, S, min_depth) == pytest.approx(share)
   assert share == max(1 / S, min_depth / 22)
+
+
+@pytest.mark.parametrize(('S', 'min_depth'), [(4, 0), (4, 6), (8, 4), (2, 11)])
+@pytest.mark.parametrize('per_device', [1, 2])
+def test_the_mean_message_count_is_that_of_many_deals(S, min_depth, per_device):
+  dealer, D = dealing.Dealer(22, S, min_depth), S // per_device
+  deals = list(itertools.islice(dealer.deals([5]), 2001))
+  counts = [
+    accounting.messages(dealer, before, after, D)
+    for before, after in itertools.pairwise(deals)
+  ]
+  mean = accounting.expected_messages(dealer, D)
+  assert sum(counts) / len(counts) == pytest.approx(mean, rel=0.03)
+
+
+def wire_share(**kwargs):
+  """Of local SGD's exact ring all-reduce, at S = 4."""
+  protocol = state_lib.Protocol(4, 50, {'c': 22}, **kwargs)
+  baseline = state_lib.Protocol(4, 50, {})
+  return accounting.wire_bytes(RESNET101, protocol, 4) / (
+    accounting.wire_bytes(FULL, baseline, 4)
+  )
+
+
+def test_goals_on_the_wire():
+  assert wire_share(exchange='hand_over') <= 0.46
+  assert wire_share(exchange='hand_over', wire_format='int8') <= 0.15
+  assert wire_share(exchange='masked_psum') == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_hand_over_sends_as_little_as_its_deals_allow():
+  """Chain bytes are the blocks that change workers, and nothing else."""
+  dealer = dealing.Dealer(22, 4)
+  protocol = state_lib.Protocol(4, 50, {'c': 22}, exchange='hand_over')
+  shared = accounting.all_reduce_bytes(RESNET101.shared, 4, 4)
+  deals = itertools.islice(dealer.deals([5]), 50)
+  for before, after in itertools.pairwise(deals):
+    held = [decomposition.presence(d.slots, 22) for d in (before, after)]
+    changed = int((held[1] & ~held[0]).sum())  # New where they were not.
+    sent = accounting.wire_bytes(RESNET101, protocol, 4, {'c': (before, after)})
+    assert sent - shared == changed * 4 * RESNET101.block['c']

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from resist_jax import plots, report
+from resist_jax import plots, records, report
 
 PNG_HEAD = b'\x89PNG\r\n\x1a\n'
 SLOTS = {'stage3_chain': [[0, 2], [1, 2]]}
@@ -156,7 +156,7 @@ def test_run_without_summary_is_shown_by_its_rounds(tmp_path):
   run = make_run(tmp_path / 'run', num_rounds=3, finished=False)
   with (run / 'metrics.jsonl').open('a') as file:
     file.write('{"round": 4, "train_lo')  # Its writer was killed.
-  (loaded,) = report.load_runs([run])
+  (loaded,) = records.load_runs([run])
   assert [row['round'] for row in loaded.rows] == [1, 2, 3]
   text = report.summary_table([loaded.summary])
   assert '3 of 4, unfinished' in text
@@ -170,7 +170,7 @@ def test_older_summary_does_not_hide_new_rounds(tmp_path):
   line = (run / 'metrics.jsonl').read_text().splitlines()[-1]
   with (run / 'metrics.jsonl').open('a') as file:
     file.write(json.dumps({**json.loads(line), 'round': 5}) + '\n')
-  (loaded,) = report.load_runs([run])
+  (loaded,) = records.load_runs([run])
   assert 'unfinished' in report.summary_table([loaded.summary])
 
 
@@ -180,7 +180,7 @@ def test_number_of_workers_may_change(tmp_path):
   row |= {'round': 4, 'slots': {'stage3_chain': [[0], [1], [2]]}}
   with (run / 'metrics.jsonl').open('a') as file:
     file.write(json.dumps(row) + '\n')  # Round 4 again, after a resume.
-  (loaded,) = report.load_runs([run])
+  (loaded,) = records.load_runs([run])
   assert len(loaded.rows) == 4
   assert loaded.summary['num_workers'] == '2, then 3'
   assert report.write_report([run], run).exists()
@@ -216,7 +216,7 @@ def test_names_of_runs_are_text(tmp_path):
   assert '&lt;b&gt;' in text
   figure = plots.accuracy_figure(dict.fromkeys(names, ()), 'round')
   assert not figure.legends  # Nothing to name yet.
-  rows = {name: report.load_runs([tmp_path / name])[0].rows for name in names}
+  rows = {name: records.load_runs([tmp_path / name])[0].rows for name in names}
   figure = plots.accuracy_figure(rows, 'round')
   shown = [text.get_text() for text in figure.legends[0].get_texts()]
   assert shown[:3] == names
@@ -239,7 +239,7 @@ def test_workers_have_different_colours(count):
 
 
 def test_two_runs_fit_a_terminal(tmp_path):
-  run = report.load_runs([make_run(tmp_path / 'run')])[0].summary
+  run = records.load_runs([make_run(tmp_path / 'run')])[0].summary
   wide = {**run, 'device': 'x' * 200, 'model': None, 'versions': None}
   table = report.summary_table([wide, wide], labels=['y' * 200, 'other'])
   assert max(map(len, table.splitlines())) <= 100

@@ -1,0 +1,173 @@
+"""Predicted bytes, memory and arithmetic are what the compiler says."""
+
+import functools
+import itertools
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from resist_jax import accounting, footprint, model
+from resist_jax import state as state_lib
+
+L, T = 9, 2
+
+
+@functools.cache
+def problem():
+  net = tiny.network(L)
+  return net, tiny.make_loss(net), tiny.init(net)
+
+
+def resist(S, exchange, wire_format='float32', **kwargs):
+  return state_lib.Protocol(
+    S, T, {tiny.CHAIN: L}, exchange=exchange, wire_format=wire_format, **kwargs
+  )
+
+
+def full(S, wire_format='float32', **kwargs):
+  return state_lib.Protocol(S, T, {}, wire_format=wire_format, **kwargs)
+
+
+DATA_PARALLEL = {'average_gradients': True, 'carry_velocity': True}
+CASES = [
+  (full(4), 4),
+  (full(4), 1),  # Nothing leaves the device.
+  (full(8, 'bfloat16'), 4),
+  (full(4, 'int8'), 4),
+  (full(4, 'int8', carry_velocity=True), 2),
+  (full(4, **DATA_PARALLEL), 4),
+  (full(4, 'bfloat16', **DATA_PARALLEL), 2),
+  (resist(4, 'masked_psum'), 4),
+  (resist(8, 'masked_psum', 'int8', min_depth=3), 4),
+  (resist(4, 'masked_psum', 'bfloat16', carry_velocity=True), 2),
+  (resist(4, 'hand_over'), 4),
+  (resist(4, 'hand_over', min_depth=5), 4),
+  (resist(8, 'hand_over', min_depth=2), 4),
+  (resist(2, 'hand_over', 'bfloat16', carry_velocity=True), 2),
+  (resist(4, 'hand_over', 'int8', min_depth=3), 4),
+  (resist(4, 'hand_over'), 1),
+]
+
+
+@functools.cache
+def compiled(protocol_index, on_device=False):
+  protocol, num_devices = CASES[protocol_index]
+  _, loss_fn, params = problem()
+  mesh, run = tiny.make_round(loss_fn, protocol, num_devices, on_device)
+  dealt = tiny.deals(protocol)
+  deals = [next(dealt) for _ in range(4)]
+  velocity = None
+  if protocol.carry_velocity:
+    velocity = jax.tree.map(np.zeros_like, params)
+  state = state_lib.distribute(params, deals[0], protocol, mesh, velocity)
+  batches = tiny.batches(0, protocol.num_workers, T)
+  run.compile(state, tiny.examples(), batches)
+  sizes = accounting.measure(params, list(protocol.num_blocks))
+  return run, sizes, state, deals
+
+
+def assert_predicted_equals_read(index, on_device=False):
+  protocol, num_devices = CASES[index]
+  run, sizes, _, deals = compiled(index, on_device)
+  read = []
+  for before, after in itertools.pairwise(deals):
+    pairs = {name: (before[name], after[name]) for name in before}
+    taken = {}
+    if protocol.exchange == 'hand_over':
+      for name, pair in pairs.items():
+        taken |= accounting.branches(name, *pair)
+    predicted = accounting.wire_bytes(sizes, protocol, num_devices, pairs)
+    read.append(footprint.compiled_wire_bytes(run, T, taken))
+    assert predicted == read[-1]
+  assert (sum(read) > 0) == (num_devices > 1)
+
+
+@pytest.mark.parametrize('index', range(len(CASES)))
+def test_predicted_wire_bytes_are_those_of_the_compiled_program(index):
+  assert_predicted_equals_read(index)
+
+
+@pytest.mark.parametrize('index', [5, 10])
+def test_so_are_those_of_a_program_that_loops_over_steps(index):
+  assert_predicted_equals_read(index, on_device=True)
+
+
+@pytest.mark.parametrize('index', range(len(CASES)))
+def test_parameters_and_momentum_on_a_device_are_as_predicted(index):
+  protocol, num_devices = CASES[index]
+  run, sizes, state, _ = compiled(index)
+  want = footprint.predicted_memory(sizes, protocol, num_devices)
+  read = footprint.compiled_memory(run)
+  given = want['parameters']
+  if protocol.carry_velocity:
+    given += want['optimizer']
+  assert read['begin']['arguments'] == given
+  # What a step updates in place: parameters, momentum, and one metric.
+  step = run.compiled['step'].memory_analysis()
+  metrics = 4 * protocol.num_workers // num_devices
+  assert step.alias_size_in_bytes == (
+    want['parameters'] + want['optimizer'] + metrics
+  )
+  assert read['step']['temporary'] > want['gradients']
+  kept = sum(x.nbytes for x in jax.tree.leaves(state.residual)) // num_devices
+  if protocol.sends_changes:
+    base = sum(x.nbytes for x in jax.tree.leaves(state.shared)) // num_devices
+    kept += base
+  assert want['exchange'] == kept
+
+
+def test_parameters_per_device_are_those_of_the_sub_network():
+  """The goal is 1.02 times; without a minimum depth it is 1 exactly."""
+  protocol, num_devices = CASES[10]
+  _, sizes, state, _ = compiled(10)
+  held = sum(
+    leaf.addressable_shards[0].data.nbytes
+    for leaf in jax.tree.leaves((state.shared, state.chain))
+  )
+  sub = 4 * accounting.params_per_worker(sizes, protocol.num_workers)
+  assert num_devices == protocol.num_workers
+  assert held == sub
+
+
+@pytest.mark.parametrize(
+  'kwargs',
+  [
+    {},
+    {'bottleneck': True},
+    {'pre_activation': False},
+    {'stem': 'imagenet'},
+    {'stage_sizes': (1, 3, 2)},
+  ],
+  ids=str,
+)
+def test_flops_are_near_those_of_the_compiled_step(kwargs):
+  """The compiler counts norms and additions too, and skips padding."""
+  net = model.ResNet(
+    **{
+      'num_classes': 5,
+      'stage_sizes': (2, 2),
+      'widths': (32, 48, 64)[: len(kwargs.get('stage_sizes', (2, 2)))],
+      **kwargs,
+    }
+  )
+  shape = (32, 32, 3)
+  images = jax.ShapeDtypeStruct((2, *shape), np.float32)
+  params = jax.eval_shape(net.init, jax.random.key(0), images)['params']
+
+  def loss(params, images):
+    return net.apply({'params': params}, images).sum()
+
+  step = jax.jit(jax.grad(loss)).lower(params, images).compile()
+  read = step.cost_analysis()['flops'] / 2
+  predicted = footprint.predicted_flops(net, shape, {})
+  assert 0.75 < read / predicted < 1.25
+
+
+def test_flops_of_the_papers_network():
+  """Of equal-cost blocks a worker of four computes 1/1.94; these are near."""
+  net = model.PreActResNet101(num_classes=100)
+  whole = footprint.predicted_flops(net, (32, 32, 3), {})
+  part = footprint.predicted_flops(net, (32, 32, 3), {'stage3_chain': 6})
+  assert whole / part == pytest.approx(1.94, abs=0.05)
