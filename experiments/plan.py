@@ -45,37 +45,17 @@ from resist_jax.exchange import WORKER
 from resist_jax.model import chain_name
 from resist_jax.state import Protocol
 
+Rows = Sequence[Mapping[str, Any]]
+
 LADDER = tuple(10 ** (k / 4) for k in range(28, 45))  # 10 Mbit to 100 Gbit
-UNITS = {'': 1.0, 'kbit': 1e3, 'Mbit': 1e6, 'Gbit': 1e9, 'ms': 1e-3, 'us': 1e-6}
-# Image shape and classes, so that no data need be there.
+UNITS = {'': 1, 'kbit': 1e3, 'Mbit': 1e6, 'Gbit': 1e9, 'ms': 1e-3, 'us': 1e-6}
+NAMES = 'local_sgd', 'data_parallel', 'resist'
 DATA = {
   'digits': ((8, 8, 1), 10),
   'cifar10': ((32, 32, 3), 10),
   'cifar100': ((32, 32, 3), 100),
   'imagenet2012': ((224, 224, 3), 1000),
 }
-NUMBER, POSITIVE = r'(\d+\.?\d*(?:e[+-]?\d\d?)?)', '(?=[0.]*[1-9])'
-# Pattern, example, what makes the value, and the default.
-FLAGS: dict[str, tuple[str, str, Callable[..., Any], Any]] = {
-  'bandwidth': (
-    f'{POSITIVE}{NUMBER}(|[kMG]bit)', '100Mbit or 1e9',
-    lambda x, unit: float(x) * UNITS[unit], None,
-  ),
-  'latency': (
-    f'{NUMBER}(ms|us)', '1ms', lambda x, unit: float(x) * UNITS[unit], '0.1ms'
-  ),
-  'flops': (POSITIVE + NUMBER, '1e12', float, None),
-  'workers': (
-    r'([1-9]\d*(?:,[1-9]\d*)*)', '2,4,8',
-    lambda s: tuple(sorted({int(x) for x in s.split(',')})), None,
-  ),
-  'image': (
-    r'([1-9]\d*)x([1-9]\d*)x([1-9]\d*)', '32x32x3',
-    lambda *sides: tuple(map(int, sides)), None,
-  ),
-  'classes': (r'([1-9]\d*)', '100', int, None),
-}  # fmt: skip
-NAMES = 'local_sgd', 'data_parallel', 'resist'
 
 
 class Machine(NamedTuple):
@@ -115,17 +95,15 @@ class Plan:
     )['params']
     chains = [chain_name(stage) for stage in config.partition]
     sizes = accounting.measure(params, chains)
-    nothing: Any = None
-    self.image = image
+    self.image, none = image, Any  # Neither data nor devices.
     self.setup = build.Setup(
-      config, nothing, network, sizes.num_blocks, sizes, nothing
+      config, none, network, sizes.num_blocks, sizes, none
     )
 
   def protocol(self, name: str, num_workers: int) -> Protocol:
     """Returns a protocol; a masked psum where a hand-over is impossible."""
-    protocol = dataclasses.replace(
-      self.setup.protocol(name), num_workers=num_workers
-    )
+    protocol = self.setup.protocol(name)
+    protocol = dataclasses.replace(protocol, num_workers=num_workers)
     if name != 'resist':
       return dataclasses.replace(protocol, wire_format='float32')
     for chain, length in protocol.num_blocks.items():
@@ -138,38 +116,23 @@ class Plan:
 
   def cost(self, protocol: Protocol) -> Cost:
     """Returns the mean over all deals, with a device for each worker."""
-    S, T, chains = (
-      protocol.num_workers,
-      protocol.local_steps,
-      protocol.num_blocks,
-    )
-    lengths = {name: protocol.slots_per_worker(name) for name in chains}
+    S, T = protocol.num_workers, protocol.local_steps
+    lengths = {k: protocol.slots_per_worker(k) for k in protocol.num_blocks}
     flops = footprint.predicted_flops(self.setup.network, self.image, lengths)
     sizes = self.setup.sizes_for(protocol)
     sent = accounting.wire_bytes(sizes, protocol, S) / S
     times = T if protocol.average_gradients else 1 + protocol.carry_velocity
     messages = times * 2 * (S - 1)
-    for name in chains if protocol.exchange == 'hand_over' else ():
+    for name in lengths if protocol.exchange == 'hand_over' else ():
       dealer = protocol.dealer(name)
-      more = (
-        max(blocks_sent(dealer)) - accounting.expected_messages(dealer, S) / S
-      )
+      mean = accounting.expected_messages(dealer, S) / S
       block = wire.message_bytes(sizes.block[name], protocol.format.values)
-      sent += times * more * block
+      sent += times * (max(blocks_sent(dealer)) - mean) * block
       messages += times * (dealer.num_columns + 2 * len(dealer.borrowers))
     return Cost(T * self.setup.config.batch_size * flops, sent, messages)
 
   def predict(self, num_workers: int, machine: Machine) -> dict[str, Any]:
-    """Predicts a round of every protocol.
-
-    Args:
-      num_workers: S.
-      machine: Of each worker.
-
-    Returns:
-      JSON values: per protocol, what it costs, or `why_not`; and how many times
-      as fast as the others ResIST is.
-    """
+    """Returns a round of each protocol, or why not, and ResIST's speed-up."""
     found: dict[str, Any] = {'workers': num_workers, **machine._asdict()}
     for name in NAMES:
       try:
@@ -184,17 +147,9 @@ class Plan:
         **cost._asdict(),
         'seconds': cost.seconds(machine),
       }
-    seconds = {name: found[name]['seconds']['round'] for name in NAMES}
-    return found | {
-      'speedup': {k: s / seconds['resist'] for k, s in seconds.items()}
-    }
-
-
-def paper_setting() -> Any:
-  """Returns the paper's setting on CIFAR-100, at the depth it recommends."""
-  config = config_lib.get_config()
-  config.update({'data': {'name': 'cifar100'}, 'min_depth': 5})
-  return config
+    rounds = {name: found[name]['seconds']['round'] for name in NAMES}
+    speedup = {name: s / rounds['resist'] for name, s in rounds.items()}
+    return found | {'speedup': speedup}
 
 
 def blocks_sent(dealer: Dealer) -> list[float]:
@@ -207,73 +162,97 @@ def blocks_sent(dealer: Dealer) -> list[float]:
   ways = [dealer.moves(j) for j in range(dealer.num_columns)]
   for g in range(len(dealer.borrowers)):
     lend = dealer.lendings(g)[1:]  # Nobody lends to itself.
-    ways += [lend, [[(t, s) for s, t in route] for route in lend]]
+    ways += [lend, [tuple((t, s) for s, t in route) for route in lend]]
   for routes in ways:
     for source, target in (pair for route in routes for pair in route):
       sent[source] += (source != target) / len(routes)
   return sent
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-  """Returns what is predicted on one machine, for a terminal."""
-  row_format = (
-    '{:>4}{:>8}{:>13}{:>10}{:>10}{:>9}{:>11}{:>9}{:>9}{:>9}{:>9}{:>8}'
-  )
-  lines = [
-    f'{"ResIST, seconds":>45}{"others, s":>20}{"times as fast":>18}'
-    f'{"MB held":>17}',
-    row_format.format(
-      *('S', 'blocks', 'exchange', 'compute', 'exchange', 'round'),
-      *('local SGD', 'data p.', 'l. SGD', 'data p.', 'ResIST', 'full'),
-    ),
+def _table(rows: Rows) -> str:
+  """Returns predictions for a terminal, with a reason for dashes."""
+  cells = [
+    ['S', 'blocks', 'exchange', 'compute s', 'exchange s', 'round s']
+    + ['local SGD s', 'data par. s', 'x local SGD', 'x data par.']
+    + ['MB held', 'of full']
   ]
-  why_not = []
+  reasons = []
   for row in rows:
-    mine, (sgd, data) = row['resist'], (row[k] for k in NAMES[:2])
-    others = [f'{x["seconds"]["round"]:.3g}' for x in (sgd, data)]
-    full = f'{sum(sgd["memory"].values()) / 1e6:.3g}'
-    if 'why_not' in mine:
-      why_not.append(f'\nNo ResIST of {row["workers"]}: {mine["why_not"]}')
-      cells = [*'-----', *others, *'---', full]
+    *others, mine = (row[name] for name in NAMES)
+    line = ['-'] * 10
+    held = [sum(x['memory'].values()) for x in row.values() if _known(x)]
+    if row['speedup']:
+      line[:2] = '+'.join(map(str, mine['blocks'])), mine['exchange']
+      line[2:5] = [f'{x:.3g}' for x in mine['seconds'].values()]
+      line[7:9] = [f'{row["speedup"][name]:.2f}' for name in NAMES[:2]]
+      line[9] = f'{held[-1] / 1e6:.3g}'
     else:
-      cells = ['+'.join(map(str, mine['blocks'])), mine['exchange']]
-      cells += [f'{x:.3g}' for x in mine['seconds'].values()] + others
-      cells += [f'{row["speedup"][k]:.2f}' for k in NAMES[:2]]
-      cells += [f'{sum(mine["memory"].values()) / 1e6:.3g}', full]
-    lines.append(row_format.format(row['workers'], *cells))
-  return '\n'.join(lines + why_not[:1])
+      reasons.append(f'No ResIST at S={row["workers"]}: {mine["why_not"]}')
+    line[5:7] = [f'{x["seconds"]["round"]:.3g}' for x in others]
+    cells.append([str(row['workers']), *line, f'{held[0] / 1e6:.3g}'])
+  return '\n'.join([_aligned(cells), *reasons[:1]])
 
 
-def _draw(rows: Sequence[Mapping[str, Any]], bandwidth: float) -> Figure:
-  """Draws ResIST's speed-up against the speed of links, for some S."""
-  figure = Figure(figsize=(7, 4.4), layout='constrained')
+def _known(value: Any) -> bool:
+  return isinstance(value, dict) and 'memory' in value
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> str:
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  return '\n'.join(
+    '  '.join(x.rjust(w) for x, w in zip(line, widths, strict=True))
+    for line in cells
+  )
+
+
+def draw(rows: Rows, bandwidth: float, title: str) -> Figure:
+  """Draws ResIST's speed-up against the link, for a few S.
+
+  Args:
+    rows: Of `Plan.predict`, by bandwidth for each S.
+    bandwidth: To be marked.
+    title: Of the picture.
+
+  Returns:
+    The figure.
+  """
+  figure = Figure(figsize=(7, 4.8), layout='constrained')
   axes = figure.add_subplot()
   able = sorted({row['workers'] for row in rows if row['speedup']})
-  shown = (
-    [able[i * len(able) // 6] for i in range(6)] if len(able) > 6 else able
-  )
+  shown = [*able[:4], *able[4:][-1:]]
   for S, colour in zip(shown, plots.colours(len(shown)), strict=True):
     mine = [row for row in rows if row['workers'] == S]
-    whole = mine[0]['resist']['exchange'] == 'masked_psum'
+    exchange = mine[0]['resist']['exchange'].replace('_', ' ')
     axes.plot(
       [row['bandwidth'] for row in mine],
       [row['speedup']['local_sgd'] for row in mine],
       color=colour,
-      linestyle='--' if whole else '-',
-      label=f'{S} workers' + (', masked psum' if whole else ''),
+      linestyle='--' if exchange == 'masked psum' else '-',
+      label=f'{S} workers, {exchange}',
     )
-  axes.axvline(bandwidth, color='#888888', linestyle=':', label='yours')
-  axes.set(xscale='log', xlabel="speed of a worker's link (bit/s)")
-  axes.set(ylabel='ResIST: times as fast as local SGD', ylim=(0, None))
-  axes.xaxis.set_major_formatter(EngFormatter())
+  axes.axvline(
+    bandwidth, color='#888888', linestyle=':', label='link asked for'
+  )
+  axes.set(xscale='log', xlabel="speed of a worker's link", ylim=(0, None))
+  axes.set_title(title, fontsize=9, loc='left')
+  axes.set_ylabel('times as fast as local SGD')
+  axes.xaxis.set_major_formatter(EngFormatter('bit/s'))
   axes.grid(color='#e4e4e4', linewidth=0.8)
   axes.spines[['top', 'right']].set_visible(False)
-  figure.legend(loc='outside right upper', frameon=False)
+  figure.legend(loc='outside lower center', frameon=False, ncols=3, fontsize=9)
   return figure
 
 
-def _check(config: Any, workers: Sequence[int]) -> list[dict[str, Any]]:
-  """Measures rounds, each worker on a virtual device, beside predictions."""
+def check(config: Any, workers: Sequence[int]) -> list[dict[str, Any]]:
+  """Measures rounds, each worker on a virtual device, beside predictions.
+
+  Args:
+    config: What to train.
+    workers: Each S.
+
+  Returns:
+    JSON values for each S and protocol.
+  """
   rows = []
   for S in workers:
     machine = None
@@ -284,155 +263,89 @@ def _check(config: Any, workers: Sequence[int]) -> list[dict[str, Any]]:
       image = setup.dataset.train.images.shape[1:]
       plan = Plan(config, image, setup.dataset.num_classes)
       phase, state, deals = entry.enter(setup, None)
-      cost = plan.cost(phase.protocol)
-      if machine is None:
-        machine = _measure(setup, cost)
-      batches = setup.batches(0)
-
-      def one_round(run=phase.run, deals=deals, setup=setup, batches=batches):
-        nonlocal state
-        state, _ = run(state, next(deals), setup.constants, batches, 0)
-        return state.shared
-
-      measured = _median_seconds(one_round, 5)
-      predicted = cost.seconds(machine)
-      rows.append(
-        {
-          'workers': S,
-          'protocol': name,
-          **machine._asdict(),
-          'predicted': predicted,
-          'measured': measured,
-          'ratio': predicted['round'] / measured,
-        }
+      cost, batches = plan.cost(phase.protocol), setup.batches(0)
+      machine = machine or _measure(setup, cost)
+      seconds = []
+      for _ in range(6):
+        began = time.perf_counter()
+        state, _ = phase.run(state, next(deals), setup.constants, batches, 0)
+        jax.block_until_ready(state.shared)
+        seconds.append(time.perf_counter() - began)
+      predicted, measured = (
+        cost.seconds(machine),
+        statistics.median(seconds[1:]),
       )
+      row = {'workers': S, 'protocol': name, **machine._asdict()}
+      row |= {'predicted': predicted, 'measured': measured}
+      rows.append(row | {'ratio': predicted['round'] / measured})
   return rows
 
 
 def _measure(setup: build.Setup, cost: Cost) -> Machine:
-  """Measures a step of local SGD, whose round costs this, and an all-reduce."""
+  """Times steps of local SGD and an all-reduce, all workers at once."""
   phase, state, _ = entry.enter(setup, None)
-  run, index, T = phase.run.compiled, np.int32(0), setup.config.local_steps
-  everywhere = jax.sharding.NamedSharding(setup.mesh, state_lib.SHARDED)
-  batch = jax.device_put(setup.batches(0)[:, 0], everywhere)
+  run, index = phase.run.compiled, np.int32(0)
+  on_workers = jax.sharding.NamedSharding(setup.mesh, state_lib.SHARDED)
+  batch = jax.device_put(setup.batches(0)[:, 0], on_workers)
   local = run['begin'](state.shared, state.chain, state.velocity)
 
   def steps():
     nonlocal local
-    for _ in range(T):
+    for _ in range(phase.protocol.local_steps):
       local = run['step'](local, {}, setup.constants, batch, index, index)
     return local
 
-  shape = setup.config.num_workers, setup.sizes.total
-  vectors = jax.device_put(np.ones(shape, np.float32), everywhere)
+  shape = phase.protocol.num_workers, setup.sizes.total
+  vectors = jax.device_put(np.ones(shape, np.float32), on_workers)
   specs = {'in_specs': state_lib.SHARDED, 'out_specs': state_lib.REPLICATED}
   add_up = jax.jit(
     jax.shard_map(lambda x: lax.psum(x, WORKER), mesh=setup.mesh, **specs)
   )
-  reduce = _median_seconds(lambda: add_up(vectors), 9)
-  flops = cost.flops / _median_seconds(steps, 3)
-  return Machine(flops, 8 * cost.bytes / reduce, 0.0)
+  reduce = _median_seconds(lambda: add_up(vectors))
+  return Machine(
+    cost.flops / _median_seconds(steps), 8 * cost.bytes / reduce, 0.0
+  )
 
 
-def _median_seconds(function: Callable[[], Any], times: int) -> float:
+def _median_seconds(function: Callable[[], Any]) -> float:
   found = []
-  for _ in range(times + 1):  # The first is to warm up.
+  for _ in range(6):
     began = time.perf_counter()
     jax.block_until_ready(function())
     found.append(time.perf_counter() - began)
-  return statistics.median(found[1:])
+  return statistics.median(found[1:])  # The first was to warm up.
 
 
-def _reader(pattern: str, like: str, convert: Callable[..., Any]):
-  """Returns what reads a flag's text."""
-
-  def read(text: str) -> Any:
-    found = re.fullmatch(pattern, text)
-    if not found:
-      raise argparse.ArgumentTypeError(f'{text!r} is not like {like}.')
-    return convert(*found.groups())
-
-  return read
+def _amount(text: str) -> float:
+  found = re.fullmatch(r'(\d+\.?\d*(?:e[+-]?\d\d?)?)([kMG]bit|ms|us|)', text)
+  if not found:
+    raise argparse.ArgumentTypeError(f'{text!r}; write 1e9, 100Mbit or 1ms.')
+  return float(found[1]) * UNITS[found[2]]
 
 
-def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Any]:
-  """Returns flags and config, which is the paper's setting without a card."""
+def _integers(text: str) -> tuple[int, ...]:
+  if not re.fullmatch(r'[1-9]\d*([x,][1-9]\d*)*', text):
+    raise argparse.ArgumentTypeError(f'{text!r}; write 2,4,8 or 32x32x3.')
+  return tuple(map(int, re.split('[x,]', text)))
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   parser = argparse.ArgumentParser(
-    'python -m experiments.plan', exit_on_error=False, allow_abbrev=False
-  )
+    description=__doc__, exit_on_error=False, allow_abbrev=False,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )  # fmt: skip
   parser.add_argument('--config', help='card; --config.FIELD=VALUE overrides')
-  for name, (pattern, like, convert, default) in FLAGS.items():
-    read = _reader(pattern, like, convert)
-    parser.add_argument(f'--{name}', type=read, default=default, help=like)
+  parser.add_argument('--bandwidth', type=_amount, help='1Gbit')
+  parser.add_argument('--flops', type=_amount, help='1e13')
+  parser.add_argument('--latency', type=_amount, default='0.1ms')
+  parser.add_argument('--workers', type=_integers, help='2,4,8')
+  parser.add_argument('--image', type=_integers, help='32x32x3')
+  parser.add_argument('--classes', type=int)
   parser.add_argument('--check', action='store_true')
   parser.add_argument('--out', type=pathlib.Path, default='runs/plan')
-  args, rest = parser.parse_known_args(argv)
-  rest, given = ['plan', *rest], flags.FlagValues()
-  where: dict[str, Any] = {'flag_values': given, 'sys_argv': rest}
-  if args.config:
-    rest.append(f'--config={args.config}')
-    config_flags.DEFINE_config_file('config', **where)
-  else:
-    config = digits.get_config() if args.check else paper_setting()
-    config_flags.DEFINE_config_dict('config', config, **where)
-  try:
-    more = given(rest)[1:]
-    given.config.to_dict()  # A card that failed to load fails here.
-  except Exception as error:  # A card is a program: it can raise anything.
-    line = (str(error).strip() or repr(error)).splitlines()[-1]
-    raise ValueError(line.replace('\\n', '. ')) from error
-  if more:
-    raise ValueError(f'unexpected argument {more[0]!r}.')
-  return args, given.config
+  return parser.parse_known_args(argv)
 
 
-def _plan(args: argparse.Namespace, config: Any) -> Plan:
-  name = re.split('[/:]', config.data.name)[0]
-  image, classes = DATA.get(name, (None, None))
-  image, classes = args.image or image, args.classes or classes
-  if not image or not classes:
-    raise ValueError(f'of {name} say --image=32x32x3 and --classes=10.')
-  if not args.bandwidth or not args.flops:
-    raise ValueError('--bandwidth=1Gbit and --flops=1e13 are needed.')
-  return Plan(config, image, classes)
-
-
-def main() -> None:
-  """Predicts, or checks predictions."""
-  try:
-    args, config = _parse(sys.argv[1:])
-    plan = None if args.check else _plan(args, config)
-  except (argparse.ArgumentError, ValueError) as error:
-    print('error:', ' '.join(str(error).split()), file=sys.stderr)
-    sys.exit(2)
-  args.out.mkdir(parents=True, exist_ok=True)
-  record = {'command': ' '.join(['python -m experiments.plan', *sys.argv[1:]])}
-  if plan is None:
-    workers = args.workers or (2, 4)
-    jax.config.update('jax_platforms', 'cpu')
-    jax.config.update('jax_num_cpu_devices', max(workers))
-    name, rows = 'check', _check(config, workers)
-    for row in rows:
-      print(
-        f'{row["workers"]} workers, {row["protocol"]:13} predicted '
-        f'{row["predicted"]["round"]:.3f} s, measured {row["measured"]:.3f} s, '
-        f'ratio {row["ratio"]:.2f}'
-      )
-  else:
-    workers = args.workers or tuple(2**k for k in range(1, 11))
-    speeds = sorted({args.bandwidth, *LADDER})
-    machines = [Machine(args.flops, b, args.latency) for b in speeds]
-    name = 'plan'
-    rows = [plan.predict(S, machine) for S in workers for machine in machines]
-    print(__doc__[__doc__.index('The model') : __doc__.index('  python')])
-    print(_table([row for row in rows if row['bandwidth'] == args.bandwidth]))
-    picture = plots.render_png(_draw(rows, args.bandwidth))
-    (args.out / 'plan.png').write_bytes(picture)
-  record |= {'provenance': provenance(), 'rows': rows}
-  path = args.out / f'{name}.json'
-  path.write_text(json.dumps(record, indent=2) + '\n')
-  print('written to', path)
-
-
-if __name__ == '__main__':
-  main()
+def _config(args: argparse.Namespace, rest: list[str]) -> Any:
+  """Returns the card, or the paper's setting at the depth it recommends."""
+  given = flags.FlagValues()

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from resist_jax import build, entry, export, metrics, train
+from resist_jax import build, entry, export, metrics, rounds, train
 from resist_jax import config as config_lib
 from resist_jax import state as state_lib
 from resist_jax.config import ConfigError
@@ -303,6 +303,31 @@ def test_validation_is_reported_beside_the_test(tmp_path):
   summary = train.train(config, str(tmp_path))
   assert 0 <= summary['validation_accuracy'] <= 1
   assert 'validation_accuracy_paper' in summary
+
+
+def test_no_program_of_a_whole_run_builds_the_chain(tmp_path):
+  """From the first value drawn to the last test, and on from a checkpoint."""
+  jax.clear_caches()
+  compiled = []
+  compile_round = rounds.Round.compile
+
+  def compile_and_keep(self, *args):
+    compile_round(self, *args)
+    compiled.extend(p.as_text() for p in self.compiled.values())
+
+  config = tiny_config(num_rounds=1, min_depth=3)
+  config.model.stage_sizes = (1, 8)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(rounds.Round, 'compile', compile_and_keep)
+    train.train(config, str(tmp_path))
+    config.num_rounds = 2
+    train.train(config, str(tmp_path))
+  for executable in jax.devices()[0].client.live_executables():
+    compiled += [module.to_string() for module in executable.hlo_modules()]
+  assert len(compiled) > 6 + 10
+  text = '\n'.join(compiled)
+  assert 'f32[1,3,3,3,8,8]' in text  # Each device holds three of the blocks,
+  assert not re.search(r'f32\[(\d,)*7,3,3,8,8\]', text)  # none all seven.
 
 
 def test_two_chains_are_cut_at_once(tmp_path):
