@@ -6,18 +6,16 @@ nothing overlaps. An exchange takes the bytes that the busiest worker sends /
 bandwidth, and latency * messages that wait for each other: 2 (S - 1) in a ring
 all-reduce, one a column and two a guest in a hand-over. Data parallel has T
 all-reduces a round. Baselines send float32. Where a hand-over is impossible, a
-masked psum stands in. Memory: parameters, momentum, gradients of a worker, and
-what a rounded exchange keeps; no activations.
+masked psum stands in. Memory is a worker's, without activations.
 
   python -m experiments.plan --bandwidth=1Gbit --flops=1e13  # paper's setting
-  python -m experiments.plan --config=experiments/configs/digits.py \
-    --bandwidth=100Mbit --flops=1e12 --latency=1ms --workers=2,4,8 --out=DIR
+  python -m experiments.plan --config=FILE --bandwidth=100Mbit --flops=1e12
   python -m experiments.plan --check  # measured beside predicted, on this CPU
 """
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+from functools import partial
 import json
 import pathlib
 import re
@@ -26,36 +24,40 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-from absl import flags
+from absl import app, flags
 import jax
-from jax import lax
-import jax.numpy as jnp
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from ml_collections import config_flags
 import numpy as np
 
-from experiments.configs import digits
 from experiments.provenance import provenance
+from resist_jax import __main__ as cli
 from resist_jax import accounting, build, entry, footprint, plots, wire
 from resist_jax import config as config_lib
 from resist_jax import state as state_lib
 from resist_jax.dealing import Dealer
 from resist_jax.exchange import WORKER
 from resist_jax.model import chain_name
-from resist_jax.state import Protocol
 
-Rows = Sequence[Mapping[str, Any]]
-
+BANDWIDTH = flags.DEFINE_string('bandwidth', None, 'Of a link: 1Gbit.')
+FLOPS = flags.DEFINE_string('flops', None, "A worker's in training: 1e13.")
+LATENCY = flags.DEFINE_string('latency', '0.1ms', 'Of a message.')
+WORKERS = flags.DEFINE_list('workers', None, 'Each S: 2,4,8.')
+IMAGE = flags.DEFINE_string('image', None, 'Height, width, channels: 32x32x3.')
+CLASSES = flags.DEFINE_integer('classes', None, 'Their number.', lower_bound=1)
+CHECK = flags.DEFINE_boolean('check', False, 'Measure on this CPU.')
+flags.DEFINE_alias('out', 'workdir')
+# Without a card: the paper's setting, at the depth that it recommends.
+PAPER = ['--config.data.name=cifar100', '--config.min_depth=5']
+PAPER += [f'--config={config_lib.__file__}']
+DIGITS = [f'--config={pathlib.Path(__file__).parent}/configs/digits.py']
 LADDER = tuple(10 ** (k / 4) for k in range(28, 45))  # 10 Mbit to 100 Gbit
 UNITS = {'': 1, 'kbit': 1e3, 'Mbit': 1e6, 'Gbit': 1e9, 'ms': 1e-3, 'us': 1e-6}
 NAMES = 'local_sgd', 'data_parallel', 'resist'
-DATA = {
-  'digits': ((8, 8, 1), 10),
-  'cifar10': ((32, 32, 3), 10),
-  'cifar100': ((32, 32, 3), 100),
-  'imagenet2012': ((224, 224, 3), 1000),
-}
+DATA = {'digits': ('8x8x1', 10), 'cifar10': ('32x32x3', 10)}
+DATA |= {'cifar100': ('32x32x3', 100), 'imagenet2012': ('224x224x3', 1000)}
+TITLES = 'S,blocks,exchange,compute,exchange,round s,local SGD,data par.,'
+TITLES += 'x SGD,x data,MB held,of full'
 
 
 class Machine(NamedTuple):
@@ -91,16 +93,15 @@ class Plan:
     config_lib.validate(config)
     network = config_lib.build_model(config, classes)
     params = jax.eval_shape(
-      lambda: network.init(jax.random.key(0), jnp.zeros((1, *image)))
+      lambda: network.init(jax.random.key(0), np.zeros((1, *image), np.float32))
     )['params']
     chains = [chain_name(stage) for stage in config.partition]
     sizes = accounting.measure(params, chains)
-    self.image, none = image, Any  # Neither data nor devices.
-    self.setup = build.Setup(
-      config, none, network, sizes.num_blocks, sizes, none
-    )
+    self.image, blocks = image, sizes.num_blocks
+    none: Any = None  # Neither data nor devices.
+    self.setup = build.Setup(config, none, network, blocks, sizes, none)
 
-  def protocol(self, name: str, num_workers: int) -> Protocol:
+  def protocol(self, name: str, num_workers: int) -> state_lib.Protocol:
     """Returns a protocol; a masked psum where a hand-over is impossible."""
     protocol = self.setup.protocol(name)
     protocol = dataclasses.replace(protocol, num_workers=num_workers)
@@ -114,7 +115,7 @@ class Plan:
         protocol = dataclasses.replace(protocol, exchange='masked_psum')
     return protocol
 
-  def cost(self, protocol: Protocol) -> Cost:
+  def cost(self, protocol: state_lib.Protocol) -> Cost:
     """Returns the mean over all deals, with a device for each worker."""
     S, T = protocol.num_workers, protocol.local_steps
     lengths = {k: protocol.slots_per_worker(k) for k in protocol.num_blocks}
@@ -147,17 +148,12 @@ class Plan:
         **cost._asdict(),
         'seconds': cost.seconds(machine),
       }
-    rounds = {name: found[name]['seconds']['round'] for name in NAMES}
-    speedup = {name: s / rounds['resist'] for name, s in rounds.items()}
-    return found | {'speedup': speedup}
+    s = {name: found[name]['seconds']['round'] for name in NAMES}
+    return found | {'speedup': {name: s[name] / s['resist'] for name in NAMES}}
 
 
 def blocks_sent(dealer: Dealer) -> list[float]:
-  """Returns how many blocks each worker sends in a hand-over, mean of deals.
-
-  >>> blocks_sent(Dealer(3, 2))
-  [0.5, 0.5]
-  """
+  """Returns how many blocks each worker sends in a hand-over, mean of deals."""
   sent = [0.0] * dealer.num_workers
   ways = [dealer.moves(j) for j in range(dealer.num_columns)]
   for g in range(len(dealer.borrowers)):
@@ -169,53 +165,30 @@ def blocks_sent(dealer: Dealer) -> list[float]:
   return sent
 
 
-def _table(rows: Rows) -> str:
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
   """Returns predictions for a terminal, with a reason for dashes."""
-  cells = [
-    ['S', 'blocks', 'exchange', 'compute s', 'exchange s', 'round s']
-    + ['local SGD s', 'data par. s', 'x local SGD', 'x data par.']
-    + ['MB held', 'of full']
-  ]
-  reasons = []
+  form = (
+    '{:>4}{:>9}{:>13}{:>9}{:>10}{:>9}{:>11}{:>11}{:>8}{:>8}{:>9}{:>9}'.format
+  )
+  lines, why_not = [form(*TITLES.split(','))], []
   for row in rows:
     *others, mine = (row[name] for name in NAMES)
-    line = ['-'] * 10
-    held = [sum(x['memory'].values()) for x in row.values() if _known(x)]
-    if row['speedup']:
-      line[:2] = '+'.join(map(str, mine['blocks'])), mine['exchange']
-      line[2:5] = [f'{x:.3g}' for x in mine['seconds'].values()]
-      line[7:9] = [f'{row["speedup"][name]:.2f}' for name in NAMES[:2]]
-      line[9] = f'{held[-1] / 1e6:.3g}'
+    full = sum(others[0]['memory'].values()) / 1e6
+    line = [str(row['workers']), *['-'] * 10, f'{full:.3g}']
+    line[6:8] = [f'{x["seconds"]["round"]:.3g}' for x in others]
+    if 'why_not' in mine:
+      why_not.append(f'No ResIST at S={row["workers"]}: {mine["why_not"]}')
     else:
-      reasons.append(f'No ResIST at S={row["workers"]}: {mine["why_not"]}')
-    line[5:7] = [f'{x["seconds"]["round"]:.3g}' for x in others]
-    cells.append([str(row['workers']), *line, f'{held[0] / 1e6:.3g}'])
-  return '\n'.join([_aligned(cells), *reasons[:1]])
+      line[1:3] = '+'.join(map(str, mine['blocks'])), mine['exchange']
+      line[3:6] = [f'{x:.3g}' for x in mine['seconds'].values()]
+      line[8:10] = [f'{row["speedup"][name]:.2f}' for name in NAMES[:2]]
+      line[10] = f'{sum(mine["memory"].values()) / 1e6:.3g}'
+    lines.append(form(*line))
+  return '\n'.join(lines + why_not[:1])
 
 
-def _known(value: Any) -> bool:
-  return isinstance(value, dict) and 'memory' in value
-
-
-def _aligned(cells: Sequence[Sequence[str]]) -> str:
-  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-  return '\n'.join(
-    '  '.join(x.rjust(w) for x, w in zip(line, widths, strict=True))
-    for line in cells
-  )
-
-
-def draw(rows: Rows, bandwidth: float, title: str) -> Figure:
-  """Draws ResIST's speed-up against the link, for a few S.
-
-  Args:
-    rows: Of `Plan.predict`, by bandwidth for each S.
-    bandwidth: To be marked.
-    title: Of the picture.
-
-  Returns:
-    The figure.
-  """
+def _draw(rows: Sequence[Mapping[str, Any]], bandwidth: float) -> Figure:
+  """Draws ResIST's speed-up against the link, for a few S."""
   figure = Figure(figsize=(7, 4.8), layout='constrained')
   axes = figure.add_subplot()
   able = sorted({row['workers'] for row in rows if row['speedup']})
@@ -230,12 +203,10 @@ def draw(rows: Rows, bandwidth: float, title: str) -> Figure:
       linestyle='--' if exchange == 'masked psum' else '-',
       label=f'{S} workers, {exchange}',
     )
-  axes.axvline(
-    bandwidth, color='#888888', linestyle=':', label='link asked for'
-  )
-  axes.set(xscale='log', xlabel="speed of a worker's link", ylim=(0, None))
-  axes.set_title(title, fontsize=9, loc='left')
-  axes.set_ylabel('times as fast as local SGD')
+  axes.axvline(bandwidth, color='#888888', linestyle=':', label='your link')
+  axes.axhline(1, color='#888888', linewidth=0.8)
+  axes.set(xscale='log', xlabel="speed of a worker's link")
+  axes.set(ylabel='ResIST, times as fast as local SGD')
   axes.xaxis.set_major_formatter(EngFormatter('bit/s'))
   axes.grid(color='#e4e4e4', linewidth=0.8)
   axes.spines[['top', 'right']].set_visible(False)
@@ -243,16 +214,8 @@ def draw(rows: Rows, bandwidth: float, title: str) -> Figure:
   return figure
 
 
-def check(config: Any, workers: Sequence[int]) -> list[dict[str, Any]]:
-  """Measures rounds, each worker on a virtual device, beside predictions.
-
-  Args:
-    config: What to train.
-    workers: Each S.
-
-  Returns:
-    JSON values for each S and protocol.
-  """
+def _check(config: Any, workers: Sequence[int]) -> list[dict[str, Any]]:
+  """Measures rounds, each worker on a virtual device, beside predictions."""
   rows = []
   for S in workers:
     machine = None
@@ -271,13 +234,20 @@ def check(config: Any, workers: Sequence[int]) -> list[dict[str, Any]]:
         state, _ = phase.run(state, next(deals), setup.constants, batches, 0)
         jax.block_until_ready(state.shared)
         seconds.append(time.perf_counter() - began)
-      predicted, measured = (
-        cost.seconds(machine),
-        statistics.median(seconds[1:]),
+      predicted = cost.seconds(machine)
+      measured = statistics.median(seconds[1:])  # The first was to warm up.
+      ratio = predicted['round'] / measured
+      print(
+        f'S={S} {name:13} predicted {predicted["round"]:.3f} s, measured '
+        f'{measured:.3f} s, ratio {ratio:.2f}'
       )
-      row = {'workers': S, 'protocol': name, **machine._asdict()}
-      row |= {'predicted': predicted, 'measured': measured}
-      rows.append(row | {'ratio': predicted['round'] / measured})
+      row = {
+        'workers': S,
+        'protocol': name,
+        **machine._asdict(),
+        'ratio': ratio,
+      }
+      rows.append(row | {'predicted': predicted, 'measured': measured})
   return rows
 
 
@@ -295,16 +265,17 @@ def _measure(setup: build.Setup, cost: Cost) -> Machine:
       local = run['step'](local, {}, setup.constants, batch, index, index)
     return local
 
-  shape = phase.protocol.num_workers, setup.sizes.total
-  vectors = jax.device_put(np.ones(shape, np.float32), on_workers)
+  vectors = np.ones((setup.config.num_workers, setup.sizes.total), np.float32)
+  vectors = jax.device_put(vectors, on_workers)
   specs = {'in_specs': state_lib.SHARDED, 'out_specs': state_lib.REPLICATED}
   add_up = jax.jit(
-    jax.shard_map(lambda x: lax.psum(x, WORKER), mesh=setup.mesh, **specs)
+    jax.shard_map(
+      partial(jax.lax.psum, axis_name=WORKER), mesh=setup.mesh, **specs
+    )
   )
   reduce = _median_seconds(lambda: add_up(vectors))
-  return Machine(
-    cost.flops / _median_seconds(steps), 8 * cost.bytes / reduce, 0.0
-  )
+  flops = cost.flops / _median_seconds(steps)
+  return Machine(flops, 8 * cost.bytes / reduce, latency=0.0)
 
 
 def _median_seconds(function: Callable[[], Any]) -> float:
@@ -313,39 +284,68 @@ def _median_seconds(function: Callable[[], Any]) -> float:
     began = time.perf_counter()
     jax.block_until_ready(function())
     found.append(time.perf_counter() - began)
-  return statistics.median(found[1:])  # The first was to warm up.
+  return statistics.median(found[1:])
 
 
-def _amount(text: str) -> float:
+def _amount(flag: flags.FlagHolder, like: str, least: float = 1.0) -> float:
+  text = flag.value or ''
   found = re.fullmatch(r'(\d+\.?\d*(?:e[+-]?\d\d?)?)([kMG]bit|ms|us|)', text)
-  if not found:
-    raise argparse.ArgumentTypeError(f'{text!r}; write 1e9, 100Mbit or 1ms.')
-  return float(found[1]) * UNITS[found[2]]
+  value = float(found[1]) * UNITS[found[2]] if found else -1.0
+  if value < least:
+    raise ValueError(f'--{flag.name} is {text!r}; write it like {like}.')
+  return value
 
 
-def _integers(text: str) -> tuple[int, ...]:
-  if not re.fullmatch(r'[1-9]\d*([x,][1-9]\d*)*', text):
-    raise argparse.ArgumentTypeError(f'{text!r}; write 2,4,8 or 32x32x3.')
-  return tuple(map(int, re.split('[x,]', text)))
+def _plan(config: Any) -> Plan:
+  name = re.split('[/:]', config.data.name)[0]
+  shape, classes = DATA.get(name, ('?', 0))
+  shape, classes = IMAGE.value or shape, CLASSES.value or classes
+  if not re.fullmatch(r'([1-9]\d*x){2}[1-9]\d*', shape) or not classes:
+    raise ValueError(f'{name} needs --image, such as 32x32x3, and --classes.')
+  return Plan(config, tuple(map(int, shape.split('x'))), classes)
 
 
-def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-  parser = argparse.ArgumentParser(
-    description=__doc__, exit_on_error=False, allow_abbrev=False,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )  # fmt: skip
-  parser.add_argument('--config', help='card; --config.FIELD=VALUE overrides')
-  parser.add_argument('--bandwidth', type=_amount, help='1Gbit')
-  parser.add_argument('--flops', type=_amount, help='1e13')
-  parser.add_argument('--latency', type=_amount, default='0.1ms')
-  parser.add_argument('--workers', type=_integers, help='2,4,8')
-  parser.add_argument('--image', type=_integers, help='32x32x3')
-  parser.add_argument('--classes', type=int)
-  parser.add_argument('--check', action='store_true')
-  parser.add_argument('--out', type=pathlib.Path, default='runs/plan')
-  return parser.parse_known_args(argv)
+def _predict(plan: Plan, workers: Sequence[int], bandwidth: float) -> list:
+  """Prints predictions for this link, and returns those for others too."""
+  flops, latency = _amount(FLOPS, '1e13'), _amount(LATENCY, '1ms', 0.0)
+  machines = [Machine(flops, b, latency) for b in sorted({bandwidth, *LADDER})]
+  rows = [plan.predict(S, machine) for S in workers for machine in machines]
+  print(__doc__[__doc__.index('The model') : __doc__.index('  python')])
+  print(_table([row for row in rows if row['bandwidth'] == bandwidth]))
+  return rows
 
 
-def _config(args: argparse.Namespace, rest: list[str]) -> Any:
-  """Returns the card, or the paper's setting at the depth it recommends."""
-  given = flags.FlagValues()
+def main(given: list[str]) -> None:
+  """Predicts, or measures what it would predict."""
+  out, config = pathlib.Path(str(cli.WORKDIR.value)), cli.CONFIG.value
+  default = [2, 4] if CHECK.value else [2**k for k in range(1, 11)]
+  try:
+    workers = [int(S) for S in WORKERS.value or default]
+    if min(workers) < 1:
+      raise ValueError('--workers must be at least 1.')
+    if CHECK.value:
+      jax.config.update('jax_num_cpu_devices', max(workers))
+      rows, picture = _check(config, workers), None
+    else:
+      bandwidth = _amount(BANDWIDTH, '100Mbit or 1e9')
+      rows = _predict(_plan(config), workers, bandwidth)
+      picture = plots.render_png(_draw(rows, bandwidth))
+  except ValueError as error:
+    print('error:', ' '.join(str(error).split()), file=sys.stderr)
+    sys.exit(2)
+  out.mkdir(parents=True, exist_ok=True)
+  if picture:
+    (out / 'plan.png').write_bytes(picture)
+  command = ' '.join(['python -m experiments.plan', *given])
+  record = {'command': command, 'provenance': provenance(), 'rows': rows}
+  path = out / ('plan.json' if picture else 'check.json')
+  path.write_text(json.dumps(record, indent=2) + '\n')
+  print('written to', path)
+
+
+if __name__ == '__main__':
+  words = sys.argv[1:]
+  if not any(word.startswith('--config=') for word in words):
+    sys.argv[1:1] = DIGITS if '--check' in words else PAPER
+  sys.argv.insert(1, '--workdir=runs/plan')
+  app.run(lambda _: main(words), flags_parser=cli.parse)

@@ -333,7 +333,7 @@ def _read(rows: list[dict[str, Any]]) -> str:
   lines = [
     'The same for two deals in a row: bytes predicted, and read from the',
     'compiled programs. moved: blocks sent / blocks new to a worker.\n',
-    f'{"":25}{"exchange":12}{"format":9}{"S":>3}{"predicted":>14}{"read":>14}'
+    f'{"":25}{"exchange":12}{"format":9}{"S":>2}{"predicted":>17}{"read":>17}'
     f'{"moved":>9}',
   ]
   for row in rows:
@@ -342,7 +342,7 @@ def _read(rows: list[dict[str, Any]]) -> str:
       moved = f'{row["blocks_sent"]}/{row["blocks_that_change_workers"]}'
     lines.append(
       f'{row["protocol"]:25}{row["exchange"]:12}{row["wire_format"]:9}'
-      f'{row["workers"]:>3}{row["predicted"]:>14,.0f}{row["read"]:>14,.0f}'
+      f'{row["workers"]:>2}{row["predicted"]:>17,.0f}{row["read"]:>17,.0f}'
       f'{moved:>9}'
     )
   wrong = sum(row['predicted'] != row['read'] for row in rows)

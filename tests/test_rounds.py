@@ -88,6 +88,32 @@ def test_the_loop_on_the_device_equals_algorithm_1(S, D, exchange):
   assert_close(got, oracle('batch', S, 0, exchange))
 
 
+@pytest.mark.parametrize(
+  ('protocol', 'wire_format'),
+  [
+    (full(4), 'int8'),
+    (resist(4), 'int8'),
+    (hand_over(4, min_depth=2), 'bfloat16'),
+    (hand_over(4, carry_velocity=True), 'int8'),
+  ],
+  ids=['local_sgd', 'masked_psum', 'copies', 'carried'],
+)
+def test_rounding_costs_little_and_the_same_on_all_paths(protocol, wire_format):
+  """Near the exact round, and alike on any devices and in both loops."""
+  loss_fn, params = problem()
+  exact, _ = tiny.train_compiled(loss_fn, params, protocol, 4, 2)
+  protocol = dataclasses.replace(protocol, wire_format=wire_format)
+  got, *others = (
+    tiny.train_compiled(loss_fn, params, protocol, D, 2, on_device)[0]
+    for D, on_device in ((4, False), (2, False), (4, True))
+  )
+  assert_close(got, exact, 1e-2)
+  difference = got['stem']['kernel'] - exact['stem']['kernel']
+  assert np.abs(difference).max() > 0
+  for other in others:  # A sum in another order may round to the next step.
+    assert_close(got, other, 2e-3)
+
+
 def test_one_local_step_equals_the_step_of_a_lone_worker():
   """No gradient is summed over devices behind one's back."""
   loss_fn, params = problem()

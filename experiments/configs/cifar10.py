@@ -28,11 +28,11 @@ def get_config(scale: str = '') -> ml_collections.ConfigDict:
     config.model.stage_sizes = (1, 1, 9, 1)
     config.model.widths = (16, 32, 32, 64)
     config.min_depth = 0
-    config.num_rounds, config.local_steps = 40, 25
+    config.num_rounds, config.local_steps = 24, 25
     config.batch_size = 32
     config.lr = 0.05
     config.optimizer.schedule = 'cosine'
-    config.eval_every = config.checkpoint_every = 20
+    config.eval_every = config.checkpoint_every = 12
     config.evaluation.statistics_images = 1000
   elif scale:
     raise ValueError(
