@@ -5,10 +5,11 @@
 Eight workers on eight devices hold a chain of 64 blocks, eight each, under a
 budget that the chain alone would break. The memory of every program that the
 run compiled is read from the compiler, and that of all arrays alive on a device
-is sampled a few hundred times a second. Their sum bounds what a device held.
+is sampled many times a second. Their sum says what a device held at most.
 """
 
 import argparse
+import collections
 import json
 import pathlib
 import sys
@@ -20,8 +21,8 @@ from typing import Any
 import jax
 
 from experiments.provenance import provenance
+from resist_jax import accounting, footprint, train
 from resist_jax import config as config_lib
-from resist_jax import train
 
 RESULT = pathlib.Path(__file__).parent / 'results' / 'memory' / 'digits.json'
 WORKERS = 8
@@ -57,14 +58,18 @@ class LiveArrays(threading.Thread):
   def run(self):
     """Samples until `stop`."""
     while not self._stop_event.is_set():
-      held: dict[int, int] = {}
+      # By address: looking at a shard makes an array that shares its buffer.
+      buffers: dict[tuple[int, int], int] = {}
       for array in jax.live_arrays():
         try:
           for shard in array.addressable_shards:
-            size = shard.data.nbytes
-            held[shard.device.id] = held.get(shard.device.id, 0) + size
-        except RuntimeError:  # Donated meanwhile.
+            place = shard.device.id, shard.data.unsafe_buffer_pointer()
+            buffers[place] = shard.data.nbytes
+        except (RuntimeError, ValueError):  # Donated meanwhile.
           continue
+      held = collections.Counter()
+      for (device, _), size in buffers.items():
+        held[device] += size
       self.largest = max(self.largest, *held.values(), 0)
       self.samples += 1
       time.sleep(0.002)
@@ -79,14 +84,8 @@ def programs() -> list[dict[str, Any]]:
   """Returns what each program compiled so far needs on a device, in bytes."""
   found = []
   for executable in jax.devices()[0].client.live_executables():
-    stats = executable.get_compiled_memory_stats()
-    parts = {
-      'arguments': stats.argument_size_in_bytes,
-      'outputs': stats.output_size_in_bytes - stats.alias_size_in_bytes,
-      'temporary': stats.temp_size_in_bytes,
-    }
-    name = executable.hlo_modules()[0].name
-    found.append({'name': name, **parts, 'peak': sum(parts.values())})
+    parts = footprint.memory_parts(executable.get_compiled_memory_stats())
+    found.append({'name': executable.hlo_modules()[0].name, **parts})
   return found
 
 
@@ -114,7 +113,8 @@ def main() -> int:
   ]
   compiled.sort(key=lambda program: -program['peak'])
   scratch = max(p['outputs'] + p['temporary'] for p in compiled)
-  chain = 4 * summary['params_per_block'] * 64
+  (length,) = summary['num_blocks'].values()
+  chain = accounting.BYTES_PER_PARAM * summary['params_per_block'] * length
   record = {
     'provenance': provenance(),
     'config': config.to_dict(),

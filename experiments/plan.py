@@ -48,8 +48,8 @@ CLASSES = flags.DEFINE_integer('classes', None, 'Their number.', lower_bound=1)
 CHECK = flags.DEFINE_boolean('check', False, 'Measure on this CPU.')
 flags.DEFINE_alias('out', 'workdir')
 # Without a card: the paper's setting, at the depth that it recommends.
-PAPER = ['--config.data.name=cifar100', '--config.min_depth=5']
-PAPER += [f'--config={config_lib.__file__}']
+PAPER = [f'--config={config_lib.__file__}']
+PAPER += ['--config.data.name=cifar100', '--config.min_depth=5']
 DIGITS = [f'--config={pathlib.Path(__file__).parent}/configs/digits.py']
 LADDER = tuple(10 ** (k / 4) for k in range(28, 45))  # 10 Mbit to 100 Gbit
 UNITS = {'': 1, 'kbit': 1e3, 'Mbit': 1e6, 'Gbit': 1e9, 'ms': 1e-3, 'us': 1e-6}
@@ -167,10 +167,9 @@ def blocks_sent(dealer: Dealer) -> list[float]:
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
   """Returns predictions for a terminal, with a reason for dashes."""
-  form = (
-    '{:>4}{:>9}{:>13}{:>9}{:>10}{:>9}{:>11}{:>11}{:>8}{:>8}{:>9}{:>9}'.format
-  )
-  lines, why_not = [form(*TITLES.split(','))], []
+  form = '{:>4}{:>9}{:>13}{:>9}{:>10}' + 3 * '{:>11}' + 4 * '{:>9}'
+  lines, why_not = list[str](), list[str]()
+  lines.append(form.format(*TITLES.split(',')))
   for row in rows:
     *others, mine = (row[name] for name in NAMES)
     full = sum(others[0]['memory'].values()) / 1e6
@@ -183,7 +182,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
       line[3:6] = [f'{x:.3g}' for x in mine['seconds'].values()]
       line[8:10] = [f'{row["speedup"][name]:.2f}' for name in NAMES[:2]]
       line[10] = f'{sum(mine["memory"].values()) / 1e6:.3g}'
-    lines.append(form(*line))
+    lines.append(form.format(*line))
   return '\n'.join(lines + why_not[:1])
 
 
@@ -227,13 +226,13 @@ def _check(config: Any, workers: Sequence[int]) -> list[dict[str, Any]]:
       plan = Plan(config, image, setup.dataset.num_classes)
       phase, state, deals = entry.enter(setup, None)
       cost, batches = plan.cost(phase.protocol), setup.batches(0)
-      machine = machine or _measure(setup, cost)
       seconds = []
       for _ in range(6):
         began = time.perf_counter()
         state, _ = phase.run(state, next(deals), setup.constants, batches, 0)
         jax.block_until_ready(state.shared)
         seconds.append(time.perf_counter() - began)
+      machine = machine or _measure(setup, phase, state, cost)
       predicted = cost.seconds(machine)
       measured = statistics.median(seconds[1:])  # The first was to warm up.
       ratio = predicted['round'] / measured
@@ -251,9 +250,8 @@ def _check(config: Any, workers: Sequence[int]) -> list[dict[str, Any]]:
   return rows
 
 
-def _measure(setup: build.Setup, cost: Cost) -> Machine:
+def _measure(setup: build.Setup, phase, state, cost: Cost) -> Machine:
   """Times steps of local SGD and an all-reduce, all workers at once."""
-  phase, state, _ = entry.enter(setup, None)
   run, index = phase.run.compiled, np.int32(0)
   on_workers = jax.sharding.NamedSharding(setup.mesh, state_lib.SHARDED)
   batch = jax.device_put(setup.batches(0)[:, 0], on_workers)

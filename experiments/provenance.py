@@ -12,8 +12,12 @@ import jax
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
 
 
-def provenance() -> dict[str, Any]:
+def provenance(device: str = '') -> dict[str, Any]:
   """Returns commit, versions and device of this process.
+
+  Args:
+    device: Count and kind, where another process had them: asking here would
+      take an accelerator from the next one.
 
   Returns:
     JSON values; the commit ends in `+` where files differ from it.
@@ -22,7 +26,8 @@ def provenance() -> dict[str, Any]:
     'commit': _commit(),
     'python': platform.python_version(),
     'versions': {name: importlib.metadata.version(name) for name in PACKAGES},
-    'device': f'{len(jax.devices())} x {jax.devices()[0].device_kind}',
+    'device': device
+    or f'{len(jax.devices())} x {jax.devices()[0].device_kind}',
     'processor': _processor(),
     'cores': os.cpu_count(),
   }

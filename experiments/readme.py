@@ -40,7 +40,14 @@ def with_results(text: str) -> str:
   """
   before, rest = text.split(BEGIN)
   _, after = rest.split(END)
-  parts = [_digits(), *_formats(), *_benches(), _peer()]
+  parts = [
+    _digits(),
+    *_wire(),
+    *_formats(),
+    *_memory(),
+    *_benches(),
+    _peer(),
+  ]
   return (
     before + BEGIN + '\n' + '\n'.join(filter(None, parts)) + '\n' + END + after
   )
@@ -105,6 +112,43 @@ def _machine(provenance: dict[str, Any]) -> str:
     f'{provenance["cores"]} cores of {provenance["processor"]}, JAX '
     f'{provenance["versions"]["jax"]}'
   )
+
+
+def _wire() -> list[str]:
+  """What the exchanges of the paper's network send, as compiled."""
+  sections = []
+  for record in _load('table1/*.json'):
+    rows = [['protocol', 'exchange', 'format', 'S', 'GB predicted']]
+    rows[0] += ['GB in the compiled program', 'of local SGD, exact']
+    exact = record['wire']['local_sgd']['all_reduce']['float32']
+    for r in record['compiled']:
+      names = [
+        r[k].replace('_', ' ') for k in ('protocol', 'exchange', 'wire_format')
+      ]
+      share = r['read'] / 1e9 / exact[str(r['workers'])]
+      rows.append(
+        [*names, str(r['workers']), f'{r["predicted"] / 1e9:.3f}']
+        + [f'{r["read"] / 1e9:.3f}', f'{share:.3f}']
+      )
+    sections.append(
+      "What one round of the paper's ResNet101 puts on the wire, all workers "
+      'together, one device each; ResIST with the minimum depth that fits the '
+      "paper's Table 1, and without one. One round drawn, not the mean. "
+      f'`{record["command"]}`\n\n{_table(rows)}'
+    )
+  return sections
+
+
+def _memory() -> list[str]:
+  return [
+    f'A chain of {r["chain_bytes"] / 2**20:.0f} MiB trained, tested, saved and '
+    f'resumed on devices that may hold {r["budget_bytes"] / 2**20:.0f} MiB '
+    f'each: no device held more than {r["bound_bytes"] / 2**20:.0f} MiB of '
+    'arrays and scratch, data included, of which '
+    f'{r["parameter_bytes_per_device"] / 2**20:.0f} MiB are parameters. '
+    '`python -m experiments.memory`\n'
+    for r in _load('memory/*.json')
+  ]
 
 
 def _formats() -> list[str]:

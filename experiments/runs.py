@@ -36,10 +36,12 @@ def run(
     program = [sys.executable, '-m', 'resist_jax']
     where = [f'--config={CONFIGS / card}', f'--workdir={workdir}']
     subprocess.run([*program, *where, *flags], check=True)
+    summary = json.loads((workdir / 'summary.json').read_text())
+    kind = summary['device'].split(',')[0]
     record = {
-      'provenance': provenance(),
+      'provenance': provenance(f'{summary["num_devices"]} x {kind}'),
       'config': json.loads((workdir / 'config.json').read_text()),
-      'summary': json.loads((workdir / 'summary.json').read_text()),
+      'summary': summary,
     }
     if picture:
       shutil.copy(workdir / 'decomposition.png', picture)

@@ -80,11 +80,8 @@ def main() -> None:
     result['compiled'] = list(compiled_rows(params, sizes))
   if args.out:
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    record = {
-      'command': ' '.join(['python -m experiments.table1', *sys.argv[1:]]),
-      'provenance': provenance(),
-      **result,
-    }
+    command = ' '.join(['python -m experiments.table1', *sys.argv[1:]])
+    record = {'command': command, 'provenance': provenance(), **result}
     args.out.write_text(json.dumps(record, indent=2) + '\n')
   print(json.dumps(result, indent=2) if args.json else text(result))
   rows = result.get('compiled', [])
@@ -205,19 +202,16 @@ def _two_deals(protocol: Protocol) -> tuple[Deal, Deal] | None:
   if protocol.exchange == 'hand_over':
     deals = protocol.dealer(CHAIN).deals([0])
     return next(deals), next(deals)
-  slots = sample_slots(
-    jax.random.key(0),
-    protocol.num_blocks[CHAIN],
-    protocol.num_workers,
-    protocol.min_depth,
-  )
+  sizes = protocol.num_blocks[CHAIN], protocol.num_workers, protocol.min_depth
+  slots = sample_slots(jax.random.key(0), *sizes)
   return (Deal(np.asarray(slots)),) * 2
 
 
 def _loss(params, present, constants, batch, key):
   """Stands for the network's: what is sent depends on shapes alone."""
   del present, constants, batch, key
-  return sum(jnp.sum(x**2) for x in jax.tree.leaves(params)), {}
+  total = sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
+  return jnp.asarray(total), {}
 
 
 def _read_bytes(
@@ -263,10 +257,10 @@ def _read_bytes(
     text = run['step'].lower(*args).compile().as_text()
     return protocol.local_steps * hlo.wire_bytes(text, branches)
   base = shared if protocol.sends_changes else None
-  residual = None
-  if protocol.keeps_residual:
-    shapes = exchange.residual_shapes(size, S)
-    residual = {k: array(shape, jnp.float32) for k, shape in shapes.items()}
+  error = None
+  if protocol.keeps_error:
+    shapes = exchange.error_shapes(size, S)
+    error = {k: array(shape, jnp.float32) for k, shape in shapes.items()}
 
   def on_mesh(deal):
     specs = rounds.deal_specs(protocol.exchange == 'hand_over')
@@ -274,7 +268,7 @@ def _read_bytes(
     return jax.tree.map(lambda x, s: array(x.shape, x.dtype, s), deal, specs)
 
   before, after = [{CHAIN: on_mesh(d)} for d in deals or ()] or [{}, {}]
-  program = run['finish'].lower(local, base, residual, before, after).compile()
+  program = run['finish'].lower(local, base, error, before, after).compile()
   return hlo.wire_bytes(program.as_text(), branches)
 
 

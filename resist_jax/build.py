@@ -1,6 +1,6 @@
 """From a config to the objects of a run; nothing here writes anything.
 
-With `train.py`, the last place that reads a ConfigDict.
+Nothing below this reads a ConfigDict.
 """
 
 from collections.abc import Iterator, Mapping
@@ -59,22 +59,18 @@ class Phase:
     return accounting.paper_bytes(self.sizes, self.protocol)
 
   def wire_bytes(
-    self,
-    before: Mapping[str, Deal] | None = None,
-    after: Mapping[str, Deal] | None = None,
+    self, before: Mapping[str, Deal], after: Mapping[str, Deal]
   ) -> int:
     """Predicts what a round sends from device to device.
 
     Args:
-      before: The deal of each chain in the round; None for the mean of all.
+      before: The deal of each chain in the round.
       after: The deals after it.
 
     Returns:
       Bytes, of all devices together.
     """
-    deals = None
-    if before is not None and after is not None:
-      deals = {name: (before[name], after[name]) for name in before}
+    deals = {name: (before[name], after[name]) for name in before}
     return round(
       accounting.wire_bytes(self.sizes, self.protocol, self.num_devices, deals)
     )

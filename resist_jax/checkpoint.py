@@ -73,8 +73,8 @@ class Checkpoints:
     arrays: Any = {'params': _parts(state.shared, state.chain)}
     if state.velocity is not None:
       arrays['velocity'] = _parts(**state.velocity)
-    if state.residual is not None:
-      arrays['residual'] = {'workers': state.residual}
+    if state.error is not None:
+      arrays['error'] = {'workers': state.error}
     record: Any = {
       'progress': dict(progress),
       'num_blocks': dict(num_blocks),
@@ -149,8 +149,8 @@ class Checkpoints:
     if 'velocity' in arrays:
       parts = _from_parts(arrays['velocity'])
       velocity = dict(zip(('shared', 'chain'), parts, strict=True))
-    residual = arrays.get('residual', {}).get('workers')
-    state = State(shared, chain, slots, velocity, residual)
+    error = arrays.get('error', {}).get('workers')
+    state = State(shared, chain, slots, velocity, error)
     return Restored(state, record['num_blocks'], record['progress'])
 
   def __enter__(self) -> 'Checkpoints':

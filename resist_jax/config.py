@@ -1,6 +1,6 @@
 """The settings of a run, why each has its value, and what a person gets wrong.
 
-ConfigDict is read in `build.py` and `train.py`, and nowhere below them.
+ConfigDict is read in `build.py` and above, and nowhere below.
 """
 
 import ml_collections
@@ -24,6 +24,7 @@ ELASTIC = frozenset(
     'min_depth',
     'exchange',
     'wire_format',
+    'evaluation.batches_at_once',
     'eval_every',
     'checkpoint_every',
     'data.dir',

@@ -3,8 +3,8 @@
 Every block is owned by one worker. A worker keeps its own blocks in *columns*;
 from one deal to the next it shuffles them among its columns, and then every
 column moves round the circle of the workers that have it, by a random number of
-places. So a block goes to each worker equally often, pairs of blocks meet as
-often as in fresh round-robin dealing (`decomposition.sample_slots`), and where
+places. So a block goes to workers, and pairs of blocks meet, as often
+as in fresh round-robin dealing (`decomposition.sample_slots`), and where
 a block goes is known to everyone who knows the seed.
 
 Below a minimum depth, a worker borrows *guests* for one round: copies of blocks
@@ -69,11 +69,12 @@ class Dealer:
     if S > L:
       raise ValueError(
         f'hand_over gives each of {S} workers a block of its own, but the '
-        f'chain has {L}: use at most {L} workers, or exchange=masked_psum.'
+        f'chain has {L}: use at most {L} workers, or exchange=masked_psum '
+        'with min_depth >= 1.'
       )
     if self.min_depth > L // S * S:
       raise ValueError(
-        f'hand_over lends {S} workers at most {L // S * S} of {L} blocks each, '
+        f'under hand_over a worker can run at most {L // S * S} of {L} blocks, '
         f'but min_depth is {self.min_depth}: lower it, or use '
         'exchange=masked_psum.'
       )

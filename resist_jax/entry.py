@@ -1,6 +1,6 @@
 """How a run comes by its state: anew, from a checkpoint, or between phases."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -39,13 +39,24 @@ def enter(setup: Setup, restored: Restored | None) -> Entry:
   slots = next(deals)
   factors = _scale_changes(setup, restored)
   if not factors and _fits(restored, phase, slots):
-    state = _place(restored.state, phase, slots, setup)
+    S = phase.protocol.num_workers
+    # The shared part goes to all; the rest lies with its workers already.
+    state = _map_shared(
+      restored.state, lambda x: state_lib.replicate(x, S, setup.mesh)
+    )._replace(slots=slots)
     phase.run.compile(state, setup.constants, setup.batches(done))
     return phase, state, deals
-  params, velocity = state_lib.assemble(
-    _with_workers(restored.state), restored.num_blocks
+  whole = _map_shared(
+    restored.state, lambda x: jax.tree.map(lambda leaf: leaf[None], x)
   )
+  params, velocity = state_lib.assemble(whole, restored.num_blocks)
+  for leaf in jax.tree.leaves((restored.state.chain, restored.state.velocity)):
+    if isinstance(leaf, jax.Array):
+      leaf.delete()  # Or the old parts would lie beside the new ones.
   params = rescale_branches(params, factors, setup.network)
+  if velocity is not None:  # Larger parameters have smaller gradients.
+    shrinking = {chain: 1 / factor for chain, factor in factors.items()}
+    velocity = rescale_branches(velocity, shrinking, setup.network)
   return begin(setup, done, params, velocity)
 
 
@@ -87,8 +98,8 @@ def _fits(restored: Restored, phase: Phase, slots: Mapping[str, Deal]) -> bool:
     tables.keys() == slots.keys()
     and all(np.array_equal(tables[k], slots[k].slots) for k in slots)
     and (state.velocity is not None) == protocol.carry_velocity
-    and _num_workers(state.residual)
-    == (protocol.num_workers if protocol.keeps_residual else None)
+    and _num_workers(state.error)
+    == (protocol.num_workers if protocol.keeps_error else None)
   )
 
 
@@ -97,32 +108,13 @@ def _num_workers(tree: PyTree) -> int | None:
   return leaves[0].shape[0] if leaves else None
 
 
-def _place(state: State, phase: Phase, slots, setup: Setup) -> State:
-  """Gives the shared part to all; the rest lies with its workers already."""
-
-  def replicate(shared):
-    return state_lib.replicate(shared, phase.protocol.num_workers, setup.mesh)
-
+def _map_shared(state: State, function: Callable[[PyTree], PyTree]) -> State:
+  """Applies a function to the shared part, of parameters and momentum."""
   velocity = state.velocity and {
     **state.velocity,
-    'shared': replicate(state.velocity['shared']),
+    'shared': function(state.velocity['shared']),
   }
-  return state._replace(
-    shared=replicate(state.shared), slots=dict(slots), velocity=velocity
-  )
-
-
-def _with_workers(state: State) -> State:
-  """Gives the shared part the leading axis that `assemble` reads."""
-
-  def lead(shared):
-    return jax.tree.map(lambda x: x[None], shared)
-
-  velocity = state.velocity and {
-    **state.velocity,
-    'shared': lead(state.velocity['shared']),
-  }
-  return state._replace(shared=lead(state.shared), velocity=velocity)
+  return state._replace(shared=function(state.shared), velocity=velocity)
 
 
 def _scale_changes(setup: Setup, restored: Restored) -> dict[str, float]:

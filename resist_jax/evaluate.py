@@ -59,6 +59,7 @@ class Evaluator:
   Attributes:
     network: The global network.
     scales: Residual scale of each chain that ResIST cuts, `float32[L]`.
+    wire_bytes: What blocks cost on their way to all devices, so far.
   """
 
   def __init__(
@@ -85,6 +86,7 @@ class Evaluator:
     """
     self.network = network
     self.scales = dict(scales)
+    self.wire_bytes = 0
     self._scales = jax.tree.map(np.asarray, self.scales)
     self._dataset = dataset
     self._batch_size = batch_size
@@ -240,9 +242,13 @@ class Evaluator:
       # late: no device may have batches to compute before this.
       jax.block_until_ready(waiting)
     name, i = step
-    # Copies are equal between rounds: the first holder's will do.
-    worker, slot = np.argwhere(np.asarray(slots[name]) == i)[0].astype(np.int32)
-    return {name: _fetch(self._mesh, chain[name], worker, slot)}
+    worker, slot = np.argwhere(slots[name] == i)[0].astype(
+      np.int32
+    )  # The first.
+    block = _fetch(self._mesh, chain[name], worker, slot)
+    copies = sum(x.nbytes for x in jax.tree.leaves(block))  # D of them.
+    self.wire_bytes += 2 * (self._mesh.size - 1) * copies // self._mesh.size
+    return {name: block}
 
   def _fixed(self, statistics, step):
     """Places the statistics of one step on every device."""

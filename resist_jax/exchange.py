@@ -46,7 +46,7 @@ def _sum_exactly(x):
 def add_mean_change(
   before: PyTree,
   after: PyTree,
-  residual: PyTree | None,
+  error: PyTree | None,
   num_workers: int,
   encoding: str,
 ) -> tuple[PyTree, PyTree | None]:
@@ -55,22 +55,22 @@ def add_mean_change(
   Args:
     before: Pytree of arrays `[W, ...]`, equal on all workers.
     after: Likewise, after local training.
-    residual: What earlier changes lack, see `residual_shapes`; or None, to
+    error: What earlier changes lack, see `error_shapes`; or None, to
       forget what rounding leaves out.
     num_workers: S, over the whole mesh.
     encoding: Of what is sent, see `wire.encode`.
 
   Returns:
-    `(tree, residual)`: the mean of `after`, equal on all workers, but for
+    `(tree, error)`: the mean of `after`, equal on all workers, but for
     rounding; and what the changes lacked this time.
   """
   old, unflatten = _flatten(before)
   change = (_flatten(after)[0] - old) / num_workers
-  total, residual = sum_over_workers(change, num_workers, encoding, residual)
-  return unflatten(old + total[None]), residual
+  total, error = sum_over_workers(change, num_workers, encoding, error)
+  return unflatten(old + total[None]), error
 
 
-def residual_shapes(shared_size: int, num_workers: int) -> dict[str, tuple]:
+def error_shapes(shared_size: int, num_workers: int) -> dict[str, tuple]:
   """Returns the shapes of error feedback, which starts as zeros.
 
   Args:
@@ -103,7 +103,7 @@ def part_size(count: int, num_workers: int) -> int:
 
 
 def sum_over_workers(
-  x: jax.Array, num_workers: int, encoding: str, residual: PyTree | None = None
+  x: jax.Array, num_workers: int, encoding: str, error: PyTree | None = None
 ) -> tuple[jax.Array, PyTree | None]:
   """Adds up vectors in few bits: reduce-scatter, then all-gather.
 
@@ -115,10 +115,10 @@ def sum_over_workers(
     x: `float32[W, n]`.
     num_workers: S, over the whole mesh.
     encoding: Of what is sent, see `wire.encode`.
-    residual: What earlier sums lacked, to be added now, or None.
+    error: What earlier sums lacked, to be added now, or None.
 
   Returns:
-    `(total, residual)`: `float32[n]`, equal on all devices; and what rounding
+    `(total, error)`: `float32[n]`, equal on all devices; and what rounding
     left out of this sum, or None.
   """
   W, n = x.shape
@@ -127,8 +127,8 @@ def sum_over_workers(
   encode = jax.vmap(lambda v: wire.encode(v, encoding))
   decode = jax.vmap(lambda m: wire.decode(m, part, encoding))
 
-  if residual is not None:
-    x = x + residual['sent']
+  if error is not None:
+    x = x + error['sent']
   parts = x.reshape(W * num_workers, part)
   messages = encode(parts)
   sent = decode(messages).reshape(x.shape)
@@ -138,13 +138,13 @@ def sum_over_workers(
   received = received.reshape(num_workers * W, -1)
   total = decode(received).reshape(num_workers, W, part).sum(axis=0)
 
-  if residual is not None:
-    total = total + residual['mean']
+  if error is not None:
+    total = total + error['mean']
   messages = encode(total)
-  if residual is not None:
-    residual = {'sent': x - sent, 'mean': total - decode(messages)}
+  if error is not None:
+    error = {'sent': x - sent, 'mean': total - decode(messages)}
   everyones = lax.all_gather(messages, WORKER, axis=0, tiled=True)
-  return decode(everyones).reshape(-1)[:n], residual
+  return decode(everyones).reshape(-1)[:n], error
 
 
 def masked_psum(
@@ -161,7 +161,7 @@ def masked_psum(
   these over one psum of the holders gives the mean over holders everywhere,
   and each worker takes its next blocks. It equals `take(aggregate(...),
   next_slots)` on every worker, moves a whole chain per device, and makes a
-  temporary of that size.
+  temporary of that size; rounded, a few of them for each worker.
 
   Args:
     chain: Pytree of arrays `[W, K, ...]`, the blocks of this device's workers.

@@ -1,6 +1,7 @@
 """Memory and arithmetic of a device: predicted, and read from the compiler."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+import math
 from typing import Any
 
 from resist_jax import accounting, exchange, hlo
@@ -30,8 +31,8 @@ def predicted_memory(
     sizes, S, protocol.min_depth if protocol.num_blocks else 0
   )
   kept = BYTES_PER_PARAM * sizes.shared if protocol.sends_changes else 0
-  if protocol.keeps_residual:
-    shapes = exchange.residual_shapes(sizes.shared, S)
+  if protocol.keeps_error:
+    shapes = exchange.error_shapes(sizes.shared, S)
     kept += BYTES_PER_PARAM * sum(shape[1] for shape in shapes.values())
   held = {
     'parameters': params,
@@ -52,16 +53,27 @@ def compiled_memory(run: Round) -> dict[str, dict[str, int]]:
     For each program, bytes of its `arguments`, of `outputs` that take no
     argument's place, of `temporary` values, and the `peak`, their sum.
   """
-  found = {}
-  for name, program in run.compiled.items():
-    stats = program.memory_analysis()
-    parts = {
-      'arguments': stats.argument_size_in_bytes,
-      'outputs': stats.output_size_in_bytes - stats.alias_size_in_bytes,
-      'temporary': stats.temp_size_in_bytes,
-    }
-    found[name] = {**parts, 'peak': sum(parts.values())}
-  return found
+  return {
+    name: memory_parts(program.memory_analysis())
+    for name, program in run.compiled.items()
+  }
+
+
+def memory_parts(stats: Any) -> dict[str, int]:
+  """Sorts what the compiler says of a program's memory.
+
+  Args:
+    stats: XLA's `CompiledMemoryStats`.
+
+  Returns:
+    Bytes, see `compiled_memory`.
+  """
+  parts = {
+    'arguments': stats.argument_size_in_bytes,
+    'outputs': stats.output_size_in_bytes - stats.alias_size_in_bytes,
+    'temporary': stats.temp_size_in_bytes,
+  }
+  return {**parts, 'peak': sum(parts.values())}
 
 
 def compiled_wire_bytes(
@@ -90,7 +102,8 @@ def predicted_flops(
   """Predicts the arithmetic of training on one image.
 
   Counts products and sums of convolutions and of the classifier, forward and
-  for both gradients; the stem needs no gradient of its input.
+  for both gradients; the stem needs no gradient of its input. Products with
+  padding are none, as the compiler counts: on small images they matter.
 
   Args:
     network: The global network.
@@ -101,8 +114,8 @@ def predicted_flops(
     Floating-point operations.
   """
   forward = [
-    2 * pixels * size**2 * channels * features
-    for pixels, size, channels, features in _products(
+    2 * taps * channels * features
+    for taps, channels, features in _products(
       network.with_chain_lengths(lengths), image_shape
     )
   ]
@@ -110,34 +123,48 @@ def predicted_flops(
 
 
 def _products(network: ResNet, image_shape: tuple[int, ...]):
-  """Yields output pixels, kernel size, and channels in and out, per layer."""
-  height, width, channels = image_shape
-  side, stride = (3, 1) if network.stem == 'small' else (7, 2)
-  height, width = -(-height // stride), -(-width // stride)
+  """Yields products per pair of channels, and channels in and out, by layer."""
+  *image, channels = image_shape
   features = network.widths[0]
-  yield height * width, side, channels, features
-  if network.stem == 'imagenet':  # Max pooling.
-    height, width = -(-height // 2), -(-width // 2)
+  size, stride = (3, 1) if network.stem == 'small' else (7, 2)
+  yield _taps(image, size, stride), channels, features
+  image = _strided(image, stride)
+  if network.stem == 'imagenet':
+    image = _strided(image, 2)  # Max pooling.
   channels = features
   stages = zip(network.stage_sizes, network.widths, strict=True)
   for stage, (blocks, features) in enumerate(stages, start=1):
     out = 4 * features if network.bottleneck else features
     for block in range(blocks):
       stride = 2 if stage > 1 and block == 0 else 1
-      entered = height * width
-      height, width = -(-height // stride), -(-width // stride)
-      pixels = height * width
+      entered, image = image, _strided(image, stride)
       if stride != 1 or channels != out:
-        yield pixels, 1, channels, out
+        yield _taps(entered, 1, stride), channels, out
       if network.bottleneck:
-        yield entered, 1, channels, features
-        yield pixels, 3, features, features
-        yield pixels, 1, features, out
+        yield _taps(entered, 1, 1), channels, features
+        yield _taps(entered, 3, stride), features, features
+        yield _taps(image, 1, 1), features, out
       else:
-        yield pixels, 3, channels, features
-        yield pixels, 3, features, features
+        yield _taps(entered, 3, stride), channels, features
+        yield _taps(image, 3, 1), features, features
       channels = out
-  yield 1, 1, channels, network.num_classes
+  yield 1, channels, network.num_classes
+
+
+def _strided(image: Sequence[int], stride: int) -> list[int]:
+  return [-(-side // stride) for side in image]
+
+
+def _taps(image: Sequence[int], size: int, stride: int) -> int:
+  """Counts the pixels under a kernel, over all of its places in an image."""
+  pad = (size - 1) // 2
+  return math.prod(
+    sum(
+      min(place + size, side + pad) - max(place, pad)
+      for place in range(0, side + 2 * pad - size + 1, stride)
+    )
+    for side in image
+  )
 
 
 def compiled_flops(run: Round, images: int) -> float | None:

@@ -61,6 +61,10 @@ def hand_over(
     block = _pick(chain, leaving[:, 0])
     block = send(block, dealer.moves(j), after.shifts[j], f'move_{j}')
     handed = _put(handed, after.place[:, j], block)
+  for j in {dealer.lent_column(g) for g in range(len(dealer.borrowers))}:
+    # What an owner lends, it keeps as its borrowers will read it.
+    block = _rounded(_pick(handed, after.place[:, j]), encoding)
+    handed = _put(handed, after.place[:, j], block)
   for g in range(len(dealer.borrowers)):
     block = _pick(handed, after.place[:, dealer.lent_column(g)])
     block = send(block, dealer.lendings(g), after.loans[g], f'lend_{g}')
@@ -110,6 +114,18 @@ def _add(chain: PyTree, slot: jax.Array, block: PyTree) -> PyTree:
   return jax.tree.map(
     lambda x, y: x.at[jnp.arange(W), slot].add(y), chain, block
   )
+
+
+def _rounded(blocks: PyTree, encoding: str) -> PyTree:
+  """Rounds one block of each worker as sending it would."""
+  if encoding == 'float32':
+    return blocks
+
+  def round_one(block):
+    flat, unravel = ravel_pytree(block)
+    return unravel(wire.rounded(flat, encoding))
+
+  return jax.vmap(round_one)(blocks)
 
 
 def _reverse(route: Route) -> Route:

@@ -95,7 +95,7 @@ def _cells(
   return [[n, *(_cell(form, s) for s in readable)] for n, form in table]
 
 
-def _memory(memory: Mapping[str, Any] | None) -> dict[str, int]:
+def _memory(memory: Any) -> dict[str, int]:
   """Returns what a device holds of parameters, and needs at most."""
   try:
     peaks = [program['peak'] for program in memory['compiled'].values()]

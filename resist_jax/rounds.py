@@ -1,6 +1,6 @@
 """A round on a device mesh: T local steps on every worker, then the exchange.
 
-This is the one file that says `shard_map`. The mesh has D devices on the axis
+This and `evaluate.py` say `shard_map`. The mesh has D devices on the axis
 `worker`; S workers live on them, W = S / D on each, and take turns there.
 """
 
@@ -63,7 +63,7 @@ class Round:
     deals, slots = self._on_mesh(state.slots)
     if 'round' in self.compiled:
       batches = _shapes(batches, self._sharding)
-      inputs = (trained, state.residual, deals, deals)
+      inputs = (trained, state.error, deals, deals)
       args = {'round': (*inputs, constants, batches, index)}
     else:
       local = jax.eval_shape(self.compiled['begin'], *trained)
@@ -74,7 +74,7 @@ class Round:
       args = {
         'begin': trained,
         'step': (local, slots, constants, batch, index, index),
-        'finish': (local, base, state.residual, deals, deals),
+        'finish': (local, base, state.error, deals, deals),
       }
     for name, values in args.items():
       self.compiled[name] = self.compiled[name].lower(*values).compile()
@@ -111,7 +111,7 @@ class Round:
     after, _ = self._on_mesh(next_slots)
     if 'round' in self.compiled:
       batches = jax.device_put(batches, self._sharding)
-      inputs = (trained, state.residual, before, after)
+      inputs = (trained, state.error, before, after)
       new, metrics = self.compiled['round'](*inputs, constants, batches, index)
       return new._replace(slots=dict(next_slots)), metrics
     local = self.compiled['begin'](*trained)
@@ -128,7 +128,7 @@ class Round:
     jax.block_until_ready(local)
     base = state.shared if self._protocol.sends_changes else None
     new, metrics = self.compiled['finish'](
-      local, base, state.residual, before, after
+      local, base, state.error, before, after
     )
     return new._replace(slots=dict(next_slots)), metrics
 
@@ -174,7 +174,7 @@ def _shapes(tree: PyTree, sharding: NamedSharding) -> PyTree:
 
 
 def _scan_round(
-  protocol, begin, step, finish, trained, residual, before, after, constants,
+  protocol, begin, step, finish, trained, error, before, after, constants,
   batches, i,
 ):  # fmt: skip
   """One program for the whole round, for GPU and TPU."""
@@ -189,7 +189,7 @@ def _scan_round(
   by_step = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), batches)
   steps = jnp.arange(jax.tree.leaves(by_step)[0].shape[0], dtype=jnp.int32)
   local, _ = lax.scan(body, local, (by_step, steps))
-  return finish(local, base, residual, before, after)
+  return finish(local, base, error, before, after)
 
 
 def make_round(
@@ -239,7 +239,7 @@ def make_round(
   )
 
 
-def _finish(protocol, local, base, residual, before, after):
+def _finish(protocol, local, base, error, before, after):
   """Aggregates, and hands out the blocks of the next round."""
   leaves = jax.tree.leaves((local.params, local.metrics['loss']))
   finite = jnp.stack(
@@ -249,8 +249,8 @@ def _finish(protocol, local, base, residual, before, after):
 
   shared = local.params['shared']
   if protocol.sends_changes:
-    shared, residual = exchange.add_mean_change(
-      base, shared, residual, S, protocol.format.changes
+    shared, error = exchange.add_mean_change(
+      base, shared, error, S, protocol.format.changes
     )
   elif not protocol.average_gradients:  # Those never left each other.
     shared = exchange.mean_over_workers(shared, S)
@@ -266,7 +266,7 @@ def _finish(protocol, local, base, residual, before, after):
     velocity['chain'] = _exchange_chains(
       protocol, velocity['chain'], before, after
     )
-  state = State(shared, chain, {}, velocity, residual)
+  state = State(shared, chain, {}, velocity, error)
   return state, {**local.metrics, 'finite': finite}
 
 

@@ -67,7 +67,7 @@ class Protocol:
     return not (self.format.exact or self.average_gradients)
 
   @property
-  def keeps_residual(self) -> bool:
+  def keeps_error(self) -> bool:
     """Whether senders keep what rounding left out."""
     return self.sends_changes and self.format.feedback
 
@@ -92,15 +92,15 @@ class State(NamedTuple):
     slots: For each partitioned chain, which blocks these are; on the host.
     velocity: The optimiser's momentum for `{'shared': ..., 'chain': ...}` when
       it is carried from round to round; None when it starts afresh.
-    residual: What rounding left out of the changes sent so far, see
-      `exchange.residual_shapes`; None where nothing is kept.
+    error: What rounding left out of the changes sent so far, see
+      `exchange.error_shapes`; None where nothing is kept.
   """
 
   shared: PyTree
   chain: dict[str, PyTree]
   slots: dict[str, Deal]
   velocity: PyTree | None = None
-  residual: PyTree | None = None
+  error: PyTree | None = None
 
   @property
   def parts(self) -> tuple[PyTree, dict[str, PyTree], dict[str, np.ndarray]]:
@@ -147,14 +147,14 @@ def distribute(
   shared, chain = hand_out(params)
   if velocity is not None:
     velocity = dict(zip(('shared', 'chain'), hand_out(velocity), strict=True))
-  residual = None
-  if protocol.keeps_residual:
+  error = None
+  if protocol.keeps_error:
     size = sum(x[0].size for x in jax.tree.leaves(shared))
-    residual = {
+    error = {
       name: _place(lambda _, n=n: np.zeros(n, np.float32), S, (n,), mesh)
-      for name, (_, n) in exchange.residual_shapes(size, S).items()
+      for name, (_, n) in exchange.error_shapes(size, S).items()
     }
-  return State(shared, chain, dict(slots), velocity, residual)
+  return State(shared, chain, dict(slots), velocity, error)
 
 
 def replicate(tree: PyTree, num_workers: int, mesh: Mesh) -> PyTree:

@@ -13,6 +13,7 @@ from absl import logging
 from resist_jax import accounting, footprint
 from resist_jax.build import Phase, Setup
 from resist_jax.checkpoint import digest
+from resist_jax.state import Protocol
 
 PyTree = Any
 
@@ -85,33 +86,33 @@ def _sizes(setup: Setup) -> dict[str, Any]:
   }
 
 
+def _typical(setup: Setup) -> Protocol:
+  """Returns the protocol of the rounds between full-model phases, if any."""
+  config = setup.config
+  last = config.num_rounds - 1 - config.phases.full_after
+  return setup.protocol(setup.phase_name(max(config.phases.full_before, last)))
+
+
 def _traffic(
   setup: Setup, phase: Phase, progress: Mapping[str, Any]
 ) -> dict[str, Any]:
   """Bytes of a round and of the run, and those of the baselines."""
-  devices = setup.mesh.devices.size
-  before, after = itertools.islice(setup.deals(phase, progress['round'] - 1), 2)
-  taken = {}
-  if phase.protocol.exchange == 'hand_over':
-    for name in before:
-      taken |= accounting.branches(name, before[name], after[name])
+  devices, protocol = setup.mesh.devices.size, _typical(setup)
+  sizes = setup.sizes_for(protocol)
+  sent = round(accounting.wire_bytes(sizes, protocol, devices))
   traffic = {
-    'bytes_per_round': phase.bytes_per_round,
+    'bytes_per_round': accounting.paper_bytes(sizes, protocol),
     'bytes_total': progress['bytes_total'],
-    'wire_bytes_per_round': phase.wire_bytes(),
-    'wire_bytes_per_round_and_worker': (
-      phase.wire_bytes() / phase.protocol.num_workers
-    ),
-    'wire_bytes_last_round': {
-      'predicted': phase.wire_bytes(before, after),
-      'compiled': _compiled_wire_bytes(phase, taken),
-    },
+    'wire_bytes_per_round': sent,
+    'wire_bytes_per_round_and_worker': sent / protocol.num_workers,
+    'wire_bytes_last_round': _last_round(setup, phase, progress['round']),
     'wire_bytes_total': progress['wire_bytes_total'],
+    'evaluation_wire_bytes_total': progress['evaluation_wire_bytes_total'],
   }
   # Baselines as they come: exact, and data parallel with its own momentum.
   for name in ('local_sgd', 'data_parallel'):
     protocol = dataclasses.replace(setup.protocol(name), wire_format='float32')
-    sizes = setup.full_sizes()
+    sizes = setup.sizes_for(protocol)
     traffic[f'bytes_per_round_{name}'] = accounting.paper_bytes(sizes, protocol)
     traffic[f'wire_bytes_per_round_{name}'] = round(
       accounting.wire_bytes(sizes, protocol, devices)
@@ -119,35 +120,53 @@ def _traffic(
   return traffic
 
 
+def _last_round(setup: Setup, phase: Phase, done: int) -> dict[str, Any]:
+  """Predicts what the last round sent, and reads it from its program."""
+  before, after = itertools.islice(setup.deals(phase, done - 1), 2)
+  taken = {}
+  if phase.protocol.exchange == 'hand_over':
+    for name in before:
+      taken |= accounting.branches(name, before[name], after[name])
+  return {
+    'protocol': phase.name,
+    'predicted': phase.wire_bytes(before, after),
+    'compiled': _compiled_wire_bytes(phase, taken),
+  }
+
+
 def _compiled_wire_bytes(phase: Phase, taken: Mapping[str, int]) -> int | None:
   try:
     return footprint.compiled_wire_bytes(
       phase.run, phase.protocol.local_steps, taken
     )
-  except ValueError as error:  # A program that XLA writes in another way.
+  # Where XLA writes its programs in a way that we do not know.
+  except (ValueError, LookupError, StopIteration) as error:
     logging.warning('wire bytes cannot be read: %s', error)
     return None
 
 
 def _footprint(setup: Setup, phase: Phase) -> dict[str, Any]:
-  """Memory and arithmetic of a device, predicted and as compiled."""
+  """Memory and arithmetic of a device: predicted, and of the last phase."""
   config, devices = setup.config, setup.mesh.devices.size
+  protocol = _typical(setup)
   lengths = {
-    name: phase.protocol.slots_per_worker(name) for name in phase.sizes.block
+    name: protocol.slots_per_worker(name) for name in protocol.num_blocks
   }
   images = config.batch_size * config.num_workers // devices
   image_shape = setup.dataset.train.images.shape[1:]
   return {
     'memory_per_device': {
       'predicted': footprint.predicted_memory(
-        phase.sizes, phase.protocol, devices
+        setup.sizes_for(protocol), protocol, devices
       ),
       'compiled': footprint.compiled_memory(phase.run),
+      'compiled_protocol': phase.name,
     },
     'flops_per_image': {
       'predicted': footprint.predicted_flops(
         setup.network, image_shape, lengths
       ),
       'compiled': footprint.compiled_flops(phase.run, images),
+      'compiled_protocol': phase.name,
     },
   }

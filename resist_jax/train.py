@@ -34,7 +34,8 @@ class Progress:
   Attributes:
     round: Rounds completed.
     bytes_total: Sent so far, by the paper's count.
-    wire_bytes_total: Sent so far from device to device.
+    wire_bytes_total: Sent so far by rounds, from device to device.
+    evaluation_wire_bytes_total: Sent so far by tests, likewise.
     images_total: Trained on so far, over all workers.
     seconds_training: Without compilation, tests and checkpoints.
     seconds_total: With everything.
@@ -46,6 +47,7 @@ class Progress:
   round: int = 0
   bytes_total: int = 0
   wire_bytes_total: int = 0
+  evaluation_wire_bytes_total: int = 0
   images_total: int = 0
   seconds_training: float = 0.0
   seconds_total: float = 0.0
@@ -134,6 +136,7 @@ def _loop(
   progress = Progress(**restored.progress) if restored else Progress()
   progress = dataclasses.replace(progress, residual_scale=setup.global_scale())
   seconds_before = progress.seconds_total
+  tested_before = progress.evaluation_wire_bytes_total
   clock = Clock(progress.seconds_training)
   phase, state, deals = entry.enter(setup, restored)
   running = None
@@ -163,7 +166,11 @@ def _loop(
       progress = _with_accuracies(progress, evaluator(*state.parts))
     log.write(progress.last)
     elapsed = seconds_before + time.perf_counter() - started
-    progress = dataclasses.replace(progress, seconds_total=elapsed)
+    progress = dataclasses.replace(
+      progress,
+      seconds_total=elapsed,
+      evaluation_wire_bytes_total=tested_before + evaluator.wire_bytes,
+    )
     signum = interrupt.signum  # Read once: it may come at any time.
     if saves or signum:
       chains = phase.protocol.num_blocks

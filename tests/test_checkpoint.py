@@ -88,11 +88,11 @@ def test_workers_that_devices_cannot_share_out_are_read_on_the_host(tmp_path):
   assert isinstance(restored.state.chain['chain']['kernel'], np.ndarray)
 
 
-def test_velocity_and_residual_come_back(tmp_path):
+def test_velocity_and_error_come_back(tmp_path):
   other = state(9)
   velocity = {'shared': other.shared, 'chain': other.chain}
-  residual = {'sent': np.ones((4, 7), np.float32)}
-  save(tmp_path, 1, velocity=velocity, residual=residual)
+  error = {'sent': np.ones((4, 7), np.float32)}
+  save(tmp_path, 1, velocity=velocity, error=error)
   got = restore(tmp_path).state
   jax.tree.map(
     np.testing.assert_array_equal, got.velocity['chain'], other.chain
@@ -100,7 +100,7 @@ def test_velocity_and_residual_come_back(tmp_path):
   np.testing.assert_array_equal(
     got.velocity['shared']['stem'], other.shared['stem'][0]
   )
-  jax.tree.map(np.testing.assert_array_equal, got.residual, residual)
+  jax.tree.map(np.testing.assert_array_equal, got.error, error)
 
 
 def test_a_few_are_kept(tmp_path):

@@ -40,7 +40,7 @@ def test_the_defaults_are_valid():
       'int8 .* use bfloat16 or float32',
     ),
     ({'num_workers': 23, 'min_depth': 2}, 'of its own.*masked_psum'),
-    ({'min_depth': 21}, 'lends 4 workers at most 20.*masked_psum'),
+    ({'min_depth': 21}, 'can run at most 20.*masked_psum'),
     ({'evaluation.batches_at_once': 0}, 'batches_at_once'),
     ({'residual_scale': 'test'}, 'residual_scale'),
     ({'data.augment': 'mixup'}, 'augment'),

@@ -141,13 +141,13 @@ def changes(num_devices, encoding, feedback, num_rounds=20, S=4, n=1500):
     num_devices,
   )
   tree = {'w': jnp.zeros((S, n))}
-  residual = None
+  error = None
   if feedback:
-    shapes = exchange.residual_shapes(n, S)
-    residual = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    shapes = exchange.error_shapes(n, S)
+    error = {name: jnp.zeros(shape) for name, shape in shapes.items()}
   for _ in range(num_rounds):
     after = {'w': tree['w'] + jnp.array(steps)}
-    tree, residual = run(tree, after, residual)
+    tree, error = run(tree, after, error)
   return np.asarray(tree['w']), num_rounds * steps.mean(axis=0)
 
 

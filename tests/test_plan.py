@@ -1,0 +1,225 @@
+"""Predictions tend to the ratios that they must."""
+
+import itertools
+import json
+import pathlib
+import subprocess
+import sys
+from types import SimpleNamespace
+
+from absl import flags
+from absl.testing import flagsaver
+import pytest
+
+from experiments import plan as plan_lib
+from experiments.configs import digits
+from resist_jax import accounting, footprint
+from resist_jax import config as config_lib
+from resist_jax.dealing import Dealer
+
+ROOT = pathlib.Path(__file__).parent.parent
+WORKERS = (2, 4, 8, 16, 32, 1024)
+
+
+def make_plan(image=(32, 32, 3), classes=100, **fields):
+  config = config_lib.get_config()
+  config.update(fields)
+  return plan_lib.Plan(config, image, classes)
+
+
+@pytest.fixture(scope='module')
+def papers():
+  return make_plan(min_depth=6)
+
+
+def machine(bandwidth, flops=1e13, latency=0.0):
+  return plan_lib.Machine(flops, bandwidth, latency)
+
+
+@pytest.mark.parametrize('S', WORKERS)
+def test_a_fast_link_leaves_the_ratio_of_arithmetic(papers, S):
+  flops = [
+    footprint.predicted_flops(papers.setup.network, papers.image, lengths)
+    for lengths in ({}, {'stage3_chain': max(-(-22 // S), 6)})
+  ]
+  speedup = papers.predict(S, machine(1e20))['speedup']
+  assert speedup['local_sgd'] == pytest.approx(flops[0] / flops[1])
+  assert speedup['data_parallel'] == pytest.approx(flops[0] / flops[1])
+
+
+def test_the_papers_compute_ratios(papers):
+  # The paper's 33 blocks cost nearly the same: 1.50 and 1.94.
+  for S, ratio in ((2, 1.50), (4, 1.94)):
+    speedup = papers.predict(S, machine(1e20))['speedup']['local_sgd']
+    assert speedup == pytest.approx(ratio, rel=0.03)
+
+
+@pytest.mark.parametrize('S', WORKERS)
+def test_a_slow_link_leaves_the_ratio_of_bytes(papers, S):
+  found = papers.predict(S, machine(1.0))
+  sent = {name: found[name]['bytes'] for name in plan_lib.NAMES}
+  for name in ('local_sgd', 'data_parallel'):
+    ratio = sent[name] / sent['resist']
+    assert found['speedup'][name] == pytest.approx(ratio, rel=1e-6)
+  # A ring: every worker sends 2 (S - 1) / S of the network, 4 bytes a number.
+  ring = 2 * (S - 1) / S * 4 * papers.setup.sizes.total
+  assert sent['local_sgd'] == pytest.approx(ring)
+  assert sent['data_parallel'] == pytest.approx(50 * ring)
+  assert found['resist']['exchange'] == (
+    'hand_over' if S <= 22 else 'masked_psum'
+  )
+  # Where blocks go to their next worker, less than half is sent, or nearly.
+  assert sent['resist'] / ring < (0.56 if S <= 22 else 1.001)
+
+
+def test_seconds_fall_with_bandwidth_and_rise_with_latency(papers):
+  def seconds(*args):
+    found = papers.predict(4, machine(*args))
+    return [found[name]['seconds']['round'] for name in plan_lib.NAMES]
+
+  for slow, fast in itertools.pairwise(plan_lib.LADDER):
+    assert all(a > b for a, b in zip(seconds(slow), seconds(fast), strict=True))
+  none, some = seconds(1e9), seconds(1e9, 1e13, 1e-3)
+  more = [b - a for a, b in zip(none, some, strict=True)]
+  # A ring has 6 steps; the chain of 22 goes in 6 columns and one guest's two.
+  assert more == pytest.approx([6e-3, 50 * 6e-3, (6 + 6 + 2) * 1e-3])
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'busiest'), [((22, 4, 6), 3), ((22, 4), 0), ((22, 8, 4), 7)]
+)
+def test_blocks_that_workers_send_are_those_of_many_deals(sizes, busiest):
+  dealer = Dealer(*sizes)
+  predicted = plan_lib.blocks_sent(dealer)
+  total = accounting.expected_messages(dealer, dealer.num_workers)
+  assert sum(predicted) == pytest.approx(total)
+  assert predicted[busiest] == pytest.approx(max(predicted))
+  counted, rounds = [0.0] * dealer.num_workers, 3000
+  for deal in itertools.islice(dealer.deals([0]), rounds):
+    routes = [dealer.moves(j)[t] for j, t in enumerate(deal.shifts)]
+    for g, loan in enumerate(deal.loans):
+      lend = dealer.lendings(g)[loan]
+      routes += [lend, [(target, source) for source, target in lend]]
+    for source, target in itertools.chain(*routes):
+      counted[source] += (source != target) / rounds
+  assert predicted == pytest.approx(counted, abs=0.1)
+
+
+def test_memory_and_carried_momentum(papers):
+  memory = papers.predict(4, machine(1e9))['resist']['memory']
+  share = memory['parameters'] / (4 * papers.setup.sizes.total)
+  assert share == pytest.approx(0.54, abs=0.005)
+  assert memory['optimizer'] == memory['gradients'] == memory['parameters']
+
+  carry = make_plan(min_depth=6, optimizer={'carry_momentum': True})
+  once, twice = (p.predict(4, machine(1e9))['resist'] for p in (papers, carry))
+  assert twice['bytes'] == pytest.approx(2 * once['bytes'])
+  assert twice['messages'] == 2 * once['messages']
+
+
+def test_too_many_workers_have_a_dash_and_a_reason():
+  plan = make_plan(min_depth=0)
+  rows = [plan.predict(S, machine(1e9)) for S in (4, 32)]
+  first, second, reason = plan_lib._table(rows).splitlines()[1:]
+  assert '2.0' in first
+  assert ' - ' in second
+  assert '32 workers cannot share 22 blocks' in reason
+  figure = plan_lib._draw(rows, 1e9)
+  labels = [line.get_label() for line in figure.axes[0].lines]
+  assert labels[0] == '4 workers, hand over'
+  assert not any('32' in label for label in labels)
+
+
+def run(*args):
+  return subprocess.run(
+    [sys.executable, '-m', 'experiments.plan', *args],
+    cwd=ROOT, capture_output=True, text=True, timeout=240,
+  )  # fmt: skip
+
+
+GOOD = ('--bandwidth=1Gbit', '--flops=1e13')
+
+
+def refusal(tmp_path, *args):
+  result = run(*args, f'--out={tmp_path / "out"}')
+  assert result.returncode == 2, result.stderr
+  (line,) = result.stderr.strip().splitlines()
+  assert line.startswith('error: ')
+  assert not list(tmp_path.iterdir())
+  return line
+
+
+def test_bad_input_is_one_line_and_2_and_writes_nothing(tmp_path):
+  line = refusal(tmp_path, '--bandwidth=fast', GOOD[1])
+  assert "--bandwidth is 'fast'; write it like 100Mbit" in line
+  line = refusal(tmp_path, *GOOD, '--config.min_dept=5')
+  assert 'Did you mean min_depth' in line
+
+
+@pytest.fixture
+def papers_config():
+  flags.FLAGS.mark_as_parsed()
+  config = config_lib.get_config()
+  config.data.name = 'cifar100'
+  return config
+
+
+@pytest.mark.parametrize(
+  ('given', 'says'),
+  [
+    ({'bandwidth': '1Gbit/h'}, "--bandwidth is '1Gbit/h'"),
+    ({'bandwidth': '0'}, "--bandwidth is '0'"),
+    ({'bandwidth': None}, "--bandwidth is ''; write it like 100Mbit"),
+    ({'flops': '1e999'}, "--flops is '1e999'"),
+    ({'latency': '-1ms'}, "--latency is '-1ms'"),
+    ({'workers': ['0']}, '--workers must be at least 1'),
+    ({'workers': ['two']}, "'two'"),
+    ({'image': '32x32'}, 'such as 32x32x3'),
+  ],
+)
+def test_a_bad_value_is_named(papers_config, tmp_path, capsys, given, says):
+  values = {'bandwidth': '1Gbit', 'flops': '1e13', 'latency': '1ms', **given}
+  saved = flagsaver.flagsaver(workdir=str(tmp_path / 'out'), **values)
+  with saved, pytest.MonkeyPatch.context() as patch:
+    patch.setattr(plan_lib.cli, 'CONFIG', SimpleNamespace(value=papers_config))
+    with pytest.raises(SystemExit) as end:
+      plan_lib.main([])
+  assert end.value.code == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert says in line
+  assert not list(tmp_path.iterdir())
+
+
+def test_units():
+  flags.FLAGS.mark_as_parsed()
+  for text, value in (('100Mbit', 1e8), ('1.5Gbit', 1.5e9), ('1e9', 1e9)):
+    with flagsaver.flagsaver(bandwidth=text):
+      assert plan_lib._amount(plan_lib.BANDWIDTH, '') == value
+  with flagsaver.flagsaver(latency='50us'):
+    latency = plan_lib._amount(plan_lib.LATENCY, '', 0.0)
+  assert latency == pytest.approx(5e-5)
+
+
+def test_a_card_is_planned(tmp_path):
+  card = '--config=experiments/configs/digits.py'
+  result = run(*GOOD, card, '--workers=2,4', f'--out={tmp_path}')
+  assert result.returncode == 0, result.stderr
+  assert 'full-duplex link' in result.stdout
+  record = json.loads((tmp_path / 'plan.json').read_text())
+  assert len(record['rows']) == 2 * len(plan_lib.LADDER)
+  assert record['rows'][0]['resist']['blocks'] == [6]
+  assert (tmp_path / 'plan.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_check_measures_what_it_predicts():
+  config = digits.get_config('smoke')
+  config.update({'batch_size': 8, 'partition': (2,)})
+  config.model.update({'stage_sizes': (1, 3), 'widths': (8, 8)})
+  rows = plan_lib._check(config, [2])
+  assert [row['protocol'] for row in rows] == list(plan_lib.NAMES)
+  for row in rows:
+    assert row['measured'] > 0
+    assert row['ratio'] * row['measured'] == pytest.approx(
+      row['predicted']['round']
+    )
+  assert rows[0]['predicted']['compute'] > rows[2]['predicted']['compute']
