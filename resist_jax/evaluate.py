@@ -242,9 +242,7 @@ class Evaluator:
       # late: no device may have batches to compute before this.
       jax.block_until_ready(waiting)
     name, i = step
-    worker, slot = np.argwhere(slots[name] == i)[0].astype(
-      np.int32
-    )  # The first.
+    worker, slot = np.argwhere(slots[name] == i)[0].astype(np.int32)
     block = _fetch(self._mesh, chain[name], worker, slot)
     copies = sum(x.nbytes for x in jax.tree.leaves(block))  # D of them.
     self.wire_bytes += 2 * (self._mesh.size - 1) * copies // self._mesh.size
