@@ -139,8 +139,9 @@ def _wire() -> list[str]:
       )
     sections.append(
       "What one round of the paper's ResNet101 puts on the wire, four workers "
-      'together, one device each (T = 50 for data parallel); ResIST with the minimum depth that fits the '
-      "paper's Table 1, and without one. One round drawn, not the mean. "
+      'together, one device each (T = 50 for data parallel); ResIST with the '
+      "minimum depth that fits the paper's Table 1, and without one. One round "
+      'drawn, not the mean. '
       f'`{record["command"]}`\n\n{_table(rows)}'
     )
   return sections
