@@ -47,7 +47,7 @@ class Round:
       self.compiled = {
         'begin': jax.jit(begin, donate_argnums=spent),
         'step': jax.jit(step, donate_argnums=0),
-        'finish': jax.jit(finish, donate_argnums=(0, 1, 2)),
+        'finish': jax.jit(finish, donate_argnums=(0, 2)),
       }
 
   def compile(self, state: State, constants: PyTree, batches: PyTree) -> None:
@@ -130,6 +130,8 @@ class Round:
     new, metrics = self.compiled['finish'](
       local, base, state.error, before, after
     )
+    for leaf in jax.tree.leaves(base):
+      leaf.delete()  # No output could take its place.
     return new._replace(slots=dict(next_slots)), metrics
 
   def _check(self, slots, next_slots) -> None:
