@@ -271,33 +271,6 @@ def test_divergence_names_round_and_worker_and_keeps_the_checkpoint(tmp_path):
   assert not (tmp_path / 'summary.json').exists()
 
 
-@pytest.mark.parametrize('where', ['evaluation', 'training', 'none'])
-def test_the_global_model_means_the_same_in_all_phases(where):
-  """A full-model phase trains the network that is evaluated."""
-  config = tiny_config(residual_scale=where)
-  setup = train.prepare(config)
-  evaluated = float(setup.evaluator.scales['stage2_chain'][0])
-  assert setup.training_scale('local_sgd')['stage2_chain'] == evaluated
-  ratio = setup.training_scale('resist')['stage2_chain'] / evaluated
-  assert ratio == pytest.approx(1 if where == 'none' else 4)
-
-
-def test_baselines_scale_nothing():
-  setup = train.prepare(tiny_config(protocol='local_sgd'))
-  assert setup.training_scale('local_sgd') == {}
-  assert setup.evaluator.scales == {}
-
-
-def test_what_a_baseline_sends():
-  def sent(**fields):
-    return train.prepare(tiny_config(**fields)).phase(1).bytes_per_round
-
-  sgd = sent(protocol='local_sgd')
-  assert sent(protocol='data_parallel') == 2 * sgd  # T = 2.
-  carried = {'protocol': 'local_sgd', 'optimizer.carry_momentum': True}
-  assert sent(**carried) == 2 * sgd
-
-
 def test_validation_is_reported_beside_the_test(tmp_path):
   config = tiny_config(**{'data.validation': 0.1, 'num_rounds': 1})
   summary = train.train(config, str(tmp_path))
@@ -369,16 +342,3 @@ def test_a_checkpoints_folder_of_nobody_is_refused(tmp_path):
 def test_loading_an_unfinished_run_says_so(tmp_path):
   with pytest.raises(FileNotFoundError, match='when it has finished'):
     export.load(tmp_path)
-
-
-def test_devices_that_are_not_there():
-  with pytest.raises(ConfigError, match='but there are 4 here'):
-    train.prepare(
-      tiny_config(
-        num_workers=8, num_devices=8, min_depth=1, exchange='masked_psum'
-      )
-    )
-  assert train.prepare(tiny_config(num_devices=0)).mesh.devices.size == 4
-  three = tiny_config(num_devices=0, num_workers=3)
-  assert train.prepare(three).mesh.devices.size == 3
-  jax.clear_caches()
