@@ -86,8 +86,15 @@ def _sizes(setup: Setup) -> dict[str, Any]:
   }
 
 
-def _typical(setup: Setup) -> Protocol:
-  """Returns the protocol of the rounds between full-model phases, if any."""
+def typical_protocol(setup: Setup) -> Protocol:
+  """Returns the protocol that a run is remembered by.
+
+  Args:
+    setup: Of the run.
+
+  Returns:
+    That of the rounds between full-model phases, if there are any.
+  """
   config = setup.config
   last = config.num_rounds - 1 - config.phases.full_after
   return setup.protocol(setup.phase_name(max(config.phases.full_before, last)))
@@ -97,7 +104,7 @@ def _traffic(
   setup: Setup, phase: Phase, progress: Mapping[str, Any]
 ) -> dict[str, Any]:
   """Bytes of a round and of the run, and those of the baselines."""
-  devices, protocol = setup.mesh.devices.size, _typical(setup)
+  devices, protocol = setup.mesh.devices.size, typical_protocol(setup)
   sizes = setup.sizes_for(protocol)
   sent = round(accounting.wire_bytes(sizes, protocol, devices))
   traffic = {
@@ -148,7 +155,7 @@ def _compiled_wire_bytes(phase: Phase, taken: Mapping[str, int]) -> int | None:
 def _footprint(setup: Setup, phase: Phase) -> dict[str, Any]:
   """Memory and arithmetic of a device: predicted, and of the last phase."""
   config, devices = setup.config, setup.mesh.devices.size
-  protocol = _typical(setup)
+  protocol = typical_protocol(setup)
   lengths = {
     name: protocol.slots_per_worker(name) for name in protocol.num_blocks
   }

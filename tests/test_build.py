@@ -4,7 +4,7 @@ import jax
 import pytest
 from test_train import tiny_config
 
-from resist_jax import train
+from resist_jax import summary, train
 from resist_jax.config import ConfigError
 
 
@@ -46,3 +46,9 @@ def test_devices_that_are_not_there():
   three = tiny_config(num_devices=0, num_workers=3)
   assert train.prepare(three).mesh.devices.size == 3
   jax.clear_caches()
+
+
+def test_a_run_that_ends_with_full_models_is_summarised_as_resist():
+  setup = train.prepare(tiny_config(**{'phases.full_after': 1}))
+  assert setup.phase_name(3) == 'local_sgd'
+  assert summary.typical_protocol(setup).num_blocks == {'stage2_chain': 5}
