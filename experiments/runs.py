@@ -43,6 +43,7 @@ def run(
       'config': json.loads((workdir / 'config.json').read_text()),
       'summary': summary,
     }
+    record['config']['data']['dir'] = ''  # A place on one machine.
     if picture:
       shutil.copy(workdir / 'decomposition.png', picture)
   target.write_text(json.dumps(record, indent=2) + '\n')
