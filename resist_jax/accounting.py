@@ -115,11 +115,7 @@ def paper_bytes(sizes: Sizes, protocol: Protocol) -> int:
   Returns:
     Bytes, of float32 numbers whatever the wire format.
   """
-  sent = round_trip_bytes(
-    sizes,
-    protocol.num_workers,
-    protocol.min_depth if protocol.num_blocks else 0,
-  )
+  sent = round_trip_bytes(sizes, protocol.num_workers, protocol.min_depth)
   if protocol.average_gradients:
     return sent * protocol.local_steps
   return sent * 2 if protocol.carry_velocity else sent

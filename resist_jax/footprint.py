@@ -28,7 +28,7 @@ def predicted_memory(
   """
   S = protocol.num_workers
   params = BYTES_PER_PARAM * accounting.params_per_worker(
-    sizes, S, protocol.min_depth if protocol.num_blocks else 0
+    sizes, S, protocol.min_depth
   )
   kept = BYTES_PER_PARAM * sizes.shared if protocol.sends_changes else 0
   if protocol.keeps_error:

@@ -48,11 +48,11 @@ def hand_over(
   Returns:
     Pytree of arrays `[W, K, ...]`, the blocks of the next round.
   """
-  S, C = dealer.num_workers, dealer.num_columns
+  C = dealer.num_columns
 
   def send(blocks, routes, choice, scope):
     with jax.named_scope(f'{name}_{scope}'):
-      return _send(blocks, routes, choice, S, encoding)
+      return _send(blocks, routes, choice, encoding)
 
   chain = _return_guests(chain, before, dealer, send)
   handed = jax.tree.map(jnp.zeros_like, chain)
@@ -136,7 +136,6 @@ def _send(
   blocks: PyTree,
   routes: Sequence[Route],
   choice: jax.Array,
-  num_workers: int,
   encoding: str,
 ) -> PyTree:
   """Sends one block of each worker along the chosen route.
@@ -145,7 +144,6 @@ def _send(
     blocks: Pytree of arrays `[W, ...]`.
     routes: Static; worker numbers over the whole mesh.
     choice: `int32`, which route; the same everywhere.
-    num_workers: S.
     encoding: See `wire.encode`; a block that stays is left as it is.
 
   Returns:
@@ -160,7 +158,7 @@ def _send(
         return blocks
       flat = jax.vmap(lambda t: ravel_pytree(t)[0])(blocks)
       messages = jax.vmap(lambda x: wire.encode(x, encoding))(flat)
-      messages = _deliver(messages, route, num_workers)
+      messages = _deliver(messages, route)
       flat = jax.vmap(lambda m: wire.decode(m, empty.size, encoding))(messages)
       return jax.vmap(unravel)(flat)
 
@@ -169,7 +167,7 @@ def _send(
   return lax.switch(choice, [follow(route) for route in routes], blocks)
 
 
-def _deliver(messages: jax.Array, route: Route, num_workers: int) -> jax.Array:
+def _deliver(messages: jax.Array, route: Route) -> jax.Array:
   """Carries messages `[W, m]` from worker to worker, zeros where none goes."""
   W = messages.shape[0]
   device = lax.axis_index(WORKER)
