@@ -94,7 +94,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.widths = ()  # Empty: the family's.
   config.model.norm = 'batch'  # Without running statistics (paper), or group.
   config.model.pre_activation = True  # False for the paper's ablation.
-  config.model.stem = 'small'  # 3x3; imagenet: 7x7, stride 2, max pooling.
+  # small: 3x3; strided: 3x3, stride 2; imagenet: 7x7, stride 2, max pooling.
+  config.model.stem = 'small'
   config.model.dtype = 'float32'  # Of compute; bfloat16 on GPU and TPU.
 
   config.evaluation = ml_collections.ConfigDict()
@@ -125,7 +126,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _one_of(config.optimizer, 'schedule', ('step', 'cosine', 'constant'))
   _one_of(config.model, 'name', tuple(model_lib.FAMILY))
   _one_of(config.model, 'norm', ('batch', 'group'))
-  _one_of(config.model, 'stem', ('small', 'imagenet'))
+  _one_of(config.model, 'stem', model_lib.STEMS)
   _one_of(config.model, 'dtype', ('float32', 'bfloat16'))
   for field in (
     'num_workers', 'num_rounds', 'local_steps', 'batch_size', 'eval_every',

@@ -126,7 +126,8 @@ def _products(network: ResNet, image_shape: tuple[int, ...]):
   """Yields products per pair of channels, and channels in and out, by layer."""
   *image, channels = image_shape
   features = network.widths[0]
-  size, stride = (3, 1) if network.stem == 'small' else (7, 2)
+  size = 7 if network.stem == 'imagenet' else 3
+  stride = 1 if network.stem == 'small' else 2
   yield _taps(image, size, stride), channels, features
   image = _strided(image, stride)
   if network.stem == 'imagenet':

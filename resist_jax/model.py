@@ -23,6 +23,8 @@ from resist_jax.layers import BatchNorm, Conv
 
 Layer = Callable[..., Any]
 
+STEMS = ('small', 'strided', 'imagenet')
+
 
 class Block(nn.Module):
   """One residual block; `residual_scale` multiplies its residual branch.
@@ -127,8 +129,9 @@ class ResNet(nn.Module):
     bottleneck: See `Block`.
     pre_activation: See `Block`.
     norm: `batch` (statistics of the batch, none kept) or `group`.
-    stem: `small` (3x3, for images up to 64 pixels) or `imagenet` (7x7, stride
-      2, then max pooling).
+    stem: `small` (3x3, for images of 32 pixels), `strided` (3x3, stride 2, for
+      64 pixels, or a quarter of the work) or `imagenet` (7x7, stride 2, then
+      max pooling).
     dtype: Compute dtype; parameters and statistics are float32.
     for_cpu: Lay the blocks of a chain out one after another instead of looping
       over them (XLA's CPU backend runs convolutions in loops some 10 to 40
@@ -210,8 +213,10 @@ class ResNet(nn.Module):
     """
     if self.norm not in ('batch', 'group'):
       raise ValueError(f'unknown norm {self.norm!r}: use batch or group.')
-    if self.stem not in ('small', 'imagenet'):
-      raise ValueError(f'unknown stem {self.stem!r}: use small or imagenet.')
+    if self.stem not in STEMS:
+      raise ValueError(
+        f'unknown stem {self.stem!r}: use one of {", ".join(STEMS)}.'
+      )
     conv = {'dtype': self.dtype, 'wide_kernel_gradient': self.for_cpu}
     norm = partial(
       BatchNorm if self.norm == 'batch' else GroupNorm16, dtype=self.dtype
@@ -221,7 +226,7 @@ class ResNet(nn.Module):
       return Stem(
         self.widths[0],
         size=7 if large else 3,
-        stride=2 if large else 1,
+        stride=1 if self.stem == 'small' else 2,
         norm=None if self.pre_activation else norm,
         pool=large,
         name=name,
