@@ -1,49 +1,89 @@
 """A training run that leaves a result file with its provenance."""
 
-from collections.abc import Sequence
+import contextlib
+import functools
+import importlib
 import json
 import pathlib
 import shutil
-import subprocess
 import sys
-import tempfile
+from typing import Any
+
+import jax
+import ml_collections
 
 from experiments.provenance import provenance
+from resist_jax import metrics, train, workdir
 
-CONFIGS = pathlib.Path(__file__).parent / 'configs'
+RESULTS = pathlib.Path(__file__).parent / 'results'
+# Of a row of the log, what a curve shows.
+CURVE = ('round', 'protocol', 'train_loss', 'train_accuracy', 'test_accuracy',
+         'test_accuracy_paper', 'seconds_training', 'bytes_total',
+         'wire_bytes_total')  # fmt: skip
+
+
+def load_card(
+  card: str, argument: str, overrides: dict[str, Any]
+) -> ml_collections.ConfigDict:
+  """Returns the config of an experiment card.
+
+  Args:
+    card: Name of a module in experiments/configs.
+    argument: Its words, with commas between.
+    overrides: Values by dotted name of the field.
+
+  Returns:
+    The config.
+  """
+  module = importlib.import_module(f'experiments.configs.{card}')
+  config = module.get_config(argument)
+  config.update_from_flattened_dict(overrides)
+  return config
 
 
 def run(
-  card: str,
-  flags: Sequence[str],
+  config: ml_collections.ConfigDict,
   target: pathlib.Path,
+  folder: pathlib.Path,
   picture: pathlib.Path | None = None,
 ) -> None:
-  """Trains once and keeps what a reader needs to check it.
+  """Trains once, or goes on, and keeps what a reader needs to check it.
 
   Args:
-    card: A config file in experiments/configs, with its scale.
-    flags: Of the command line, besides `--config` and `--workdir`.
-    target: The result file; its folder is made. Where it exists, nothing is
-      done.
+    config: Of the run.
+    target: The result file; where it exists, nothing is done.
+    folder: Workdir of the run. Stopped, it goes on from there; it is removed
+      when the result is written.
     picture: Where to keep the picture of who trained which block, if wanted.
+
+  Raises:
+    ConfigError: If the config, the data or the workdir will not do.
+    train.NonFiniteError: If training diverges.
+    interrupt.Interrupted: On SIGTERM or SIGINT, after a checkpoint.
   """
   if target.exists():
     return
+  begin_process()
+  print(f'{target.parent.name}/{target.name}', file=sys.stderr, flush=True)
+  summary = train.train(config, str(folder))
+  rows = metrics.read_rows(folder / 'metrics.jsonl')
+  kind = summary['device'].split(',')[0]
+  record = {
+    'provenance': provenance(f'{summary["num_devices"]} x {kind}'),
+    'config': json.loads((folder / 'config.json').read_text()),
+    'summary': summary,
+    'curve': [{k: row[k] for k in CURVE if k in row} for row in rows],
+  }
+  record['config']['data']['dir'] = ''  # A place on one machine.
   target.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory() as folder:
-    workdir = pathlib.Path(folder) / target.stem.split('_seed')[0]
-    program = [sys.executable, '-m', 'resist_jax']
-    where = [f'--config={CONFIGS / card}', f'--workdir={workdir}']
-    subprocess.run([*program, *where, *flags], check=True)
-    summary = json.loads((workdir / 'summary.json').read_text())
-    kind = summary['device'].split(',')[0]
-    record = {
-      'provenance': provenance(f'{summary["num_devices"]} x {kind}'),
-      'config': json.loads((workdir / 'config.json').read_text()),
-      'summary': summary,
-    }
-    record['config']['data']['dir'] = ''  # A place on one machine.
-    if picture:
-      shutil.copy(workdir / 'decomposition.png', picture)
-  target.write_text(json.dumps(record, indent=2) + '\n')
+  if picture:
+    shutil.copy(folder / 'decomposition.png', picture)
+  workdir.write_json(target, record)
+  shutil.rmtree(folder)
+
+
+@functools.cache
+def begin_process() -> None:
+  """Gives a process that will train several times its virtual CPU devices."""
+  with contextlib.suppress(RuntimeError):  # JAX that runs keeps what it has.
+    jax.config.update('jax_num_cpu_devices', 8)

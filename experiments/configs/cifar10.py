@@ -5,8 +5,7 @@ Paper: pre-activation ResNet of stages [3, 4, 23, 3], section 3 partitioned into
 weight decay 5e-4, learning rate / 10 at 50 % and 75 %.
 Accuracy there: ResIST 91.95, 92.35, 91.45 % on 2, 4, 8 workers; local SGD
 92.36, 92.90, 92.00 %.
-Cost: not measured here; `python -m experiments.plan` predicts it for your link and
-device.
+Cost: see `python -m experiments.plan` for your link and device.
 
 Command: python -m resist_jax --config=experiments/configs/cifar10.py:s4 \
            --workdir=runs/cifar10 --config.data.dir=FOLDER

@@ -1,4 +1,4 @@
-"""CIFAR-100 as in the paper's Tables 1 to 3: the card of CIFAR-10, other images.
+"""CIFAR-100 as in the paper's Tables 1 to 3: CIFAR-10's card, other images.
 
 Accuracy there: ResIST 70.06, 71.30, 70.26 % on 2, 4, 8 workers; local SGD
 70.67, 71.51, 69.64 %. The learning rate, 0.03, was published for this set on

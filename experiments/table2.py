@@ -1,0 +1,106 @@
+"""Accuracy of ResIST beside local SGD's: the paper's Table 2.
+
+  python -m experiments.table2 --scale=cpu --seeds=3 --data_dir=FOLDER
+
+Trains on CIFAR-10 and CIFAR-100 with 2, 4 and 8 workers under ResIST and local
+SGD, and with 4 under data parallel, skips what is done, and writes results, a
+table and learning curves to experiments/results/table2/SCALE/.
+"""
+
+from collections.abc import Mapping
+
+from matplotlib.figure import Figure
+
+from experiments import paper, pictures
+from experiments.experiment import Cell, Experiment, Results, main, of_runs
+from experiments.table import Table
+
+DATA = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100'}
+NAMES = {
+  'resist': 'ResIST',
+  'local_sgd': 'local SGD',
+  'data_parallel': 'data parallel',
+}
+WORKERS = (2, 4, 8)
+
+
+def cell(data: str, protocol: str, workers: int) -> Cell:
+  """Returns a run of this table; other experiments need some of them.
+
+  Args:
+    data: A card, `cifar10` or `cifar100`.
+    protocol: See `config.protocol`.
+    workers: 2, 4 or 8.
+
+  Returns:
+    The cell.
+  """
+  return Cell(
+    f'{data}_{protocol}_s{workers}',
+    data,
+    f's{workers}',
+    {'protocol': protocol},
+    home='table2',
+  )
+
+
+def cells(scale: str) -> list[Cell]:
+  """Returns what is trained, the cells that others need first."""
+  del scale
+  found = [
+    cell(data, protocol, workers)
+    for workers in (4, 2, 8)
+    for data in DATA
+    for protocol in ('resist', 'local_sgd')
+  ]
+  return [*found, *(cell(data, 'data_parallel', 4) for data in DATA)]
+
+
+def tables(results: Results) -> list[Table]:
+  """Returns ours beside the paper's."""
+  rows, found = [], []
+  for data, title in DATA.items():
+    for protocol, name in NAMES.items():
+      for workers in WORKERS:
+        run = cell(data, protocol, workers)
+        records = results.of(run)
+        if not records:
+          continue
+        found += records
+        theirs = paper.ACCURACY[data].get(protocol, {}).get(workers, '')
+        rows.append(
+          [title, name, str(workers)]
+          + [results.percent(run), results.percent(run, 'test_accuracy_paper')]
+          + [results.percent(run, 'best_test_accuracy_paper'), theirs]
+        )
+  if not rows:
+    return []
+  caption = (
+    f'Test accuracy in %, {results.scale} scale: of the last round with fixed '
+    'statistics (deployed) and with those of each test batch, and the best '
+    f'test with the latter, which is what the paper reports; {of_runs(found)}'
+  )
+  head = ['data', 'protocol', 'workers', 'deployed', 'test-batch statistics']
+  head += ['best of the run', 'the paper, at its scale']
+  return [Table(caption, EXPERIMENT.command, head, rows)]
+
+
+def figures(results: Results) -> Mapping[str, Figure]:
+  """Returns a learning curve for each data set and number of workers."""
+  found = {}
+  for data, title in DATA.items():
+    panels = {
+      f'{title}, {workers} workers': {
+        name: results.of(cell(data, protocol, workers))
+        for protocol, name in NAMES.items()
+      }
+      for workers in WORKERS
+    }
+    found[data] = pictures.curves(panels, 'wire_bytes_total')
+  return found
+
+
+EXPERIMENT = Experiment('table2', 'Accuracy (Table 2)', cells, tables, figures)
+
+if __name__ == '__main__':
+  main(EXPERIMENT, __doc__)
