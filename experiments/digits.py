@@ -2,34 +2,72 @@
 
   python -m experiments.digits --seeds=3
 
-Runs the card `digits.py` for each protocol and seed, skips what is done, and
-keeps each run's summary, config and provenance in experiments/results/digits/.
+Needs no data besides what is installed, and some minutes.
 """
 
-import argparse
-import pathlib
+from collections.abc import Mapping
 
-from experiments.runs import run
+from matplotlib.figure import Figure
 
-RESULTS = pathlib.Path(__file__).parent / 'results' / 'digits'
-PROTOCOLS = ('resist', 'local_sgd', 'data_parallel')
+from experiments import pictures, table2
+from experiments.experiment import Cell, Experiment, Results, main, of_runs
+from experiments.table import Table
+from resist_jax import plots
 
 
-def main() -> None:
-  """Runs what is missing."""
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--seeds', type=int, default=3)
-  args = parser.parse_args()
-  for seed in range(args.seeds):
-    for protocol in PROTOCOLS:
-      shown = protocol == 'resist' and seed == 0
-      run(
-        'digits.py',
-        [f'--config.protocol={protocol}', f'--config.seed={seed}'],
-        RESULTS / f'{protocol}_seed{seed}.json',
-        RESULTS / 'decomposition.png' if shown else None,
-      )
+def cell(protocol: str) -> Cell:
+  """Returns the run of a protocol; the exact ones serve `quantised` too."""
+  home = '' if protocol == 'data_parallel' else 'quantised'
+  name = f'digits_{protocol}_float32'
+  return Cell(name, 'digits', '', {'protocol': protocol}, home=home)
 
+
+def cells(scale: str) -> list[Cell]:
+  """Returns the protocols; at the paper's scale there are no digits."""
+  return [cell(p) for p in table2.NAMES] if scale != 'paper' else []
+
+
+def tables(results: Results) -> list[Table]:
+  """Returns what a reader wants to know first."""
+  rows, found = [], []
+  for protocol, name in table2.NAMES.items():
+    run = cell(protocol)
+    records = results.of(run)
+    if not records:
+      continue
+    found += records
+    first = records[0]['summary']
+    rows.append(
+      [name, results.percent(run), results.percent(run, 'test_accuracy_paper')]
+      + [f'{first["wire_bytes_per_round"] / 1e6:.2f} MB']
+      + [f'{first["params_per_worker"] / first["params_total"]:.0%}']
+    )
+  if not rows:
+    return []
+  config = found[0]['config']
+  caption = (
+    f'Handwritten digits (360 test images), {config["num_workers"]} workers, '
+    f'{config["num_rounds"]} rounds of {config["local_steps"]} steps, a chain '
+    f'of 12 blocks; {of_runs(found)}'
+  )
+  head = ['', 'test accuracy %, deployed', "the paper's protocol"]
+  head += ['on the wire a round', 'weights on a worker']
+  return [Table(caption, EXPERIMENT.command, head, rows)]
+
+
+def figures(results: Results) -> Mapping[str, Figure]:
+  """Returns learning curves."""
+  panel = {
+    name: results.of(cell(protocol)) for protocol, name in table2.NAMES.items()
+  }
+  found = {'digits': pictures.curves({'digits': panel}, 'round')}
+  for record in results.of(cell('resist'))[:1]:
+    picture = plots.decomposition_figure('digits', record.get('curve', []))
+    found |= {'decomposition': picture} if picture else {}
+  return found
+
+
+EXPERIMENT = Experiment('digits', 'Handwritten digits', cells, tables, figures)
 
 if __name__ == '__main__':
-  main()
+  main(EXPERIMENT, __doc__)

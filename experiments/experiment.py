@@ -11,6 +11,7 @@ from typing import Any
 
 from absl import logging
 from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 
 from experiments.runs import RESULTS, load_card, run
 from experiments.table import Table
@@ -41,7 +42,7 @@ class Cell:
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   home: str = ''
 
-  def config(self, scale: str):
+  def config(self, scale: str) -> ConfigDict:
     """Returns the config of seed 0, as the card gives it."""
     words = [self.argument, scale if scale != 'paper' else '']
     argument = ','.join(filter(None, words))
@@ -88,6 +89,7 @@ class Experiment:
     cells: What it trains at a scale.
     tables: What the results say; none where there are none.
     figures: Pictures of them by name of the file, without its suffix.
+    train: Trains a config into a result file, in a folder for the time being.
   """
 
   name: str
@@ -95,6 +97,7 @@ class Experiment:
   cells: Callable[[str], Sequence[Cell]]
   tables: Callable[[Results], Sequence[Table]]
   figures: Callable[[Results], Mapping[str, Figure]]
+  train: Callable[[ConfigDict, pathlib.Path, pathlib.Path], None] = run
 
   @property
   def command(self) -> str:
@@ -211,7 +214,7 @@ def main(experiment: Experiment, doc: str | None) -> None:
     config.model.dtype = args.dtype
     folder = pathlib.Path(args.runs) / experiment.name / scale / target.stem
     try:
-      run(config, target, folder)
+      experiment.train(config, target, folder)
     except ConfigError as error:
       parser.exit(2, f'error: {error}\n')
     except NonFiniteError as error:

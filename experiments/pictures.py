@@ -112,12 +112,14 @@ def _frame(axes: Axes, title: str, xlabel: str) -> None:
 def steps(
   panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
   ylabel: str = 'test accuracy (%)',
+  xlabel: str = '',
 ) -> Figure:
   """Draws a number for each of several settings in order, panels side by side.
 
   Args:
     panels: By title and label of a line, the values of the seeds by setting.
     ylabel: What the numbers are.
+    xlabel: What the settings are.
 
   Returns:
     A figure: the means, and every seed as a dot.
@@ -142,8 +144,9 @@ def steps(
       axes.plot(at, means, color=colour, label=label, linewidth=1.5)
       for i, values in zip(at, line.values(), strict=True):
         axes.plot([i] * len(values), values, 'o', color=colour, markersize=4)
-    _frame(axes, title, '')
-    axes.set_xticks(range(len(names)), names, rotation=30, ha='right')
+    _frame(axes, title, xlabel)
+    turned = {} if xlabel else {'rotation': 30, 'ha': 'right'}
+    axes.set_xticks(range(len(names)), names, **turned)
     axes.margins(x=0.08)
     axes.legend(frameon=False, fontsize='small')
   every[0].set_ylabel(ylabel)

@@ -13,13 +13,13 @@ import jax
 import ml_collections
 
 from experiments.provenance import provenance
-from resist_jax import metrics, train, workdir
+from resist_jax import metrics, train
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 # Of a row of the log, what a curve shows.
 CURVE = ('round', 'protocol', 'train_loss', 'train_accuracy', 'test_accuracy',
          'test_accuracy_paper', 'seconds_training', 'bytes_total',
-         'wire_bytes_total')  # fmt: skip
+         'wire_bytes_total', 'slots', 'num_blocks')  # fmt: skip
 
 
 def load_card(
@@ -45,7 +45,6 @@ def run(
   config: ml_collections.ConfigDict,
   target: pathlib.Path,
   folder: pathlib.Path,
-  picture: pathlib.Path | None = None,
 ) -> None:
   """Trains once, or goes on, and keeps what a reader needs to check it.
 
@@ -54,7 +53,6 @@ def run(
     target: The result file; where it exists, nothing is done.
     folder: Workdir of the run. Stopped, it goes on from there; it is removed
       when the result is written.
-    picture: Where to keep the picture of who trained which block, if wanted.
 
   Raises:
     ConfigError: If the config, the data or the workdir will not do.
@@ -76,10 +74,21 @@ def run(
   }
   record['config']['data']['dir'] = ''  # A place on one machine.
   target.parent.mkdir(parents=True, exist_ok=True)
-  if picture:
-    shutil.copy(folder / 'decomposition.png', picture)
-  workdir.write_json(target, record)
+  write_record(target, record)
   shutil.rmtree(folder)
+
+
+def write_record(target: pathlib.Path, record: dict[str, Any]) -> None:
+  """Writes a result file, whole or not at all, a round of its curve a line.
+
+  Args:
+    target: The file.
+    record: JSON values; `curve` is a list of rows.
+  """
+  rows = ',\n    '.join(json.dumps(row) for row in record['curve'])
+  text = json.dumps({**record, 'curve': []}, indent=2)
+  text = text.replace('"curve": []', f'"curve": [\n    {rows}\n  ]')
+  metrics.replace_text(target, text + '\n')
 
 
 @functools.cache

@@ -73,7 +73,7 @@ class Dataset:
   std: np.ndarray
 
 
-@functools.lru_cache(maxsize=1)  # Experiments train many times in a process.
+@functools.lru_cache(maxsize=1)  # Experiments train often in one process.
 def load(name: str, data_dir: str = '', validation: float = 0.0) -> Dataset:
   """Loads a set into memory.
 

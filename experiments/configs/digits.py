@@ -17,7 +17,7 @@ from resist_jax import config as config_lib
 
 
 def get_config(scale: str = '') -> ml_collections.ConfigDict:
-  """Returns the config; `smoke` shrinks it to seconds."""
+  """Returns the config; `smoke` shrinks it to seconds, `cpu` leaves it."""
   config = config_lib.get_config()
   config.model.name = 'PreActResNetTiny'
   config.num_workers = 4
@@ -31,7 +31,7 @@ def get_config(scale: str = '') -> ml_collections.ConfigDict:
   if scale == 'smoke':
     config.num_rounds, config.local_steps = 2, 2
     config.eval_every = config.checkpoint_every = 1
-  elif scale:
+  elif scale not in ('', 'cpu'):
     raise ValueError(
       f'unknown scale {scale!r}: use digits.py or digits.py:smoke.'
     )

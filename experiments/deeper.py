@@ -1,0 +1,105 @@
+"""Deeper networks: the paper's table of ResNet152 and ResNet200.
+
+python -m experiments.deeper --scale=cpu --data_dir=FOLDER
+"""
+
+from collections.abc import Mapping
+import statistics
+
+from matplotlib.figure import Figure
+
+from experiments import paper, pictures, table2
+from experiments.experiment import Cell, Experiment, Results, main, of_runs
+from experiments.table import Table
+
+DEPTHS = ('152', '200')
+PROTOCOLS = ('local_sgd', 'resist')
+# What two cores train in well under an hour.
+RUNS = {
+  'smoke': (('cifar10', 4),),
+  'cpu': (('cifar10', 4),),
+  'paper': tuple((data, workers) for data in table2.DATA for workers in (2, 4)),
+}
+
+
+def cell(data: str, depth: str, protocol: str, workers: int) -> Cell:
+  """Returns a run of the table.
+
+  Args:
+    data: `cifar10` or `cifar100`.
+    depth: `152` or `200`.
+    protocol: See `config.protocol`.
+    workers: Of the run.
+
+  Returns:
+    The cell.
+  """
+  return Cell(
+    f'{data}_{depth}_{protocol}_s{workers}',
+    'deeper',
+    f'{depth},s{workers}',
+    {'protocol': protocol, 'data.name': data},
+  )
+
+
+def cells(scale: str) -> list[Cell]:
+  """Returns what is trained."""
+  return [
+    cell(data, depth, protocol, workers)
+    for data, workers in RUNS[scale]
+    for depth in DEPTHS
+    for protocol in PROTOCOLS
+  ]
+
+
+def tables(results: Results) -> list[Table]:
+  """Returns ours beside the paper's."""
+  rows, found = [], []
+  for data, workers in RUNS[results.scale]:
+    for depth in DEPTHS:
+      runs = {p: cell(data, depth, p, workers) for p in PROTOCOLS}
+      records = {p: results.of(run) for p, run in runs.items()}
+      if not all(records.values()):
+        continue
+      found += [record for some in records.values() for record in some]
+      seconds = {
+        p: statistics.median(r['summary']['seconds_training'] for r in some)
+        for p, some in records.items()
+      }
+      length = records['resist'][0]['summary']['num_blocks']['stage3_chain']
+      local, resist, faster = paper.DEEPER[data, depth, workers]
+      rows.append(
+        [table2.DATA[data], depth, str(length), str(workers)]
+        + [results.percent(run) for run in runs.values()]
+        + [f'{seconds["local_sgd"] / seconds["resist"]:.2f}']
+        + [f'{local:.2f}', f'{resist:.2f}', f'{faster:.2f}']
+      )
+  if not rows:
+    return []
+  caption = (
+    f'Deeper networks, {results.scale} scale: test accuracy in % of the last '
+    'round with fixed statistics, and how many times faster ResIST trains, '
+    f'without a link; {of_runs(found)}'
+  )
+  head = ['data', 'network', 'chain', 'workers', 'local SGD', 'ResIST']
+  head += ['faster', 'paper: local SGD', 'paper: ResIST', 'paper: faster']
+  return [Table(caption, EXPERIMENT.command, head, rows)]
+
+
+def figures(results: Results) -> Mapping[str, Figure]:
+  """Returns learning curves by the clock."""
+  panels = {
+    f'{table2.DATA[data]}, "{depth}", {workers} workers': {
+      table2.NAMES[protocol]: results.of(cell(data, depth, protocol, workers))
+      for protocol in PROTOCOLS
+    }
+    for data, workers in RUNS[results.scale]
+    for depth in DEPTHS
+  }
+  return {'deeper': pictures.curves(panels, 'seconds_training')}
+
+
+EXPERIMENT = Experiment('deeper', 'Deeper networks', cells, tables, figures)
+
+if __name__ == '__main__':
+  main(EXPERIMENT, __doc__)

@@ -1,0 +1,170 @@
+"""Sub-ResNets that are never synchronised, as an ensemble: the paper's table.
+
+  python -m experiments.ensemble --scale=cpu --data_dir=FOLDER
+
+Each of S networks as deep as a worker's sub-ResNet is trained alone for as many
+steps as a worker of Table 2 takes; their probabilities are averaged. Unlike the
+paper's, the members begin from initial values of their own.
+"""
+
+from collections.abc import Mapping
+import json
+import pathlib
+import shutil
+import sys
+
+import jax.numpy as jnp
+from matplotlib.figure import Figure
+import ml_collections
+import numpy as np
+
+from experiments import paper, pictures, table2
+from experiments.experiment import Cell, Experiment, Results, main, of_runs
+from experiments.provenance import provenance
+from experiments.runs import begin_process
+from experiments.table import Table
+from resist_jax import data, decomposition, export, metrics, train
+from resist_jax.config import build_model
+
+WORKERS = {'smoke': (2,), 'cpu': (2, 4), 'paper': (2, 4, 8)}
+
+
+def cell(name: str, workers: int) -> Cell:
+  """Returns an ensemble: a data set and its number of members."""
+  return Cell(f'{name}_s{workers}', name, f's{workers}')
+
+
+def cells(scale: str) -> list[Cell]:
+  """Returns the ensembles of both data sets."""
+  return [cell(n, workers) for workers in WORKERS[scale] for n in table2.DATA]
+
+
+def member(
+  config: ml_collections.ConfigDict, number: int
+) -> ml_collections.ConfigDict:
+  """Returns the config of one network of an ensemble.
+
+  Args:
+    config: Of the ResIST run whose worker it is.
+    number: 0 to S - 1.
+
+  Returns:
+    A run of one worker, which nobody talks to, without tests on its way.
+  """
+  S = config.num_workers
+  stage_sizes = list(build_model(config, num_classes=2).stage_sizes)
+  for stage in config.partition:
+    length = stage_sizes[stage - 1] - 1
+    sizes = length, S, config.min_depth
+    stage_sizes[stage - 1] = 1 + decomposition.slots_per_worker(*sizes)
+  alone = config.copy_and_resolve_references()
+  alone.protocol, alone.num_workers, alone.min_depth = 'local_sgd', 1, 0
+  alone.model.stage_sizes = tuple(stage_sizes)
+  alone.seed = config.seed * S + number
+  alone.eval_every = alone.num_rounds
+  return alone
+
+
+def train_ensemble(
+  config: ml_collections.ConfigDict, target: pathlib.Path, folder: pathlib.Path
+) -> None:
+  """Trains the members and keeps what they do together.
+
+  Args:
+    config: Of the ResIST run whose workers they are.
+    target: The result file.
+    folder: Of the members' workdirs; it is removed at the end.
+  """
+  begin_process()
+  print(f'{target.parent.name}/{target.name}', file=sys.stderr, flush=True)
+  members = [member(config, number) for number in range(config.num_workers)]
+  names = [f'member{number}' for number in range(len(members))]
+  found = [
+    train.train(alone, str(folder / name))
+    for alone, name in zip(members, names, strict=True)
+  ]
+  test = data.load(
+    config.data.name, config.data.dir, config.data.validation
+  ).tests['test']
+  predictors = [export.load(folder / name) for name in names]
+  hits = 0
+  for rows in np.array_split(np.arange(len(test)), -(-len(test) // 500)):
+    batch = test.take(rows)
+    images = jnp.asarray(batch.images)
+    mean = np.mean([predict(images) for predict in predictors], axis=0)
+    hits += int((mean.argmax(axis=-1) == batch.labels).sum())
+  kind = found[0]['device'].split(',')[0]
+  record = {
+    'provenance': provenance(f'{found[0]["num_devices"]} x {kind}'),
+    'config': json.loads(json.dumps(config.to_dict())),
+    'summary': {
+      'seed': config.seed,
+      'test_accuracy': hits / len(test),
+      'members': found,
+    },
+  }
+  record['config']['data']['dir'] = ''  # A place on one machine.
+  target.parent.mkdir(parents=True, exist_ok=True)
+  text = json.dumps(record, indent=2) + '\n'
+  metrics.replace_text(target, text)
+  shutil.rmtree(folder)
+
+
+def tables(results: Results) -> list[Table]:
+  """Returns ensembles beside their members, ResIST and the paper's."""
+  rows, found = [], []
+  for name, title in table2.DATA.items():
+    for workers in WORKERS[results.scale]:
+      run = cell(name, workers)
+      records = results.of(run)
+      if not records:
+        continue
+      found += records
+      alone = [
+        100 * summary['test_accuracy']
+        for record in records
+        for summary in record['summary']['members']
+      ]
+      rows.append(
+        [title, str(workers), f'{np.mean(alone):.1f}', results.percent(run)]
+        + [results.percent(table2.cell(name, 'resist', workers))]
+        + [f'{paper.ENSEMBLE[name][workers]:.2f}']
+        + [paper.ACCURACY[name]['resist'][workers]]
+      )
+  if not rows:
+    return []
+  caption = (
+    f'Sub-ResNets never synchronised, {results.scale} scale: test accuracy in '
+    '% with fixed statistics, of the members alone (mean), of their ensemble, '
+    f'which runs all of them, and of ResIST; {of_runs(found)}'
+  )
+  head = ['data', 'members', 'alone', 'ensemble', 'ResIST']
+  head += ['paper: ensemble', 'paper: ResIST']
+  return [Table(caption, EXPERIMENT.command, head, rows)]
+
+
+def figures(results: Results) -> Mapping[str, Figure]:
+  """Returns the ensembles and ResIST by the number of workers."""
+  panels = {}
+  for name, title in table2.DATA.items():
+    lines = {
+      'ensemble': lambda workers, n=name: cell(n, workers),
+      'ResIST': lambda workers, n=name: table2.cell(n, 'resist', workers),
+    }
+    panels[title] = {
+      label: {
+        str(workers): [100 * value for value in values]
+        for workers in WORKERS[results.scale]
+        if (values := results.values(run(workers), 'test_accuracy'))
+      }
+      for label, run in lines.items()
+    }
+  return {'ensemble': pictures.steps(panels, xlabel='workers')}
+
+
+EXPERIMENT = Experiment(
+  'ensemble', 'Never synchronised', cells, tables, figures, train_ensemble
+)
+
+if __name__ == '__main__':
+  main(EXPERIMENT, __doc__)

@@ -1,0 +1,121 @@
+"""What is sent in fewer bits, and what it costs: the paper's table of bits.
+
+  python -m experiments.quantised --scale=cpu --data_dir=FOLDER
+
+ResIST in every wire format beside exact local SGD, on CIFAR-10, CIFAR-100 and
+handwritten digits. The paper rounds every number to 8 to 4 bits; int8 here
+sends changes in 8 bits with error feedback, and blocks that move in 16.
+"""
+
+from collections.abc import Mapping
+import statistics
+
+from matplotlib.figure import Figure
+
+from experiments import paper, pictures, table2
+from experiments.experiment import Cell, Experiment, Results, main, of_runs
+from experiments.table import Table
+from resist_jax import wire
+
+DATA = {**table2.DATA, 'digits': 'digits'}
+KINDS = (
+  *(('resist', name) for name in wire.FORMATS),
+  ('local_sgd', 'float32'),
+)
+
+
+def cell(data: str, protocol: str, wire_format: str) -> Cell:
+  """Returns a run of the table.
+
+  Args:
+    data: `cifar10`, `cifar100` or `digits`.
+    protocol: See `config.protocol`.
+    wire_format: See `config.wire_format`.
+
+  Returns:
+    The cell; exact runs of CIFAR belong to Table 2.
+  """
+  if data in table2.DATA and wire_format == 'float32':
+    return table2.cell(data, protocol, 4)
+  return Cell(
+    f'{data}_{protocol}_{wire_format}',
+    data,
+    's4' if data in table2.DATA else '',
+    {'protocol': protocol, 'wire_format': wire_format},
+  )
+
+
+def cells(scale: str) -> list[Cell]:
+  """Returns every data set in every format; digits have no paper scale."""
+  return [
+    cell(data, *kind)
+    for data in DATA
+    for kind in KINDS
+    if data != 'digits' or scale != 'paper'
+  ]
+
+
+def tables(results: Results) -> list[Table]:
+  """Returns ours, and the paper's 8 bits."""
+  rows, found = [], []
+  for data, title in DATA.items():
+    exact = _accuracies(results, data, 'resist', 'float32')
+    for protocol, wire_format in KINDS:
+      run = cell(data, protocol, wire_format)
+      records = results.of(run)
+      if not records:
+        continue
+      found += records
+      accuracies = _accuracies(results, data, protocol, wire_format)
+      lost = [v - exact[k] for k, v in accuracies.items() if k in exact]
+      summary = records[0]['summary']
+      sent = summary['wire_bytes_per_round']
+      bits = 8 if wire_format == 'int8' and protocol == 'resist' else 0
+      theirs = paper.QUANTISED.get(data, {}).get(bits)
+      rows.append(
+        [title, table2.NAMES[protocol], wire_format, results.percent(run)]
+        + [f'{statistics.mean(lost):+.2f}' if lost else '']
+        + [f'{sent / 1e6:.2f} MB']
+        + [f'{sent / summary["wire_bytes_per_round_local_sgd"]:.3f}']
+        + [f'{theirs:.2f}' if theirs else '']
+      )
+  if not rows:
+    return []
+  caption = (
+    f'Wire formats, four workers, {results.scale} scale: test accuracy in % of '
+    'the last round with fixed statistics, points against float32 of the same '
+    'seeds, bytes on the wire in a round, and as a share of what exact local '
+    f'SGD sends; {of_runs(found)}'
+  )
+  head = ['data', 'protocol', 'format', 'deployed', 'points', 'a round']
+  head += ['of local SGD', 'the paper, 8 bits']
+  return [Table(caption, EXPERIMENT.command, head, rows)]
+
+
+def _accuracies(
+  results: Results, data: str, protocol: str, wire_format: str
+) -> dict[int, float]:
+  return {
+    record['summary']['seed']: 100 * record['summary']['test_accuracy']
+    for record in results.of(cell(data, protocol, wire_format))
+  }
+
+
+def figures(results: Results) -> Mapping[str, Figure]:
+  """Returns accuracy against what was sent."""
+  panels = {
+    title: {
+      f'{table2.NAMES[protocol]}, {wire_format}': results.of(
+        cell(data, protocol, wire_format)
+      )
+      for protocol, wire_format in KINDS
+    }
+    for data, title in DATA.items()
+  }
+  return {'quantised': pictures.curves(panels, 'wire_bytes_total')}
+
+
+EXPERIMENT = Experiment('quantised', 'Fewer bits', cells, tables, figures)
+
+if __name__ == '__main__':
+  main(EXPERIMENT, __doc__)
