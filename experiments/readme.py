@@ -30,10 +30,9 @@ def with_results(text: str) -> str:
   before, rest = text.split(BEGIN)
   _, after = rest.split(END)
   parts = [
-    '\n'.join(
-      [f'### {section.title}\n', *(t.markdown() for t in section.tables)]
-    )
+    part
     for section in sections()
+    for part in (f'### {section.title}\n', *map(Table.markdown, section.tables))
   ]
   return before + BEGIN + '\n' + '\n'.join(parts) + '\n' + END + after
 

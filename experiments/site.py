@@ -43,8 +43,8 @@ what the paper reports (C. Dun, C. R. Wolfe, C. M. Jermaine, A. Kyrillidis,
 UAI 2022). Every number comes from a result file that is kept with the code,
 with its configuration, seed, commit, versions and machine; the command under a
 table makes it again.</p>
-<p>At the <em>cpu scale</em> a network an eighth as wide trains for two epochs on
-two cores: compare protocols with each other there, not with the paper.
+<p>At the <em>cpu scale</em> a network an eighth as wide trains for two epochs,
+on two cores: compare protocols with each other there, not with the paper.
 <em>Deployed</em> is the accuracy of the last round with norm statistics fixed
 after training, as a deployed model has them.</p>"""
 
