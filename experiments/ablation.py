@@ -119,7 +119,7 @@ def tables(results: Results) -> list[Table]:
   return [Table(caption, EXPERIMENT.command, head, rows)]
 
 
-def figures(results: Results) -> Mapping[str, Figure]:
+def figures(results: Results) -> Mapping[str, Figure | None]:
   """Returns our columns beside the paper's."""
   panels = {}
   for workers, columns in COLUMNS.items():

@@ -86,7 +86,7 @@ def tables(results: Results) -> list[Table]:
   return [Table(caption, EXPERIMENT.command, head, rows)]
 
 
-def figures(results: Results) -> Mapping[str, Figure]:
+def figures(results: Results) -> Mapping[str, Figure | None]:
   """Returns learning curves by the clock."""
   panels = {
     f'{table2.DATA[data]}, "{depth}", {workers} workers': {

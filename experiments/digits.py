@@ -55,15 +55,16 @@ def tables(results: Results) -> list[Table]:
   return [Table(caption, EXPERIMENT.command, head, rows)]
 
 
-def figures(results: Results) -> Mapping[str, Figure]:
+def figures(results: Results) -> Mapping[str, Figure | None]:
   """Returns learning curves."""
   panel = {
     name: results.of(cell(protocol)) for protocol, name in table2.NAMES.items()
   }
-  found = {'digits': pictures.curves({'digits': panel}, 'round')}
+  found: dict[str, Figure | None] = {}
+  found['digits'] = pictures.curves({'digits': panel}, 'round')
   for record in results.of(cell('resist'))[:1]:
-    picture = plots.decomposition_figure('digits', record.get('curve', []))
-    found |= {'decomposition': picture} if picture else {}
+    rows = record.get('curve', [])
+    found['decomposition'] = plots.decomposition_figure('digits', rows)
   return found
 
 

@@ -143,7 +143,7 @@ def tables(results: Results) -> list[Table]:
   return [Table(caption, EXPERIMENT.command, head, rows)]
 
 
-def figures(results: Results) -> Mapping[str, Figure]:
+def figures(results: Results) -> Mapping[str, Figure | None]:
   """Returns the ensembles and ResIST by the number of workers."""
   panels = {}
   for name, title in table2.DATA.items():

@@ -88,7 +88,8 @@ class Experiment:
     title: For readers.
     cells: What it trains at a scale.
     tables: What the results say; none where there are none.
-    figures: Pictures of them by name of the file, without its suffix.
+    figures: Pictures of them by name of the file, without its suffix; None
+      where there is nothing to see.
     train: Trains a config into a result file, in a folder for the time being.
   """
 
@@ -96,7 +97,7 @@ class Experiment:
   title: str
   cells: Callable[[str], Sequence[Cell]]
   tables: Callable[[Results], Sequence[Table]]
-  figures: Callable[[Results], Mapping[str, Figure]]
+  figures: Callable[[Results], Mapping[str, Figure | None]]
   train: Callable[[ConfigDict, pathlib.Path, pathlib.Path], None] = run
 
   @property
@@ -107,6 +108,11 @@ class Experiment:
   def results(self, scale: str) -> Results:
     """Returns its results at a scale."""
     return Results(self.name, scale)
+
+  def pictures(self, scale: str) -> dict[str, Figure]:
+    """Returns the pictures that there are."""
+    drawn = self.figures(self.results(scale))
+    return {name: figure for name, figure in drawn.items() if figure}
 
 
 def spread(values: Sequence[float]) -> str:
@@ -177,7 +183,7 @@ def show(experiment: Experiment, scale: str) -> None:
   folder = results.folder()
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'table.md').write_text('\n'.join(t.markdown() for t in tables))
-  for name, figure in experiment.figures(results).items():
+  for name, figure in experiment.pictures(scale).items():
     figure.savefig(folder / f'{name}.png', dpi=150)
   for table in tables:
     print(table.caption, table.text(), sep='\n', end='\n\n')

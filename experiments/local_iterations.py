@@ -102,7 +102,7 @@ def _theirs(protocol: str, workers: int, steps: int, scale: str) -> str:
   return f'{paper.LOCAL_ITERATIONS[protocol, workers][steps]:.2f}'
 
 
-def figures(results: Results) -> Mapping[str, Figure]:
+def figures(results: Results) -> Mapping[str, Figure | None]:
   """Returns accuracy against l, ours and the paper's."""
   scale = results.scale
   panels = {}

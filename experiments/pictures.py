@@ -22,7 +22,7 @@ X_AXES = {
 
 def curves(
   panels: Mapping[str, Panel], x: str, metric: str = 'test_accuracy'
-) -> Figure:
+) -> Figure | None:
   """Draws learning curves side by side.
 
   Args:
@@ -32,19 +32,21 @@ def curves(
 
   Returns:
     A figure: the mean of the seeds, and the range between the least and the
-    largest as a band.
+    largest as a band; None where there are no runs.
   """
   panels = {
     title: {label: runs for label, runs in panel.items() if _curves(runs)}
     for title, panel in panels.items()
   }
   panels = {title: panel for title, panel in panels.items() if panel}
+  if not panels:
+    return None
   labels = list(dict.fromkeys(name for p in panels.values() for name in p))
   colour = dict(zip(labels, plots.colours(len(labels)), strict=True))
-  count = max(len(panels), 1)
+  count = len(panels)
   figure = Figure(figsize=(1.2 + 3.3 * count, 3.4), layout='constrained')
   every = figure.subplots(1, count, sharey=True, squeeze=False)[0]
-  for axes, (title, panel) in zip(every, panels.items(), strict=False):
+  for axes, (title, panel) in zip(every, panels.items(), strict=True):
     ends = [
       row[x]
       for runs in panel.values()
@@ -76,7 +78,7 @@ def curves(
     handles.values(),
     handles.keys(),
     loc='outside lower center',
-    ncols=max(len(handles), 1),
+    ncols=len(handles),
     frameon=False,
   )
   return figure
@@ -113,7 +115,7 @@ def steps(
   panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
   ylabel: str = 'test accuracy (%)',
   xlabel: str = '',
-) -> Figure:
+) -> Figure | None:
   """Draws a number for each of several settings in order, panels side by side.
 
   Args:
@@ -122,20 +124,22 @@ def steps(
     xlabel: What the settings are.
 
   Returns:
-    A figure: the means, and every seed as a dot.
+    A figure: the means, and every seed as a dot; None without any.
   """
   panels = {t: {k: v for k, v in p.items() if v} for t, p in panels.items()}
   panels = {title: panel for title, panel in panels.items() if panel}
+  if not panels:
+    return None
   settings = {
     t: list(dict.fromkeys(s for line in p.values() for s in line))
     for t, p in panels.items()
   }
-  widths = [1 + len(settings[title]) for title in panels] or [1]
+  widths = [1 + len(settings[title]) for title in panels]
   figure = Figure(figsize=(1.5 + 0.85 * sum(widths), 3.6), layout='constrained')
   every = figure.subplots(
     1, len(widths), sharey=True, squeeze=False, width_ratios=widths
   )[0]
-  for axes, (title, panel) in zip(every, panels.items(), strict=False):
+  for axes, (title, panel) in zip(every, panels.items(), strict=True):
     names = settings[title]
     colours = plots.colours(len(panel))
     for (label, line), colour in zip(panel.items(), colours, strict=True):

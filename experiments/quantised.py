@@ -101,7 +101,7 @@ def _accuracies(
   }
 
 
-def figures(results: Results) -> Mapping[str, Figure]:
+def figures(results: Results) -> Mapping[str, Figure | None]:
   """Returns accuracy against what was sent."""
   panels = {
     title: {

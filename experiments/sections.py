@@ -63,7 +63,7 @@ def sections(with_figures: bool = False) -> Iterator[Section]:
       results = experiment.results(scale)
       tables = list(experiment.tables(results))
       if tables:
-        figures = experiment.figures(results) if with_figures else {}
+        figures = experiment.pictures(scale) if with_figures else {}
         yield Section(experiment.title, tables, figures)
   for title, tables in (
     ("The paper's count of bytes (Table 1)", list(_counts())),

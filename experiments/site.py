@@ -10,6 +10,8 @@ import base64
 from html import escape
 import pathlib
 
+from matplotlib.figure import Figure
+
 from experiments.sections import Section, sections
 from resist_jax import plots
 
@@ -92,10 +94,11 @@ def _section(number: int, part: Section) -> str:
   )
 
 
-def _picture(name: str, figure) -> str:
+def _picture(name: str, figure: Figure) -> str:
   data = base64.b64encode(plots.render_png(figure)).decode()
+  width = round(96 * figure.get_figwidth())  # CSS pixels in an inch.
   return (
-    f'<figure class="picture"><img alt="{escape(name)}" '
+    f'<figure class="picture"><img alt="{escape(name)}" width="{width}" '
     f'src="data:image/png;base64,{data}"></figure>\n'
   )
 

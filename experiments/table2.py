@@ -85,9 +85,9 @@ def tables(results: Results) -> list[Table]:
   return [Table(caption, EXPERIMENT.command, head, rows)]
 
 
-def figures(results: Results) -> Mapping[str, Figure]:
+def figures(results: Results) -> Mapping[str, Figure | None]:
   """Returns a learning curve for each data set and number of workers."""
-  found = {}
+  found: dict[str, Figure | None] = {}
   for data, title in DATA.items():
     panels = {
       f'{title}, {workers} workers': {

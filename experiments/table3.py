@@ -102,7 +102,7 @@ def _theirs(seconds: int | None, base: int | None) -> str:
   return f'{seconds} s, {base / seconds:.2f}' if seconds and base else ''
 
 
-def figures(results: Results) -> Mapping[str, Figure]:
+def figures(results: Results) -> Mapping[str, Figure | None]:
   """Returns learning curves by the clock."""
   return {
     data: pictures.curves(
