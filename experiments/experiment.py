@@ -52,14 +52,14 @@ class Cell:
 class Results:
   """The result files of an experiment at a scale."""
 
-  def __init__(self, name: str, scale: str):
-    """Reads nothing yet."""
-    self.name, self.scale = name, scale
+  def __init__(self, name: str, scale: str, root: pathlib.Path = RESULTS):
+    """Reads nothing yet; `root` is the folder of all experiments."""
+    self.name, self.scale, self._root = name, scale, root
 
   def folder(self, cell: Cell | None = None) -> pathlib.Path:
     """Returns where results are, those of a cell or the experiment's own."""
     home = cell.home if cell else ''
-    return RESULTS / (home or self.name) / self.scale
+    return self._root / (home or self.name) / self.scale
 
   def target(self, cell: Cell, seed: int) -> pathlib.Path:
     """Returns the result file of a cell."""
@@ -105,13 +105,9 @@ class Experiment:
     """What a reader types."""
     return f'python -m experiments.{self.name}'
 
-  def results(self, scale: str) -> Results:
-    """Returns its results at a scale."""
-    return Results(self.name, scale)
-
-  def pictures(self, scale: str) -> dict[str, Figure]:
+  def pictures(self, results: Results) -> dict[str, Figure]:
     """Returns the pictures that there are."""
-    drawn = self.figures(self.results(scale))
+    drawn = self.figures(results)
     return {name: figure for name, figure in drawn.items() if figure}
 
 
@@ -163,38 +159,39 @@ def machine(provenance: Mapping[str, Any]) -> str:
 
 
 def jobs(
-  experiment: Experiment, scale: str, seeds: int, only: str
+  experiment: Experiment, results: Results, seeds: int, only: str
 ) -> Iterator[tuple[Cell, int, pathlib.Path]]:
   """Yields what is not done yet, seed by seed: cell, seed and result file."""
-  results = experiment.results(scale)
   for seed in range(seeds):
-    for cell in experiment.cells(scale):
+    for cell in experiment.cells(results.scale):
       target = results.target(cell, seed)
       if only in cell.name and not target.exists():
         yield cell, seed, target
 
 
-def show(experiment: Experiment, scale: str) -> None:
+def show(experiment: Experiment, results: Results) -> None:
   """Prints the tables, and writes them and the pictures beside the results."""
-  results = experiment.results(scale)
   tables = experiment.tables(results)
   if not tables:
     return
   folder = results.folder()
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'table.md').write_text('\n'.join(t.markdown() for t in tables))
-  for name, figure in experiment.pictures(scale).items():
+  for name, figure in experiment.pictures(results).items():
     figure.savefig(folder / f'{name}.png', dpi=150)
   for table in tables:
     print(table.caption, table.text(), sep='\n', end='\n\n')
 
 
-def main(experiment: Experiment, doc: str | None) -> None:
+def main(
+  experiment: Experiment, doc: str | None, args: Sequence[str] | None = None
+) -> None:
   """Trains what is missing and shows what is there.
 
   Args:
     experiment: What to do.
     doc: The module's docstring; its first line is the help.
+    args: Of the command line, if not this process's own.
   """
   parser = argparse.ArgumentParser(
     prog=experiment.command, description=(doc or '').split('\n')[0]
@@ -203,22 +200,28 @@ def main(experiment: Experiment, doc: str | None) -> None:
   parser.add_argument('--seeds', type=int, default=1, help='how many, from 0')
   parser.add_argument('--data_dir', default='', help='of prepared TFDS sets')
   parser.add_argument('--runs', default='runs', help='for unfinished runs')
+  parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
   parser.add_argument('--only', default='', help='cells whose name has this')
-  parser.add_argument('--dtype', default='float32', help='or bfloat16')
+  parser.add_argument(
+    '--dtype', choices=('float32', 'bfloat16'), default='float32'
+  )
   parser.add_argument(
     '--show', action='store_true', help='train nothing, show what is there'
   )
-  args = parser.parse_args()
-  if args.seeds < 1:
-    parser.error(f'--seeds is {args.seeds}; it must be at least 1.')
+  options = parser.parse_args(args)
+  if options.seeds < 1:
+    parser.error(f'--seeds is {options.seeds}; it must be at least 1.')
   logging.set_verbosity(logging.WARNING)  # orbax reports every step it takes.
-  scale = args.scale
-  todo = [] if args.show else jobs(experiment, scale, args.seeds, args.only)
+  scale = options.scale
+  results = Results(experiment.name, scale, options.results)
+  todo = jobs(experiment, results, options.seeds, options.only)
+  if options.show:
+    todo = iter(())
   for cell, seed, target in todo:
     config = cell.config(scale)
-    config.seed, config.data.dir = seed, args.data_dir
-    config.model.dtype = args.dtype
-    folder = pathlib.Path(args.runs) / experiment.name / scale / target.stem
+    config.seed, config.data.dir = seed, options.data_dir
+    config.model.dtype = options.dtype
+    folder = pathlib.Path(options.runs) / experiment.name / scale / target.stem
     try:
       experiment.train(config, target, folder)
     except ConfigError as error:
@@ -228,4 +231,4 @@ def main(experiment: Experiment, doc: str | None) -> None:
     except Interrupted as stop:
       print(f'{target.stem}: {stop}', file=sys.stderr)
       raise SystemExit(128 + stop.signum) from None
-  show(experiment, scale)
+  show(experiment, results)

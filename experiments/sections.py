@@ -20,7 +20,7 @@ from experiments import (
   table2,
   table3,
 )
-from experiments.experiment import machine
+from experiments.experiment import Results, machine
 from experiments.runs import RESULTS
 from experiments.table import Table
 
@@ -60,10 +60,10 @@ def sections(with_figures: bool = False) -> Iterator[Section]:
   """
   for experiment in EXPERIMENTS:
     for scale in SCALES:
-      results = experiment.results(scale)
+      results = Results(experiment.name, scale)
       tables = list(experiment.tables(results))
       if tables:
-        figures = experiment.pictures(scale) if with_figures else {}
+        figures = experiment.pictures(results) if with_figures else {}
         yield Section(experiment.title, tables, figures)
   for title, tables in (
     ("The paper's count of bytes (Table 1)", list(_counts())),

@@ -1,0 +1,267 @@
+"""The paper's experiments: what they train, keep and show."""
+
+import itertools
+import json
+import pathlib
+
+import pytest
+
+from experiments import (
+  ablation,
+  digits,
+  ensemble,
+  experiment,
+  local_iterations,
+  paper,
+  pictures,
+  runs,
+  sections,
+  site,
+  table2,
+  table3,
+)
+from experiments.experiment import Cell, Results
+from experiments.table import Table
+from resist_jax import config as config_lib
+
+EXPERIMENTS = {e.name: e for e in sections.EXPERIMENTS}
+GIVEN = [(n, scale) for n in EXPERIMENTS for scale in experiment.SCALES]
+
+
+@pytest.mark.parametrize(('name', 'scale'), GIVEN)
+def test_every_cell_is_a_valid_run(name, scale):
+  cells = EXPERIMENTS[name].cells(scale)
+  for cell in cells:
+    config_lib.validate(cell.config(scale))
+  targets = [Results(name, scale).target(cell, 0) for cell in cells]
+  assert len(set(targets)) == len(targets)
+
+
+@pytest.mark.parametrize(('name', 'scale'), GIVEN)
+def test_a_cell_that_lives_elsewhere_is_the_same_there(name, scale):
+  """Or one experiment would train what another one shows as its own."""
+  for cell in EXPERIMENTS[name].cells(scale):
+    if cell.home:
+      there = {c.name: c for c in EXPERIMENTS[cell.home].cells(scale)}
+      other = there[cell.name]
+      assert other.config(scale).to_dict() == cell.config(scale).to_dict()
+
+
+def flat(config, prefix=''):
+  for key, value in config.items():
+    if isinstance(value, dict):
+      yield from flat(value, f'{prefix}{key}.')
+    else:
+      yield prefix + key, value
+
+
+@pytest.mark.parametrize('name', EXPERIMENTS)
+def test_committed_results_are_of_these_cells(name):
+  """A card that changes leaves results behind that it no longer describes."""
+  free = dict.fromkeys(('data.dir', 'seed', 'model.dtype'))
+  for scale in experiment.SCALES:
+    for cell in EXPERIMENTS[name].cells(scale):
+      now = json.loads(json.dumps(cell.config(scale).to_dict()))
+      now = dict(flat(now)) | free
+      for record in Results(name, scale).of(cell):
+        then = dict(flat(record['config'])) | free
+        assert record['provenance']['commit'] != 'unknown'
+        # A field that came later had its default then.
+        assert {k: now[k] for k in then} == then, cell.name
+
+
+def test_no_result_file_is_of_no_cell():
+  known = {
+    Results(name, scale).target(cell, 0).name.removesuffix('_seed0.json')
+    for name, scale in GIVEN
+    for cell in EXPERIMENTS[name].cells(scale)
+  }
+  for name in EXPERIMENTS:
+    for path in (runs.RESULTS / name).rglob('*_seed*.json'):
+      assert path.stem.split('_seed')[0] in known, path
+
+
+@pytest.mark.parametrize('number', [0, 1, 3])
+def test_members_of_an_ensemble_are_as_deep_as_a_worker(number):
+  config = Cell('', 'cifar10', 's4').config('paper')
+  alone = ensemble.member(config, number)
+  config_lib.validate(alone)
+  assert tuple(alone.model.stage_sizes) == (3, 4, 7, 3)
+  assert alone.num_rounds * alone.local_steps == 313 * 50
+  other = ensemble.member(config, number + 1)
+  assert alone.seed != other.seed
+
+
+def test_the_sweep_of_l_keeps_the_steps():
+  for scale in ('cpu', 'paper'):
+    for cell in local_iterations.cells(scale):
+      config = cell.config(scale)
+      card = table2.cell('cifar100', 'resist', config.num_workers).config(scale)
+      steps = card.num_rounds * card.local_steps
+      trained = config.num_rounds * config.local_steps
+      assert steps - config.local_steps < trained <= steps
+
+
+def test_the_ablation_adds_one_thing_a_row():
+  changes = []
+  for workers in ablation.COLUMNS:
+    rows = [
+      dict(flat(ablation.cell(workers, column, 'cpu').config('cpu').to_dict()))
+      for column in ablation.COLUMNS[workers]
+    ]
+    for before, after in itertools.pairwise(rows):
+      changes.append({k for k in before if before[k] != after[k]})
+  shorter = {'local_steps', 'num_rounds', 'eval_every', 'checkpoint_every'}
+  assert changes == [
+    {'partition_strided'},
+    # Dealing one section only, there is a hand-over and a minimum depth.
+    {'partition', 'exchange', 'min_depth'},
+    {'residual_scale'},
+    {'model.pre_activation'},
+    shorter,
+    {'min_depth'},
+    shorter,
+  ]
+
+
+def record(accuracy, seed=0, seconds=10.0):
+  rows = [
+    {'round': r, 'test_accuracy': a, 'seconds_training': s,
+     'wire_bytes_total': 1e6 * r}
+    for r, a, s in ((1, accuracy / 2, seconds / 2), (2, accuracy, seconds))
+  ]  # fmt: skip
+  return {
+    'provenance': {
+      'device': '4 x cpu', 'cores': 2, 'processor': 'P', 'versions': {'jax': 1}
+    },
+    'config': {'local_steps': 3, 'num_rounds': 2},
+    'summary': {
+      'seed': seed,
+      'test_accuracy': accuracy,
+      'test_accuracy_paper': accuracy + 0.01,
+      'best_test_accuracy_paper': accuracy + 0.02,
+      'seconds_training': seconds,
+    },
+    'curve': rows,
+  }  # fmt: skip
+
+
+def put(results, cell, *records):
+  for found in records:
+    target = results.target(cell, found['summary']['seed'])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    runs.write_record(target, found)
+    assert json.loads(target.read_text()) == found
+
+
+def test_table2_lays_means_and_deviations_beside_the_paper(tmp_path):
+  results = Results('table2', 'cpu', tmp_path)
+  assert table2.tables(results) == []
+  cell = table2.cell('cifar100', 'resist', 4)
+  put(results, cell, record(0.5), record(0.52, seed=1))
+  (table,) = table2.tables(results)
+  (row,) = table.rows
+  assert row[:3] == ['CIFAR-100', 'ResIST', '4']
+  assert row[3:] == ['51.0 ± 1.4', '52.0 ± 1.4', '53.0 ± 1.4', '71.30 ± 0.20']
+  assert len(row) == len(table.head)
+  assert 'up to 2 seeds' in table.caption
+
+
+def test_table3_finds_the_first_test_at_the_target(tmp_path):
+  results = Results('table3', 'cpu', tmp_path)
+  put(results, table2.cell('cifar10', 'local_sgd', 8), record(0.5, seconds=20))
+  put(results, table2.cell('cifar10', 'resist', 8), record(0.9, seconds=8))
+  (table,) = table3.tables(results)
+  rows = {row[1]: row for row in table.rows}
+  assert rows['local SGD'][3:7] == ['20', '1.00', '45.0%', '20']
+  assert rows['ResIST'][3:7] == ['8', '2.50', '45.0%', '4']
+  assert rows['ResIST'][7] == '2671 s, 3.77'
+
+
+def test_ablation_stands_beside_the_paper(tmp_path):
+  results = Results('ablation', 'cpu', tmp_path)
+  for workers, columns in ablation.COLUMNS.items():
+    assert columns.keys() == paper.ABLATION[workers].keys()
+    for column in columns:
+      put(results, ablation.cell(workers, column, 'cpu'), record(0.4))
+  (table,) = ablation.tables(results)
+  theirs = [float(row[-1]) for row in table.rows]
+  assert theirs == [v for row in paper.ABLATION.values() for v in row.values()]
+  (figure,) = ablation.figures(results).values()
+  assert len(figure.axes) == 2
+
+
+def test_curves_show_the_mean_of_the_seeds(tmp_path):
+  records = [record(0.4), record(0.6, seed=1)]
+  figure = pictures.curves({'title': {'ours': records}}, 'round')
+  (axes,) = figure.axes
+  (line,) = axes.lines
+  assert line.get_ydata().tolist() == pytest.approx([25, 50])
+  (band,) = axes.collections
+  low, high = band.get_datalim(axes.transData).intervaly
+  assert (low, high) == pytest.approx((20, 60))
+  assert pictures.curves({'title': {'ours': []}}, 'round') is None
+
+
+def test_the_page_holds_every_table(tmp_path):
+  table = Table('A < B', 'python -m x', ['a'], [['<1>'], ['2 ± 1']])
+  figure = pictures.steps({'t': {'ours': {'a': [1.0], 'b': [2.0]}}})
+  part = sections.Section('This & that', [table], {'curve': figure})
+  text = site.page([part])
+  assert '<h2>This &amp; that</h2>' in text
+  assert '<td>&lt;1&gt;</td>' in text
+  assert '<code>python -m x</code>' in text
+  assert text.count('src="data:image/png;base64,') == 1
+  assert 'http' not in text.split('<body>')[1]
+
+
+@pytest.fixture(scope='module')
+def arguments(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('experiment')
+  results, unfinished = folder / 'results', folder / 'runs'
+  return ['--scale=smoke', '--only=resist', '--seeds=1',
+          f'--results={results}', f'--runs={unfinished}']  # fmt: skip
+
+
+def test_a_command_goes_on_and_skips_what_is_done(arguments, capsys):
+  command = digits.EXPERIMENT
+  results = pathlib.Path(arguments[3].split('=')[1])
+  unfinished = pathlib.Path(arguments[4].split('=')[1])
+  target = results / 'quantised/smoke/digits_resist_float32_seed0.json'
+  # As a stop after the first round leaves it.
+  begun = digits.cell('resist').config('smoke')
+  begun.num_rounds = 1
+  folder = unfinished / 'digits/smoke' / target.stem
+  runs.train.train(begun, str(folder))
+  first = json.loads((folder / 'metrics.jsonl').read_text().splitlines()[0])
+
+  experiment.main(command, 'What it does.', arguments)
+  found = json.loads(target.read_text())
+  assert [row['round'] for row in found['curve']] == [1, 2]
+  assert found['curve'][0]['seconds_training'] == first['seconds_training']
+  assert found['config']['data']['dir'] == ''
+  assert not folder.exists()
+  shown = results / 'digits/smoke'
+  assert (shown / 'table.md').read_text().startswith('Handwritten digits')
+  assert (shown / 'decomposition.png').exists()
+
+  before = target.stat().st_mtime_ns
+  capsys.readouterr()
+  experiment.main(command, 'What it does.', arguments)
+  assert target.stat().st_mtime_ns == before
+  assert 'ResIST' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ('wrong', 'told'),
+  [
+    (['--seeds=0'], 'at least 1'),
+    (['--scale=huge'], 'invalid choice'),
+    (['--dtype=float8'], 'dtype'),
+  ],
+)
+def test_wrong_arguments_are_told(arguments, wrong, told, capsys):
+  with pytest.raises(SystemExit) as stop:
+    experiment.main(digits.EXPERIMENT, 'What it does.', [*arguments, *wrong])
+  assert stop.value.code == 2
+  assert told in capsys.readouterr().err
