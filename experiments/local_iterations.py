@@ -18,7 +18,7 @@ PROTOCOLS = ('resist', 'local_sgd')
 # 0 is never; the cpu card of four workers takes 768 steps, 24 a round.
 SWEEP = {
   'smoke': (1, 0),
-  'cpu': (6, 24, 96, 384, 0),
+  'cpu': (24, 96, 384, 0),
   'paper': (50, 100, 250, 500, 1000, 1500, 2000, 4000, 6000, 0),
 }
 WORKERS = {'smoke': (4,), 'cpu': (4,), 'paper': (2, 4)}
