@@ -5,6 +5,9 @@ all workers; minimum depth unpublished, here the workers' equal share.
 Accuracy there on CIFAR-10 with 2 and 4 workers: ResNet152 by ResIST 92.01,
 90.67 %, by local SGD 92.27, 91.39 %; ResNet200 92.10, 90.27 and 92.31, 91.35 %.
 
+Cost on 2 and 4 workers: ResNet152 44 and 30 PFLOP, 33 and 39 GB on the wire,
+ResNet200 55 and 36 PFLOP, 39 and 44 GB; local SGD 70 and 91 PFLOP.
+
 Command: python -m resist_jax --config=experiments/configs/deeper.py:152,s4 \
            --workdir=runs/deeper --config.data.dir=FOLDER
 Words: 152 or 200 (the default), and those of cifar10.py. CPU: chains of 14 and
