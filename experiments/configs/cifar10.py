@@ -5,9 +5,9 @@ Paper: pre-activation ResNet of stages [3, 4, 23, 3], section 3 partitioned into
 weight decay 5e-4, learning rate / 10 at 50 % and 75 %.
 Accuracy there: ResIST 91.95, 92.35, 91.45 % on 2, 4, 8 workers; local SGD
 92.36, 92.90, 92.00 %.
-Cost of a run on 2, 4, 8 workers: 33, 51, 45 PFLOP over all of them (local SGD 50,
-100, 100) and 55, 145, 327 GB on the wire; 21 minutes on four devices that
-really do 10 TFLOP/s, without the link. For yours: `python -m experiments.plan`.
+Cost on 2, 4, 8 workers: 33, 51, 45 PFLOP over all of them (local SGD 50, 100,
+100) and 55, 145, 327 GB on the wire; 21 minutes on four devices that really do
+10 TFLOP/s, without the link. For yours: `python -m experiments.plan`.
 
 Command: python -m resist_jax --config=experiments/configs/cifar10.py:s4 \
            --workdir=runs/cifar10 --config.data.dir=FOLDER
