@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from experiments.runs import RESULTS, load_card, run
 from experiments.table import Table
 from resist_jax.config import ConfigError
-from resist_jax.interrupt import Interrupted
+from resist_jax.interrupt import Interrupt, Interrupted
 from resist_jax.train import NonFiniteError
 
 SCALES = ('smoke', 'cpu', 'paper')
@@ -217,18 +217,22 @@ def main(
   todo = jobs(experiment, results, options.seeds, options.only)
   if options.show:
     todo = iter(())
-  for cell, seed, target in todo:
-    config = cell.config(scale)
-    config.seed, config.data.dir = seed, options.data_dir
-    config.model.dtype = options.dtype
-    folder = pathlib.Path(options.runs) / experiment.name / scale / target.stem
-    try:
-      experiment.train(config, target, folder)
-    except ConfigError as error:
-      parser.exit(2, f'error: {error}\n')
-    except NonFiniteError as error:
-      parser.exit(1, f'error: {target.stem}: {error}\n')
-    except Interrupted as stop:
-      print(f'{target.stem}: {stop}', file=sys.stderr)
-      raise SystemExit(128 + stop.signum) from None
+  with Interrupt() as interrupt:
+    for cell, seed, target in todo:
+      config = cell.config(scale)
+      config.seed, config.data.dir = seed, options.data_dir
+      config.model.dtype = options.dtype
+      folder = (
+        pathlib.Path(options.runs) / experiment.name / scale / target.stem
+      )
+      try:
+        experiment.train(config, target, folder)
+      except ConfigError as error:
+        parser.exit(2, f'error: {error}\n')
+      except NonFiniteError as error:
+        parser.exit(1, f'error: {target.stem}: {error}\n')
+      except Interrupted as stop:
+        print(f'{target.stem}: {stop}', file=sys.stderr)
+      if interrupt.signum:  # In a last round, too, which the run completed.
+        raise SystemExit(128 + interrupt.signum)
   show(experiment, results)

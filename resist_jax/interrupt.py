@@ -33,11 +33,20 @@ class Interrupt:
         self._previous[signum] = signal.signal(signum, self._remember)
       except ValueError:  # Not the main thread, as in some notebooks.
         break
+    # Whoever begins several runs has a context of its own around each of them.
+    self.signum = next((outer.signum for outer in self._outer()), None)
     return self
 
   def __exit__(self, *_) -> None:
     for signum, handler in self._previous.items():
       signal.signal(signum, handler)
+    for outer in self._outer():
+      outer.signum = outer.signum or self.signum
+
+  def _outer(self) -> 'list[Interrupt]':
+    handlers = self._previous.values()
+    contexts = [getattr(handler, '__self__', None) for handler in handlers]
+    return [outer for outer in contexts if isinstance(outer, Interrupt)]
 
   def _remember(self, signum: int, frame: types.FrameType | None) -> None:
     del frame

@@ -1,8 +1,10 @@
 """The paper's experiments: what they train, keep and show."""
 
+import dataclasses
 import itertools
 import json
 import pathlib
+import signal
 
 import pytest
 
@@ -23,6 +25,7 @@ from experiments import (
 from experiments.experiment import Cell, Results
 from experiments.table import Table
 from resist_jax import config as config_lib
+from resist_jax.interrupt import Interrupt
 
 EXPERIMENTS = {e.name: e for e in sections.EXPERIMENTS}
 GIVEN = [(n, scale) for n in EXPERIMENTS for scale in experiment.SCALES]
@@ -252,6 +255,13 @@ def test_a_command_goes_on_and_skips_what_is_done(arguments, capsys):
   assert 'ResIST' in capsys.readouterr().out
 
 
+def test_a_stop_between_runs_ends_the_next_one_early():
+  with Interrupt() as outer:
+    signal.raise_signal(signal.SIGTERM)
+    with Interrupt() as inner:
+      assert inner.signum == outer.signum == signal.SIGTERM
+
+
 @pytest.mark.parametrize(
   ('wrong', 'told'),
   [
@@ -265,3 +275,20 @@ def test_wrong_arguments_are_told(arguments, wrong, told, capsys):
     experiment.main(digits.EXPERIMENT, 'What it does.', [*arguments, *wrong])
   assert stop.value.code == 2
   assert told in capsys.readouterr().err
+
+
+def test_a_stop_in_a_last_round_stops_the_experiment(tmp_path):
+  """The run that heard of it completes; no other one begins."""
+  trained = []
+
+  def stopped(config, target, folder):
+    del target, folder
+    with Interrupt():
+      signal.raise_signal(signal.SIGTERM)
+    trained.append(config.protocol)
+
+  command = dataclasses.replace(digits.EXPERIMENT, train=stopped)
+  with pytest.raises(SystemExit) as stop:
+    experiment.main(command, 'What it does.', [f'--results={tmp_path}'])
+  assert stop.value.code == 128 + signal.SIGTERM
+  assert trained == ['resist']
