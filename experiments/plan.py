@@ -37,7 +37,6 @@ from resist_jax import config as config_lib
 from resist_jax import state as state_lib
 from resist_jax.dealing import Dealer
 from resist_jax.exchange import WORKER
-from resist_jax.model import chain_name
 
 BANDWIDTH = flags.DEFINE_string('bandwidth', None, 'Of a link: 1Gbit.')
 FLOPS = flags.DEFINE_string('flops', None, "A worker's in training: 1e13.")
@@ -95,7 +94,7 @@ class Plan:
     params = jax.eval_shape(
       lambda: network.init(jax.random.key(0), np.zeros((1, *image), np.float32))
     )['params']
-    chains = [chain_name(stage) for stage in config.partition]
+    chains = list(config_lib.cut_chains(config))
     sizes = accounting.measure(params, chains)
     self.image, blocks = image, sizes.num_blocks
     none: Any = None  # Neither data nor devices.
@@ -107,10 +106,10 @@ class Plan:
     protocol = dataclasses.replace(protocol, num_workers=num_workers)
     if name != 'resist':
       return dataclasses.replace(protocol, wire_format='float32')
-    for chain, length in protocol.num_blocks.items():
+    for chain in protocol.num_blocks:
       protocol.slots_per_worker(chain)
       try:
-        Dealer(length, num_workers, protocol.min_depth)
+        protocol.dealer(chain)
       except ValueError:
         protocol = dataclasses.replace(protocol, exchange='masked_psum')
     return protocol

@@ -26,7 +26,7 @@ from resist_jax import accounting, exchange, hlo, model, optimizer, rounds, wire
 from resist_jax import state as state_lib
 from resist_jax.accounting import Sizes
 from resist_jax.dealing import Deal
-from resist_jax.decomposition import sample_slots, split
+from resist_jax.decomposition import split
 from resist_jax.state import Protocol
 
 PyTree = Any
@@ -202,8 +202,7 @@ def _two_deals(protocol: Protocol) -> tuple[Deal, Deal] | None:
   if protocol.exchange == 'hand_over':
     deals = protocol.dealer(CHAIN).deals([0])
     return next(deals), next(deals)
-  sizes = protocol.num_blocks[CHAIN], protocol.num_workers, protocol.min_depth
-  slots = sample_slots(jax.random.key(0), *sizes)
+  slots = protocol.sample_slots(jax.random.key(0), CHAIN)
   return (Deal(np.asarray(slots)),) * 2
 
 

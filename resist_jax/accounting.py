@@ -14,7 +14,7 @@ import jax
 
 from resist_jax import decomposition, exchange, wire
 from resist_jax.dealing import Deal, Dealer, Route
-from resist_jax.state import Protocol
+from resist_jax.state import MinDepth, Protocol, min_depth_of
 
 PyTree = Any
 
@@ -59,7 +59,7 @@ def _count(tree: PyTree) -> int:
 
 
 def params_per_worker(
-  sizes: Sizes, num_workers: int, min_depth: int = 0
+  sizes: Sizes, num_workers: int, min_depth: MinDepth = 0
 ) -> int:
   """Returns the parameters of the largest sub-network.
 
@@ -72,13 +72,17 @@ def params_per_worker(
     Shared parameters and K blocks of each partitioned chain.
   """
   return sizes.shared + sum(
-    decomposition.slots_per_worker(length, num_workers, min_depth)
+    decomposition.slots_per_worker(
+      length, num_workers, min_depth_of(name, min_depth)
+    )
     * sizes.block[name]
     for name, length in sizes.num_blocks.items()
   )
 
 
-def round_trip_bytes(sizes: Sizes, num_workers: int, min_depth: int = 0) -> int:
+def round_trip_bytes(
+  sizes: Sizes, num_workers: int, min_depth: MinDepth = 0
+) -> int:
   """Counts the bytes of a round as the paper's Table 1 does.
 
   Every worker fetches its sub-network from somewhere and brings it back:
@@ -98,7 +102,8 @@ def round_trip_bytes(sizes: Sizes, num_workers: int, min_depth: int = 0) -> int:
   0.72
   """
   params = num_workers * sizes.shared + sum(
-    decomposition.num_copies(length, num_workers, min_depth) * sizes.block[name]
+    decomposition.num_copies(length, num_workers, min_depth_of(name, min_depth))
+    * sizes.block[name]
     for name, length in sizes.num_blocks.items()
   )
   return 2 * BYTES_PER_PARAM * params
@@ -122,7 +127,7 @@ def paper_bytes(sizes: Sizes, protocol: Protocol) -> int:
 
 
 def expected_share(
-  num_blocks: int, num_workers: int, min_depth: int = 0
+  num_blocks: int, num_workers: int, min_depth: int | None = 0
 ) -> float:
   """Returns the expected share of workers that hold a block in a round.
 

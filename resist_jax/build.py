@@ -20,15 +20,14 @@ from resist_jax import (
   accounting,
   classification,
   data,
-  decomposition,
   optimizer,
   rounds,
 )
 from resist_jax import state as state_lib
-from resist_jax.config import ConfigError, build_model
+from resist_jax.config import ConfigError, build_model, cut_chains
 from resist_jax.dealing import Deal
 from resist_jax.evaluate import Evaluator
-from resist_jax.model import ResNet, chain_name
+from resist_jax.model import ResNet
 
 PyTree = Any
 
@@ -136,7 +135,7 @@ class Setup:
       num_workers=config.num_workers,
       local_steps=config.local_steps,
       num_blocks=self.chains if name == 'resist' else {},
-      min_depth=config.min_depth,
+      min_depth=cut_chains(config),
       average_gradients=name == 'data_parallel',
       carry_velocity=(
         config.optimizer.carry_momentum or name == 'data_parallel'
@@ -200,16 +199,9 @@ class Setup:
       key = jax.random.fold_in(key, round_index)
       yield {
         name: Deal(
-          np.asarray(
-            decomposition.sample_slots(
-              jax.random.fold_in(key, i),
-              length,
-              protocol.num_workers,
-              protocol.min_depth,
-            )
-          )
+          np.asarray(protocol.sample_slots(jax.random.fold_in(key, i), name))
         )
-        for i, (name, length) in enumerate(protocol.num_blocks.items())
+        for i, name in enumerate(protocol.num_blocks)
       }
 
   def batches(self, round_index: int) -> np.ndarray:
@@ -251,7 +243,9 @@ class Setup:
 
   def _share(self, chain: str) -> float:
     return accounting.expected_share(
-      self.chains[chain], self.config.num_workers, self.config.min_depth
+      self.chains[chain],
+      self.config.num_workers,
+      cut_chains(self.config)[chain],
     )
 
   def training_scale(self, phase_name: str) -> dict[str, float]:
@@ -299,8 +293,7 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
     )
   on_cpu = mesh.devices.flat[0].platform == 'cpu'
   network = build_model(config, dataset.num_classes, for_cpu=on_cpu)
-  resist = config.protocol == 'resist'
-  names = [chain_name(s) for s in config.partition] if resist else []
+  names = list(cut_chains(config)) if config.protocol == 'resist' else []
   image = jnp.zeros((1, *dataset.train.images.shape[1:]), jnp.float32)
   shapes = jax.eval_shape(network.init, jax.random.key(0), image)['params']
   sizes = accounting.measure(shapes, names)

@@ -62,6 +62,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.seed = 0
   config.lr = 0.03  # The paper's for S=4 on CIFAR-100.
   config.partition = (3,)  # Stages whose chain is cut; the paper: section 3.
+  # Deal the first block of these stages, too, which changes stride and
+  # channels: all but one worker run it as its shortcut alone (paper: ablation).
+  config.partition_strided = False
   # Where residual branches of cut chains shrink to their expected share:
   # evaluation (paper), training (inverted: grown there instead), or none.
   config.residual_scale = 'evaluation'
@@ -213,6 +216,11 @@ def _check_model(config) -> None:
     raise ConfigError('model.stage_sizes and model.widths must be at least 1.')
   if config.protocol != 'resist':
     return
+  if config.partition_strided and config.exchange == 'hand_over':
+    raise ConfigError(
+      'partition_strided deals single blocks, and hand_over gives each worker '
+      'a block of its own: use exchange=masked_psum.'
+    )
   if not config.partition or len(set(config.partition)) < len(config.partition):
     raise ConfigError(
       'partition must name at least one stage, each once; protocol=local_sgd '
@@ -232,6 +240,24 @@ def _check_model(config) -> None:
         Dealer(*sizes)
     except ValueError as error:
       raise ConfigError(f'stage {stage}: {error}') from error
+
+
+def cut_chains(config: ml_collections.ConfigDict) -> dict[str, int | None]:
+  """Returns the chains that ResIST cuts.
+
+  Args:
+    config: A valid one.
+
+  Returns:
+    For each, the blocks that a worker runs at least. It may go without those
+    of `partition_strided`: None, see `decomposition.slots_per_worker`.
+  """
+  chains: dict[str, int | None] = {
+    model_lib.chain_name(stage): config.min_depth for stage in config.partition
+  }
+  if config.partition_strided:
+    chains |= {model_lib.branch_name(stage): None for stage in config.partition}
+  return chains
 
 
 def build_model(
@@ -259,6 +285,7 @@ def build_model(
     stem=config.model.stem,
     dtype=config.model.dtype,
     for_cpu=for_cpu,
+    cut_heads=config.partition_strided,
     **sizes,
   )
 

@@ -20,26 +20,30 @@ PyTree = Any
 
 
 def slots_per_worker(
-  num_blocks: int, num_workers: int, min_depth: int = 0
+  num_blocks: int, num_workers: int, min_depth: int | None = 0
 ) -> int:
   """Returns K, the static number of slots that every worker gets.
 
   Args:
     num_blocks: L, the length of the chain.
     num_workers: S.
-    min_depth: The least number of blocks that a worker runs.
+    min_depth: The least number of blocks that a worker runs; 0 for those that
+      an even deal gives it, at least one, and None where it may run none.
 
   Returns:
     `max(ceil(L / S), min_depth)`.
 
   Raises:
-    ValueError: If some worker would run no block, or more blocks than exist.
+    ValueError: If some worker would run no block and may not, or more blocks
+      than exist.
 
   >>> slots_per_worker(22, 4), slots_per_worker(22, 8, min_depth=4)
   (6, 4)
   """
   if num_workers < 1:
     raise ValueError(f'num_workers is {num_workers}; it must be at least 1.')
+  if min_depth is None:
+    return -(-num_blocks // num_workers)
   if not 0 <= min_depth <= num_blocks:
     raise ValueError(
       f'min_depth is {min_depth}; a chain of {num_blocks} blocks allows 0 to '
@@ -54,13 +58,15 @@ def slots_per_worker(
   return max(-(-num_blocks // num_workers), min_depth)
 
 
-def num_copies(num_blocks: int, num_workers: int, min_depth: int = 0) -> int:
+def num_copies(
+  num_blocks: int, num_workers: int, min_depth: int | None = 0
+) -> int:
   """Returns how many blocks all workers hold together.
 
   Args:
     num_blocks: L, the length of the chain.
     num_workers: S.
-    min_depth: The least number of blocks that a worker runs.
+    min_depth: See `slots_per_worker`.
 
   Returns:
     L without a minimum depth; the paper's Table 1 fits 22, 24 and 32.
@@ -69,6 +75,7 @@ def num_copies(num_blocks: int, num_workers: int, min_depth: int = 0) -> int:
   [22, 24, 32]
   """
   slots_per_worker(num_blocks, num_workers, min_depth)  # validates
+  min_depth = min_depth or 0
   fewest, with_one_more = divmod(num_blocks, num_workers)
   return with_one_more * max(fewest + 1, min_depth) + (
     num_workers - with_one_more
@@ -76,7 +83,7 @@ def num_copies(num_blocks: int, num_workers: int, min_depth: int = 0) -> int:
 
 
 def sample_slots(
-  key: jax.Array, num_blocks: int, num_workers: int, min_depth: int = 0
+  key: jax.Array, num_blocks: int, num_workers: int, min_depth: int | None = 0
 ) -> jax.Array:
   """Deals the blocks of a chain to workers at random (Algorithm 1, line 3).
 
@@ -88,14 +95,14 @@ def sample_slots(
     key: A PRNG key.
     num_blocks: L, the length of the chain; static.
     num_workers: S; static.
-    min_depth: The least number of blocks that a worker runs; static.
+    min_depth: See `slots_per_worker`; static.
 
   Returns:
     Slots, `int32[S, K]` with `K = slots_per_worker(...)`: block indices in
     ascending order, then L in every empty slot.
 
   Raises:
-    ValueError: If some worker would run no block, or more blocks than exist.
+    ValueError: See `slots_per_worker`.
 
   >>> slots = sample_slots(jax.random.key(0), num_blocks=5, num_workers=2)
   >>> slots.shape, sorted(slots.ravel().tolist())
@@ -110,6 +117,8 @@ def sample_slots(
   padding = (0, dealt_per_worker * S - L)
   hands = jnp.pad(order, padding, constant_values=L)
   dealt = jnp.sort(hands.reshape(dealt_per_worker, S).T, axis=1)
+  if min_depth is None:  # Or some workers would be left out in every deal.
+    return jax.random.permutation(copy_key, dealt)
   if min_depth <= L // S:
     return dealt
 

@@ -26,9 +26,10 @@ from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
 from resist_jax import data
+from resist_jax.blocks import Block, Branch
 from resist_jax.exchange import WORKER
 from resist_jax.export import Predictor
-from resist_jax.model import Block, ResNet
+from resist_jax.model import ResNet
 from resist_jax.state import REPLICATED, SHARDED
 
 PyTree = Any
@@ -303,8 +304,8 @@ def _apply(
   index: np.int32 | None,
   scale: np.float32,
   statistics: PyTree,
-  x: jax.Array,
-) -> tuple[jax.Array, PyTree]:
+  x: PyTree,
+) -> tuple[PyTree, PyTree]:
   """Applies one piece of the network to a batch on every device.
 
   Args:
@@ -316,23 +317,22 @@ def _apply(
     index: Which block of a chain; otherwise None.
     scale: Of the block's residual branch.
     statistics: Its collection `batch_stats`; empty: those of each batch.
-    x: `[D, B, ...]`.
+    x: `[D, B, ...]`; for a `Branch`, a pair of these.
 
   Returns:
-    `(y, measured)`: `[D, B, ...]`, and each batch's statistics `[D, C]` where
-    they were used.
+    `(y, measured)`: likewise, and batches' statistics `[D, C]` where used.
   """
 
   def local(params, index, scale, statistics, x):
     if index is not None:
       at = partial(lax.dynamic_index_in_dim, axis=1, keepdims=False)
       params = jax.tree.map(lambda p: at(p, index), params)
-    params = jax.tree.map(lambda p: p[0], params)
+    params, x = jax.tree.map(lambda row: row[0], (params, x))
     piece = network.make_piece(name)
-    is_block = isinstance(piece, Block)
+    is_block = isinstance(piece, Block | Branch)
     y, measured = piece.apply(
       {'params': params, 'batch_stats': statistics},
-      *((x[0], scale) if is_block else (x[0],)),
+      *((x, scale) if is_block else (x,)),
       mutable=[] if statistics else ['batch_stats'],
     )
     results = (y[0] if is_block else y, measured.get('batch_stats', {}))

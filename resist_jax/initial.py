@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from resist_jax.blocks import Block, Branch
 from resist_jax.model import ResNet
 
 PyTree = Any
@@ -37,9 +38,10 @@ def initial_params(
   init = jax.jit(_init, static_argnums=0, compiler_options=options)
   for place, (name, block) in enumerate(network.pieces()):
     module = modules[name]
-    scale = () if name in ('stem', 'classifier') else (jnp.ones(()),)
+    scale = (jnp.ones(()),) if isinstance(module, Block | Branch) else ()
     key = jax.random.fold_in(jax.random.key(seed), place)
-    variables = init(module, key, jnp.zeros(x.shape, x.dtype), *scale)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), x)
+    variables = init(module, key, zeros, *scale)
     x = jax.eval_shape(module.apply, variables, x, *scale)
     x = x[0] if scale else x
     drawn.setdefault(name, []).append(jax.device_get(variables['params']))

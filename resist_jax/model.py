@@ -6,117 +6,30 @@ stage `stageN_head` (its first block, where stride and channels change) and
 then `classifier`. Slicing that leading axis is the whole of decomposition, and
 a sub-network is the same module with a shorter chain (`with_chain_lengths`).
 
-K. He, X. Zhang, S. Ren, J. Sun. Identity Mappings in Deep Residual Networks.
-ECCV 2016.
+With `cut_heads`, the residual branch of a head is apart: `stageN_branch`, a
+chain of one, for what no sub-network can do without stays in `stageN_head`. A
+head whose shortcut is the identity has nothing of that kind.
 """
 
 from collections.abc import Callable, Mapping
 from functools import partial
-import math
 from typing import Any
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from resist_jax.blocks import (
+  Block,
+  Branch,
+  Classifier,
+  GroupNorm16,
+  Shortcut,
+  Stem,
+)
 from resist_jax.layers import BatchNorm, Conv
 
-Layer = Callable[..., Any]
-
 STEMS = ('small', 'strided', 'imagenet')
-
-
-class Block(nn.Module):
-  """One residual block; `residual_scale` multiplies its residual branch.
-
-  Attributes:
-    features: Width of the stage.
-    conv: Makes a convolution from features, size and stride.
-    norm: Makes a normalisation layer.
-    stride: Stride of the block's spatial convolution.
-    bottleneck: 1x1, 3x3, 1x1 convolutions with 4 times the width at the end,
-      instead of two 3x3 convolutions.
-    pre_activation: Norm and ReLU before each convolution (He et al. 2016)
-      instead of after it (He et al. 2015).
-  """
-
-  features: int
-  conv: Layer
-  norm: Layer
-  stride: int = 1
-  bottleneck: bool = False
-  pre_activation: bool = True
-
-  @nn.compact
-  def __call__(
-    self, x: jax.Array, residual_scale: jax.Array
-  ) -> tuple[jax.Array, None]:
-    """Maps `[B, H, W, C]` and a scalar to `([B, H', W', C'], None)`.
-
-    The second value is what `nn.scan` would stack per block: nothing.
-    """
-    layers = self._layers()
-    width = layers[-1][0]
-    changes = self.stride != 1 or x.shape[-1] != width
-    shortcut = x
-    branch = nn.relu(self.norm(name='norm1')(x)) if self.pre_activation else x
-    if changes:
-      project = self.conv(width, 1, self.stride, name='shortcut')
-      shortcut = project(branch)
-      if not self.pre_activation:
-        shortcut = self.norm(name='norm_shortcut')(shortcut)
-    for i, (features, size, stride) in enumerate(layers, start=1):
-      branch = self.conv(features, size, stride, name=f'conv{i}')(branch)
-      last = i == len(layers)
-      if self.pre_activation and not last:
-        branch = nn.relu(self.norm(name=f'norm{i + 1}')(branch))
-      elif not self.pre_activation:
-        branch = self.norm(name=f'norm{i}')(branch)
-        branch = branch if last else nn.relu(branch)
-    out = shortcut + branch * residual_scale.astype(branch.dtype)
-    return (out if self.pre_activation else nn.relu(out)), None
-
-  def _layers(self) -> list[tuple[int, int, int]]:
-    """Returns features, size and stride of each convolution in the branch."""
-    if self.bottleneck:
-      return [
-        (self.features, 1, 1),
-        (self.features, 3, self.stride),
-        (4 * self.features, 1, 1),
-      ]
-    return [(self.features, 3, self.stride), (self.features, 3, 1)]
-
-
-class Stem(Conv):
-  """The first convolution of a network, and what comes before its blocks.
-
-  Attributes:
-    norm: Makes the norm that follows; None if the first block begins with one
-      (the paper).
-    pool: Halve the image by max pooling at the end.
-  """
-
-  norm: Layer | None = None
-  pool: bool = False
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps `[B, H, W, C]` to `[B, H', W', features]`."""
-    x = super().__call__(x)
-    if self.norm is not None:
-      x = nn.relu(self.norm(name='norm')(x))
-    if self.pool:
-      x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
-    return x
-
-
-class Classifier(nn.Dense):
-  """The mean over pixels, and a linear map of it."""
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps `[B, H, W, C]` to logits, `float32[B, features]`."""
-    return super().__call__(x.astype(jnp.float32).mean(axis=(1, 2)))
 
 
 class ResNet(nn.Module):
@@ -137,6 +50,8 @@ class ResNet(nn.Module):
       over them (XLA's CPU backend runs convolutions in loops some 10 to 40
       times slower; elsewhere a loop compiles faster and costs nothing), and
       use `layers.convolve_with_wide_kernel_gradient`. The result is the same.
+    cut_heads: Keep the residual branches of heads apart, so that they can be
+      partitioned, too (the first column of the paper's ablation).
   """
 
   num_classes: int
@@ -148,6 +63,7 @@ class ResNet(nn.Module):
   stem: str = 'small'
   dtype: Any = jnp.float32
   for_cpu: bool = True
+  cut_heads: bool = False
 
   @nn.compact
   def __call__(
@@ -161,25 +77,34 @@ class ResNet(nn.Module):
       x: `float32[B, H, W, C]`, normalised.
       residual_scale: For chains by name, `float32[L]`: what multiplies each
         block's residual branch; 1 for every block of a chain not named. The
-        paper tests with 1/S on the partitioned chain (section 3).
+        paper tests with 1/S on the partitioned chain (section 3). A branch of
+        a head is a chain with L = 1.
 
     Returns:
       Logits, `float32[B, num_classes]`.
     """
     scales = dict(residual_scale or {})
+    # Parameters and statistics of the blocks of a chain are stacked.
+    stacked: dict[str, Any] = {
+      'variable_axes': {'params': 0, 'batch_stats': 0},
+      'split_rngs': {'params': True},
+    }
+    branch = partial(nn.vmap, in_axes=(None, 0), axis_size=1, **stacked)
+    one: Any = jnp.ones((), jnp.float32)
     x = self.make_piece('stem')(x)
     for stage, size in enumerate(self.stage_sizes, start=1):
-      one = jnp.ones((), jnp.float32)
-      x, _ = self.make_piece(f'stage{stage}_head')(x, one)
+      if not self.cut_heads:
+        x, _ = self.make_piece(head_name(stage))(x, one)
+      else:
+        if self.has_projection(stage):
+          x = self.make_piece(head_name(stage))(x)
+        name = branch_name(stage)
+        x, _ = self.make_piece(name, branch)(x, scales.get(name, one[None]))
+        x = x[0]
       if size > 1:
         name = chain_name(stage)
-        chain = nn.scan(
-          Block,
-          variable_axes={'params': 0, 'batch_stats': 0},
-          split_rngs={'params': True},
-          length=size - 1,
-          unroll=size - 1 if self.for_cpu else 1,
-        )
+        unroll = size - 1 if self.for_cpu else 1
+        chain = partial(nn.scan, length=size - 1, unroll=unroll, **stacked)
         ones = jnp.ones((size - 1,), jnp.float32)
         x, _ = self.make_piece(name, chain)(x, scales.get(name, ones))
     return self.make_piece('classifier')(x)
@@ -194,22 +119,34 @@ class ResNet(nn.Module):
     """
     passed: list[tuple[str, int | None]] = [('stem', None)]
     for stage, size in enumerate(self.stage_sizes, start=1):
-      passed.append((f'stage{stage}_head', None))
+      if not self.cut_heads or self.has_projection(stage):
+        passed.append((head_name(stage), None))
+      if self.cut_heads:
+        passed.append((branch_name(stage), 0))
       passed += [(chain_name(stage), i) for i in range(size - 1)]
     return [*passed, ('classifier', None)]
+
+  @nn.nowrap
+  def has_projection(self, stage: int) -> bool:
+    """Returns whether a stage's first block changes stride or channels."""
+    return stage > 1 or self.bottleneck
 
   # Unwrapped, so that a piece belongs to the network inside its `__call__`, and
   # to nobody outside: there it is applied alone, with its own parameters.
   @nn.nowrap
-  def make_piece(self, name: str, block: Layer = Block) -> Any:
+  def make_piece(
+    self, name: str, stack: Callable[[Any], Any] = lambda block: block
+  ) -> Any:
     """Makes a part of the network that can run alone.
 
     Args:
       name: Of its parameters; see `pieces`.
-      block: What to make of a stage: the module of one block, or of a chain.
+      stack: What makes the module of a chain from that of one of its blocks;
+        without, the piece is one block.
 
     Returns:
-      `Stem`, `Classifier`, or `block` for a head or a chain.
+      `Stem`, `Classifier`, or of a stage, `Block`; where a head is cut,
+      `Shortcut` or `Branch`.
     """
     if self.norm not in ('batch', 'group'):
       raise ValueError(f'unknown norm {self.norm!r}: use batch or group.')
@@ -235,11 +172,14 @@ class ResNet(nn.Module):
     if name == 'classifier':
       return Classifier(self.num_classes, name=name)
     stage, kind = name.removeprefix('stage').split('_')
-    return block(
+    block: Any = Block
+    if self.cut_heads and kind != 'chain' and self.has_projection(int(stage)):
+      block = Shortcut if kind == 'head' else Branch
+    return stack(block)(
       features=self.widths[int(stage) - 1],
       conv=partial(Conv, **conv),
       norm=norm,
-      stride=min(int(stage), 2) if kind == 'head' else 1,
+      stride=1 if kind == 'chain' else min(int(stage), 2),
       bottleneck=self.bottleneck,
       pre_activation=self.pre_activation,
       name=name,
@@ -249,32 +189,17 @@ class ResNet(nn.Module):
     """Returns the network whose named chains have other lengths.
 
     Args:
-      lengths: Blocks in each named chain, e.g. K for a worker's sub-network.
+      lengths: Blocks in each named chain, e.g. K for a worker's sub-network;
+        1 in that of a branch.
 
     Returns:
       A module that takes the parameters of the sub-network.
     """
     sizes = list(self.stage_sizes)
     for name, length in lengths.items():
-      sizes[stage_of(name) - 1] = 1 + length
+      if not is_branch(name):
+        sizes[stage_of(name) - 1] = 1 + length
     return self.clone(stage_sizes=tuple(sizes))
-
-
-class GroupNorm16(nn.Module):
-  """Group norm over groups of up to 16 channels, for any width.
-
-  Attributes:
-    dtype: Dtype of the output; statistics are computed in float32.
-  """
-
-  dtype: Any = jnp.float32
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps `[..., C]` to the same shape."""
-    size = math.gcd(16, x.shape[-1])
-    norm = nn.GroupNorm(num_groups=None, group_size=size, dtype=self.dtype)
-    return norm(x)
 
 
 def rescale_branches(
@@ -300,8 +225,23 @@ def rescale_branches(
   return params
 
 
+def head_name(stage: int) -> str:
+  """Returns the parameters' name of a stage's head; stages count from 1."""
+  return f'stage{stage}_head'
+
+
+def branch_name(stage: int) -> str:
+  """Returns the parameters' name of the branch of a head that is cut."""
+  return f'stage{stage}_branch'
+
+
+def is_branch(chain: str) -> bool:
+  """Returns whether a chain is the branch of a head."""
+  return chain.endswith('_branch')
+
+
 def chain_name(stage: int) -> str:
-  """Returns the parameters' name of a stage's chain; stages count from 1."""
+  """Returns the parameters' name of a stage's chain."""
   return f'stage{stage}_chain'
 
 

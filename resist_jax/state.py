@@ -13,6 +13,8 @@ from resist_jax.dealing import Deal, Dealer
 from resist_jax.exchange import WORKER
 
 PyTree = Any
+# The same for all partitioned chains, or by name; see `decomposition`.
+MinDepth = int | None | Mapping[str, int | None]
 
 SHARDED = PartitionSpec(WORKER)
 REPLICATED = PartitionSpec()
@@ -24,6 +26,11 @@ def make_mesh(num_devices: int) -> Mesh:
   auto = (jax.sharding.AxisType.Auto,)
   devices = jax.devices()[:num_devices]
   return jax.make_mesh((num_devices,), (WORKER,), auto, devices=devices)
+
+
+def min_depth_of(chain: str, min_depth: MinDepth) -> int | None:
+  """Returns the least number of blocks of a chain that a worker runs."""
+  return min_depth[chain] if isinstance(min_depth, Mapping) else min_depth
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Protocol:
   num_workers: int
   local_steps: int
   num_blocks: Mapping[str, int]
-  min_depth: int = 0
+  min_depth: MinDepth = 0
   average_gradients: bool = False
   carry_velocity: bool = False
   exchange: str = 'masked_psum'
@@ -74,12 +81,23 @@ class Protocol:
   def slots_per_worker(self, chain: str) -> int:
     """Returns K of a chain."""
     return decomposition.slots_per_worker(
-      self.num_blocks[chain], self.num_workers, self.min_depth
+      self.num_blocks[chain],
+      self.num_workers,
+      min_depth_of(chain, self.min_depth),
+    )
+
+  def sample_slots(self, key: jax.Array, chain: str) -> jax.Array:
+    """Deals a chain afresh, for a masked psum."""
+    min_depth = min_depth_of(chain, self.min_depth)
+    return decomposition.sample_slots(
+      key, self.num_blocks[chain], self.num_workers, min_depth
     )
 
   def dealer(self, chain: str) -> Dealer:
     """Returns what deals a chain for a hand-over."""
-    return Dealer(self.num_blocks[chain], self.num_workers, self.min_depth)
+    # A dealer gives every worker a block.
+    min_depth = min_depth_of(chain, self.min_depth) or 0
+    return Dealer(self.num_blocks[chain], self.num_workers, min_depth)
 
 
 class State(NamedTuple):

@@ -13,6 +13,7 @@ from absl import logging
 from resist_jax import accounting, footprint
 from resist_jax.build import Phase, Setup
 from resist_jax.checkpoint import digest
+from resist_jax.config import cut_chains
 from resist_jax.state import Protocol
 
 PyTree = Any
@@ -75,7 +76,7 @@ def _sizes(setup: Setup) -> dict[str, Any]:
   return {
     'params_total': sizes.total,
     'params_per_worker': accounting.params_per_worker(
-      sizes, config.num_workers, config.min_depth
+      sizes, config.num_workers, cut_chains(config)
     ),
     'params_shared': sizes.shared,
     # One number where one chain is cut, and 0 where none is.

@@ -92,7 +92,12 @@ def deals(protocol, start=0):
       yield {name: next(stream) for name, stream in streams.items()}
   for r in itertools.count(start):
     yield {
-      name: deal(r, length, protocol.num_workers, protocol.min_depth)
+      name: deal(
+        r,
+        length,
+        protocol.num_workers,
+        state_lib.min_depth_of(name, protocol.min_depth),
+      )
       for name, length in protocol.num_blocks.items()
     }
 
@@ -143,18 +148,25 @@ def algorithm_1(loss_fn, params, protocol, num_rounds):
   no line with `rounds`, `exchange` or `aggregate`. Where it is carried,
   momentum is cut and averaged as the parameters are.
   """
-  num_blocks, steps = protocol.num_blocks[CHAIN], protocol.local_steps
+  num_blocks, steps = protocol.num_blocks, protocol.local_steps
   velocity = jax.tree.map(jnp.zeros_like, params)
   for r, dealt in zip(range(num_rounds), deals(protocol), strict=False):
     hands = [
-      [b for b in row if b < num_blocks] for row in dealt[CHAIN].slots.tolist()
+      {
+        chain: [b for b in dealt[chain].slots[s].tolist() if b < length]
+        for chain, length in num_blocks.items()
+      }
+      for s in range(protocol.num_workers)
     ]
     subs, momenta = [], []
     for s, mine in enumerate(hands):
       sub, momentum = cut(params, mine), cut(velocity, mine)
       if not protocol.carry_velocity:
         momentum = jax.tree.map(jnp.zeros_like, momentum)
-      present = {CHAIN: jnp.ones(len(mine), jnp.float32)}
+      present = {
+        chain: jnp.ones(len(blocks), jnp.float32)
+        for chain, blocks in mine.items()
+      }
       for t in range(steps):
         batch = batches(r, protocol.num_workers, steps)[s, t]
         grads = gradient(loss_fn, sub, present, batch)
@@ -172,24 +184,30 @@ def algorithm_1(loss_fn, params, protocol, num_rounds):
 
 
 def cut(tree, mine):
-  """The part of a worker that holds the blocks `mine`."""
-  chain = jax.tree.map(lambda x: x[np.array(mine)], tree[CHAIN])
-  return {**tree, CHAIN: chain}
+  """The part of a worker that holds the blocks `mine`, by chain."""
+  return tree | {
+    chain: jax.tree.map(lambda x, b=blocks: x[np.array(b, int)], tree[chain])
+    for chain, blocks in mine.items()
+  }
 
 
 def merge(parts, hands, num_blocks):
   """Means over the workers that held a parameter."""
-  blocks = []
-  for block in range(num_blocks):
-    held = [
-      jax.tree.map(operator.itemgetter(mine.index(block)), part[CHAIN])
-      for part, mine in zip(parts, hands, strict=True)
-      if block in mine
-    ]
-    blocks.append(mean(held))
-  shared = [{k: v for k, v in part.items() if k != CHAIN} for part in parts]
-  chain = jax.tree.map(lambda *xs: jnp.stack(xs), *blocks)
-  return {**mean(shared), CHAIN: chain}
+  chains = {}
+  for chain, length in num_blocks.items():
+    blocks = []
+    for block in range(length):
+      held = [
+        jax.tree.map(operator.itemgetter(mine[chain].index(block)), part[chain])
+        for part, mine in zip(parts, hands, strict=True)
+        if block in mine[chain]
+      ]
+      blocks.append(mean(held))
+    chains[chain] = jax.tree.map(lambda *xs: jnp.stack(xs), *blocks)
+  shared = [
+    {k: v for k, v in part.items() if k not in chains} for part in parts
+  ]
+  return mean(shared) | chains
 
 
 def mean(trees):
