@@ -11,6 +11,9 @@ from resist_jax.dealing import Dealer
 
 PROTOCOLS = ('resist', 'local_sgd', 'data_parallel')
 EXCHANGES = ('hand_over', 'masked_psum')
+AUGMENTATIONS = (
+  'resized_crop_flip', 'resized_crop', 'crop_flip', 'crop', 'flip', 'none',
+)  # fmt: skip
 PHASE_FIELDS = ('full_before', 'full_after')
 
 # What may change between two runs in the same workdir: a checkpoint holds the
@@ -28,6 +31,8 @@ ELASTIC = frozenset(
     'eval_every',
     'checkpoint_every',
     'data.dir',
+    'data.streaming',
+    'data.extra_tests',
   }
 )
 
@@ -75,7 +80,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.optimizer = ml_collections.ConfigDict()
   config.optimizer.momentum = 0.9
   config.optimizer.weight_decay = 5e-4  # On all parameters, as PyTorch does.
-  config.optimizer.schedule = 'step'  # /10 at 50 % and 75 %; cosine, constant.
+  config.optimizer.schedule = 'step'  # /10 at each drop; cosine, constant.
+  config.optimizer.drops = (0.5, 0.75)  # Shares of the run; the paper's CIFAR.
   config.optimizer.warmup_rounds = 0  # Linear rise of the learning rate.
   # Keep momentum from round to round, averaged with the parameters, instead of
   # restarting it (paper). Twice the bytes. Data parallel always keeps it.
@@ -85,7 +91,13 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.name = 'digits'  # Or any TFDS image classification set.
   config.data.dir = ''  # Of prepared TFDS sets; empty: TFDS's own default.
   config.data.sharded = False  # Each worker its part; the paper: all of it.
-  config.data.augment = 'auto'  # crop_flip, crop, none; auto: by the set.
+  # resized_crop_flip (where images differ in size), resized_crop, crop_flip,
+  # crop, flip, none; auto: by the set.
+  config.data.augment = 'auto'
+  # From memory, or from files while workers train; auto: by the set's size.
+  config.data.streaming = 'auto'  # always, never.
+  config.data.image_size = 224  # Pixels a side, of images that are resized.
+  config.data.extra_tests = ()  # TFDS sets of the same classes to test on too.
   config.data.validation = 0.0  # Share of the training set to hold out.
 
   config.model = ml_collections.ConfigDict()
@@ -121,7 +133,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _one_of(config, 'exchange', EXCHANGES)
   _one_of(config, 'wire_format', tuple(wire.FORMATS))
   _one_of(config, 'residual_scale', ('evaluation', 'training', 'none'))
-  _one_of(config.data, 'augment', ('auto', 'crop_flip', 'crop', 'none'))
+  _one_of(config.data, 'augment', ('auto', *AUGMENTATIONS))
+  _one_of(config.data, 'streaming', ('auto', 'always', 'never'))
   _one_of(config.optimizer, 'schedule', ('step', 'cosine', 'constant'))
   _one_of(config.model, 'name', tuple(model_lib.FAMILY))
   _one_of(config.model, 'norm', ('batch', 'group'))
@@ -151,6 +164,18 @@ def validate(config: ml_collections.ConfigDict) -> None:
     raise ConfigError(
       f'data.validation is {config.data.validation}; it is a share of the '
       'training set, at least 0 and less than 1.'
+    )
+  _at_least('data.image_size', config.data.image_size, 1)
+  extra = config.data.extra_tests
+  if len(set(extra)) < len(extra) or not all(isinstance(x, str) for x in extra):
+    raise ConfigError(
+      f'data.extra_tests is {extra}; it must name TFDS sets, each once.'
+    )
+  drops = config.optimizer.drops
+  if not all(0 < drop < 1 for drop in drops) or list(drops) != sorted(drops):
+    raise ConfigError(
+      f'optimizer.drops is {drops}; it must hold shares of the run, between 0 '
+      'and 1, in order.'
     )
   if config.protocol == 'data_parallel' and config.wire_format == 'int8':
     raise ConfigError(
