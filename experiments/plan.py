@@ -1,12 +1,6 @@
 """What ResIST would gain on given machines and links, before trying it.
 
-The model: every worker has a device and a full-duplex link of its own. Compute
-takes T * batch * operations on an image / flops; nothing else takes time, and
-nothing overlaps. An exchange takes the bytes that the busiest worker sends /
-bandwidth, and latency * messages that wait for each other: 2 (S - 1) in a ring
-all-reduce, one a column and two a guest in a hand-over. Data parallel has T
-all-reduces a round. Baselines send float32. Where a hand-over is impossible, a
-masked psum stands in. Memory is a worker's, without activations.
+The model of costs is that of `experiments.costs`.
 
   python -m experiments.plan --bandwidth=1Gbit --flops=1e13  # paper's setting
   python -m experiments.plan --config=FILE --bandwidth=100Mbit --flops=1e12
@@ -14,7 +8,6 @@ masked psum stands in. Memory is a worker's, without activations.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import dataclasses
 from functools import partial
 import json
 import pathlib
@@ -22,7 +15,7 @@ import re
 import statistics
 import sys
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import app, flags
 import jax
@@ -30,12 +23,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 import numpy as np
 
+from experiments import costs
+from experiments.costs import NAMES, Cost, Machine, Plan
 from experiments.provenance import provenance
 from resist_jax import __main__ as cli
-from resist_jax import accounting, build, entry, footprint, plots, wire
+from resist_jax import (
+  build,
+  entry,
+  plots,
+)
 from resist_jax import config as config_lib
 from resist_jax import state as state_lib
-from resist_jax.dealing import Dealer
 from resist_jax.exchange import WORKER
 
 BANDWIDTH = flags.DEFINE_string('bandwidth', None, 'Of a link: 1Gbit.')
@@ -52,116 +50,10 @@ PAPER += ['--config.data.name=cifar100', '--config.min_depth=5']
 DIGITS = [f'--config={pathlib.Path(__file__).parent}/configs/digits.py']
 LADDER = tuple(10 ** (k / 4) for k in range(28, 45))  # 10 Mbit to 100 Gbit
 UNITS = {'': 1, 'kbit': 1e3, 'Mbit': 1e6, 'Gbit': 1e9, 'ms': 1e-3, 'us': 1e-6}
-NAMES = 'local_sgd', 'data_parallel', 'resist'
 DATA = {'digits': ('8x8x1', 10), 'cifar10': ('32x32x3', 10)}
 DATA |= {'cifar100': ('32x32x3', 100), 'imagenet2012': ('224x224x3', 1000)}
 TITLES = 'S,blocks,exchange,compute,exchange,round s,local SGD,data par.,'
 TITLES += 'x SGD,x data,MB held,of full'
-
-
-class Machine(NamedTuple):
-  """A worker's operations and bits per second, and seconds a message."""
-
-  flops: float
-  bandwidth: float
-  latency: float
-
-
-class Cost(NamedTuple):
-  """Operations of a worker in a round, bytes and messages of the busiest."""
-
-  flops: float
-  bytes: float
-  messages: int
-
-  def seconds(self, machine: Machine) -> dict[str, float]:
-    """Returns those of a round, by what they are spent on."""
-    compute = self.flops / machine.flops
-    exchange = 8 * self.bytes / machine.bandwidth
-    exchange += self.messages * machine.latency
-    total = compute + exchange
-    return {'compute': compute, 'exchange': exchange, 'round': total}
-
-
-class Plan:
-  """Predictions for a config whose protocol and num_workers are free."""
-
-  def __init__(self, config: Any, image: tuple[int, ...], classes: int):
-    config = config.copy_and_resolve_references()
-    config.update({'protocol': 'resist', 'num_workers': 2, 'num_devices': 0})
-    config_lib.validate(config)
-    network = config_lib.build_model(config, classes)
-    params = jax.eval_shape(
-      lambda: network.init(jax.random.key(0), np.zeros((1, *image), np.float32))
-    )['params']
-    chains = list(config_lib.cut_chains(config))
-    sizes = accounting.measure(params, chains)
-    self.image, blocks = image, sizes.num_blocks
-    none: Any = None  # Neither data nor devices.
-    self.setup = build.Setup(config, none, network, blocks, sizes, none)
-
-  def protocol(self, name: str, num_workers: int) -> state_lib.Protocol:
-    """Returns a protocol; a masked psum where a hand-over is impossible."""
-    protocol = self.setup.protocol(name)
-    protocol = dataclasses.replace(protocol, num_workers=num_workers)
-    if name != 'resist':
-      return dataclasses.replace(protocol, wire_format='float32')
-    for chain in protocol.num_blocks:
-      protocol.slots_per_worker(chain)
-      try:
-        protocol.dealer(chain)
-      except ValueError:
-        protocol = dataclasses.replace(protocol, exchange='masked_psum')
-    return protocol
-
-  def cost(self, protocol: state_lib.Protocol) -> Cost:
-    """Returns the mean over all deals, with a device for each worker."""
-    S, T = protocol.num_workers, protocol.local_steps
-    lengths = {k: protocol.slots_per_worker(k) for k in protocol.num_blocks}
-    flops = footprint.predicted_flops(self.setup.network, self.image, lengths)
-    sizes = self.setup.sizes_for(protocol)
-    sent = accounting.wire_bytes(sizes, protocol, S) / S
-    times = T if protocol.average_gradients else 1 + protocol.carry_velocity
-    messages = times * 2 * (S - 1)
-    for name in lengths if protocol.exchange == 'hand_over' else ():
-      dealer = protocol.dealer(name)
-      mean = accounting.expected_messages(dealer, S) / S
-      block = wire.message_bytes(sizes.block[name], protocol.format.values)
-      sent += times * (max(blocks_sent(dealer)) - mean) * block
-      messages += times * (dealer.num_columns + 2 * len(dealer.borrowers))
-    return Cost(T * self.setup.config.batch_size * flops, sent, messages)
-
-  def predict(self, num_workers: int, machine: Machine) -> dict[str, Any]:
-    """Returns a round of each protocol, or why not, and ResIST's speed-up."""
-    found: dict[str, Any] = {'workers': num_workers, **machine._asdict()}
-    for name in NAMES:
-      try:
-        protocol = self.protocol(name, num_workers)
-      except ValueError as error:
-        return found | {name: {'why_not': str(error)}, 'speedup': {}}
-      cost, sizes = self.cost(protocol), self.setup.sizes_for(protocol)
-      found[name] = {
-        'exchange': protocol.exchange if protocol.num_blocks else 'all_reduce',
-        'blocks': [protocol.slots_per_worker(k) for k in protocol.num_blocks],
-        'memory': footprint.predicted_memory(sizes, protocol, num_workers),
-        **cost._asdict(),
-        'seconds': cost.seconds(machine),
-      }
-    s = {name: found[name]['seconds']['round'] for name in NAMES}
-    return found | {'speedup': {name: s[name] / s['resist'] for name in NAMES}}
-
-
-def blocks_sent(dealer: Dealer) -> list[float]:
-  """Returns how many blocks each worker sends in a hand-over, mean of deals."""
-  sent = [0.0] * dealer.num_workers
-  ways = [dealer.moves(j) for j in range(dealer.num_columns)]
-  for g in range(len(dealer.borrowers)):
-    lend = dealer.lendings(g)[1:]  # Nobody lends to itself.
-    ways += [lend, [tuple((t, s) for s, t in route) for route in lend]]
-  for routes in ways:
-    for source, target in (pair for route in routes for pair in route):
-      sent[source] += (source != target) / len(routes)
-  return sent
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -307,7 +199,7 @@ def _predict(plan: Plan, workers: Sequence[int], bandwidth: float) -> list:
   flops, latency = _amount(FLOPS, '1e13'), _amount(LATENCY, '1ms', 0.0)
   machines = [Machine(flops, b, latency) for b in sorted({bandwidth, *LADDER})]
   rows = [plan.predict(S, machine) for S in workers for machine in machines]
-  print(__doc__[__doc__.index('The model') : __doc__.index('  python')])
+  print((costs.__doc__ or '').split('\n\n', 1)[1])
   print(_table([row for row in rows if row['bandwidth'] == bandwidth]))
   return rows
 

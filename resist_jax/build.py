@@ -5,9 +5,8 @@ Nothing below this reads a ConfigDict.
 
 from collections.abc import Iterator, Mapping
 import dataclasses
-from functools import cached_property
+from functools import cached_property, partial
 import itertools
-import re
 from typing import Any
 
 import jax
@@ -18,8 +17,10 @@ import numpy as np
 
 from resist_jax import (
   accounting,
+  augmentation,
   classification,
   data,
+  feeding,
   optimizer,
   rounds,
 )
@@ -28,6 +29,7 @@ from resist_jax.config import ConfigError, build_model, cut_chains
 from resist_jax.dealing import Deal
 from resist_jax.evaluate import Evaluator
 from resist_jax.model import ResNet
+from resist_jax.streaming import StreamedImages
 
 PyTree = Any
 
@@ -109,14 +111,42 @@ class Setup:
       config.lr,
       config.num_rounds * config.local_steps,
       config.optimizer.warmup_rounds * config.local_steps,
+      config.optimizer.drops,
     )
 
   @cached_property
-  def constants(self) -> tuple[jax.Array, jax.Array]:
-    """All training images and labels, on every device."""
-    train = self.dataset.train
+  def augmentation(self) -> augmentation.Augmentation:
+    """What happens to training images."""
+    return augmentation.choose(self.config.data.augment, self.dataset)
+
+  @cached_property
+  def feed(self) -> feeding.Resident | feeding.Stream:
+    """Where rounds have their examples from."""
+    config, train = self.config, self.dataset.train
+    indices = partial(
+      data.batch_indices,
+      len(train),
+      config.batch_size,
+      config.seed,
+      local_steps=config.local_steps,
+      num_workers=config.num_workers,
+      sharded=config.data.sharded,
+    )
+    if isinstance(train.images, StreamedImages):
+      crops = self.augmentation.resized_crop
+      rounds, seed = config.num_rounds, config.seed
+      return feeding.Stream(train.images, indices, rounds, seed, crops)
     everywhere = NamedSharding(self.mesh, state_lib.REPLICATED)
-    return jax.device_put((train.images, train.labels), everywhere)
+    return feeding.Resident(train.images, train.labels, indices, everywhere)
+
+  @property
+  def constants(self) -> PyTree:
+    """What all rounds share, see `feed`."""
+    return self.feed.constants
+
+  def batches(self, round_index: int) -> PyTree:
+    """Returns what the steps of a round get, see `feed`."""
+    return self.feed.batches(round_index)
 
   def phase_name(self, round_index: int) -> str:
     """Returns the protocol of a round."""
@@ -148,7 +178,7 @@ class Setup:
     """Builds the phase that a round belongs to."""
     config, name = self.config, self.phase_name(round_index)
     protocol = self.protocol(name)
-    pad, flip = _augmentation(config.data, self.dataset)
+    pad, flip, _ = self.augmentation
     loss_fn = classification.make_loss(
       self.network, self.dataset, self.training_scale(name), pad, flip
     )
@@ -163,6 +193,7 @@ class Setup:
       config.seed,
       on_device=not self.on_cpu,
       metrics=('accuracy',),
+      streamed=self.dataset.streamed,
     )
     sizes = self.sizes_for(protocol)
     return Phase(name, protocol, run, sizes, self.mesh.devices.size)
@@ -203,19 +234,6 @@ class Setup:
         )
         for i, name in enumerate(protocol.num_blocks)
       }
-
-  def batches(self, round_index: int) -> np.ndarray:
-    """Returns the examples of a round, `int32[S, T, B]`."""
-    config = self.config
-    return data.batch_indices(
-      len(self.dataset.train),
-      config.batch_size,
-      config.seed,
-      round_index,
-      config.local_steps,
-      config.num_workers,
-      config.data.sharded,
-    )
 
   @cached_property
   def evaluator(self) -> Evaluator:
@@ -282,7 +300,15 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
     ConfigError: If the data or the devices do not fit the config.
   """
   mesh = state_lib.make_mesh(_num_devices(config))
-  dataset = data.load(config.data.name, config.data.dir, config.data.validation)
+  dataset = data.load(
+    config.data.name,
+    config.data.dir,
+    config.data.validation,
+    streaming=config.data.streaming,
+    image_size=config.data.image_size,
+    resize=config.data.augment.startswith('resized'),
+    extra_tests=config.data.extra_tests,
+  )
   visible = len(dataset.train)
   if config.data.sharded:
     visible //= config.num_workers
@@ -310,19 +336,3 @@ def _num_devices(config) -> int:
   if config.num_devices:
     return config.num_devices
   return max(d for d in range(1, at_hand + 1) if config.num_workers % d == 0)
-
-
-def _augmentation(
-  config: Mapping[str, Any], dataset: data.Dataset
-) -> tuple[int, bool]:
-  """Returns the pixels to pad before a crop, and whether to flip."""
-  height = dataset.train.images.shape[1]
-  kind = config['augment']
-  if kind == 'auto':
-    # TFDS names may go on with a config and a version: emnist/letters:3.1.0.
-    characters = re.split('[/:]', dataset.name)[0] in data.CHARACTERS
-    kind = 'crop' if characters else 'crop_flip'
-    if height < 24:  # A shift by one pixel of eight is a lot.
-      kind = 'none' if characters else 'flip'
-  pad = height // 8 if 'crop' in kind else 0  # CIFAR: 4 pixels of 32.
-  return pad, 'flip' in kind

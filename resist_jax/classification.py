@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from resist_jax import data
+from resist_jax.augmentation import augment
 from resist_jax.local_training import LossFn
 from resist_jax.model import ResNet
 
@@ -26,20 +27,22 @@ def make_loss(
     dataset: For its moments.
     branch_scale: For each chain that ResIST cuts, the factor on its residual
       branches in training.
-    pad: See `data.augment`.
-    flip: See `data.augment`.
+    pad: See `augmentation.augment`.
+    flip: See `augmentation.augment`.
 
   Returns:
     A `LossFn` whose constants are all training images and labels,
     `(uint8[N, H, W, C], int32[N])`, and whose batch is `int32[B]`, examples of
-    these. It reports `accuracy`.
+    these; where they stream, constants are None and a batch is images and
+    labels itself. It reports `accuracy`.
   """
 
   def loss_fn(params, present, constants, batch, key):
-    all_images, all_labels = constants
-    images = data.augment(key, all_images[batch], pad, flip)
+    if constants is not None:
+      batch = jax.tree.map(lambda examples: examples[batch], constants)
+    images, labels = batch
+    images = augment(key, images, pad, flip)
     images = data.normalise(images, dataset.mean, dataset.std)
-    labels = all_labels[batch]
     lengths = {n: len(jax.tree.leaves(params[n])[0]) for n in branch_scale}
     # An empty slot holds zeros; its scale of 0 also keeps NaN out of it.
     scales = {

@@ -44,7 +44,7 @@ def enter(setup: Setup, restored: Restored | None) -> Entry:
     state = _map_shared(
       restored.state, lambda x: state_lib.replicate(x, S, setup.mesh)
     )._replace(slots=slots)
-    phase.run.compile(state, setup.constants, setup.batches(done))
+    phase.run.compile(state, setup.constants, setup.feed.batch_shapes())
     return phase, state, deals
   whole = _map_shared(
     restored.state, lambda x: jax.tree.map(lambda leaf: leaf[None], x)
@@ -86,7 +86,7 @@ def begin(
   state = state_lib.distribute(
     params, next(deals), phase.protocol, setup.mesh, velocity
   )
-  phase.run.compile(state, setup.constants, setup.batches(round_index))
+  phase.run.compile(state, setup.constants, setup.feed.batch_shapes())
   return phase, state, deals
 
 

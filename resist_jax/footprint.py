@@ -179,5 +179,7 @@ def compiled_flops(run: Round, images: int) -> float | None:
     Floating-point operations, elementwise ones included; None where the
     program loops, since the compiler counts a loop's body once.
   """
-  step: Any = run.compiled.get('step')
-  return step and float(step.cost_analysis()['flops']) / images
+  if run.loops:
+    return None
+  step: Any = run.compiled['step']
+  return float(step.cost_analysis()['flops']) / images

@@ -1,6 +1,6 @@
 """The optimiser of local training, and its learning rate over the whole run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -31,16 +31,21 @@ def make_optimizer(
 
 
 def make_schedule(
-  name: str, lr: float, num_steps: int, warmup_steps: int = 0
+  name: str,
+  lr: float,
+  num_steps: int,
+  warmup_steps: int = 0,
+  drops: Sequence[float] = (0.5, 0.75),
 ) -> Schedule:
   """Returns the learning rate as a function of the step in the whole run.
 
   Args:
-    name: `step` divides by 10 at 50 % and at 75 % (the paper's CIFAR setting),
-      `cosine` falls to zero, `constant` stays.
+    name: `step` divides by 10 at each of `drops`, `cosine` falls to zero,
+      `constant` stays.
     lr: The peak rate.
     num_steps: Local steps of one worker in the whole run.
     warmup_steps: Steps of a linear rise from zero at the start.
+    drops: Shares of the run; the default is the paper's CIFAR setting.
 
   Returns:
     A function from a step number to a `float32` rate.
@@ -53,8 +58,8 @@ def make_schedule(
   [1.0, 1.0, 0.1, 0.01]
   """
   if name == 'step':
-    drops = {max(num_steps // 2, 1): 0.1, max(num_steps * 3 // 4, 1): 0.1}
-    schedule = optax.piecewise_constant_schedule(lr, drops)
+    at = {max(int(share * num_steps), 1): 0.1 for share in drops}
+    schedule = optax.piecewise_constant_schedule(lr, at)
   elif name == 'cosine':
     schedule = optax.cosine_decay_schedule(lr, max(num_steps, 1))
   elif name == 'constant':

@@ -4,7 +4,7 @@ This and `evaluate.py` say `shard_map`. The mesh has D devices on the axis
 `worker`; S workers live on them, W = S / D on each, and take turns there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -31,14 +31,17 @@ class Round:
   Attributes:
     compiled: The programs by name: `round` where one program loops over the
       steps, else `begin`, `step` and `finish`.
+    loops: Whether programs loop, over steps, workers or blocks.
   """
 
-  def __init__(self, protocol, begin, step, finish, mesh, on_device):
+  def __init__(self, protocol, begin, step, finish, mesh, on_device, streamed):
+    self.loops = on_device
     self._protocol = protocol
+    self._streamed = streamed
     self._mesh = mesh
     self._sharding = NamedSharding(mesh, SHARDED)
     self.compiled: dict[str, Any]
-    if on_device:
+    if on_device and not streamed:
       whole = partial(_scan_round, protocol, begin, step, finish)
       self.compiled = {'round': jax.jit(whole, donate_argnums=(0, 1))}
     else:
@@ -68,8 +71,7 @@ class Round:
     else:
       local = jax.eval_shape(self.compiled['begin'], *trained)
       local = _shapes(local, self._sharding)
-      batch = jax.tree.map(lambda x: x[:, 0], batches)
-      batch = _shapes(batch, self._sharding)
+      batch = _shapes(next(self._by_step(batches)), self._sharding)
       base = state.shared if self._protocol.sends_changes else None
       args = {
         'begin': trained,
@@ -94,6 +96,7 @@ class Round:
       next_slots: The next deal of each partitioned chain.
       constants: Passed to the loss as it is, e.g. data that live on devices.
       batches: Pytree of arrays `[S, T, ...]`; what step t of worker s gets.
+        Streamed: an iterable of T pytrees `[S, ...]`.
       round_index: Decides the learning rate and the randomness.
 
     Returns:
@@ -115,13 +118,13 @@ class Round:
       new, metrics = self.compiled['round'](*inputs, constants, batches, index)
       return new._replace(slots=dict(next_slots)), metrics
     local = self.compiled['begin'](*trained)
-    for t in range(self._protocol.local_steps):
-      batch = jax.tree.map(lambda x, t=t: x[:, t], batches)
+    for t, batch in enumerate(self._by_step(batches)):
       batch = jax.device_put(batch, self._sharding)
+      if self._streamed or self._protocol.average_gradients:
+        # The batch before is trained on while this one comes; no third waits.
+        jax.block_until_ready(local)
       args = (local, slots, constants, batch, index, np.int32(t))
       local = self.compiled['step'](*args)
-      if self._protocol.average_gradients:
-        jax.block_until_ready(local)
     # XLA's CPU collectives hold a thread each, and abort the process when a
     # device comes 40 seconds late. So no step is queued behind one that waits
     # for others, and all devices have trained before the first one exchanges.
@@ -133,6 +136,13 @@ class Round:
     for leaf in jax.tree.leaves(base):
       leaf.delete()  # No output could take its place.
     return new._replace(slots=dict(next_slots)), metrics
+
+  def _by_step(self, batches: PyTree) -> Iterator[PyTree]:
+    """Iterates over what all workers get at each step."""
+    if self._streamed:
+      return iter(batches)
+    steps = range(self._protocol.local_steps)
+    return (jax.tree.map(lambda x, t=t: x[:, t], batches) for t in steps)
 
   def _check(self, slots, next_slots) -> None:
     if self._protocol.exchange != 'hand_over':
@@ -203,6 +213,7 @@ def make_round(
   seed: int,
   on_device: bool,
   metrics: tuple[str, ...] = (),
+  streamed: bool = False,
 ) -> Round:
   """Builds the compiled round of Algorithm 1.
 
@@ -218,6 +229,8 @@ def make_round(
       steps dispatched from the host and workers unrolled (CPU, whose backend
       runs convolutions inside loops 10 to 40 times slower).
     metrics: Names of the metrics that the loss function returns.
+    streamed: Batches come step by step from the host, which then dispatches
+      each step; `on_device` still loops over workers.
 
   Returns:
     The round.
@@ -238,6 +251,7 @@ def make_round(
     on_mesh(finish, in_specs=finish_specs),
     mesh,
     on_device,
+    streamed,
   )
 
 

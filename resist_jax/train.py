@@ -16,11 +16,12 @@ from resist_jax import workdir as workdir_lib
 from resist_jax.build import Phase, Setup, prepare
 from resist_jax.checkpoint import Checkpoints, Restored
 from resist_jax.clock import Clock
-from resist_jax.config import ConfigError, validate
+from resist_jax.config import ConfigError
 from resist_jax.dealing import Deal
 from resist_jax.interrupt import Interrupt, Interrupted
 from resist_jax.state import State
 from resist_jax.summary import summarise
+from resist_jax.validation import validate
 
 
 class NonFiniteError(ArithmeticError):

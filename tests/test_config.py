@@ -3,11 +3,12 @@
 import pytest
 
 from resist_jax import config as config_lib
+from resist_jax import validation
 from resist_jax.config import ConfigError
 
 
 def test_the_defaults_are_valid():
-  config_lib.validate(config_lib.get_config())
+  validation.validate(config_lib.get_config())
 
 
 @pytest.mark.parametrize(
@@ -62,14 +63,14 @@ def test_a_mistake_gets_one_clear_line(fields, says):
   config = config_lib.get_config()
   config.update_from_flattened_dict(fields)
   with pytest.raises(ConfigError, match=says) as caught:
-    config_lib.validate(config)
+    validation.validate(config)
   assert '\n' not in str(caught.value)
 
 
 def test_baselines_need_no_partition():
   config = config_lib.get_config()
   config.protocol, config.num_workers = 'local_sgd', 64
-  config_lib.validate(config)
+  validation.validate(config)
 
 
 def test_elastic_fields_exist():

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tfds_sets
 
-from resist_jax import data
+from resist_jax import catalog, data
+from resist_jax.augmentation import augment
 from resist_jax.config import ConfigError
 
 
@@ -99,8 +100,8 @@ def test_a_prepared_tfds_set_is_read_to_the_last_pixel(
   [
     ('cifar1O', 'unknown data set'),
     ('imdb_reviews', 'not one of images'),
-    ('oxford_flowers102', 'differ in size'),
     ('mnist', 'is not prepared in .*pip install'),
+    ('imagenet2012', 'by hand, .*manual.*ILSVRC2012_img_train.tar.*Then run'),
   ],
 )
 @pytest.mark.filterwarnings('ignore')
@@ -111,26 +112,34 @@ def test_a_wrong_data_set_gets_a_clear_line(name, says, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+def digits_of(monkeypatch, image, labels):
+  """Puts other images and labels in the place of digits."""
+  source = [{'image': image, 'label': label} for label in labels]
+  names = tuple(map(str, range(10)))
+  found = catalog.Prepared(
+    'digits', image.shape, names, {'train': source, 'test': source}
+  )
+  monkeypatch.setattr(data, '_digits', lambda: found)
+  return data.load('digits')
+
+
 def test_labels_out_of_range_are_found(monkeypatch):
-  images = np.zeros((4, 8, 8, 1), np.uint8)
-  bad = data.Split(images, np.array([0, 1, 2, 10], np.int32))
-  monkeypatch.setattr(data, '_digits', lambda: (bad, bad, 10))
-  with pytest.raises(ConfigError, match=r'run from 0 to 10, but .* 0 to 9'):
-    data.load('digits')
+  image = np.zeros((8, 8, 1), np.uint8)
+  with pytest.raises(ConfigError, match=r'3 of .*label 10, .* 0 to 9'):
+    digits_of(monkeypatch, image, [0, 1, 2, 10])
 
 
 def test_a_constant_channel_is_no_division_by_zero(monkeypatch):
-  split = data.Split(np.full((4, 8, 8, 1), 7, np.uint8), np.zeros(4, np.int32))
-  monkeypatch.setattr(data, '_digits', lambda: (split, split, 10))
-  dataset = data.load('digits')
-  x = data.normalise(jnp.array(split.images), dataset.mean, dataset.std)
+  image = np.full((8, 8, 1), 7, np.uint8)
+  dataset = digits_of(monkeypatch, image, [0] * 4)
+  x = data.normalise(jnp.array(dataset.train.images), dataset.mean, dataset.std)
   assert np.isfinite(np.asarray(x)).all()
 
 
 def test_every_crop_is_a_window_of_the_padded_image():
   rng = np.random.default_rng(0)
   images = rng.integers(1, 256, (64, 6, 6, 2)).astype(np.uint8)
-  got = np.asarray(data.augment(jax.random.key(0), jnp.array(images), 2, False))
+  got = np.asarray(augment(jax.random.key(0), jnp.array(images), 2, False))
   padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
   corners = set()
   for image, source in zip(got, padded, strict=True):
@@ -148,7 +157,7 @@ def test_every_crop_is_a_window_of_the_padded_image():
 def test_about_half_are_mirrored_and_none_otherwise_changed():
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (200, 4, 4, 1)).astype(np.uint8)
-  got = np.asarray(data.augment(jax.random.key(0), jnp.array(images), 0, True))
+  got = np.asarray(augment(jax.random.key(0), jnp.array(images), 0, True))
   same = (got == images).all((1, 2, 3))
   mirrored = (got == images[:, :, ::-1]).all((1, 2, 3))
   assert (same | mirrored).all()
@@ -157,7 +166,7 @@ def test_about_half_are_mirrored_and_none_otherwise_changed():
 
 def test_without_augmentation_images_pass_through():
   images = jnp.arange(32, dtype=jnp.uint8).reshape(2, 4, 4, 1)
-  got = data.augment(jax.random.key(0), images, 0, False)
+  got = augment(jax.random.key(0), images, 0, False)
   np.testing.assert_array_equal(got, images)
 
 

@@ -24,7 +24,7 @@ from experiments import (
 )
 from experiments.experiment import Cell, Results
 from experiments.table import Table
-from resist_jax import config as config_lib
+from resist_jax import validation
 from resist_jax.interrupt import Interrupt
 
 EXPERIMENTS = {e.name: e for e in sections.EXPERIMENTS}
@@ -35,7 +35,7 @@ GIVEN = [(n, scale) for n in EXPERIMENTS for scale in experiment.SCALES]
 def test_every_cell_is_a_valid_run(name, scale):
   cells = EXPERIMENTS[name].cells(scale)
   for cell in cells:
-    config_lib.validate(cell.config(scale))
+    validation.validate(cell.config(scale))
   targets = [Results(name, scale).target(cell, 0) for cell in cells]
   assert len(set(targets)) == len(targets)
 
@@ -88,7 +88,7 @@ def test_no_result_file_is_of_no_cell():
 def test_members_of_an_ensemble_are_as_deep_as_a_worker(number):
   config = Cell('', 'cifar10', 's4').config('paper')
   alone = ensemble.member(config, number)
-  config_lib.validate(alone)
+  validation.validate(alone)
   assert tuple(alone.model.stage_sizes) == (3, 4, 7, 3)
   assert alone.num_rounds * alone.local_steps == 313 * 50
   other = ensemble.member(config, number + 1)

@@ -15,7 +15,14 @@ from test_rounds import assert_close
 from test_train import tiny_config
 import tiny
 
-from resist_jax import build, config, decomposition, export, initial, train
+from resist_jax import (
+  build,
+  decomposition,
+  export,
+  initial,
+  train,
+  validation,
+)
 from resist_jax import state as state_lib
 from resist_jax.config import ConfigError
 from resist_jax.evaluate import Evaluator
@@ -227,13 +234,13 @@ def strided(**fields):
 )
 def test_a_mistake_gets_one_clear_line(fields, says):
   with pytest.raises(ConfigError, match=says) as caught:
-    config.validate(strided(**fields))
+    validation.validate(strided(**fields))
   assert '\n' not in str(caught.value)
 
 
 def test_a_minimum_depth_is_one_of_chains():
   fields = strided(num_workers=4, min_depth=2)
-  config.validate(fields)
+  validation.validate(fields)
   setup = build.prepare(fields)
   slots = {k: d.slots for k, d in next(setup.deals(setup.phase(0), 0)).items()}
   held = {name: (slots[name] < n).sum() for name, n in setup.chains.items()}

@@ -11,6 +11,7 @@ from absl import flags
 from absl.testing import flagsaver
 import pytest
 
+from experiments import costs
 from experiments import plan as plan_lib
 from experiments.configs import digits
 from resist_jax import accounting, footprint
@@ -33,7 +34,7 @@ def papers():
 
 
 def machine(bandwidth, flops=1e13, latency=0.0):
-  return plan_lib.Machine(flops, bandwidth, latency)
+  return costs.Machine(flops, bandwidth, latency)
 
 
 @pytest.mark.parametrize('S', WORKERS)
@@ -90,7 +91,7 @@ def test_seconds_fall_with_bandwidth_and_rise_with_latency(papers):
 )
 def test_blocks_that_workers_send_are_those_of_many_deals(sizes, busiest):
   dealer = Dealer(*sizes)
-  predicted = plan_lib.blocks_sent(dealer)
+  predicted = costs.blocks_sent(dealer)
   total = accounting.expected_messages(dealer, dealer.num_workers)
   assert sum(predicted) == pytest.approx(total)
   assert predicted[busiest] == pytest.approx(max(predicted))

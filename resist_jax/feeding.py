@@ -1,0 +1,146 @@
+"""What rounds train on: images on the devices, or streamed from their files.
+
+Everything random here is a pure function of (seed, round, worker, step, place
+in the batch), so a resumed run sees the same pixels.
+"""
+
+from collections.abc import Callable, Iterator
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from resist_jax.streaming import THREADS, StreamedImages
+
+PyTree = Any
+Indices = Callable[[int], np.ndarray]  # Of a round: int32[S, T, B].
+
+PREFETCHED = 3  # Batches of all workers that wait in host memory.
+
+
+class Resident:
+  """Examples that lie on the devices; batches are their numbers.
+
+  Attributes:
+    constants: `(uint8[N, H, W, C], int32[N])`, what all rounds share.
+  """
+
+  def __init__(
+    self,
+    images: np.ndarray,
+    labels: Any,
+    indices: Indices,
+    sharding: jax.sharding.Sharding,
+  ):
+    """Puts the examples on the devices.
+
+    Args:
+      images: `uint8[N, H, W, C]`, to train on.
+      labels: `int32[N]`.
+      indices: Which of them a round is made of, `int32[S, T, B]`.
+      sharding: How they lie.
+    """
+    self.constants: PyTree = jax.device_put((images, labels), sharding)
+    self._indices = indices
+
+  def batches(self, round_index: int) -> np.ndarray:
+    """Returns the examples of a round, `int32[S, T, B]`."""
+    return self._indices(round_index)
+
+  def batch_shapes(self) -> np.ndarray:
+    """Returns something of the shape of `batches`."""
+    return self._indices(0)
+
+
+class Stream:
+  """The batches of a run in order, made by threads while workers train.
+
+  Every example of the run has a number, by round, step, worker and place in the
+  batch; `grain` reads ahead along these numbers, across the ends of rounds.
+
+  Attributes:
+    constants: None: batches hold the images.
+  """
+
+  constants: PyTree = None
+
+  def __init__(
+    self,
+    images: StreamedImages,
+    indices: Indices,
+    num_rounds: int,
+    seed: int,
+    random_crops: bool,
+  ):
+    """Describes the stream; nothing is read yet.
+
+    Args:
+      images: To train on.
+      indices: Which of them a round is made of, `int32[S, T, B]`.
+      num_rounds: Of the run.
+      seed: Of the run.
+      random_crops: Crop images at random instead of showing their centre.
+    """
+    self._images = images
+    self._indices = functools.lru_cache(maxsize=4)(indices)
+    self._num_rounds = num_rounds
+    self._seed = seed
+    self._random_crops = random_crops
+    self._iterator: Iterator[Any] = iter(())
+    self._next = -1  # The step that the iterator stands at.
+    self._shape = self._indices(0).shape
+
+  def __len__(self) -> int:
+    """Returns how many examples the run is made of, repetitions included."""
+    return self._num_rounds * math.prod(self._shape)
+
+  def __getitem__(self, number: int) -> tuple[np.ndarray, np.int32]:
+    """Reads an example of the run: `uint8[H, W, C]` and its label."""
+    S, T, B = self._shape
+    round_index, t, s, b = map(
+      int, np.unravel_index(number, (self._num_rounds, T, S, B))
+    )
+    rng = None
+    if self._random_crops:
+      place = (round_index, s, t, b)
+      draws = np.random.SeedSequence(self._seed, spawn_key=place)
+      rng = np.random.default_rng(draws)
+    return self._images.example(self._indices(round_index)[s, t, b], rng)
+
+  def batches(
+    self, round_index: int
+  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the batches of a round; those of the next are read meanwhile.
+
+    Args:
+      round_index: Any; to go on in order costs no waiting.
+
+    Yields:
+      For each of T steps, images `uint8[S, B, H, W, C]` and labels
+      `int32[S, B]`.
+    """
+    S, T, B = self._shape
+    if self._next != round_index * T:
+      self._iterator, self._next = self._from(round_index * T), round_index * T
+    for _ in range(T):
+      images, labels = next(self._iterator)
+      self._next += 1
+      yield images.reshape(S, B, *images.shape[1:]), labels.reshape(S, B)
+
+  def batch_shapes(self) -> PyTree:
+    """Returns shapes and dtypes in the form of `batches`."""
+    S, T, B = self._shape
+    images = jax.ShapeDtypeStruct((S, B, *self._images.image_shape), jnp.uint8)
+    return T * [(images, jax.ShapeDtypeStruct((S, B), jnp.int32))]
+
+  def _from(self, step: int) -> Iterator[Any]:
+    import grain  # Slow to import, and sets in memory need it not.
+
+    S, _, B = self._shape
+    options = grain.ReadOptions(THREADS, PREFETCHED * S * B)
+    source: Any = self
+    examples = grain.MapDataset.source(source)[step * S * B :]
+    return iter(examples.to_iter_dataset(options).batch(S * B))

@@ -1,0 +1,176 @@
+"""The mistakes in a config that need no data and no device, a line for each."""
+
+import ml_collections
+
+from resist_jax import decomposition, wire
+from resist_jax import model as model_lib
+from resist_jax.config import (
+  PHASE_FIELDS,
+  ConfigError,
+  build_model,
+  differences,
+  get_config,
+)
+from resist_jax.dealing import Dealer
+
+PROTOCOLS = ('resist', 'local_sgd', 'data_parallel')
+EXCHANGES = ('hand_over', 'masked_psum')
+AUGMENTATIONS = (
+  'resized_crop_flip', 'resized_crop', 'crop_flip', 'crop', 'flip', 'none',
+)  # fmt: skip
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+  """Finds mistakes that need no data and no device.
+
+  Args:
+    config: As made by `get_config`.
+
+  Raises:
+    ConfigError: On the first mistake.
+  """
+  _check_fields(config)
+  _one_of(config, 'protocol', PROTOCOLS)
+  _one_of(config, 'exchange', EXCHANGES)
+  _one_of(config, 'wire_format', tuple(wire.FORMATS))
+  _one_of(config, 'residual_scale', ('evaluation', 'training', 'none'))
+  _one_of(config.data, 'augment', ('auto', *AUGMENTATIONS))
+  _one_of(config.data, 'streaming', ('auto', 'always', 'never'))
+  _one_of(config.optimizer, 'schedule', ('step', 'cosine', 'constant'))
+  _one_of(config.model, 'name', tuple(model_lib.FAMILY))
+  _one_of(config.model, 'norm', ('batch', 'group'))
+  _one_of(config.model, 'stem', model_lib.STEMS)
+  _one_of(config.model, 'dtype', ('float32', 'bfloat16'))
+  for field in (
+    'num_workers', 'num_rounds', 'local_steps', 'batch_size', 'eval_every',
+    'checkpoint_every',
+  ):  # fmt: skip
+    _at_least(field, config[field], 1)
+  for field in ('num_devices', 'min_depth', 'seed'):
+    _at_least(field, config[field], 0)
+  for field in PHASE_FIELDS:
+    _at_least(f'phases.{field}', config.phases[field], 0)
+  _at_least('optimizer.warmup_rounds', config.optimizer.warmup_rounds, 0)
+  _at_least('optimizer.weight_decay', config.optimizer.weight_decay, 0)
+  for field in ('batch_size', 'statistics_images', 'batches_at_once'):
+    _at_least(f'evaluation.{field}', config.evaluation[field], 1)
+  if not config.lr > 0:
+    raise ConfigError(f'lr is {config.lr}; it must be greater than 0.')
+  if not 0 <= config.optimizer.momentum < 1:
+    raise ConfigError(
+      f'optimizer.momentum is {config.optimizer.momentum}; it must be at least '
+      '0 and less than 1.'
+    )
+  if not 0 <= config.data.validation < 1:
+    raise ConfigError(
+      f'data.validation is {config.data.validation}; it is a share of the '
+      'training set, at least 0 and less than 1.'
+    )
+  _at_least('data.image_size', config.data.image_size, 1)
+  extra = config.data.extra_tests
+  if len(set(extra)) < len(extra) or not all(isinstance(x, str) for x in extra):
+    raise ConfigError(
+      f'data.extra_tests is {extra}; it must name TFDS sets, each once.'
+    )
+  drops = config.optimizer.drops
+  if not all(0 < drop < 1 for drop in drops) or list(drops) != sorted(drops):
+    raise ConfigError(
+      f'optimizer.drops is {drops}; it must hold shares of the run, between 0 '
+      'and 1, in order.'
+    )
+  if config.protocol == 'data_parallel' and config.wire_format == 'int8':
+    raise ConfigError(
+      'wire_format int8 sends changes between rounds, and data_parallel has '
+      'none: use bfloat16 or float32.'
+    )
+  full = sum(config.phases[field] for field in PHASE_FIELDS)
+  if full and config.protocol != 'resist':
+    raise ConfigError(
+      f'phases are full-model rounds of protocol resist, not of '
+      f'{config.protocol}: set them to 0.'
+    )
+  if full > config.num_rounds:
+    raise ConfigError(
+      f'phases ask for {full} full-model rounds of {config.num_rounds}: raise '
+      'num_rounds or lower phases.'
+    )
+  if config.num_devices and config.num_workers % config.num_devices:
+    raise ConfigError(
+      f'num_workers is {config.num_workers}, not a multiple of num_devices '
+      f'{config.num_devices}: change one, or leave num_devices at 0.'
+    )
+  _check_model(config)
+
+
+def _check_fields(config) -> None:
+  """A card that was not made from `get_config` may lack or add fields."""
+  for name, (_, theirs) in differences(
+    _names(get_config().to_dict()), _names(config.to_dict())
+  ).items():
+    problem = 'lacks the field' if theirs is None else 'has an unknown field'
+    raise ConfigError(
+      f'the config {problem} {name}: begin with resist_jax.config.get_config().'
+    )
+
+
+def _names(config: dict) -> dict:
+  return {
+    name: _names(value) if isinstance(value, dict) else True
+    for name, value in config.items()
+  }
+
+
+def _check_model(config) -> None:
+  for name, values in (
+    ('partition', config.partition),
+    ('model.stage_sizes', config.model.stage_sizes),
+    ('model.widths', config.model.widths),
+  ):
+    if not all(type(value) is int for value in values):
+      raise ConfigError(f'{name} is {values}; it must hold whole numbers.')
+  network = build_model(config, num_classes=2)
+  if len(network.stage_sizes) != len(network.widths):
+    raise ConfigError(
+      f'model.stage_sizes has {len(network.stage_sizes)} stages and '
+      f'model.widths {len(network.widths)}: give one width a stage.'
+    )
+  if min((*network.stage_sizes, *network.widths)) < 1:
+    raise ConfigError('model.stage_sizes and model.widths must be at least 1.')
+  if config.protocol != 'resist':
+    return
+  if config.partition_strided and config.exchange == 'hand_over':
+    raise ConfigError(
+      'partition_strided deals single blocks, and hand_over gives each worker '
+      'a block of its own: use exchange=masked_psum.'
+    )
+  if not config.partition or len(set(config.partition)) < len(config.partition):
+    raise ConfigError(
+      'partition must name at least one stage, each once; protocol=local_sgd '
+      'cuts none.'
+    )
+  for stage in config.partition:
+    if not 1 <= stage <= len(network.stage_sizes):
+      raise ConfigError(
+        f'partition names stage {stage}; {config.model.name} has stages 1 to '
+        f'{len(network.stage_sizes)}.'
+      )
+    length = network.stage_sizes[stage - 1] - 1
+    try:
+      sizes = (length, config.num_workers, config.min_depth)
+      decomposition.slots_per_worker(*sizes)
+      if config.exchange == 'hand_over':
+        Dealer(*sizes)
+    except ValueError as error:
+      raise ConfigError(f'stage {stage}: {error}') from error
+
+
+def _one_of(config, field: str, values: tuple[str, ...]) -> None:
+  if config[field] not in values:
+    raise ConfigError(
+      f'{field} is {config[field]!r}; use one of {", ".join(values)}.'
+    )
+
+
+def _at_least(name: str, value: float, least: int) -> None:
+  if not value >= least:
+    raise ConfigError(f'{name} is {value}; it must be at least {least}.')
