@@ -37,9 +37,8 @@ COLUMNS: dict[int, dict[str, Mapping[str, Any] | None]] = {
     },
     'scale': {'model.pre_activation': False},
     'pre_activation': None,  # The card as it is.
-    'tuned_l': {},
   },
-  8: {'pre_activation': {'min_depth': 0}, 'min_depth': None, 'tuned_l': {}},
+  8: {'pre_activation': {'min_depth': 0}, 'min_depth': None},
 }
 TITLES = {
   'naive': 'naive',
@@ -48,70 +47,86 @@ TITLES = {
   'scale': '+ scale',
   'pre_activation': '+ pre-activation',
   'min_depth': '+ minimum depth',
-  'tuned_l': '+ tuned l',
+}
+# Other l than the card's; the paper's tuned ones are unpublished.
+TRIED = {
+  'smoke': {2: (1,), 8: (1,)},
+  'cpu': {2: (16,), 8: (4, 24)},
+  'paper': {2: (100,), 8: (12, 50)},
 }
 
 
-def cell(workers: int, column: str, scale: str) -> Cell:
-  """Returns a column of the table.
+def columns(workers: int, scale: str) -> dict[str, Cell]:
+  """Returns the runs of a number of workers.
 
   Args:
     workers: 2 or 8.
-    column: A key of `COLUMNS[workers]`.
-    scale: The paper tuned l for its own; at others a third, as often thrice.
+    scale: See `experiment.SCALES`.
 
   Returns:
-    The cell; the card as it is belongs to Table 2.
+    Cells by title, in the order of the table; the card as it is belongs to
+    Table 2.
   """
-  overrides = COLUMNS[workers][column]
-  if overrides is None:
-    return table2.cell('cifar10', 'resist', workers)
-  found = Cell(f's{workers}_{column}', 'cifar10', f's{workers}', overrides)
-  if column != 'tuned_l':
-    return found
-  config = found.config(scale)
-  shorter = max(1, config.local_steps // 3)
-  rounds = config.num_rounds * config.local_steps // shorter
-  every = config.eval_every * config.local_steps // shorter
-  tuned = {
-    'local_steps': shorter,
-    'num_rounds': rounds,
-    'eval_every': every,
-    'checkpoint_every': every,
+  card = table2.cell('cifar10', 'resist', workers)
+  found = {
+    TITLES[column]: Cell(
+      f's{workers}_{column}', card.card, card.argument, overrides
+    )
+    if overrides is not None
+    else card
+    for column, overrides in COLUMNS[workers].items()
   }
-  return Cell(found.name, found.card, found.argument, tuned)
+  config = card.config(scale)
+  for steps in TRIED[scale][workers]:
+    rounds = config.num_rounds * config.local_steps // steps
+    every = max(1, config.eval_every * config.local_steps // steps)
+    fields = {
+      'local_steps': steps,
+      'num_rounds': rounds,
+      'eval_every': every,
+      'checkpoint_every': every,
+    }
+    name = f's{workers}_l{steps}'
+    found[f'+ l = {steps}'] = Cell(name, card.card, card.argument, fields)
+  return found
+
+
+def theirs(workers: int, title: str) -> float:
+  """Returns the paper's accuracy in a column."""
+  column = {title: name for name, title in TITLES.items()}.get(title, 'tuned_l')
+  return paper.ABLATION[workers][column]
 
 
 def cells(scale: str) -> list[Cell]:
   """Returns every column, that of most consequence last to first."""
   return [
-    cell(workers, column, scale)
-    for workers, columns in COLUMNS.items()
-    for column in reversed(columns)
+    cell
+    for workers in COLUMNS
+    for cell in reversed(columns(workers, scale).values())
   ]
 
 
 def tables(results: Results) -> list[Table]:
   """Returns ours beside the paper's."""
   rows, found = [], []
-  for workers, columns in COLUMNS.items():
-    for column in columns:
-      run = cell(workers, column, results.scale)
-      records = results.of(run)
+  for workers in COLUMNS:
+    for title, cell in columns(workers, results.scale).items():
+      records = results.of(cell)
       if not records:
         continue
       found += records
       rows.append(
-        [str(workers), TITLES[column], str(records[0]['config']['local_steps'])]
-        + [results.percent(run), results.percent(run, 'test_accuracy_paper')]
-        + [results.percent(run, 'best_test_accuracy_paper')]
-        + [f'{paper.ABLATION[workers][column]:.1f}']
+        [str(workers), title, str(records[0]['config']['local_steps'])]
+        + [results.percent(cell), results.percent(cell, 'test_accuracy_paper')]
+        + [results.percent(cell, 'best_test_accuracy_paper')]
+        + [f'{theirs(workers, title):.1f}']
       )
   if not rows:
     return []
   caption = (
     f'Ablation on CIFAR-10, {results.scale} scale, test accuracy in %; each '
-    'row has what the rows of the same number of workers above it brought; '
+    'row has what the rows of the same number of workers above it brought, but '
+    'another l replaces the one before (the paper: tuned, unpublished); '
     f'{of_runs(found)}'
   )
   head = ['workers', 'what is added', 'l', 'deployed', 'test-batch statistics']
@@ -122,17 +137,16 @@ def tables(results: Results) -> list[Table]:
 def figures(results: Results) -> Mapping[str, Figure | None]:
   """Returns our columns beside the paper's."""
   panels = {}
-  for workers, columns in COLUMNS.items():
-    ours, theirs = {}, {}
-    for column in columns:
-      run = cell(workers, column, results.scale)
-      values = results.values(run, 'test_accuracy')
+  for workers in COLUMNS:
+    ours, papers = {}, {}
+    for title, cell in columns(workers, results.scale).items():
+      values = results.values(cell, 'test_accuracy')
       if values:
-        ours[TITLES[column]] = [100 * value for value in values]
-        theirs[TITLES[column]] = [paper.ABLATION[workers][column]]
+        ours[title] = [100 * value for value in values]
+        papers[title] = [theirs(workers, title)]
     panels[f'{workers} workers'] = {
       f'ours, {results.scale} scale': ours,
-      'the paper': theirs,
+      'the paper': papers,
     }
   return {'ablation': pictures.steps(panels)}
 
