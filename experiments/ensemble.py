@@ -23,7 +23,7 @@ from experiments.experiment import Cell, Experiment, Results, main, of_runs
 from experiments.provenance import provenance
 from experiments.runs import begin_process
 from experiments.table import Table
-from resist_jax import data, decomposition, export, metrics, train
+from resist_jax import data, decomposition, export, metrics, train, workdir
 from resist_jax.config import build_model
 
 WORKERS = {'smoke': (2,), 'cpu': (2, 4), 'paper': (2, 4, 8)}
@@ -75,6 +75,7 @@ def train_ensemble(
     target: The result file.
     folder: Of the members' workdirs; it is removed at the end.
   """
+  workdir.check_writable(target.parent, 'results')
   begin_process()
   print(f'{target.parent.name}/{target.name}', file=sys.stderr, flush=True)
   members = [member(config, number) for number in range(config.num_workers)]

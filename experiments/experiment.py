@@ -173,6 +173,7 @@ def show(experiment: Experiment, results: Results) -> None:
   """Prints the tables, and writes them and the pictures beside the results."""
   tables = experiment.tables(results)
   if not tables:
+    print(f'no table yet: too few results in {results.folder()}')
     return
   folder = results.folder()
   folder.mkdir(parents=True, exist_ok=True)
@@ -211,6 +212,12 @@ def main(
   options = parser.parse_args(args)
   if options.seeds < 1:
     parser.error(f'--seeds is {options.seeds}; it must be at least 1.')
+  names = [cell.name for cell in experiment.cells(options.scale)]
+  if not any(options.only in name for name in names):
+    parser.error(
+      f'--only is {options.only!r}, which is in no name at this scale: '
+      f'{", ".join(names) or "there are no runs"}.'
+    )
   logging.set_verbosity(logging.WARNING)  # orbax reports every step it takes.
   scale = options.scale
   results = Results(experiment.name, scale, options.results)

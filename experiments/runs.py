@@ -13,7 +13,7 @@ import jax
 import ml_collections
 
 from experiments.provenance import provenance
-from resist_jax import metrics, train
+from resist_jax import metrics, train, workdir
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 # Of a row of the log, what a curve shows.
@@ -61,6 +61,7 @@ def run(
   """
   if target.exists():
     return
+  workdir.check_writable(target.parent, 'results')
   begin_process()
   print(f'{target.parent.name}/{target.name}', file=sys.stderr, flush=True)
   summary = train.train(config, str(folder))

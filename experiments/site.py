@@ -58,8 +58,11 @@ def main() -> None:
     '--out', type=pathlib.Path, default=pathlib.Path('site/index.html')
   )
   args = parser.parse_args()
-  args.out.parent.mkdir(parents=True, exist_ok=True)
-  args.out.write_text(page(list(sections(with_figures=True))), 'utf-8')
+  try:
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(page(list(sections(with_figures=True))), 'utf-8')
+  except OSError as error:
+    parser.error(f'--out={args.out} cannot be written: {error.strerror}.')
   print(args.out)
 
 

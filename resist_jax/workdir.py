@@ -21,20 +21,7 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
   Raises:
     ConfigError: If it holds another run, or cannot be written.
   """
-  existing = workdir
-  while not os.path.exists(existing) and existing != existing.parent:
-    existing = existing.parent
-  if not existing.is_dir():
-    raise ConfigError(
-      f'workdir {workdir} cannot be made: {existing} is not a folder.'
-    )
-  try:
-    with tempfile.TemporaryFile(dir=existing):
-      pass
-  except OSError as error:
-    raise ConfigError(
-      f'workdir {workdir} cannot be written ({error.strerror}): choose another.'
-    ) from error
+  check_writable(workdir, 'workdir')
   if not (workdir / 'config.json').exists():
     # An empty one is what a run leaves that was killed in its first seconds.
     if any(workdir.glob('checkpoints/*')):
@@ -65,6 +52,32 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
       f'workdir {workdir} belongs to a run of another config ({listed}): '
       'choose another workdir, or set these back.'
     )
+
+
+def check_writable(folder: pathlib.Path, what: str) -> None:
+  """Finds out whether a folder can be made and written; makes nothing.
+
+  Args:
+    folder: Need not exist.
+    what: For readers of the error.
+
+  Raises:
+    ConfigError: If not.
+  """
+  existing = folder
+  while not os.path.exists(existing) and existing != existing.parent:
+    existing = existing.parent
+  if not existing.is_dir():
+    raise ConfigError(
+      f'{what} {folder} cannot be made: {existing} is not a folder.'
+    )
+  try:
+    with tempfile.TemporaryFile(dir=existing):
+      pass
+  except OSError as error:
+    raise ConfigError(
+      f'{what} {folder} cannot be written ({error.strerror}): choose another.'
+    ) from error
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:

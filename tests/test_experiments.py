@@ -272,6 +272,8 @@ def test_a_stop_between_runs_ends_the_next_one_early():
     (['--seeds=0'], 'at least 1'),
     (['--scale=huge'], 'invalid choice'),
     (['--dtype=float8'], 'dtype'),
+    (['--only=nothing'], 'digits_resist_float32, digits_local'),
+    (['--scale=paper'], 'there are no runs'),
   ],
 )
 def test_wrong_arguments_are_told(arguments, wrong, told, capsys):
@@ -296,3 +298,18 @@ def test_a_stop_in_a_last_round_stops_the_experiment(tmp_path):
     experiment.main(command, 'What it does.', [f'--results={tmp_path}'])
   assert stop.value.code == 128 + signal.SIGTERM
   assert trained == ['resist']
+
+
+def test_results_that_cannot_be_written_cost_no_training(tmp_path, capsys):
+  (tmp_path / 'file').write_text('')
+  runs_folder = tmp_path / 'runs'
+  args = [
+    '--scale=smoke',
+    f'--results={tmp_path}/file',
+    f'--runs={runs_folder}',
+  ]
+  with pytest.raises(SystemExit) as stop:
+    experiment.main(digits.EXPERIMENT, 'What it does.', args)
+  assert stop.value.code == 2
+  assert 'is not a folder' in capsys.readouterr().err
+  assert not runs_folder.exists()
