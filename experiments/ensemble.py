@@ -21,9 +21,9 @@ import numpy as np
 from experiments import paper, pictures, table2
 from experiments.experiment import Cell, Experiment, Results, main, of_runs
 from experiments.provenance import provenance
-from experiments.runs import begin_process
+from experiments.runs import begin_process, write_record
 from experiments.table import Table
-from resist_jax import data, decomposition, export, metrics, train, workdir
+from resist_jax import data, decomposition, export, train, workdir
 from resist_jax.config import build_model
 
 WORKERS = {'smoke': (2,), 'cpu': (2, 4), 'paper': (2, 4, 8)}
@@ -106,8 +106,7 @@ def train_ensemble(
   }
   record['config']['data']['dir'] = ''  # A place on one machine.
   target.parent.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(record, indent=2) + '\n'
-  metrics.replace_text(target, text)
+  write_record(target, record)
   shutil.rmtree(folder)
 
 

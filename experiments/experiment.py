@@ -13,7 +13,7 @@ from absl import logging
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from experiments.runs import RESULTS, load_card, run
+from experiments.runs import RESULTS, annotate, load_card, run
 from experiments.table import Table
 from resist_jax.config import ConfigError
 from resist_jax.interrupt import Interrupt, Interrupted
@@ -138,7 +138,7 @@ def of_runs(records: Sequence[Record]) -> str:
     records: Of all of its runs.
 
   Returns:
-    Seeds, machine and versions.
+    Seeds, machine and versions, and notes that were kept with them.
   """
   if not records:
     return ''
@@ -147,7 +147,9 @@ def of_runs(records: Sequence[Record]) -> str:
   if len(seeds) > 1:
     count = f'mean and standard deviation of up to {len(seeds)} seeds'
   kinds = sorted({machine(record['provenance']) for record in records})
-  return f'{count}, {" and ".join(kinds)}.'
+  notes = {record['provenance'].get('note') for record in records}
+  told = [f'{note}.' for note in sorted(filter(None, notes))]
+  return ' '.join([f'{count}, {" and ".join(kinds)}.', *told])
 
 
 def machine(provenance: Mapping[str, Any]) -> str:
@@ -207,6 +209,9 @@ def main(
     '--dtype', choices=('float32', 'bfloat16'), default='float32'
   )
   parser.add_argument(
+    '--note', default='', help='kept with the results, for their readers'
+  )
+  parser.add_argument(
     '--show', action='store_true', help='train nothing, show what is there'
   )
   options = parser.parse_args(args)
@@ -234,6 +239,7 @@ def main(
       )
       try:
         experiment.train(config, target, folder)
+        annotate(target, options.note)
       except ConfigError as error:
         parser.exit(2, f'error: {error}\n')
       except NonFiniteError as error:

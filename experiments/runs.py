@@ -84,12 +84,26 @@ def write_record(target: pathlib.Path, record: dict[str, Any]) -> None:
 
   Args:
     target: The file.
-    record: JSON values; `curve` is a list of rows.
+    record: JSON values; `curve`, if there, is a list of rows.
   """
-  rows = ',\n    '.join(json.dumps(row) for row in record['curve'])
-  text = json.dumps({**record, 'curve': []}, indent=2)
+  curve = record.get('curve', [])
+  rows = ',\n    '.join(json.dumps(row) for row in curve)
+  text = json.dumps({**record, 'curve': []} if curve else record, indent=2)
   text = text.replace('"curve": []', f'"curve": [\n    {rows}\n  ]')
   metrics.replace_text(target, text + '\n')
+
+
+def annotate(target: pathlib.Path, note: str) -> None:
+  """Keeps a sentence with a result that a reader of it should know.
+
+  Args:
+    target: The result file.
+    note: Without its full stop; empty for none.
+  """
+  if note:
+    record = json.loads(target.read_text())
+    record['provenance']['note'] = note
+    write_record(target, record)
 
 
 @functools.cache
