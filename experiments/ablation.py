@@ -136,19 +136,21 @@ def tables(results: Results) -> list[Table]:
 
 def figures(results: Results) -> Mapping[str, Figure | None]:
   """Returns our columns beside the paper's."""
-  panels = {}
+  found = {}
   for workers in COLUMNS:
     ours, papers = {}, {}
     for title, cell in columns(workers, results.scale).items():
       values = results.values(cell, 'test_accuracy')
       if values:
         ours[title] = [100 * value for value in values]
-        papers[title] = [theirs(workers, title)]
-    panels[f'{workers} workers'] = {
-      f'ours, {results.scale} scale': ours,
-      'the paper': papers,
+        known = title if title in TITLES.values() else '+ tuned l'
+        papers[known] = [theirs(workers, title)]
+    panels = {
+      f'ours, {workers} workers': {'ours': ours},
+      f'the paper, {workers} workers': {'the paper': papers},
     }
-  return {'ablation': pictures.steps(panels)}
+    found[f'workers{workers}'] = pictures.steps(panels, alike=False)
+  return found
 
 
 EXPERIMENT = Experiment('ablation', 'Ablation', cells, tables, figures)

@@ -21,14 +21,14 @@ X_AXES = {
 
 
 def curves(
-  panels: Mapping[str, Panel], x: str, metric: str = 'test_accuracy'
+  panels: Mapping[str, Panel], x: str, alike: bool = True
 ) -> Figure | None:
   """Draws learning curves side by side.
 
   Args:
     panels: By title, the runs of each label, a record a seed.
     x: A key of `X_AXES`.
-    metric: An accuracy of the log.
+    alike: Whether the panels' accuracies can be compared with each other.
 
   Returns:
     A figure: the mean of the seeds, and the range between the least and the
@@ -45,7 +45,7 @@ def curves(
   colour = dict(zip(labels, plots.colours(len(labels)), strict=True))
   count = len(panels)
   figure = Figure(figsize=(1.2 + 3.3 * count, 3.4), layout='constrained')
-  every = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+  every = figure.subplots(1, count, sharey=alike, squeeze=False)[0]
   for axes, (title, panel) in zip(every, panels.items(), strict=True):
     ends = [
       row[x]
@@ -58,7 +58,9 @@ def curves(
     for label, runs in panel.items():
       found = _curves(runs)
       xs = np.mean([[row[x] for row in rows] for rows in found], axis=0) / unit
-      ys = 100 * np.array([[row[metric] for row in rows] for rows in found])
+      ys = 100 * np.array(
+        [[row['test_accuracy'] for row in rows] for rows in found]
+      )
       line = {'color': colour[label], 'marker': 'o', 'markersize': 3.5}
       axes.plot(xs, ys.mean(axis=0), label=label, **line)
       if len(ys) > 1:
@@ -115,6 +117,7 @@ def steps(
   panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
   ylabel: str = 'test accuracy (%)',
   xlabel: str = '',
+  alike: bool = True,
 ) -> Figure | None:
   """Draws a number for each of several settings in order, panels side by side.
 
@@ -122,6 +125,7 @@ def steps(
     panels: By title and label of a line, the values of the seeds by setting.
     ylabel: What the numbers are.
     xlabel: What the settings are.
+    alike: Whether the panels can be compared with each other.
 
   Returns:
     A figure: the means, and every seed as a dot; None without any.
@@ -137,7 +141,7 @@ def steps(
   widths = [1 + len(settings[title]) for title in panels]
   figure = Figure(figsize=(1.5 + 0.85 * sum(widths), 3.6), layout='constrained')
   every = figure.subplots(
-    1, len(widths), sharey=True, squeeze=False, width_ratios=widths
+    1, len(widths), sharey=alike, squeeze=False, width_ratios=widths
   )[0]
   for axes, (title, panel) in zip(every, panels.items(), strict=True):
     names = settings[title]
@@ -152,6 +156,7 @@ def steps(
     turned = {} if xlabel else {'rotation': 30, 'ha': 'right'}
     axes.set_xticks(range(len(names)), names, **turned)
     axes.margins(x=0.08)
-    axes.legend(frameon=False, fontsize='small')
+    if len(panel) > 1:
+      axes.legend(frameon=False, fontsize='small')
   every[0].set_ylabel(ylabel)
   return figure

@@ -112,7 +112,7 @@ def figures(results: Results) -> Mapping[str, Figure | None]:
     }
     for data, title in DATA.items()
   }
-  return {'quantised': pictures.curves(panels, 'wire_bytes_total')}
+  return {'quantised': pictures.curves(panels, 'wire_bytes_total', alike=False)}
 
 
 EXPERIMENT = Experiment('quantised', 'Fewer bits', cells, tables, figures)
