@@ -67,7 +67,7 @@ def joined(params):
 def test_a_cut_head_computes_what_the_head_does(form):
   net, params = problem(**form)
   images, _ = tiny.examples()
-  run = jax.jit(lambda scale: net.apply({'params': params}, images, scale))
+  run = partial(jax.jit(net.apply), {'params': params}, images)
   got = run({name: jnp.ones(1) for name in BRANCHES})
   whole = net.clone(cut_heads=False)
   want = jax.jit(whole.apply)({'params': joined(params)}, images)
