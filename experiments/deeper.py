@@ -4,12 +4,18 @@ python -m experiments.deeper --scale=cpu --data_dir=FOLDER
 """
 
 from collections.abc import Mapping
-import statistics
 
 from matplotlib.figure import Figure
 
 from experiments import paper, pictures, table2
-from experiments.experiment import Cell, Experiment, Results, main, of_runs
+from experiments.experiment import (
+  Cell,
+  Experiment,
+  Results,
+  main,
+  of_runs,
+  seconds,
+)
 from experiments.table import Table
 
 DEPTHS = ('152', '200')
@@ -62,16 +68,13 @@ def tables(results: Results) -> list[Table]:
       if not all(records.values()):
         continue
       found += [record for some in records.values() for record in some]
-      seconds = {
-        p: statistics.median(r['summary']['seconds_training'] for r in some)
-        for p, some in records.items()
-      }
+      slow, fast = (seconds(records[p]) for p in PROTOCOLS)
       length = records['resist'][0]['summary']['num_blocks']['stage3_chain']
       local, resist, faster = paper.DEEPER[data, depth, workers]
       rows.append(
         [table2.DATA[data], depth, str(length), str(workers)]
         + [results.percent(run) for run in runs.values()]
-        + [f'{seconds["local_sgd"] / seconds["resist"]:.2f}']
+        + [f'{slow / fast:.2f}' if slow and fast else '']
         + [f'{local:.2f}', f'{resist:.2f}', f'{faster:.2f}']
       )
   if not rows:
@@ -87,7 +90,7 @@ def tables(results: Results) -> list[Table]:
 
 
 def figures(results: Results) -> Mapping[str, Figure | None]:
-  """Returns learning curves by the clock."""
+  """Returns learning curves by what was sent."""
   panels = {
     f'{table2.DATA[data]}, "{depth}", {workers} workers': {
       table2.NAMES[protocol]: results.of(cell(data, depth, protocol, workers))
@@ -96,7 +99,7 @@ def figures(results: Results) -> Mapping[str, Figure | None]:
     for data, workers in RUNS[results.scale]
     for depth in DEPTHS
   }
-  return {'deeper': pictures.curves(panels, 'seconds_training')}
+  return {'deeper': pictures.curves(panels, 'wire_bytes_total')}
 
 
 EXPERIMENT = Experiment('deeper', 'Deeper networks', cells, tables, figures)

@@ -13,7 +13,7 @@ from absl import logging
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from experiments.runs import RESULTS, annotate, load_card, run
+from experiments.runs import RESULTS, load_card, mark_busy, run
 from experiments.table import Table
 from resist_jax.config import ConfigError
 from resist_jax.interrupt import Interrupt, Interrupted
@@ -138,7 +138,7 @@ def of_runs(records: Sequence[Record]) -> str:
     records: Of all of its runs.
 
   Returns:
-    Seeds, machine and versions, and notes that were kept with them.
+    Seeds, machine and versions.
   """
   if not records:
     return ''
@@ -147,9 +147,25 @@ def of_runs(records: Sequence[Record]) -> str:
   if len(seeds) > 1:
     count = f'mean and standard deviation of up to {len(seeds)} seeds'
   kinds = sorted({machine(record['provenance']) for record in records})
-  notes = {record['provenance'].get('note') for record in records}
-  told = [f'{note}.' for note in sorted(filter(None, notes))]
-  return ' '.join([f'{count}, {" and ".join(kinds)}.', *told])
+  return f'{count}, {" and ".join(kinds)}.'
+
+
+def seconds(records: Sequence[Record]) -> float | None:
+  """Returns the median seconds of training.
+
+  Args:
+    records: Of a cell; those of a busy machine do not count.
+
+  Returns:
+    Seconds; None where there are none.
+  """
+  found = [r['summary']['seconds_training'] for r in quiet(records)]
+  return statistics.median(found) if found else None
+
+
+def quiet(records: Sequence[Record]) -> list[Record]:
+  """Returns the results whose seconds mean something."""
+  return [r for r in records if not r['provenance'].get('busy')]
 
 
 def machine(provenance: Mapping[str, Any]) -> str:
@@ -209,7 +225,9 @@ def main(
     '--dtype', choices=('float32', 'bfloat16'), default='float32'
   )
   parser.add_argument(
-    '--note', default='', help='kept with the results, for their readers'
+    '--busy',
+    action='store_true',
+    help='other work runs on the machine: no table shows seconds of these runs',
   )
   parser.add_argument(
     '--show', action='store_true', help='train nothing, show what is there'
@@ -239,7 +257,8 @@ def main(
       )
       try:
         experiment.train(config, target, folder)
-        annotate(target, options.note)
+        if options.busy:
+          mark_busy(target)
       except ConfigError as error:
         parser.exit(2, f'error: {error}\n')
       except NonFiniteError as error:

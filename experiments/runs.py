@@ -93,17 +93,15 @@ def write_record(target: pathlib.Path, record: dict[str, Any]) -> None:
   metrics.replace_text(target, text + '\n')
 
 
-def annotate(target: pathlib.Path, note: str) -> None:
-  """Keeps a sentence with a result that a reader of it should know.
+def mark_busy(target: pathlib.Path) -> None:
+  """Keeps with a result that its machine did other work at the same time.
 
   Args:
     target: The result file.
-    note: Without its full stop; empty for none.
   """
-  if note:
-    record = json.loads(target.read_text())
-    record['provenance']['note'] = note
-    write_record(target, record)
+  record = json.loads(target.read_text())
+  record['provenance']['busy'] = True
+  write_record(target, record)
 
 
 @functools.cache

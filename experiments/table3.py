@@ -5,16 +5,26 @@
 The runs are those of `experiments.table2`, by the clock: without compilation,
 tests and checkpoints. All workers of a run share the cores of one machine, so
 on a CPU these seconds are the work of all of them together, and no link is in
-them; `experiments.plan` adds one.
+them; `experiments.plan` adds one. Runs that were made on a busy machine
+(`--busy`) are left out.
 """
 
 from collections.abc import Mapping
+import math
 import statistics
 
 from matplotlib.figure import Figure
 
 from experiments import paper, pictures, table2
-from experiments.experiment import Experiment, Record, Results, main, of_runs
+from experiments.experiment import (
+  Experiment,
+  Record,
+  Results,
+  main,
+  of_runs,
+  quiet,
+  seconds,
+)
 from experiments.table import Table
 
 # Shares of what local SGD ends with.
@@ -49,7 +59,7 @@ def tables(results: Results) -> list[Table]:
   for data, title in table2.DATA.items():
     for workers in table2.WORKERS:
       runs = {
-        protocol: results.of(table2.cell(data, protocol, workers))
+        protocol: quiet(results.of(table2.cell(data, protocol, workers)))
         for protocol in table2.NAMES
       }
       if not (runs['local_sgd'] and runs['resist']):
@@ -58,7 +68,7 @@ def tables(results: Results) -> list[Table]:
         record['summary']['test_accuracy'] for record in runs['local_sgd']
       )
       target = TARGETS[results.scale] * final
-      base = _seconds(runs['local_sgd'])
+      base = seconds(runs['local_sgd']) or math.nan
       theirs = paper.SECONDS[data]
       for protocol, records in runs.items():
         if not records:
@@ -66,12 +76,13 @@ def tables(results: Results) -> list[Table]:
         found += records
         reached = [seconds_to(record, target) for record in records]
         times = [time for time in reached if time is not None]
-        seconds = theirs.get(protocol, {}).get(workers)
+        trained = seconds(records) or math.nan
+        published = theirs.get(protocol, {}).get(workers)
         rows.append(
           [title, table2.NAMES[protocol], str(workers)]
-          + [f'{_seconds(records):.0f}', f'{base / _seconds(records):.2f}']
+          + [f'{trained:.0f}', f'{base / trained:.2f}']
           + [f'{target:.1%}', _time_to(times, len(records))]
-          + [_theirs(seconds, theirs['local_sgd'].get(workers))]
+          + [_theirs(published, theirs['local_sgd'].get(workers))]
         )
   if not rows:
     return []
@@ -87,10 +98,6 @@ def tables(results: Results) -> list[Table]:
   return [Table(caption, EXPERIMENT.command, head, rows)]
 
 
-def _seconds(records: list[Record]) -> float:
-  return statistics.median(r['summary']['seconds_training'] for r in records)
-
-
 def _time_to(times: list[float], runs: int) -> str:
   if not times:
     return 'not reached'
@@ -98,8 +105,10 @@ def _time_to(times: list[float], runs: int) -> str:
   return text if len(times) == runs else f'{text} ({len(times)} of {runs} runs)'
 
 
-def _theirs(seconds: int | None, base: int | None) -> str:
-  return f'{seconds} s, {base / seconds:.2f}' if seconds and base else ''
+def _theirs(published: int | None, base: int | None) -> str:
+  if not (published and base):
+    return ''
+  return f'{published} s, {base / published:.2f}'
 
 
 def figures(results: Results) -> Mapping[str, Figure | None]:
@@ -108,7 +117,7 @@ def figures(results: Results) -> Mapping[str, Figure | None]:
     data: pictures.curves(
       {
         f'{title}, {workers} workers': {
-          name: results.of(table2.cell(data, protocol, workers))
+          name: quiet(results.of(table2.cell(data, protocol, workers)))
           for protocol, name in table2.NAMES.items()
         }
         for workers in table2.WORKERS

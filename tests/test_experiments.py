@@ -171,16 +171,6 @@ def test_table2_lays_means_and_deviations_beside_the_paper(tmp_path):
   assert 'up to 2 seeds' in table.caption
 
 
-def test_a_note_goes_with_the_result(tmp_path):
-  results = Results('table2', 'cpu', tmp_path)
-  cell = table2.cell('cifar10', 'resist', 2)
-  put(results, cell, record(0.5))
-  runs.annotate(results.target(cell, 0), 'The machine was busy')
-  (table,) = table2.tables(results)
-  assert table.caption.endswith('The machine was busy.')
-  assert results.of(cell)[0]['curve'] == record(0.5)['curve']
-
-
 def test_table3_finds_the_first_test_at_the_target(tmp_path):
   results = Results('table3', 'cpu', tmp_path)
   put(results, table2.cell('cifar10', 'local_sgd', 8), record(0.5, seconds=20))
@@ -190,6 +180,9 @@ def test_table3_finds_the_first_test_at_the_target(tmp_path):
   assert rows['local SGD'][3:7] == ['20', '1.00', '45.0%', '20']
   assert rows['ResIST'][3:7] == ['8', '2.50', '45.0%', '4']
   assert rows['ResIST'][7] == '2671 s, 3.77'
+  runs.mark_busy(results.target(table2.cell('cifar10', 'resist', 8), 0))
+  assert table3.tables(results) == []
+  assert len(table2.tables(results)[0].rows) == 2
 
 
 def test_ablation_stands_beside_the_paper(tmp_path):
