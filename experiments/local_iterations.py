@@ -126,7 +126,7 @@ def figures(results: Results) -> Mapping[str, Figure | None]:
       }
       for protocol in PROTOCOLS
     }
-  return {'local_iterations': pictures.steps(panels, xlabel='l')}
+  return {'local_iterations': pictures.steps(panels, xlabel='l', alike=False)}
 
 
 EXPERIMENT = Experiment(
