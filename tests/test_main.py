@@ -136,7 +136,7 @@ def test_labels_out_of_range(tmp_path):
   assert '"numClasses": "10"' in text
   features.write_text(text.replace('"numClasses": "10"', '"numClasses": "4"'))
   flags = ('--config.data.name=my_set', f'--config.data.dir={tmp_path}')
-  says = 'labels of .* run from 0 to 9, but it declares 4 classes'
+  says = r'has the label \d, but the set declares 4 classes, 0 to 3'
   check_refusal(run(tmp_path / 'run', *flags), says)
 
 
