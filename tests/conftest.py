@@ -4,6 +4,11 @@ import os
 import tempfile
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# On a busy machine a virtual device may come late to a collective; after 40
+# seconds XLA would abort the process, a notebook's kernel for one.
+os.environ.setdefault(
+  'XLA_FLAGS', '--xla_cpu_collective_call_terminate_timeout_seconds=600'
+)
 # Many runs, also those of subprocesses and of other test processes, compile the
 # same programs: keep them for this session.
 if 'PYTEST_XDIST_WORKER' not in os.environ:
