@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 import numpy as np
 
 from resist_jax import plots
@@ -72,6 +73,7 @@ def curves(
       axes.xaxis.set_major_formatter('{x:,g}')
     else:
       axes.set_xlim(left=0)
+      axes.xaxis.set_major_locator(MaxNLocator(6, integer=x == 'round'))
   every[0].set_ylabel('test accuracy (%), deployed')
   handles = {}
   for axes in every:
