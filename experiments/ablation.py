@@ -5,8 +5,8 @@
 Each column has what the ones before it brought. With two workers: every block
 of every section is dealt, strided ones included; strided blocks are shared;
 only section 3 is cut; residual branches are scaled at test time; norm and ReLU
-come before each convolution; shorter rounds. With eight: without and with a
-minimum depth; shorter rounds.
+come before each convolution; another l. With eight: without and with a minimum
+depth; another l.
 """
 
 from collections.abc import Mapping

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 import json
 import pathlib
 import shutil
-import sys
 
 import jax.numpy as jnp
 from matplotlib.figure import Figure
@@ -21,9 +20,9 @@ import numpy as np
 from experiments import paper, pictures, table2
 from experiments.experiment import Cell, Experiment, Results, main, of_runs
 from experiments.provenance import provenance
-from experiments.runs import begin_process, write_record
+from experiments.runs import begin, write_record
 from experiments.table import Table
-from resist_jax import data, decomposition, export, train, workdir
+from resist_jax import data, decomposition, export, train
 from resist_jax.config import build_model
 
 WORKERS = {'smoke': (2,), 'cpu': (2, 4), 'paper': (2, 4, 8)}
@@ -75,9 +74,7 @@ def train_ensemble(
     target: The result file.
     folder: Of the members' workdirs; it is removed at the end.
   """
-  workdir.check_writable(target.parent, 'results')
-  begin_process()
-  print(f'{target.parent.name}/{target.name}', file=sys.stderr, flush=True)
+  begin(target)
   members = [member(config, number) for number in range(config.num_workers)]
   names = [f'member{number}' for number in range(len(members))]
   found = [

@@ -61,9 +61,7 @@ def run(
   """
   if target.exists():
     return
-  workdir.check_writable(target.parent, 'results')
-  begin_process()
-  print(f'{target.parent.name}/{target.name}', file=sys.stderr, flush=True)
+  begin(target)
   summary = train.train(config, str(folder))
   rows = metrics.read_rows(folder / 'metrics.jsonl')
   kind = summary['device'].split(',')[0]
@@ -104,8 +102,22 @@ def mark_busy(target: pathlib.Path) -> None:
   write_record(target, record)
 
 
+def begin(target: pathlib.Path) -> None:
+  """Says what will be trained, after making sure that it can be kept.
+
+  Args:
+    target: The result file.
+
+  Raises:
+    ConfigError: If it cannot be written.
+  """
+  workdir.check_writable(target.parent, 'results')
+  _begin_process()
+  print(f'{target.parent.name}/{target.name}', file=sys.stderr, flush=True)
+
+
 @functools.cache
-def begin_process() -> None:
+def _begin_process() -> None:
   """Gives a process that will train several times its virtual CPU devices."""
   with contextlib.suppress(RuntimeError):  # JAX that runs keeps what it has.
     jax.config.update('jax_num_cpu_devices', 8)
