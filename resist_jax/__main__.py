@@ -10,7 +10,7 @@ from absl import app, flags, logging
 import jax
 from ml_collections import config_flags
 
-from resist_jax import report, train
+from resist_jax import processes, report, train
 from resist_jax.config import ConfigError
 from resist_jax.interrupt import Interrupted
 
@@ -18,6 +18,20 @@ CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Experiment card; --config.FIELD=VALUE overrides a field.'
 )
 WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
+COORDINATOR = flags.DEFINE_string(
+  'coordinator',
+  None,
+  'HOST:PORT of process 0, where a run has several processes.',
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+  'num_processes',
+  None,
+  'Processes of the run. Without: what the cluster says, if there is one.',
+  lower_bound=1,
+)
+PROCESS_ID = flags.DEFINE_integer(
+  'process_id', None, 'Which of them this is, from 0.', lower_bound=0
+)
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -29,6 +43,7 @@ def parse(argv: list[str]) -> list[str]:
         raise flags.Error(f'--{flag.name} is missing.')
     if len(rest) > 1:
       raise flags.Error(f'unexpected argument {rest[1]!r}.')
+    _check_processes()
     CONFIG.value.to_dict()  # A card that failed to load fails here.
   except flags.Error as error:
     # An error inside a card comes with its traceback: the last line says it.
@@ -46,33 +61,79 @@ def parse(argv: list[str]) -> list[str]:
   return rest
 
 
+def _check_processes() -> None:
+  coordinator, count = COORDINATOR.value, NUM_PROCESSES.value
+  process = PROCESS_ID.value
+  if count == 1 or (coordinator, count, process) == (None, None, None):
+    return
+  if coordinator is None or count is None or process is None:
+    raise flags.Error(
+      '--coordinator, --num_processes and --process_id go together; under '
+      'SLURM, Open MPI, Kubernetes or on a TPU pod leave all of them out.'
+    )
+  if process >= count:
+    raise flags.Error(
+      f'--process_id is {process}; with --num_processes={count} it is '
+      f'0 to {count - 1}.'
+    )
+  if not re.fullmatch(r'.+:\d+', coordinator):
+    raise flags.Error(
+      f'--coordinator is {coordinator!r}; it must be HOST:PORT, of a '
+      'port that is free on the host of process 0.'
+    )
+
+
 def main(argv: list[str]) -> None:
   """Trains, and prints the table of the run."""
   del argv
   logging.set_verbosity(logging.WARNING)  # orbax reports every step it takes.
   config = CONFIG.value
-  virtual_devices = config.get('num_devices') or config.get('num_workers', 1)
-  if isinstance(virtual_devices, int) and virtual_devices > 0:
-    # One virtual CPU device per worker; GPUs and TPUs stay as they are. More
-    # would only copy the data more often: workers can take turns.
-    jax.config.update('jax_num_cpu_devices', min(virtual_devices, 64))
   try:
+    _start(config)
     summary = train.train(config, str(WORKDIR.value))
-  except ConfigError as error:
+  except (ConfigError, processes.StartError) as error:
     _fail(error)
   except train.NonFiniteError as error:
     _fail(error, code=1)
+  except OSError as error:
+    _fail(error, code=1)
   except Interrupted as stop:
     print(stop, file=sys.stderr)
+    processes.end()
     sys.exit(128 + stop.signum)
   except KeyboardInterrupt:  # Before the first round, or after the last.
+    processes.end('it was interrupted.')
     sys.exit(128 + signal.SIGINT)
-  print(report.summary_table([summary]))
-  print(f'report: {WORKDIR.value}/report.html')
+  except Exception as error:
+    processes.explain_failure()
+    processes.end(f'{type(error).__name__}: {error}')
+    raise
+  if jax.process_index() == 0:
+    print(report.summary_table([summary]))
+    print(f'report: {WORKDIR.value}/report.html')
+  processes.end()
+
+
+def _start(config) -> None:
+  """Meets the other processes, and gives CPUs virtual devices."""
+  timeout = config.get('faults', {}).get('timeout')
+  if not isinstance(timeout, int | float) or not timeout > 0:
+    timeout = 60  # `validate` will say what is wrong.
+  count = processes.start(
+    COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, timeout
+  )
+  devices = config.get('num_devices') or config.get('num_workers', 1)
+  if isinstance(devices, int) and devices > 0:
+    # One virtual CPU device per worker; GPUs and TPUs stay as they are. More
+    # would only copy the data more often: workers can take turns.
+    here = -(-devices // count)
+    jax.config.update('jax_num_cpu_devices', min(here, 64))
 
 
 def _fail(error: object, code: int = 2) -> NoReturn:
-  print('error:', ' '.join(str(error).split()), file=sys.stderr)
+  line = ' '.join(str(error).split())
+  print('error:', line, file=sys.stderr, flush=True)
+  processes.end(line)
   sys.exit(code)
 
 

@@ -135,7 +135,8 @@ class Setup:
     if isinstance(train.images, StreamedImages):
       crops = self.augmentation.resized_crop
       rounds, seed = config.num_rounds, config.seed
-      return feeding.Stream(train.images, indices, rounds, seed, crops)
+      mine = state_lib.workers_here(self.mesh, config.num_workers)
+      return feeding.Stream(train.images, indices, rounds, seed, crops, mine)
     everywhere = NamedSharding(self.mesh, state_lib.REPLICATED)
     return feeding.Resident(train.images, train.labels, indices, everywhere)
 
@@ -327,7 +328,19 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
 
 
 def _num_devices(config) -> int:
-  at_hand = len(jax.devices())
+  """Chooses D; processes have equally many of the devices."""
+  processes = jax.process_count()
+  if config.num_workers % processes:
+    raise ConfigError(
+      f'num_workers is {config.num_workers}, but there are {processes} '
+      'processes: use a multiple of them.'
+    )
+  if config.num_devices % processes:
+    raise ConfigError(
+      f'num_devices is {config.num_devices}, but there are {processes} '
+      'processes: use a multiple of them, or leave it at 0.'
+    )
+  at_hand = processes * len(jax.local_devices())
   if config.num_devices > at_hand:
     raise ConfigError(
       f'num_devices is {config.num_devices}, but there are {at_hand} here: '
@@ -335,4 +348,5 @@ def _num_devices(config) -> int:
     )
   if config.num_devices:
     return config.num_devices
-  return max(d for d in range(1, at_hand + 1) if config.num_workers % d == 0)
+  possible = range(processes, at_hand + 1, processes)
+  return max(d for d in possible if config.num_workers % d == 0)

@@ -2,28 +2,32 @@
 
 A checkpoint holds the blocks of each worker as they lie on the devices, and the
 slots that say which blocks they are, so any number of workers and devices can
-go on from it. Each carries a digest of its arrays: one with flipped bytes
-counts as damaged, and the newest whole one is restored.
+go on from it. The last thing written is a digest of its files: one without it,
+or with flipped bytes, counts as damaged, and the newest whole one is restored.
+Where a run has several processes, the first one writes and compares digests,
+and all restore the checkpoint that it found whole.
 """
 
 from collections.abc import Mapping
 import hashlib
-import json
 import pathlib
 from typing import Any, NamedTuple
 
 from absl import logging
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from resist_jax.dealing import Deal
+from resist_jax.metrics import replace_text
 from resist_jax.state import SHARDED, State, first_copy
 
 PyTree = Any
 
 KEEP = 3  # A fallback for the newest, and one for the fallback.
+_NONE, _DAMAGED = -1, -2  # Where a round was looked for.
 
 
 class Restored(NamedTuple):
@@ -40,6 +44,10 @@ class Restored(NamedTuple):
   progress: dict[str, Any]
 
 
+class SaveError(OSError):
+  """A checkpoint could not be written; earlier ones are as they were."""
+
+
 class Checkpoints:
   """The checkpoints of one run."""
 
@@ -47,14 +55,20 @@ class Checkpoints:
     """Opens the folder, and makes it where it does not exist.
 
     Args:
-      workdir: Of the run.
+      workdir: Of the run; where there are several processes, all see it.
       mesh: Whose devices read the parts of the workers that live there.
     """
     self._sharding = NamedSharding(mesh, SHARDED)
-    policy: Any = ocp.training.preservation_policies.LatestN(KEEP)
-    directory = str(workdir.absolute() / 'checkpoints')  # Orbax's own wish.
+    self._folder = workdir.absolute() / 'checkpoints'  # Orbax's own wish.
+    self._digests = workdir.absolute() / 'digests'
+    policies = ocp.training.save_decision_policies
+    save: Any = policies.ContinuousCheckpointingPolicy()
+    keep: Any = ocp.training.preservation_policies.LatestN(KEEP)
     self._checkpointer = ocp.training.Checkpointer(
-      directory, preservation_policy=policy, cleanup_tmp_directories=True
+      str(self._folder),
+      save_decision_policy=save,
+      preservation_policy=keep,
+      cleanup_tmp_directories=True,
     )
 
   def save(
@@ -69,6 +83,9 @@ class Checkpoints:
       state: What the workers hold.
       num_blocks: L of each partitioned chain.
       progress: JSON values; `progress['round']` names the checkpoint.
+
+    Raises:
+      SaveError: If it cannot be written.
     """
     arrays: Any = {'params': _parts(state.shared, state.chain)}
     if state.velocity is not None:
@@ -80,19 +97,22 @@ class Checkpoints:
       'num_blocks': dict(num_blocks),
       'slots': {k: deal.slots.tolist() for k, deal in state.slots.items()},
     }
-    record['sha256'] = _seal(arrays, record)
-    # Forced: after a fallback, a damaged checkpoint of a later round is there.
-    saved = self._checkpointer.save(
-      progress['round'],
-      arrays,
-      force=True,
-      overwrite=True,
-      custom_metadata=record,
-    )
-    if not saved:
-      raise OSError(
-        f'the checkpoint of round {progress["round"]} was not saved.'
+    step = progress['round']
+    try:
+      # Forced: after a fallback, a damaged one of a later round is there.
+      saved = self._checkpointer.save(
+        step, arrays, force=True, overwrite=True, custom_metadata=record
       )
+      if not saved:
+        raise OSError('orbax did not save it')
+      if jax.process_index() == 0:
+        self._write_digest(step)
+    except Exception as error:  # orbax and its codecs raise nearly anything.
+      raise SaveError(
+        f'the checkpoint of round {step} cannot be written '
+        f'({_one_line(error)}): make room in {self._folder.parent}, or make it '
+        'writable; the same command goes on from the checkpoint before.'
+      ) from error
 
   def restore(self) -> Restored | None:
     """Reads the newest checkpoint that is whole.
@@ -103,24 +123,59 @@ class Checkpoints:
     Raises:
       ValueError: If there are checkpoints and all of them are damaged.
     """
-    found = sorted(self._checkpointer.checkpoints, key=lambda c: -c.step)
-    for position, checkpoint in enumerate(found):
-      try:
-        return self._read(checkpoint.step)
-      except Exception as error:  # orbax and its codecs raise nearly anything.
-        older = [c.step for c in found[position + 1 :]]
-        logging.warning(
-          'the checkpoint of round %d is damaged (%s); %s',
-          checkpoint.step,
-          ' '.join(str(error).split())[:100],
-          f'falling back to round {older[0]}' if older else 'none is left',
-        )
-    if found:
+    step = np.int32(self._newest() if jax.process_index() == 0 else 0)
+    if jax.process_count() > 1:
+      step = multihost_utils.broadcast_one_to_all(step)
+    if step == _NONE:
+      return None
+    if step == _DAMAGED:
+      count = len(self._checkpointer.checkpoints)
       raise ValueError(
-        f'all {len(found)} checkpoints in {self._checkpointer.directory} are '
-        'damaged: move that folder away to start from round 0.'
+        f'all {count} checkpoints in {self._folder} are damaged: move that '
+        'folder away to start from round 0.'
       )
-    return None
+    return self._read(int(step))
+
+  def _newest(self) -> int:
+    """Returns the newest whole one, `_NONE` or `_DAMAGED`."""
+    steps = sorted(c.step for c in self._checkpointer.checkpoints)
+    if not steps:
+      return _NONE
+    while steps:
+      step = steps.pop()
+      try:
+        if self._digest_path(step).read_text() == self._digest(step):
+          self._checkpointer.metadata(step)  # Orbax knows what it is.
+          return step
+        problem = 'its digest differs from the one saved with it'
+      except Exception as error:
+        problem = _one_line(error)
+      logging.warning(
+        'the checkpoint of round %d is damaged (%s); %s',
+        step,
+        problem,
+        f'falling back to round {steps[-1]}' if steps else 'none is left',
+      )
+    return _DAMAGED
+
+  def _digest_path(self, step: int) -> pathlib.Path:
+    return self._digests / f'{step}.sha256'
+
+  def _digest(self, step: int) -> str:
+    """Returns a digest of the names and the bytes of a checkpoint's files."""
+    sha, folder = hashlib.sha256(), self._folder / str(step)
+    for path in sorted(p for p in folder.rglob('*') if p.is_file()):
+      with path.open('rb') as file:
+        content = hashlib.file_digest(file, 'sha256').hexdigest()
+      sha.update(f'{path.relative_to(folder)} {content}\n'.encode())
+    return sha.hexdigest()
+
+  def _write_digest(self, step: int) -> None:
+    self._digests.mkdir(exist_ok=True)
+    replace_text(self._digest_path(step), self._digest(step))
+    for path in self._digests.glob('*.sha256'):  # Of those that orbax dropped.
+      if not (self._folder / path.stem).exists():
+        path.unlink()
 
   def _read(self, step: int) -> Restored:
     saved: Any = self._checkpointer.metadata(step)
@@ -138,8 +193,6 @@ class Checkpoints:
 
     targets = jax.tree_util.tree_map_with_path(target, saved.metadata)
     arrays: Any = self._checkpointer.load(step, targets)
-    if record is None or record.pop('sha256') != _seal(arrays, record):
-      raise ValueError('its digest differs from the one saved with it')
     slots = {
       name: Deal(np.array(table, np.int32))
       for name, table in record['slots'].items()
@@ -160,10 +213,8 @@ class Checkpoints:
     self._checkpointer.close()  # Waits for what is being written.
 
 
-def _seal(arrays: PyTree, record: Mapping[str, Any]) -> str:
-  """Returns a digest of everything that a checkpoint says."""
-  words = json.dumps(record, sort_keys=True) + digest(arrays)
-  return hashlib.sha256(words.encode()).hexdigest()
+def _one_line(error: Exception) -> str:
+  return ' '.join(str(error).split())[:100]
 
 
 def _parts(shared: PyTree, chain: PyTree) -> dict[str, PyTree]:

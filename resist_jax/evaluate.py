@@ -30,6 +30,7 @@ from resist_jax.blocks import Block, Branch
 from resist_jax.exchange import WORKER
 from resist_jax.export import Predictor
 from resist_jax.model import ResNet
+from resist_jax.placement import place, to_host
 from resist_jax.state import REPLICATED, SHARDED
 
 PyTree = Any
@@ -122,7 +123,7 @@ class Evaluator:
     groups = self._groups('', self._sample, np.arange(count * size), size)
     found = collections.defaultdict(list)
     for _, measured in self._walks(groups, shared, chain, slots, {}):
-      for step, values in jax.device_get(measured).items():
+      for step, values in to_host(measured).items():
         found[step] += values
 
     def mean(*values):  # Batches that fill up the last group come last.
@@ -165,7 +166,7 @@ class Evaluator:
         groups += self._groups(paper, split, part, min(size, len(part)))
     hits = []
     for found, _ in self._walks(groups, shared, chain, slots, statistics):
-      hits += jax.device_get(found)
+      hits += to_host(found)
     right, total = collections.Counter(), collections.Counter()
     for group, found in zip(groups, hits, strict=True):
       right[group.name] += int(found.sum())
@@ -221,7 +222,9 @@ class Evaluator:
       if cut is not None:
         params = self._fetch(chain, slots, cut, waiting)
       for g, group in enumerate(groups):
-        x = self._images(group) if waiting[g] is None else waiting[g]
+        x = waiting[g]
+        if x is None:
+          x = self._normalise(self._put(group.split.images[group.rows]))
         for name, i in run:
           index = None if i is None else np.int32(0 if cut else i)
           scale = self._scales[name][i] if name in self._scales else _ONE
@@ -255,14 +258,11 @@ class Evaluator:
     stats = statistics.get(name, {})
     if i is not None:
       stats = jax.tree.map(lambda x: x[i], stats)
-    return jax.device_put(stats, NamedSharding(self._mesh, REPLICATED))
-
-  def _images(self, group):
-    return self._normalise(self._put(group.split.images[group.rows]))
+    return place(stats, NamedSharding(self._mesh, REPLICATED))
 
   def _put(self, array):
     """Gives row d of an array to device d."""
-    return jax.device_put(array, NamedSharding(self._mesh, SHARDED))
+    return place(array, NamedSharding(self._mesh, SHARDED))
 
 
 @partial(jax.jit, static_argnames='mesh')

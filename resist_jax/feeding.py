@@ -6,13 +6,13 @@ in the batch), so a resumed run sees the same pixels.
 
 from collections.abc import Callable, Iterator
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from resist_jax.placement import place
 from resist_jax.streaming import THREADS, StreamedImages
 
 PyTree = Any
@@ -43,7 +43,7 @@ class Resident:
       indices: Which of them a round is made of, `int32[S, T, B]`.
       sharding: How they lie.
     """
-    self.constants: PyTree = jax.device_put((images, labels), sharding)
+    self.constants: PyTree = place((images, labels), sharding)
     self._indices = indices
 
   def batches(self, round_index: int) -> np.ndarray:
@@ -74,6 +74,7 @@ class Stream:
     num_rounds: int,
     seed: int,
     random_crops: bool,
+    workers: range | None = None,
   ):
     """Describes the stream; nothing is read yet.
 
@@ -83,6 +84,7 @@ class Stream:
       num_rounds: Of the run.
       seed: Of the run.
       random_crops: Crop images at random instead of showing their centre.
+      workers: Whose examples to read; all, if None.
     """
     self._images = images
     self._indices = functools.lru_cache(maxsize=4)(indices)
@@ -92,17 +94,19 @@ class Stream:
     self._iterator: Iterator[Any] = iter(())
     self._next = -1  # The step that the iterator stands at.
     self._shape = self._indices(0).shape
+    self._workers = workers or range(self._shape[0])
 
   def __len__(self) -> int:
-    """Returns how many examples the run is made of, repetitions included."""
-    return self._num_rounds * math.prod(self._shape)
+    """Returns how many examples these workers see, repetitions included."""
+    _, T, B = self._shape
+    return self._num_rounds * T * len(self._workers) * B
 
   def __getitem__(self, number: int) -> tuple[np.ndarray, np.int32]:
     """Reads an example of the run: `uint8[H, W, C]` and its label."""
-    S, T, B = self._shape
-    round_index, t, s, b = map(
-      int, np.unravel_index(number, (self._num_rounds, T, S, B))
-    )
+    _, T, B = self._shape
+    order = (self._num_rounds, T, len(self._workers), B)
+    round_index, t, s, b = map(int, np.unravel_index(number, order))
+    s = self._workers[s]
     rng = None
     if self._random_crops:
       place = (round_index, s, t, b)
@@ -120,9 +124,10 @@ class Stream:
 
     Yields:
       For each of T steps, images `uint8[S, B, H, W, C]` and labels
-      `int32[S, B]`.
+      `int32[S, B]`, of the S workers that this process looks after.
     """
-    S, T, B = self._shape
+    _, T, B = self._shape
+    S = len(self._workers)
     if self._next != round_index * T:
       self._iterator, self._next = self._from(round_index * T), round_index * T
     for _ in range(T):
@@ -131,7 +136,7 @@ class Stream:
       yield images.reshape(S, B, *images.shape[1:]), labels.reshape(S, B)
 
   def batch_shapes(self) -> PyTree:
-    """Returns shapes and dtypes in the form of `batches`."""
+    """Returns shapes and dtypes of the batches of all workers together."""
     S, T, B = self._shape
     images = jax.ShapeDtypeStruct((S, B, *self._images.image_shape), jnp.uint8)
     return T * [(images, jax.ShapeDtypeStruct((S, B), jnp.int32))]
@@ -139,7 +144,8 @@ class Stream:
   def _from(self, step: int) -> Iterator[Any]:
     import grain  # Slow to import, and sets in memory need it not.
 
-    S, _, B = self._shape
+    _, _, B = self._shape
+    S = len(self._workers)
     options = grain.ReadOptions(THREADS, PREFETCHED * S * B)
     source: Any = self
     examples = grain.MapDataset.source(source)[step * S * B :]

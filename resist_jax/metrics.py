@@ -1,6 +1,7 @@
 """The rows of a run: a JSON line, TensorBoard scalars and a progress bar."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import json
 import pathlib
 from typing import Any
@@ -9,6 +10,31 @@ import tensorboardX
 import tqdm
 
 from resist_jax.config import ConfigError
+
+# Takes a row; see `MetricsLog.write`.
+Log = Callable[[Mapping[str, Any]], None]
+
+
+@contextlib.contextmanager
+def open_log(
+  workdir: pathlib.Path, start_round: int, num_rounds: int, writes: bool
+) -> Iterator[Log]:
+  """Opens the logs in the process that writes them.
+
+  Args:
+    workdir: Of the run.
+    start_round: Rounds completed.
+    num_rounds: Of the whole run.
+    writes: Whether this process does.
+
+  Yields:
+    What logs a round, or does nothing.
+  """
+  if not writes:
+    yield lambda row: None
+    return
+  with MetricsLog(workdir, start_round, num_rounds) as log:
+    yield log.write
 
 
 class MetricsLog:

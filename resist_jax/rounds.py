@@ -20,6 +20,7 @@ from resist_jax.dealing import Deal
 from resist_jax.hand_over import hand_over
 from resist_jax.local_training import LossFn, make_local_training
 from resist_jax.optimizer import Schedule
+from resist_jax.placement import place, place_parts
 from resist_jax.state import REPLICATED, SHARDED, Protocol, State
 
 PyTree = Any
@@ -113,13 +114,13 @@ class Round:
     before, slots = self._on_mesh(state.slots)
     after, _ = self._on_mesh(next_slots)
     if 'round' in self.compiled:
-      batches = jax.device_put(batches, self._sharding)
+      batches = place(batches, self._sharding)
       inputs = (trained, state.error, before, after)
       new, metrics = self.compiled['round'](*inputs, constants, batches, index)
       return new._replace(slots=dict(next_slots)), metrics
     local = self.compiled['begin'](*trained)
     for t, batch in enumerate(self._by_step(batches)):
-      batch = jax.device_put(batch, self._sharding)
+      batch = self._place(batch)
       if self._streamed or self._protocol.average_gradients:
         # The batch before is trained on while this one comes; no third waits.
         jax.block_until_ready(local)
@@ -144,6 +145,12 @@ class Round:
     steps = range(self._protocol.local_steps)
     return (jax.tree.map(lambda x, t=t: x[:, t], batches) for t in steps)
 
+  def _place(self, batch: PyTree) -> PyTree:
+    if self._streamed:  # Of the workers of this process alone.
+      workers = self._protocol.num_workers
+      return place_parts(batch, self._sharding, workers)
+    return place(batch, self._sharding)
+
   def _check(self, slots, next_slots) -> None:
     if self._protocol.exchange != 'hand_over':
       return
@@ -159,12 +166,10 @@ class Round:
   def _on_mesh(self, deals):
     """Puts deals, and slots alone, where the programs want them."""
     deals = {
-      name: jax.device_put(
+      name: jax.tree.map(
+        lambda x, spec: place(x, NamedSharding(self._mesh, spec)),
         deal._replace(own=None),
-        jax.tree.map(
-          lambda spec: NamedSharding(self._mesh, spec),
-          deal_specs(deal.own is not None),
-        ),
+        deal_specs(deal.own is not None),
       )
       for name, deal in deals.items()
     }

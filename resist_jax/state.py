@@ -11,6 +11,7 @@ import numpy as np
 from resist_jax import decomposition, exchange, wire
 from resist_jax.dealing import Deal, Dealer
 from resist_jax.exchange import WORKER
+from resist_jax.placement import rows
 
 PyTree = Any
 # The same for all partitioned chains, or by name; see `decomposition`.
@@ -21,11 +22,30 @@ REPLICATED = PartitionSpec()
 
 
 def make_mesh(num_devices: int) -> Mesh:
-  """Returns a mesh of the first `num_devices` devices on the axis `worker`."""
+  """Returns a mesh of devices on the axis `worker`, as many of each process."""
   # Explicit axes, the default of make_mesh, would insist on input specs.
   auto = (jax.sharding.AxisType.Auto,)
-  devices = jax.devices()[:num_devices]
+  each = num_devices // jax.process_count()
+  devices = [
+    device
+    for process in range(jax.process_count())
+    for device in jax.devices()
+    if device.process_index == process
+  ]
+  by_process = np.array(devices).reshape(jax.process_count(), -1)
+  devices = by_process[:, :each].ravel().tolist()
   return jax.make_mesh((num_devices,), (WORKER,), auto, devices=devices)
+
+
+def workers_here(mesh: Mesh, num_workers: int) -> range:
+  """Returns the workers on this process's devices; they are neighbours."""
+  each = num_workers // mesh.size
+  mine = [
+    d
+    for d, device in enumerate(mesh.devices.flat)
+    if device.process_index == jax.process_index()
+  ]
+  return range(mine[0] * each, (mine[-1] + 1) * each)
 
 
 def min_depth_of(chain: str, min_depth: MinDepth) -> int | None:
@@ -197,13 +217,13 @@ def replicate(tree: PyTree, num_workers: int, mesh: Mesh) -> PyTree:
 def _place(row_of, num_workers, shape, mesh) -> jax.Array:
   """Makes an array `[S, ...]`; each device gets its workers' rows, no more."""
 
-  def rows(index):
+  def rows_of(index):
     first, stop, _ = index[0].indices(num_workers)
     return np.stack([row_of(worker) for worker in range(first, stop)])
 
   sharding = NamedSharding(mesh, SHARDED)
   shape = (num_workers, *shape)
-  return jax.make_array_from_callback(shape, sharding, rows)
+  return jax.make_array_from_callback(shape, sharding, rows_of)
 
 
 def first_copy(x: jax.Array | np.ndarray) -> np.ndarray:
@@ -262,7 +282,7 @@ def assemble(
   def gather(shared, chain):
     shared = jax.tree.map(first_copy, shared)
     whole = {
-      name: jax.tree.map(lambda x, i=index: np.asarray(x)[i], chain[name])
+      name: jax.tree.map(lambda x, i=index: rows(x, *i), chain[name])
       for name, index in where.items()
     }
     return decomposition.join(shared, whole)

@@ -19,6 +19,7 @@ from resist_jax.clock import Clock
 from resist_jax.config import ConfigError
 from resist_jax.dealing import Deal
 from resist_jax.interrupt import Interrupt, Interrupted
+from resist_jax.placement import to_host
 from resist_jax.state import State
 from resist_jax.summary import summarise
 from resist_jax.validation import validate
@@ -81,9 +82,12 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   checkpoints = Checkpoints(folder, setup.mesh)
   with Interrupt() as interrupt, checkpoints:
     restored = _restore(checkpoints, setup)
-    workdir_lib.write_json(folder / 'config.json', config.to_dict())
     done = restored.progress['round'] if restored else 0
-    with metrics.MetricsLog(folder, done, config.num_rounds) as log:
+    # Process 0 writes what is not on the devices; all write checkpoints.
+    writes = jax.process_index() == 0
+    if writes:
+      workdir_lib.write_json(folder / 'config.json', config.to_dict())
+    with metrics.open_log(folder, done, config.num_rounds, writes) as log:
       state, phase, progress = _loop(
         setup, checkpoints, log, interrupt, restored, started
       )
@@ -91,8 +95,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   statistics = setup.evaluator.statistics(*state.parts)
   export.save(folder, setup.evaluator.predictor(params, statistics))
   summary = summarise(setup, phase, params, dataclasses.asdict(progress))
-  workdir_lib.write_json(folder / 'summary.json', summary)
-  report.write_report([folder], folder)
+  if writes:
+    workdir_lib.write_json(folder / 'summary.json', summary)
+    report.write_report([folder], folder)
   return summary
 
 
@@ -127,7 +132,7 @@ class _Dispatched(NamedTuple):
 def _loop(
   setup: Setup,
   checkpoints: Checkpoints,
-  log: metrics.MetricsLog,
+  log: metrics.Log,
   interrupt: Interrupt,
   restored: Restored | None,
   started: float,
@@ -150,7 +155,7 @@ def _loop(
     # This round runs while the metrics of the one before are read and logged.
     if running:
       progress = _read(setup, running, progress, clock)
-      log.write(progress.last)
+      log(progress.last)
     running = _Dispatched(index, phase, before, after, measured)
 
     done = index + 1
@@ -165,7 +170,7 @@ def _loop(
     clock.stop()
     if evaluates:
       progress = _with_accuracies(progress, evaluator(*state.parts))
-    log.write(progress.last)
+    log(progress.last)
     elapsed = seconds_before + time.perf_counter() - started
     progress = dataclasses.replace(
       progress,
@@ -194,7 +199,7 @@ def _read(
   setup: Setup, running: _Dispatched, progress: Progress, clock: Clock
 ) -> Progress:
   """Waits for a round and turns its metrics into a row of the log."""
-  measured = {k: np.asarray(v) for k, v in running.metrics.items()}
+  measured = to_host(running.metrics)
   done = running.index + 1
   bad = np.flatnonzero(~measured['finite'])
   if len(bad):

@@ -10,13 +10,14 @@ ROOT = PACKAGE.parent
 
 # A module may import those in the lines above its own.
 LAYERS = [
-  {'decomposition', 'layers', 'optimizer', 'interrupt', 'plots', 'clock'},
+  {'decomposition', 'layers', 'optimizer', 'interrupt', 'plots', 'clock'}
+  | {'placement', 'processes'},
   {'dealing', 'wire', 'hlo', 'blocks'},
   {'exchange', 'model'},
   {'hand_over', 'state', 'config', 'initial'},
   {'local_training', 'accounting', 'streaming'},
-  {'catalog', 'feeding', 'validation'},
-  {'rounds', 'data', 'checkpoint', 'metrics', 'records'},
+  {'catalog', 'feeding', 'validation', 'metrics'},
+  {'rounds', 'data', 'checkpoint', 'records'},
   {'footprint', 'report', 'export', 'augmentation', 'workdir'},
   {'evaluate', 'classification'},
   {'build'},

@@ -1,0 +1,124 @@
+"""Host arrays onto a mesh, and back, where the mesh may span processes.
+
+A process reaches its own devices only. What it places there, all processes
+know; what lies elsewhere, it asks for in a small program that all of them run.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+import numpy as np
+
+PyTree = Any
+
+
+def place(tree: PyTree, sharding: Sharding) -> PyTree:
+  """Puts arrays that every process has on the devices.
+
+  `jax.device_put` would compare them between processes, over the network.
+
+  Args:
+    tree: Pytree of arrays, equal in all processes.
+    sharding: How each of them shall lie.
+
+  Returns:
+    Pytree of `jax.Array`; each process fills its own devices.
+  """
+  if sharding.is_fully_addressable:
+    return jax.device_put(tree, sharding)
+
+  def put(x):
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
+
+  return jax.tree.map(put, tree)
+
+
+def place_parts(tree: PyTree, sharding: Sharding, count: int) -> PyTree:
+  """Puts arrays on the devices of which each process has its own part.
+
+  Args:
+    tree: Pytree of arrays, the rows that belong to this process's devices.
+    sharding: How the rows of all processes shall lie.
+    count: How many rows there are.
+
+  Returns:
+    Pytree of `jax.Array` of `count` rows.
+  """
+  if sharding.is_fully_addressable:
+    return jax.device_put(tree, sharding)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(
+      sharding, x, (count, *x.shape[1:])
+    ),
+    tree,
+  )
+
+
+def to_host(tree: PyTree) -> PyTree:
+  """Brings whole arrays to the host of every process.
+
+  Args:
+    tree: Pytree of arrays, sharded over any devices of a mesh.
+
+  Returns:
+    Pytree of NumPy arrays.
+  """
+  far = [
+    x
+    for x in jax.tree.leaves(tree)
+    if isinstance(x, jax.Array) and not x.is_fully_addressable
+  ]
+  if any(not x.is_fully_replicated for x in far):
+    mesh: Any = far[0].sharding
+    tree = _copy(NamedSharding(mesh.mesh, PartitionSpec()))(tree)
+  return jax.tree.map(np.asarray, jax.device_get(tree))
+
+
+@partial(jax.jit, static_argnames='sharding')
+def _replicate(sharding: Sharding, tree: PyTree) -> PyTree:
+  return lax.with_sharding_constraint(tree, sharding)
+
+
+def _copy(sharding: Sharding):
+  return partial(_replicate, sharding)
+
+
+def rows(x: Any, worker: np.ndarray, slot: np.ndarray) -> np.ndarray:
+  """Reads chosen blocks of workers, none of which need be near.
+
+  Args:
+    x: `[S, K, ...]`.
+    worker: `int32[n]`, whose blocks.
+    slot: `int32[n]`, in which slots.
+
+  Returns:
+    `[n, ...]`, on the host of every process. No device holds more of them at a
+    time than one besides its own.
+  """
+  if not isinstance(x, jax.Array) or x.is_fully_addressable:
+    return np.asarray(x)[worker, slot]
+  sharding: Any = x.sharding
+  everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+  return np.stack(
+    [
+      np.asarray(_row(everywhere, x, np.int32(w), np.int32(k)))
+      for w, k in zip(worker, slot, strict=True)
+    ]
+  )
+
+
+@partial(jax.jit, static_argnames='sharding')
+def _row(sharding, x, worker, slot):
+  # Added up as bits: a sum of numbers would turn -0.0 into 0.0.
+  bits = lax.bitcast_convert_type(x, jnp.uint32)
+  own = jnp.arange(x.shape[0])[:, None] == worker
+  here = own & (jnp.arange(x.shape[1])[None] == slot)
+  here = here.reshape(here.shape + (1,) * (x.ndim - 2))
+  found = jnp.where(here, bits, 0).sum(axis=(0, 1), dtype=jnp.uint32)
+  found = lax.with_sharding_constraint(found, sharding)
+  return lax.bitcast_convert_type(found, x.dtype)

@@ -1,0 +1,266 @@
+"""Several processes of one run: how they meet, and how they miss each other.
+
+JAX's distributed runtime brings them together. Each then shows that it is
+alive, every few seconds, in the key-value store of the coordinator, which is
+process 0, and looks for the others there. Clocks are never compared: what
+counts is how long a sign has not changed, on the looker's own monotonic clock.
+
+A process that misses another one ends itself: a collective would wait forever.
+The same command starts again from the newest checkpoint.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import Any, NoReturn
+import warnings
+
+import jax
+
+# EX_TEMPFAIL of sysexits.h: another try may succeed. Bad input exits with 2.
+TRY_AGAIN = 75
+
+# Seconds that the others have to part after they have said that they end.
+_PARTING = 3
+_FOLDER = 'resist_jax'
+_END = 'end'
+
+
+class StartError(RuntimeError):
+  """The processes did not find each other."""
+
+
+def start(
+  coordinator: str | None,
+  num_processes: int | None,
+  process_id: int | None,
+  timeout: float,
+) -> int:
+  """Joins the processes of a run, before JAX is used for anything else.
+
+  Args:
+    coordinator: `HOST:PORT` of process 0; None: what SLURM, Open MPI,
+      Kubernetes or a TPU pod says, or no others where there is no such thing.
+    num_processes: How many; 1 for this one alone, whatever the surroundings.
+    process_id: Which of them this is.
+    timeout: Seconds without a sign of life that mean death.
+
+  Returns:
+    How many processes there are.
+
+  Raises:
+    StartError: If the others do not come.
+  """
+  if num_processes == 1:
+    return 1
+  # Dead processes are this module's business, and SIGTERM is `interrupt`'s.
+  jax.config.update('jax_enable_recoverability', True)
+  jax.config.update('jax_enable_preemption_service', False)
+  wait = max(int(timeout), 30)
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')  # Of clusters that it could not ask.
+      jax.distributed.initialize(
+        coordinator,
+        num_processes,
+        process_id,
+        initialization_timeout=wait,
+        # Later than this module, which says it in one line.
+        heartbeat_timeout_seconds=4 * wait,
+        shutdown_timeout_seconds=wait,
+      )
+  except ValueError:
+    if coordinator is not None:
+      raise
+    return 1  # No cluster: this process is alone.
+  except Exception as error:
+    reason = ' '.join(str(error).split())[:200]
+    raise StartError(
+      f'the processes did not find each other within {wait} seconds '
+      f'({reason}). Start all of them, with the same --coordinator (a host and '
+      'port of process 0 that all can reach) and --num_processes; for a run of '
+      'one process, whatever the surroundings, --num_processes=1.'
+    ) from error
+  from jax._src import distributed  # Its store has no public name.
+
+  if distributed.global_state.num_processes > 1:
+    _Watch(distributed.global_state, timeout).begin()
+  return distributed.global_state.num_processes
+
+
+class _Watch:
+  """Two threads: one gives and reads signs of life, one looks at the clock."""
+
+  current: '_Watch | None' = None
+
+  def __init__(self, state: Any, timeout: float):
+    # Asking `jax.process_index` would start the devices, and wait for all.
+    self._state = state
+    self._store = state.client
+    self._me = state.process_id
+    self._others = [i for i in range(state.num_processes) if i != self._me]
+    self._timeout = timeout
+    self._signs: dict[int, str] = {}
+    now = time.monotonic()
+    self._seen = dict.fromkeys(self._others, now)
+    self._answered = now
+    self.ended: dict[int, str] = {}
+    self._leaving = False
+
+  def begin(self) -> None:
+    """Starts both threads."""
+    _Watch.current = self
+    self._say_why_at_an_abort()
+    for loop in (self._exchange_signs, self._look):
+      threading.Thread(target=loop, daemon=True).start()
+
+  @property
+  def interval(self) -> float:
+    """Seconds between two signs."""
+    return min(self._timeout / 10, 5)
+
+  def _exchange_signs(self) -> None:
+    count = 0
+    while not self._leaving:
+      count += 1
+      try:
+        self._put(f'alive/{self._me}', str(count))
+        self._read()
+      except Exception:  # The store is gone, or does not answer.
+        time.sleep(self.interval)
+        continue
+      time.sleep(self.interval)
+
+  def _put(self, key: str, value: str) -> None:
+    self._store.key_value_set(f'{_FOLDER}/{key}', value, allow_overwrite=True)
+
+  def _read(self) -> None:
+    signs = self._store.key_value_dir_get(f'{_FOLDER}/')
+    self._answered = time.monotonic()
+    for key, value in signs:
+      kind, _, process = key.removeprefix(f'{_FOLDER}/').partition('/')
+      process = int(process)
+      if process == self._me:
+        continue
+      if kind == _END:
+        self.ended[process] = value
+      elif self._signs.get(process) != value:
+        self._signs[process] = value
+        self._seen[process] = self._answered
+
+  def _look(self) -> None:
+    while not self._leaving:
+      time.sleep(self.interval / 2)
+      self.check(self._timeout)
+
+  def check(self, timeout: float) -> None:
+    """Ends this process if another one has been silent for too long."""
+    now = time.monotonic()
+    said = {i: why for i, why in self.ended.items() if why}
+    if said:
+      # Whoever fails for the same reason should have the time to say so.
+      time.sleep(self.interval)
+      process, why = min(said.items())
+      self.leave(f'process {process} stopped: {why}')
+    if now - self._answered > timeout:
+      self.leave(f'{self._name(0)} has not answered for {timeout:.0f} seconds')
+    for process, seen in self._seen.items():
+      if process not in self.ended and now - seen > timeout:
+        silent = f'{timeout:.0f} seconds'
+        self.leave(f'{self._name(process)} has given no sign for {silent}')
+
+  def _name(self, process: int) -> str:
+    where = f' ({self._state.coordinator_address})' if process == 0 else ''
+    return f'process {process}{where}'
+
+  def leave(self, reason: str) -> NoReturn:
+    """Ends this process at once: its collectives would wait forever."""
+    if self._leaving:
+      threading.Event().wait()  # Another thread is at it.
+    self._leaving = True
+    print(
+      f'error: process {self._me} ends, for {reason}; the same command goes on '
+      'from the newest checkpoint.',
+      file=sys.stderr,
+      flush=True,
+    )
+    # The store may not answer. If it is here, the others may still read it.
+    told = threading.Thread(
+      target=self._put, args=(f'{_END}/{self._me}', reason), daemon=True
+    )
+    told.start()
+    told.join(1)
+    if self._me == 0:
+      time.sleep(3 * self.interval)
+    os._exit(TRY_AGAIN)
+
+  def explain_failure(self) -> None:
+    """Waits until it is known who is missing, after a collective failed."""
+    deadline = time.monotonic() + self._timeout
+    while time.monotonic() < deadline:
+      self.check(4 * self.interval)
+      time.sleep(self.interval / 2)
+
+  def _say_why_at_an_abort(self) -> None:
+    """Says it in a line where JAX aborts because the coordinator is gone.
+
+    JAX's client then logs what happened at length and calls `abort`, whatever
+    it is told; a handler in C is the last to be asked.
+    """
+    if self._me == 0:
+      return
+    host, _, port = self._state.coordinator_address.rpartition(':')
+
+    def handler(signum):
+      del signum
+      try:
+        socket.create_connection((host.strip('[]'), int(port)), 1).close()
+      except OSError:
+        self.leave(f'{self._name(0)} is gone')
+
+    self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)  # Kept alive.
+    ctypes.CDLL(None).signal(signal.SIGABRT, self._handler)
+
+  def end(self, why: str) -> None:
+    """Tells the others that this process ends, and parts from them."""
+    signal.signal(signal.SIGABRT, signal.SIG_DFL)
+    try:
+      self._put(f'{_END}/{self._me}', why)
+      if self._me == 0:  # The store goes last, or the others would miss it.
+        deadline = time.monotonic() + self._timeout
+        while time.monotonic() < deadline and self._waits():
+          self._read()
+          time.sleep(0.05)
+        time.sleep(_PARTING)
+      self._leaving = True
+      jax.distributed.shutdown()
+    except Exception:  # The coordinator may be what is missing.
+      self._leaving = True
+
+  def _waits(self) -> bool:
+    return not self.ended.keys() >= set(self._others)
+
+
+def explain_failure() -> None:
+  """Ends this process, saying who is missing, if another one is.
+
+  A collective that fails says no more than that a connection broke. This
+  returns, after a time-out, if all others are alive.
+  """
+  if _Watch.current:
+    _Watch.current.explain_failure()
+
+
+def end(why: str = '') -> None:
+  """Parts from the other processes.
+
+  Args:
+    why: One line, if this process failed; the others end, too, and repeat it.
+  """
+  if _Watch.current:
+    _Watch.current.end(why)
+    _Watch.current = None
