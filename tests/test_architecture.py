@@ -13,7 +13,7 @@ LAYERS = [
   {'decomposition', 'layers', 'optimizer', 'interrupt', 'plots', 'clock'},
   {'dealing', 'wire', 'hlo', 'blocks'},
   {'exchange', 'model'},
-  {'hand_over', 'state', 'config', 'initial'},
+  {'hand_over', 'state', 'config', 'initial', 'health'},
   {'local_training', 'accounting', 'streaming'},
   {'catalog', 'feeding', 'validation'},
   {'rounds', 'data', 'checkpoint', 'metrics', 'records'},
