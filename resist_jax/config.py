@@ -27,6 +27,7 @@ ELASTIC = frozenset(
     'data.dir',
     'data.streaming',
     'data.extra_tests',
+    'phases',
     'faults',
   }
 )
