@@ -6,7 +6,8 @@ nothing overlaps. An exchange takes the bytes that the busiest worker sends /
 bandwidth, and latency * messages that wait for each other: 2 (S - 1) in a ring
 all-reduce, one a column and two a guest in a hand-over. Data parallel has T
 all-reduces a round. Baselines send float32. Where a hand-over is impossible, a
-masked psum stands in. Memory is a worker's, without activations.
+masked psum stands in. What workers tell each other of their losses is too small
+to count. Memory is a worker's, without activations.
 """
 
 import dataclasses
@@ -84,7 +85,8 @@ class Plan:
     lengths = {k: protocol.slots_per_worker(k) for k in protocol.num_blocks}
     flops = footprint.predicted_flops(self.setup.network, self.image, lengths)
     sizes = self.setup.sizes_for(protocol)
-    sent = accounting.wire_bytes(sizes, protocol, S) / S
+    models = dataclasses.replace(protocol, leave_out=False)
+    sent = accounting.wire_bytes(sizes, models, S) / S
     times = T if protocol.average_gradients else 1 + protocol.carry_velocity
     messages = times * 2 * (S - 1)
     for name in lengths if protocol.exchange == 'hand_over' else ():

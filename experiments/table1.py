@@ -255,7 +255,7 @@ def _read_bytes(
     args = local, {}, (), array((S, 1), jnp.int32), index, index
     text = run['step'].lower(*args).compile().as_text()
     return protocol.local_steps * hlo.wire_bytes(text, branches)
-  base = shared if protocol.sends_changes else None
+  base = protocol.kept(shared, chain)
   error = None
   if protocol.keeps_error:
     shapes = exchange.error_shapes(size, S)

@@ -261,16 +261,20 @@ def wire_bytes(
     Bytes, of all devices together.
   """
   S, D, encoding = protocol.num_workers, num_devices, protocol.format.values
+  # Where workers are left out, all know each other's losses first.
+  losses = all_reduce_bytes(S, S, D) if protocol.leave_out else 0
   if protocol.average_gradients:
     step = all_reduce_bytes(sizes.total, S, D, encoding)
-    return protocol.local_steps * step
-  total: float = all_reduce_bytes(sizes.shared, S, D, protocol.format.changes)
+    return protocol.local_steps * (step + losses)
+  total: float = losses
+  total += all_reduce_bytes(sizes.shared, S, D, protocol.format.changes)
   if protocol.carry_velocity:
     total += all_reduce_bytes(sizes.shared, S, D, encoding)
   times = 2 if protocol.carry_velocity else 1  # Momentum goes where blocks go.
   for name, length in protocol.num_blocks.items():
     if protocol.exchange == 'masked_psum':
-      total += all_reduce_bytes(length, S, D)  # Counts each block's holders.
+      # Counts each block's holders, and the good ones apart.
+      total += all_reduce_bytes((1 + protocol.leave_out) * length, S, D)
       chain: float = all_reduce_bytes(
         length * sizes.block[name], S, D, encoding
       )

@@ -173,6 +173,8 @@ class Setup:
       ),
       exchange=config.exchange,
       wire_format=config.wire_format,
+      leave_out=config.faults.leave_out,
+      loss_factor=config.faults.loss_factor,
     )
 
   def phase(self, round_index: int) -> Phase:

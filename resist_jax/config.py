@@ -10,7 +10,8 @@ from resist_jax import model as model_lib
 PHASE_FIELDS = ('full_before', 'full_after')
 
 # What may change between two runs in the same workdir: a checkpoint holds the
-# global model, so workers, devices and protocol are free (elastic resume).
+# global model, so workers, devices and protocol are free (elastic resume). A
+# name stands for the fields under it, too.
 ELASTIC = frozenset(
   {
     'protocol',
@@ -26,6 +27,8 @@ ELASTIC = frozenset(
     'data.dir',
     'data.streaming',
     'data.extra_tests',
+    'phases',
+    'faults',
   }
 )
 
@@ -72,6 +75,15 @@ def get_config() -> ml_collections.ConfigDict:
   config.phases = ml_collections.ConfigDict()
   config.phases.full_before = 0
   config.phases.full_after = 0
+
+  # What happens to workers that fail.
+  config.faults = ml_collections.ConfigDict()
+  # A worker whose update is not finite is left out of the round's means; else
+  # it stops the run. Costs memory: a worker's blocks as last agreed.
+  config.faults.leave_out = True
+  # Leave out, too, a worker whose loss is over so many times the median: it may
+  # be finite and of no use, and what is too much is yours to say. 0: nobody.
+  config.faults.loss_factor = 0.0
 
   config.optimizer = ml_collections.ConfigDict()
   config.optimizer.momentum = 0.9

@@ -20,7 +20,10 @@ WORKER = 'worker'
 
 
 def mean_over_workers(
-  tree: PyTree, num_workers: int, encoding: str = 'float32'
+  tree: PyTree,
+  num_workers: int,
+  encoding: str = 'float32',
+  good: jax.Array | None = None,
 ) -> PyTree:
   """Averages over all workers and gives each of them the result.
 
@@ -28,15 +31,59 @@ def mean_over_workers(
     tree: Pytree of arrays `[W, ...]`.
     num_workers: S, over the whole mesh.
     encoding: Of what is sent, see `wire.encode`.
+    good: `bool[S]`, the workers to average over, the same on all devices; None
+      for all. With none good, the mean is 0.
 
   Returns:
     Pytree of arrays `[W, ...]`, equal along W and on all devices.
   """
+  tree = zero_others(tree, good)
   if encoding == 'float32':
-    return jax.tree.map(lambda x: _sum_exactly(x) / num_workers, tree)
+    return jax.tree.map(
+      lambda x: _share(_sum_exactly(x), num_workers, good), tree
+    )
   flat, unflatten = _flatten(tree)
-  total, _ = sum_over_workers(flat / num_workers, num_workers, encoding)
+  parts = _share(flat, num_workers, good)
+  total, _ = sum_over_workers(parts, num_workers, encoding)
   return unflatten(jnp.broadcast_to(total, flat.shape))
+
+
+def here(good: jax.Array, workers: int) -> jax.Array:
+  """Returns the flags of this device's workers, `bool[W]` of `bool[S]`."""
+  return lax.dynamic_slice(
+    good, (lax.axis_index(WORKER) * workers,), (workers,)
+  )
+
+
+def zero_others(tree: PyTree, good: jax.Array | None) -> PyTree:
+  """Puts zeros where workers are left out; a NaN times 0 would be NaN.
+
+  Args:
+    tree: Pytree of arrays `[W, ...]`.
+    good: `bool[S]`, the workers to keep; None for all.
+
+  Returns:
+    Pytree of arrays `[W, ...]`.
+  """
+  if good is None:
+    return tree
+
+  def keep(x):
+    shape = (len(x),) + (1,) * (x.ndim - 1)
+    return jnp.where(here(good, len(x)).reshape(shape), x, 0)
+
+  return jax.tree.map(keep, tree)
+
+
+def _share(x, num_workers, good):
+  """Divides by the number of good workers."""
+  of_all = x / num_workers
+  if good is None:
+    return of_all
+  count = good.sum(dtype=x.dtype)
+  # Compilers make a product of a division by a constant: with all workers good,
+  # the same bits as without flags come of the same division.
+  return jnp.where(good.all(), of_all, x / jnp.maximum(count, 1))
 
 
 def _sum_exactly(x):
@@ -49,6 +96,7 @@ def add_mean_change(
   error: PyTree | None,
   num_workers: int,
   encoding: str,
+  good: jax.Array | None = None,
 ) -> tuple[PyTree, PyTree | None]:
   """Averages over all workers by sending changes since they last agreed.
 
@@ -59,13 +107,16 @@ def add_mean_change(
       forget what rounding leaves out.
     num_workers: S, over the whole mesh.
     encoding: Of what is sent, see `wire.encode`.
+    good: `bool[S]`, the workers to average over, the same on all devices; None
+      for all. Others send no change, but what earlier ones lack.
 
   Returns:
     `(tree, error)`: the mean of `after`, equal on all workers, but for
     rounding; and what the changes lacked this time.
   """
   old, unflatten = _flatten(before)
-  change = (_flatten(after)[0] - old) / num_workers
+  change = zero_others(_flatten(after)[0] - old, good)
+  change = _share(change, num_workers, good)
   total, error = sum_over_workers(change, num_workers, encoding, error)
   return unflatten(old + total[None]), error
 
@@ -154,6 +205,8 @@ def masked_psum(
   num_blocks: int,
   num_workers: int,
   encoding: str = 'float32',
+  good: jax.Array | None = None,
+  agreed: PyTree | None = None,
 ) -> PyTree:
   """Aggregates a chain and deals it again, for any slots before and after.
 
@@ -170,11 +223,18 @@ def masked_psum(
     num_blocks: L, the length of the chain. Every block must have a holder.
     num_workers: S, over the whole mesh.
     encoding: Of what is sent, see `wire.encode`.
+    good: `bool[S]`, the workers to average over, the same on all devices; None
+      for all.
+    agreed: As `chain`, before local training: what a block is where no holder
+      is good. None for zeros.
 
   Returns:
     Pytree of arrays `[W, K, ...]`, the blocks of the next round.
   """
-  holders = lax.psum(decomposition.block_count(slots, num_blocks), WORKER)
+  if good is None:
+    holders = lax.psum(decomposition.block_count(slots, num_blocks), WORKER)
+  else:
+    chain, holders = _of_good_holders(chain, agreed, slots, num_blocks, good)
 
   def divide(total):
     shape = (num_blocks,) + (1,) * (total.ndim - 1)
@@ -201,6 +261,30 @@ def masked_psum(
   total, _ = sum_over_workers(flat, num_workers, encoding)
   whole = unflatten(total[None])
   return jax.tree.map(lambda x: deal(x[0]), whole)
+
+
+def _of_good_holders(chain, agreed, slots, num_blocks, good):
+  """Puts what counts in place of blocks; also counts the holders it is from."""
+  mine = here(good, len(slots))[:, None]
+  # An empty slot holds L; so do, for once, those of workers left out.
+  counted = jnp.stack(
+    [
+      decomposition.block_count(table, num_blocks)
+      for table in (jnp.where(mine, slots, num_blocks), slots)
+    ]
+  )
+  trusted, held = lax.psum(counted, WORKER)
+  chain = zero_others(chain, good)
+  if agreed is not None:
+    # What no good worker holds, its holders knew alike before.
+    lost = jnp.take(trusted == 0, slots, mode='fill', fill_value=False)
+
+    def restore(x, old):
+      shape = lost.shape + (1,) * (x.ndim - 2)
+      return jnp.where(lost.reshape(shape), old, x)
+
+    chain = jax.tree.map(restore, chain, agreed)
+  return chain, jnp.where(trusted > 0, trusted, held)
 
 
 def _flatten(tree: PyTree):

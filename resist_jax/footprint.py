@@ -24,13 +24,17 @@ def predicted_memory(
   Returns:
     Bytes: `parameters` of the sub-networks; `optimizer`, their momentum;
     `gradients`, of one step; and `exchange`, what the format keeps besides:
-    the shared part as last agreed, and what rounding left out.
+    the shared part as last agreed, and what rounding left out; and where
+    workers may be left out, their blocks as last agreed.
   """
   S = protocol.num_workers
   params = BYTES_PER_PARAM * accounting.params_per_worker(
     sizes, S, protocol.min_depth
   )
-  kept = BYTES_PER_PARAM * sizes.shared if protocol.sends_changes else 0
+  shared = BYTES_PER_PARAM * sizes.shared
+  kept = shared if protocol.sends_changes else 0
+  if protocol.keeps_blocks:
+    kept += params - shared
   if protocol.keeps_error:
     shapes = exchange.error_shapes(sizes.shared, S)
     kept += BYTES_PER_PARAM * sum(shape[1] for shape in shapes.values())

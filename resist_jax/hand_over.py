@@ -14,7 +14,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 
-from resist_jax import wire
+from resist_jax import exchange, wire
 from resist_jax.dealing import Deal, Dealer, Route
 from resist_jax.exchange import WORKER
 
@@ -28,6 +28,8 @@ def hand_over(
   dealer: Dealer,
   name: str,
   encoding: str = 'float32',
+  good: jax.Array | None = None,
+  agreed: PyTree | None = None,
 ) -> PyTree:
   """Aggregates a chain and deals it again, moving only what changes hands.
 
@@ -44,6 +46,10 @@ def hand_over(
     name: Of the chain. The choice of column j is made in the scope
       `NAME_move_j`, that of guest g in `NAME_return_g` and `NAME_lend_g`.
     encoding: Of what is sent, see `wire.encode`.
+    good: `bool[S]`, the workers to average over, the same on all devices; None
+      for all.
+    agreed: As `chain`, before local training: what a block is where no holder
+      is good. None for zeros.
 
   Returns:
     Pytree of arrays `[W, K, ...]`, the blocks of the next round.
@@ -54,7 +60,7 @@ def hand_over(
     with jax.named_scope(f'{name}_{scope}'):
       return _send(blocks, routes, choice, encoding)
 
-  chain = _return_guests(chain, before, dealer, send)
+  chain = _return_guests(chain, before, dealer, send, good, agreed)
   handed = jax.tree.map(jnp.zeros_like, chain)
   for j in range(C):
     leaving = jnp.take_along_axis(before.place, after.order[:, j : j + 1], 1)
@@ -72,26 +78,46 @@ def hand_over(
   return handed
 
 
-def _return_guests(chain, deal: Deal, dealer: Dealer, send) -> PyTree:
-  """Averages every own block with the copies of it that were lent."""
+def _return_guests(
+  chain, deal: Deal, dealer: Dealer, send, good, agreed
+) -> PyTree:
+  """Averages every own block with the copies of it that were lent.
+
+  Of good workers: an owner knows its borrowers, and so which copies count.
+  """
   S, C = dealer.num_workers, dealer.num_columns
   W = deal.slots.shape[0]
   here = lax.axis_index(WORKER) * W + jnp.arange(W)
   copies = jnp.ones(deal.slots.shape, jnp.float32)
+  copies = exchange.zero_others(copies, good)
+  chain = exchange.zero_others(chain, good)
   for g, borrowers in enumerate(dealer.borrowers):
     home = deal.place[:, dealer.lent_column(g)]
     guest = _pick(chain, deal.place[:, C + g])
     routes = [_reverse(route) for route in dealer.lendings(g)]
     guest = send(guest, routes, deal.loans[g], f'return_{g}')
-    lent = jnp.isin((here + deal.loans[g]) % S, jnp.array(borrowers))
+    borrower = (here + deal.loans[g]) % S
+    lent = jnp.isin(borrower, jnp.array(borrowers))
+    if good is not None:
+      lent &= good[borrower]
     chain = _add(chain, home, guest)
     copies = _add(copies, home, lent.astype(jnp.float32))
 
   def divide(x):
-    shape = copies.shape + (1,) * (x.ndim - 2)
-    return x / copies.reshape(shape).astype(x.dtype)
+    return x / _per_slot(jnp.maximum(copies, 1), x).astype(x.dtype)
 
-  return jax.tree.map(divide, chain) if dealer.borrowers else chain
+  if dealer.borrowers:
+    chain = jax.tree.map(divide, chain)
+  if agreed is None:
+    return chain
+  return jax.tree.map(
+    lambda x, old: jnp.where(_per_slot(copies, x) > 0, x, old), chain, agreed
+  )
+
+
+def _per_slot(numbers: jax.Array, x: jax.Array) -> jax.Array:
+  """Shapes `[W, K]` so that it goes with `[W, K, ...]`."""
+  return numbers.reshape(numbers.shape + (1,) * (x.ndim - 2))
 
 
 def _pick(chain: PyTree, slot: jax.Array) -> PyTree:

@@ -12,7 +12,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from resist_jax import decomposition, exchange
+from resist_jax import decomposition, exchange, health
 from resist_jax.exchange import WORKER
 from resist_jax.optimizer import Schedule
 from resist_jax.state import Protocol
@@ -104,8 +104,17 @@ def make_local_training(
       loop,
     )
     if protocol.average_gradients:
+      good = None
+      if protocol.leave_out:
+        finite = health.finite(grads, measured['loss'])
+        losses = health.all_losses(
+          measured['loss'], finite, protocol.num_workers
+        )
+        good = health.trusted(losses, loss_factor=0.0)
+        # Marks the worker in the mean over the steps.
+        measured['loss'] = jnp.where(finite, measured['loss'], jnp.nan)
       grads = exchange.mean_over_workers(
-        grads, protocol.num_workers, protocol.format.values
+        grads, protocol.num_workers, protocol.format.values, good
       )
     updates, opt_state = jax.vmap(optimizer.update)(
       grads, local.opt_state, local.params

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 import numpy as np
 import optax
 
-from resist_jax import exchange
+from resist_jax import exchange, health
 from resist_jax.dealing import Deal
 from resist_jax.hand_over import hand_over
 from resist_jax.local_training import LossFn, make_local_training
@@ -46,8 +46,9 @@ class Round:
       whole = partial(_scan_round, protocol, begin, step, finish)
       self.compiled = {'round': jax.jit(whole, donate_argnums=(0, 1))}
     else:
-      # Where changes are sent, the parameters before them stay.
-      spent = (1, 2) if protocol.sends_changes else (0, 1, 2)
+      # What the exchange needs of the parameters before them stays.
+      stays = (protocol.sends_changes, protocol.keeps_blocks, False)
+      spent = [i for i, kept in enumerate(stays) if not kept]
       self.compiled = {
         'begin': jax.jit(begin, donate_argnums=spent),
         'step': jax.jit(step, donate_argnums=0),
@@ -73,7 +74,7 @@ class Round:
       local = jax.eval_shape(self.compiled['begin'], *trained)
       local = _shapes(local, self._sharding)
       batch = _shapes(next(self._by_step(batches)), self._sharding)
-      base = state.shared if self._protocol.sends_changes else None
+      base = self._protocol.kept(state.shared, state.chain)
       args = {
         'begin': trained,
         'step': (local, slots, constants, batch, index, index),
@@ -102,8 +103,9 @@ class Round:
 
     Returns:
       `(state, metrics)`: the next round's state, and `float32[S]` for `loss`
-      and each of the loss function's own metrics, means over the steps, and
-      `bool[S]` for `finite`: whether a worker's update is free of NaN and inf.
+      and each of the loss function's own metrics, means over the steps;
+      `bool[S]` for `finite`: whether a worker's update is free of NaN and inf,
+      and for `good`: whether it is in the aggregate, or may be.
 
     Raises:
       ValueError: If a hand-over is given slots that it cannot reach.
@@ -130,7 +132,7 @@ class Round:
     # device comes 40 seconds late. So no step is queued behind one that waits
     # for others, and all devices have trained before the first one exchanges.
     jax.block_until_ready(local)
-    base = state.shared if self._protocol.sends_changes else None
+    base = self._protocol.kept(state.shared, state.chain)
     new, metrics = self.compiled['finish'](
       local, base, state.error, before, after
     )
@@ -195,7 +197,7 @@ def _scan_round(
   batches, i,
 ):  # fmt: skip
   """One program for the whole round, for GPU and TPU."""
-  base = trained[0] if protocol.sends_changes else None
+  base = protocol.kept(*trained[:2])
   slots = {name: deal.slots for name, deal in before.items()}
   local = begin(*trained)
 
@@ -262,36 +264,44 @@ def make_round(
 
 def _finish(protocol, local, base, error, before, after):
   """Aggregates, and hands out the blocks of the next round."""
-  leaves = jax.tree.leaves((local.params, local.metrics['loss']))
-  finite = jnp.stack(
-    [jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))) for x in leaves]
-  ).all(axis=0)
   S, encoding = protocol.num_workers, protocol.format.values
+  base, blocks = base
+  losses = local.metrics['loss']
+  finite, good = health.finite(local.params, losses), None
+  if protocol.leave_out and not protocol.average_gradients:
+    everyones = health.all_losses(losses, finite, S)
+    good = health.trusted(everyones, protocol.loss_factor)
 
   shared = local.params['shared']
   if protocol.sends_changes:
     shared, error = exchange.add_mean_change(
-      base, shared, error, S, protocol.format.changes
+      base, shared, error, S, protocol.format.changes, good
     )
   elif not protocol.average_gradients:  # Those never left each other.
-    shared = exchange.mean_over_workers(shared, S)
-  chain = _exchange_chains(protocol, local.params['chain'], before, after)
+    shared = exchange.mean_over_workers(shared, S, good=good)
+  chain = _exchange_chains(
+    protocol, local.params['chain'], before, after, good, blocks
+  )
 
   velocity = None
   if protocol.carry_velocity:
     velocity = dict(optax.tree.get(local.opt_state, 'trace'))
     if not protocol.average_gradients:
       velocity['shared'] = exchange.mean_over_workers(
-        velocity['shared'], S, encoding
+        velocity['shared'], S, encoding, good
       )
+    # A block that no good worker trained starts again from no momentum.
     velocity['chain'] = _exchange_chains(
-      protocol, velocity['chain'], before, after
+      protocol, velocity['chain'], before, after, good, None
     )
   state = State(shared, chain, {}, velocity, error)
-  return state, {**local.metrics, 'finite': finite}
+  good = finite if good is None else exchange.here(good, len(losses))
+  return state, {**local.metrics, 'finite': finite, 'good': good}
 
 
-def _exchange_chains(protocol, chains, before, after):
+def _exchange_chains(protocol, chains, before, after, good, blocks):
+  """Exchanges every chain; `blocks` are theirs as last agreed, or None."""
+  blocks = blocks or dict.fromkeys(chains)
   encoding = protocol.format.values
   if protocol.exchange == 'hand_over':
     return {
@@ -302,6 +312,8 @@ def _exchange_chains(protocol, chains, before, after):
         protocol.dealer(name),
         name,
         encoding,
+        good,
+        blocks[name],
       )
       for name, chain in chains.items()
     }
@@ -313,6 +325,8 @@ def _exchange_chains(protocol, chains, before, after):
       protocol.num_blocks[name],
       protocol.num_workers,
       encoding,
+      good,
+      blocks[name],
     )
     for name, chain in chains.items()
   }

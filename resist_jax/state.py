@@ -72,6 +72,8 @@ class Protocol:
     exchange: `masked_psum`, for any slots, or `hand_over`, for those of a
       `dealing.Dealer`.
     wire_format: Name of one of `wire.FORMATS`.
+    leave_out: Average over workers that can be trusted only, see `health`.
+    loss_factor: See `health.trusted`.
   """
 
   num_workers: int
@@ -82,6 +84,8 @@ class Protocol:
   carry_velocity: bool = False
   exchange: str = 'masked_psum'
   wire_format: str = 'float32'
+  leave_out: bool = False
+  loss_factor: float = 0.0
 
   @property
   def format(self) -> wire.Format:
@@ -90,13 +94,27 @@ class Protocol:
 
   @property
   def sends_changes(self) -> bool:
-    """Whether the exchange needs the parameters before local training."""
+    """Whether the exchange needs the shared part before local training."""
     return not (self.format.exact or self.average_gradients)
+
+  @property
+  def keeps_blocks(self) -> bool:
+    """Whether it needs the blocks, for those that no good worker trained."""
+    return self.leave_out and bool(self.num_blocks)
 
   @property
   def keeps_error(self) -> bool:
     """Whether senders keep what rounding left out."""
     return self.sends_changes and self.format.feedback
+
+  def kept(
+    self, shared: PyTree, chain: PyTree
+  ) -> tuple[PyTree | None, PyTree | None]:
+    """Returns what the exchange needs of these, None for what it does not."""
+    return (
+      shared if self.sends_changes else None,
+      chain if self.keeps_blocks else None,
+    )
 
   def slots_per_worker(self, chain: str) -> int:
     """Returns K of a chain."""

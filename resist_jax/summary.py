@@ -50,6 +50,7 @@ def summarise(
     **accuracies,
     'best_test_accuracy_paper': progress['best_test_accuracy_paper'],
     'final_train_loss': last['train_loss'],
+    'left_out_total': progress['left_out_total'],
     **_sizes(setup),
     **_traffic(setup, phase, progress),
     **_footprint(setup, phase),

@@ -41,6 +41,7 @@ class Progress:
     images_total: Trained on so far, over all workers.
     seconds_training: Without compilation, tests and checkpoints.
     seconds_total: With everything.
+    left_out_total: How often a worker was left out of a round.
     best_test_accuracy_paper: Over the evaluations so far.
     residual_scale: Of the global model's cut chains; 1 where none is named.
     last: The newest row of the log.
@@ -53,6 +54,7 @@ class Progress:
   images_total: int = 0
   seconds_training: float = 0.0
   seconds_total: float = 0.0
+  left_out_total: int = 0
   best_test_accuracy_paper: float = 0.0
   residual_scale: dict[str, float] = dataclasses.field(default_factory=dict)
   last: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -201,22 +203,16 @@ def _read(
   """Waits for a round and turns its metrics into a row of the log."""
   measured = to_host(running.metrics)
   done = running.index + 1
-  bad = np.flatnonzero(~measured['finite'])
-  if len(bad):
-    raise NonFiniteError(
-      f'round {done}: the loss or the parameters of worker '
-      f'{", ".join(map(str, bad))} are not finite. Lower lr (now '
-      f'{setup.config.lr}) or raise optimizer.warmup_rounds, and choose '
-      'another workdir; the last good checkpoint of this one is kept.'
-    )
   config = setup.config
+  left_out = _left_out(config, done, measured)
   images = config.num_workers * config.local_steps * config.batch_size
   seconds = clock.seconds()
-  row = {
+  row: dict[str, Any] = {
     'round': done,
     'protocol': running.phase.name,
-    'train_loss': float(measured['loss'].mean()),
-    'train_accuracy': float(measured['accuracy'].mean()),
+    'train_loss': float(measured['loss'][measured['good']].mean()),
+    'train_accuracy': float(measured['accuracy'][measured['good']].mean()),
+    **({'left_out': left_out} if left_out else {}),
     'lr': float(setup.schedule(done * config.local_steps - 1)),
     'seconds_training': seconds,
     'bytes_total': progress.bytes_total + running.phase.bytes_per_round,
@@ -238,8 +234,34 @@ def _read(
     wire_bytes_total=row['wire_bytes_total'],
     images_total=progress.images_total + images,
     seconds_training=seconds,
+    left_out_total=progress.left_out_total + len(left_out),
     last=row,
   )
+
+
+def _left_out(
+  config: ml_collections.ConfigDict, done: int, measured: dict[str, np.ndarray]
+) -> list[int]:
+  """Returns the workers left out of a round; where all are, there is none."""
+  finite, good = measured['finite'], measured['good']
+  broken = ', '.join(map(str, np.flatnonzero(~finite)))
+  if broken and not (config.faults.leave_out and good.any()):
+    raise NonFiniteError(
+      f'round {done}: the loss or the parameters of worker {broken} are not '
+      f'finite. Lower lr (now {config.lr}) or raise optimizer.warmup_rounds, '
+      'and choose another workdir; the last good checkpoint of this one is '
+      'kept.'
+    )
+  far = ', '.join(map(str, np.flatnonzero(finite & ~good)))
+  for workers, reason in (
+    (broken, 'its loss, its parameters or a gradient is not finite'),
+    (far, f'its loss is over {config.faults.loss_factor} times the median'),
+  ):
+    if workers:
+      logging.warning(
+        'round %d goes on without worker %s: %s', done, workers, reason
+      )
+  return np.flatnonzero(~good).tolist()
 
 
 def _with_accuracies(

@@ -83,6 +83,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
       'wire_format int8 sends changes between rounds, and data_parallel has '
       'none: use bfloat16 or float32.'
     )
+  _check_faults(config)
   full = sum(config.phases[field] for field in PHASE_FIELDS)
   if full and config.protocol != 'resist':
     raise ConfigError(
@@ -118,6 +119,25 @@ def _names(config: dict) -> dict:
     name: _names(value) if isinstance(value, dict) else True
     for name, value in config.items()
   }
+
+
+def _check_faults(config) -> None:
+  factor = config.faults.loss_factor
+  if not (factor == 0 or factor > 1):
+    raise ConfigError(
+      f'faults.loss_factor is {factor}; it must be greater than 1, or 0 to '
+      'leave nobody out for its loss.'
+    )
+  if factor and not config.faults.leave_out:
+    raise ConfigError(
+      f'faults.loss_factor is {factor}, but faults.leave_out is off: turn it '
+      'on, or set loss_factor to 0.'
+    )
+  if factor and config.protocol == 'data_parallel':
+    raise ConfigError(
+      'faults.loss_factor compares losses at the end of a round, and '
+      'data_parallel has averaged by then: set it to 0.'
+    )
 
 
 def _check_model(config) -> None:

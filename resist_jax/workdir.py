@@ -42,7 +42,7 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
   fixed = {
     name: values
     for name, values in changed.items()
-    if name not in ELASTIC and not name.startswith('phases.')
+    if not {name, name.split('.')[0]} & ELASTIC
   }
   if fixed:
     listed = ', '.join(

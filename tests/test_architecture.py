@@ -14,7 +14,7 @@ LAYERS = [
   | {'placement', 'processes'},
   {'dealing', 'wire', 'hlo', 'blocks'},
   {'exchange', 'model'},
-  {'hand_over', 'state', 'config', 'initial'},
+  {'hand_over', 'state', 'config', 'initial', 'health'},
   {'local_training', 'accounting', 'streaming'},
   {'catalog', 'feeding', 'validation', 'metrics'},
   {'rounds', 'data', 'checkpoint', 'records'},

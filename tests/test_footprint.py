@@ -30,6 +30,7 @@ def full(S, wire_format='float32', **kwargs):
   return state_lib.Protocol(S, T, {}, wire_format=wire_format, **kwargs)
 
 
+GUARD = {'leave_out': True}
 DATA_PARALLEL = {'average_gradients': True, 'carry_velocity': True}
 CASES = [
   (full(4), 4),
@@ -48,6 +49,13 @@ CASES = [
   (resist(2, 'hand_over', 'bfloat16', carry_velocity=True), 2),
   (resist(4, 'hand_over', 'int8', min_depth=3), 4),
   (resist(4, 'hand_over'), 1),
+  (full(4, 'int8', **GUARD), 4),
+  (full(4, 'bfloat16', **DATA_PARALLEL, **GUARD), 2),
+  (resist(8, 'masked_psum', 'int8', min_depth=3, **GUARD), 4),
+  (resist(4, 'masked_psum', carry_velocity=True, **GUARD), 2),
+  (resist(4, 'hand_over', min_depth=5, **GUARD), 4),
+  (resist(4, 'hand_over', 'bfloat16', carry_velocity=True, **GUARD), 2),
+  (resist(4, 'hand_over', **GUARD), 1),
 ]
 
 
@@ -89,7 +97,7 @@ def test_predicted_wire_bytes_are_those_of_the_compiled_program(index):
   assert_predicted_equals_read(index)
 
 
-@pytest.mark.parametrize('index', [5, 10])
+@pytest.mark.parametrize('index', [5, 10, 17, 20])
 def test_so_are_those_of_a_program_that_loops_over_steps(index):
   assert_predicted_equals_read(index, on_device=True)
 
@@ -112,10 +120,15 @@ def test_parameters_and_momentum_on_a_device_are_as_predicted(index):
   )
   assert read['step']['temporary'] > want['gradients']
   kept = sum(x.nbytes for x in jax.tree.leaves(state.error)) // num_devices
+  base = 0
   if protocol.sends_changes:
-    base = sum(x.nbytes for x in jax.tree.leaves(state.shared)) // num_devices
-    kept += base
-  assert want['exchange'] == kept
+    base += sum(x.nbytes for x in jax.tree.leaves(state.shared)) // num_devices
+  if protocol.leave_out:
+    base += sum(x.nbytes for x in jax.tree.leaves(state.chain)) // num_devices
+  assert want['exchange'] == kept + base
+  # What stays for the exchange, no output of local training takes the place of.
+  begin = run.compiled['begin'].memory_analysis()
+  assert begin.alias_size_in_bytes == given - base
 
 
 def test_parameters_per_device_are_those_of_the_sub_network():

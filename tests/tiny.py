@@ -108,27 +108,35 @@ def batches(round_index, num_workers, local_steps, batch_size=6):
   return rng.integers(0, 24, shape).astype(np.int32)
 
 
-def train_compiled(
-  loss_fn, params, protocol, num_devices, num_rounds, on_device=False
+def run_rounds(
+  loss_fn, params, protocol, num_devices, batches_of_rounds, on_device=False
 ):
-  """Runs compiled rounds and returns the global parameters."""
+  """Runs compiled rounds and returns the last state, and metrics of each."""
   mesh, run = make_round(loss_fn, protocol, num_devices, on_device)
   velocity = None
   if protocol.carry_velocity:
     velocity = jax.tree.map(jnp.zeros_like, params)
-  workers = protocol.num_workers
   dealt = deals(protocol)
   state = state_lib.distribute(params, next(dealt), protocol, mesh, velocity)
-  metrics = {}
-  for r in range(num_rounds):
-    state, metrics = run(
-      state,
-      next(dealt),
-      examples(),
-      batches(r, workers, protocol.local_steps),
-      r,
-    )
-  return state_lib.assemble(state, protocol.num_blocks)[0], metrics
+  measured = []
+  for r, numbers in enumerate(batches_of_rounds):
+    state, metrics = run(state, next(dealt), examples(), numbers, r)
+    measured.append(metrics)
+  return state, measured
+
+
+def train_compiled(
+  loss_fn, params, protocol, num_devices, num_rounds, on_device=False
+):
+  """Runs compiled rounds and returns the global parameters."""
+  numbers = [
+    batches(r, protocol.num_workers, protocol.local_steps)
+    for r in range(num_rounds)
+  ]
+  state, measured = run_rounds(
+    loss_fn, params, protocol, num_devices, numbers, on_device
+  )
+  return state_lib.assemble(state, protocol.num_blocks)[0], measured[-1]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -141,25 +149,31 @@ def gradient(loss_fn, params, present, batch):
   return jax.grad(loss)(params)
 
 
-def algorithm_1(loss_fn, params, protocol, num_rounds):
+def algorithm_1(loss_fn, params, protocol, num_rounds, left_out=()):
   """The paper's Algorithm 1, one worker after another, nothing stacked.
 
   A sub-ResNet here is a list of blocks, and SGD is written out: this shares
   no line with `rounds`, `exchange` or `aggregate`. Where it is carried,
-  momentum is cut and averaged as the parameters are.
+  momentum is cut and averaged as the parameters are. Of each round, `left_out`
+  may name workers whose updates are lost: what nobody else holds stays, and
+  without momentum.
   """
   num_blocks, steps = protocol.num_blocks, protocol.local_steps
+  S = protocol.num_workers
   velocity = jax.tree.map(jnp.zeros_like, params)
+  at_rest = velocity
   for r, dealt in zip(range(num_rounds), deals(protocol), strict=False):
+    lost = left_out[r] if left_out else ()
     hands = [
       {
         chain: [b for b in dealt[chain].slots[s].tolist() if b < length]
         for chain, length in num_blocks.items()
       }
-      for s in range(protocol.num_workers)
+      for s in range(S)
     ]
     subs, momenta = [], []
-    for s, mine in enumerate(hands):
+    hands = [mine for s, mine in enumerate(hands) if s not in lost]
+    for s, mine in zip(sorted({*range(S)} - {*lost}), hands, strict=True):
       sub, momentum = cut(params, mine), cut(velocity, mine)
       if not protocol.carry_velocity:
         momentum = jax.tree.map(jnp.zeros_like, momentum)
@@ -168,7 +182,7 @@ def algorithm_1(loss_fn, params, protocol, num_rounds):
         for chain, blocks in mine.items()
       }
       for t in range(steps):
-        batch = batches(r, protocol.num_workers, steps)[s, t]
+        batch = batches(r, S, steps)[s, t]
         grads = gradient(loss_fn, sub, present, batch)
         momentum = jax.tree.map(
           lambda v, g, p: MOMENTUM * v + g + WEIGHT_DECAY * p,
@@ -178,8 +192,8 @@ def algorithm_1(loss_fn, params, protocol, num_rounds):
         sub = jax.tree.map(lambda p, v, a=rate: p - a * v, sub, momentum)
       subs.append(sub)
       momenta.append(momentum)
-    params = merge(subs, hands, num_blocks)
-    velocity = merge(momenta, hands, num_blocks)
+    params = merge(subs, hands, num_blocks, params)
+    velocity = merge(momenta, hands, num_blocks, at_rest)
   return params
 
 
@@ -191,8 +205,8 @@ def cut(tree, mine):
   }
 
 
-def merge(parts, hands, num_blocks):
-  """Means over the workers that held a parameter."""
+def merge(parts, hands, num_blocks, old):
+  """Means over the workers that held a parameter; without any, it is old."""
   chains = {}
   for chain, length in num_blocks.items():
     blocks = []
@@ -202,7 +216,8 @@ def merge(parts, hands, num_blocks):
         for part, mine in zip(parts, hands, strict=True)
         if block in mine[chain]
       ]
-      blocks.append(mean(held))
+      kept = jax.tree.map(operator.itemgetter(block), old[chain])
+      blocks.append(mean(held) if held else kept)
     chains[chain] = jax.tree.map(lambda *xs: jnp.stack(xs), *blocks)
   shared = [
     {k: v for k, v in part.items() if k not in chains} for part in parts

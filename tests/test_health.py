@@ -1,0 +1,278 @@
+"""A worker that cannot be trusted is left out of a round, and nothing else."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_rounds import assert_close, full, hand_over, problem, resist
+import tiny
+
+from resist_jax import decomposition, health
+from resist_jax import state as state_lib
+
+NO_EXAMPLE = -1  # On this the loss is not a number.
+
+
+@functools.cache
+def poisoned(value=np.nan):
+  """A loss that some batches make useless, and parameters."""
+  loss_fn, params = problem()
+
+  def loss(params, present, constants, batch, key):
+    value_here = jnp.where((batch == NO_EXAMPLE).any(), value, 1.0)
+    result, metrics = loss_fn(params, present, constants, batch, key)
+    return result * value_here, metrics
+
+  return loss, params
+
+
+def spoilt(protocol, left_out, step=0):
+  """The batches of each round, those of some workers of no use."""
+  rounds = []
+  for r, workers in enumerate(left_out):
+    batches = tiny.batches(r, protocol.num_workers, protocol.local_steps)
+    batches[list(workers), step, 2] = NO_EXAMPLE
+    rounds.append(batches)
+  return rounds
+
+
+def guarded(protocol, **fields):
+  return dataclasses.replace(protocol, leave_out=True, **fields)
+
+
+def assert_everyone_holds(state, want, tolerance=3e-5):
+  """Every copy on every worker, not just the first holders'."""
+  shared, chains = decomposition.split(want, state.slots)
+  S = len(jax.tree.leaves(state.shared)[0])
+  for s in range(S):
+    got = jax.tree.map(lambda x, s=s: x[s], state.shared)
+    assert_close(got, shared, tolerance)
+  for name, deal in state.slots.items():
+    for s, row in enumerate(deal.slots):
+      got = jax.tree.map(lambda x, s=s: x[s], state.chain[name])
+      mine = decomposition.take(chains[name], jnp.array(row))
+      assert_close(got, mine, tolerance)
+
+
+# In each of three rounds, who is left out. At four workers and a minimum depth
+# of three, some blocks of five have no good holder, some one, some several.
+LEFT_OUT = ((1,), (0, 2, 3), ())
+
+
+@functools.cache
+def oracle(protocol_index, num_rounds=3):
+  protocol = PROTOCOLS[protocol_index]
+  loss_fn, params = problem()
+  return tiny.algorithm_1(loss_fn, params, protocol, num_rounds, LEFT_OUT)
+
+
+PROTOCOLS = [
+  guarded(full(4)),
+  guarded(resist(4)),
+  guarded(resist(4, min_depth=3)),
+  guarded(hand_over(4)),
+  guarded(hand_over(4, min_depth=3)),
+  guarded(resist(4, min_depth=2, carry_velocity=True)),
+  guarded(hand_over(4, min_depth=3, carry_velocity=True)),
+]
+
+
+@pytest.mark.parametrize(
+  ('index', 'D'),
+  [(i, D) for i in (2, 4) for D in (1, 2, 4)]
+  + [(0, 4), (1, 4), (3, 4), (5, 2), (6, 2)],
+)
+def test_a_round_is_algorithm_1_without_the_bad_workers(index, D):
+  protocol = PROTOCOLS[index]
+  loss_fn, params = poisoned()
+  state, measured = tiny.run_rounds(
+    loss_fn, params, protocol, D, spoilt(protocol, LEFT_OUT)
+  )
+  assert_everyone_holds(state, oracle(index))
+  for metrics, workers in zip(measured, LEFT_OUT, strict=True):
+    want = [s not in workers for s in range(4)]
+    assert np.asarray(metrics['finite']).tolist() == want
+    assert np.asarray(metrics['good']).tolist() == want
+
+
+@pytest.mark.parametrize('index', [2, 6])
+def test_so_is_the_loop_on_the_device(index):
+  protocol = PROTOCOLS[index]
+  loss_fn, params = poisoned()
+  state, _ = tiny.run_rounds(
+    loss_fn, params, protocol, 2, spoilt(protocol, LEFT_OUT), on_device=True
+  )
+  assert_everyone_holds(state, oracle(index))
+
+
+@pytest.mark.parametrize(
+  ('index', 'wire_format'),
+  [(0, 'int8'), (2, 'int8'), (4, 'bfloat16'), (6, 'int8')],
+)
+def test_and_the_round_in_fewer_bits(index, wire_format):
+  protocol = dataclasses.replace(PROTOCOLS[index], wire_format=wire_format)
+  loss_fn, params = poisoned()
+  state, _ = tiny.run_rounds(
+    loss_fn, params, protocol, 2, spoilt(protocol, LEFT_OUT[:2])
+  )
+  assert_everyone_holds(state, oracle(index, 2), 1e-2)
+  for leaf in jax.tree.leaves(state.error):
+    assert np.isfinite(leaf).all()
+
+
+def data_parallel(S, T=2, **kwargs):
+  return full(S, T, average_gradients=True, carry_velocity=True, **kwargs)
+
+
+@pytest.mark.parametrize('wire_format', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(('D', 'on_device'), [(4, False), (2, True)])
+def test_a_step_of_data_parallel_goes_without_a_bad_gradient(
+  D, on_device, wire_format
+):
+  """In that step alone: the worker has not left the others."""
+  loss_fn, params = poisoned()
+  protocol = guarded(data_parallel(4, wire_format=wire_format))
+  bad, bad_step = ((1, 3), ()), 1
+  state, measured = tiny.run_rounds(
+    loss_fn, params, protocol, D, spoilt(protocol, bad, bad_step), on_device
+  )
+  velocity = jax.tree.map(jnp.zeros_like, params)
+  for r in range(2):
+    batches = tiny.batches(r, 4, 2)
+    for t in range(2):
+      lost = bad[r] if t == bad_step else ()
+      grads = tiny.mean(
+        [
+          tiny.gradient(problem()[0], params, {}, batches[s, t])
+          for s in range(4)
+          if s not in lost
+        ]
+      )
+      velocity = jax.tree.map(
+        lambda v, g, p: tiny.MOMENTUM * v + g + tiny.WEIGHT_DECAY * p,
+        velocity, grads, params,
+      )  # fmt: skip
+      rate = tiny.RATE / (1 + r * 2 + t)
+      params = jax.tree.map(lambda p, v, a=rate: p - a * v, params, velocity)
+  tolerance = 3e-5 if wire_format == 'float32' else 1e-2
+  assert_everyone_holds(state, params, tolerance)
+  good = [np.asarray(metrics['good']).tolist() for metrics in measured]
+  assert good == [[True, False, True, False], [True] * 4]
+
+
+def test_a_gradient_alone_can_be_bad():
+  """The root of 0 is 0, and its slope is infinite."""
+  loss_fn, params = problem()
+
+  def steep(params, present, constants, batch, key):
+    loss, metrics = loss_fn(params, present, constants, batch, key)
+    bad = (batch == NO_EXAMPLE).any()
+    zero = jnp.where(bad, 0.0, 1.0) * params['classifier']['bias'].sum()
+    return loss + jnp.where(bad, jnp.sqrt(zero), 0.0), metrics
+
+  protocol = guarded(data_parallel(4))
+  state, (metrics,) = tiny.run_rounds(
+    steep, params, protocol, 4, spoilt(protocol, [(2,)], step=1)
+  )
+  assert np.asarray(metrics['good']).tolist() == [True, True, False, True]
+  for leaf in jax.tree.leaves(state.shared):
+    assert np.isfinite(leaf).all()
+
+
+@pytest.mark.parametrize(
+  'protocol',
+  [
+    full(3),
+    full(4, wire_format='int8'),
+    full(3, wire_format='int8'),
+    data_parallel(3),
+    resist(3, min_depth=3, carry_velocity=True),
+    resist(4, min_depth=3, wire_format='bfloat16'),
+    hand_over(3),
+    hand_over(4, min_depth=3, carry_velocity=True),
+    hand_over(4, min_depth=3, wire_format='int8'),
+  ],
+  ids=lambda p: f'{p.exchange}-{p.num_workers}-{p.wire_format}',
+)
+@pytest.mark.parametrize('on_device', [False, True])
+def test_with_all_workers_good_every_bit_is_as_without_the_guard(
+  protocol, on_device
+):
+  loss_fn, params = problem()
+  D = 1 if on_device else protocol.num_workers
+  off, on = (
+    tiny.train_compiled(loss_fn, params, p, D, 2, on_device)[0]
+    for p in (protocol, guarded(protocol))
+  )
+  jax.tree.map(np.testing.assert_array_equal, off, on)
+
+
+def test_a_guard_that_is_off_leaves_nobody_out():
+  loss_fn, params = poisoned()
+  state, (metrics,) = tiny.run_rounds(
+    loss_fn, params, resist(4), 4, spoilt(resist(4), [(1,)])
+  )
+  assert np.asarray(metrics['good']).tolist() == [True, False, True, True]
+  assert np.isnan(state.shared['stem']['kernel']).all()
+
+
+@pytest.mark.parametrize('exchange', ['masked_psum', 'hand_over'])
+def test_a_worker_far_from_the_others_is_left_out(exchange):
+  """Its loss is a hundred times theirs, and finite: a factor finds it."""
+  loss_fn, params = poisoned(value=100.0)
+  protocol = guarded(resist(4, min_depth=3, exchange=exchange))
+  batches = spoilt(protocol, LEFT_OUT[:1])
+  wanted = tiny.algorithm_1(problem()[0], params, protocol, 1, LEFT_OUT[:1])
+  found = dataclasses.replace(protocol, loss_factor=10.0)
+  state, (metrics,) = tiny.run_rounds(loss_fn, params, found, 4, batches)
+  assert_everyone_holds(state, wanted)
+  assert np.asarray(metrics['finite']).all()
+  assert np.asarray(metrics['good']).tolist() == [True, False, True, True]
+  state, (metrics,) = tiny.run_rounds(loss_fn, params, protocol, 4, batches)
+  assert np.asarray(metrics['good']).all()
+  difference = state.shared['stem']['kernel'][0] - wanted['stem']['kernel']
+  assert np.abs(difference).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+  ('losses', 'factor', 'good'),
+  [
+    ([1, 2, 3, 100], 0.0, [1, 1, 1, 1]),
+    ([1, 2, 3, 100], 5.0, [1, 1, 1, 0]),
+    ([1, 2, 3, 12.5], 5.0, [1, 1, 1, 1]),  # Five times 2.5, and not over it.
+    ([np.nan, 2, 3, 100], 5.0, [0, 1, 1, 0]),  # Of the finite, 3.
+    ([np.inf, 2, 3, 100], 0.0, [0, 1, 1, 1]),
+    ([1, 10], 2.0, [1, 1]),  # Of two, nobody is twice their mean.
+    ([0, 0, 0], 2.0, [1, 1, 1]),
+    ([np.nan, np.nan], 2.0, [0, 0]),
+  ],
+)
+def test_the_rule_of_the_median(losses, factor, good):
+  losses = jnp.array(losses, jnp.float32)
+  # Only a finite loss is told; see `all_losses`.
+  losses = jnp.where(jnp.isfinite(losses), losses, jnp.nan)
+  assert health.trusted(losses, factor).tolist() == [bool(x) for x in good]
+
+
+@pytest.mark.parametrize('protocol', [PROTOCOLS[2], PROTOCOLS[4]])
+def test_with_nobody_left_the_blocks_stay(protocol):
+  loss_fn, params = poisoned()
+  state, (metrics,) = tiny.run_rounds(
+    loss_fn, params, protocol, 2, spoilt(protocol, [range(4)])
+  )
+  assert not np.asarray(metrics['good']).any()
+  kernel = state.chain[tiny.CHAIN]['conv1']['kernel']
+  want = decomposition.take(
+    params[tiny.CHAIN], jnp.array(state.slots[tiny.CHAIN].slots[3])
+  )['conv1']['kernel']
+  np.testing.assert_allclose(kernel[3], want, rtol=1e-6)
+
+
+def test_blocks_as_they_were_are_kept_where_they_may_be_needed_only():
+  assert PROTOCOLS[1].keeps_blocks
+  assert not resist(4).keeps_blocks
+  assert not PROTOCOLS[0].keeps_blocks
+  assert state_lib.Protocol(4, 2, {}).kept('shared', 'chain') == (None, None)

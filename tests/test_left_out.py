@@ -1,0 +1,105 @@
+"""A whole run goes on without a worker that fails, counts it, and says so."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_train import rows, stopped_at, tiny_config
+
+from resist_jax import build, classification, train
+
+NO_EXAMPLE = -1  # On this the loss is not a number.
+
+
+@pytest.fixture
+def poison(monkeypatch):
+  """Makes workers useless in some rounds of whole runs: `{round: workers}`."""
+  rounds = {}
+  batches, make_loss = build.Setup.batches, classification.make_loss
+
+  def spoilt_batches(self, round_index):
+    numbers = np.array(batches(self, round_index))
+    numbers[list(rounds.get(round_index, ())), -1, 0] = NO_EXAMPLE
+    return numbers
+
+  def make_poisoned_loss(*args):
+    loss_fn = make_loss(*args)
+
+    def poisoned_loss(params, present, constants, batch, key):
+      loss, metrics = loss_fn(params, present, constants, batch, key)
+      return jnp.where((batch == NO_EXAMPLE).any(), jnp.nan, loss), metrics
+
+    return poisoned_loss
+
+  monkeypatch.setattr(build.Setup, 'batches', spoilt_batches)
+  monkeypatch.setattr(classification, 'make_loss', make_poisoned_loss)
+  return rounds
+
+
+def test_a_run_goes_on_without_a_worker_and_says_so(poison, tmp_path, caplog):
+  poison |= {0: (2,), 2: (0, 3)}
+  whole = train.train(tiny_config(), str(tmp_path / 'whole'))
+  assert whole['left_out_total'] == 3
+  log = rows(tmp_path / 'whole')
+  assert [row.get('left_out', []) for row in log] == [[2], [], [0, 3], []]
+  assert 'round 1 goes on without worker 2: ' in caplog.text
+  assert 'round 3 goes on without worker 0, 3: ' in caplog.text
+  text = (tmp_path / 'whole' / 'metrics.jsonl').read_text()
+  assert 'NaN' not in text
+  assert 0 < log[2]['train_loss'] < 10
+  wire = whole['wire_bytes_last_round']
+  assert wire['predicted'] == wire['compiled']
+
+  # The count goes on with the run, and so do the bits.
+  config = tiny_config(num_rounds=4)
+  with pytest.MonkeyPatch.context() as patch:
+    stopped_at(2, patch, tmp_path / 'stopped', config)
+  again = train.train(config, str(tmp_path / 'stopped'))
+  assert again['params_hash'] == whole['params_hash']
+  assert again['left_out_total'] == 3
+
+
+def test_data_parallel_goes_on_too(poison, tmp_path):
+  poison |= {0: (1, 2)}
+  config = tiny_config(protocol='data_parallel', num_rounds=2)
+  summary = train.train(config, str(tmp_path))
+  assert [row.get('left_out') for row in rows(tmp_path)] == [[1, 2], None]
+  assert summary['left_out_total'] == 2
+  wire = summary['wire_bytes_last_round']
+  assert wire['predicted'] == wire['compiled']
+
+
+def test_with_all_workers_bad_the_last_good_checkpoint_stays(poison, tmp_path):
+  poison |= {1: (1,), 2: range(4)}
+  with pytest.raises(train.NonFiniteError, match=r'round 3: .* 0, 1, 2, 3 are'):
+    train.train(tiny_config(), str(tmp_path))
+  assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == [
+    '1', '2',
+  ]  # fmt: skip
+  assert not (tmp_path / 'summary.json').exists()
+
+
+def test_without_the_guard_one_bad_worker_stops_the_run(poison, tmp_path):
+  poison |= {1: (3,)}
+  config = tiny_config(**{'faults.leave_out': False})
+  with pytest.raises(train.NonFiniteError, match=r'round 2: .* worker 3 are'):
+    train.train(config, str(tmp_path))
+  # With it, the same workdir goes on from the checkpoint, though its config
+  # once had no such field.
+  path = tmp_path / 'config.json'
+  saved = json.loads(path.read_text())
+  del saved['faults']
+  path.write_text(json.dumps(saved))
+  summary = train.train(tiny_config(), str(tmp_path))
+  assert summary['rounds'] == 4
+  assert summary['left_out_total'] == 1
+
+
+def test_a_run_leaves_out_whose_loss_is_far_off(tmp_path, caplog):
+  """A factor just over 1 always finds someone."""
+  config = tiny_config(**{'faults.loss_factor': 1.0001, 'num_rounds': 1})
+  summary = train.train(config, str(tmp_path))
+  (row,) = rows(tmp_path)
+  assert summary['left_out_total'] == len(row['left_out']) > 0
+  assert 'its loss is over 1.0001 times the median' in caplog.text
