@@ -29,6 +29,7 @@ from resist_jax.config import ConfigError, build_model, cut_chains
 from resist_jax.dealing import Deal
 from resist_jax.evaluate import Evaluator
 from resist_jax.model import ResNet
+from resist_jax.placement import place_parts
 from resist_jax.streaming import StreamedImages
 
 PyTree = Any
@@ -148,6 +149,13 @@ class Setup:
   def batches(self, round_index: int) -> PyTree:
     """Returns what the steps of a round get, see `feed`."""
     return self.feed.batches(round_index)
+
+  def tell_all(self, number: int) -> jax.Array:
+    """Returns `int32[S]`, in whose rows each process says a number."""
+    S = self.config.num_workers
+    mine = np.full(len(state_lib.workers_here(self.mesh, S)), number, np.int32)
+    by_worker = NamedSharding(self.mesh, state_lib.SHARDED)
+    return place_parts(mine, by_worker, S)
 
   def phase_name(self, round_index: int) -> str:
     """Returns the protocol of a round."""

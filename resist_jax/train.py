@@ -147,7 +147,7 @@ def _loop(
   tested_before = progress.evaluation_wire_bytes_total
   clock = Clock(progress.seconds_training)
   phase, state, deals = entry.enter(setup, restored)
-  running = None
+  running, asked = None, 0
   for index in range(progress.round, config.num_rounds):
     clock.start()
     before, after = state.slots, next(deals)
@@ -156,7 +156,7 @@ def _loop(
     )
     # This round runs while the metrics of the one before are read and logged.
     if running:
-      progress = _read(setup, running, progress, clock)
+      progress, asked = _read(setup, running, progress, clock, interrupt)
       log(progress.last)
     running = _Dispatched(index, phase, before, after, measured)
 
@@ -165,10 +165,12 @@ def _loop(
     evaluates = last or done % config.eval_every == 0
     saves = last or done % config.checkpoint_every == 0
     leaves = not last and setup.phase_name(done) != phase.name
-    if not (evaluates or saves or leaves or interrupt.signum):
+    if jax.process_count() == 1:
+      asked = interrupt.signum or 0
+    if not (evaluates or saves or leaves or asked):
       continue
-    progress = _read(setup, running, progress, clock)
-    running = None
+    progress, signum = _read(setup, running, progress, clock, interrupt)
+    running, signum = None, asked or signum
     clock.stop()
     if evaluates:
       progress = _with_accuracies(progress, evaluator(*state.parts))
@@ -179,7 +181,6 @@ def _loop(
       seconds_total=elapsed,
       evaluation_wire_bytes_total=tested_before + evaluator.wire_bytes,
     )
-    signum = interrupt.signum  # Read once: it may come at any time.
     if saves or signum:
       chains = phase.protocol.num_blocks
       checkpoints.save(state, chains, dataclasses.asdict(progress))
@@ -198,10 +199,20 @@ def _loop(
 
 
 def _read(
-  setup: Setup, running: _Dispatched, progress: Progress, clock: Clock
-) -> Progress:
-  """Waits for a round and turns its metrics into a row of the log."""
-  measured = to_host(running.metrics)
+  setup: Setup,
+  running: _Dispatched,
+  progress: Progress,
+  clock: Clock,
+  interrupt: Interrupt,
+) -> tuple[Progress, int]:
+  """Waits for a round and turns its metrics into a row of the log.
+
+  Returns:
+    `(progress, signum)`: what is done now; and the signal that some process
+    got, or 0. All processes read the same, so they stop after the same round.
+  """
+  signum = setup.tell_all(interrupt.signum or 0)
+  measured = to_host({**running.metrics, 'signum': signum})
   done = running.index + 1
   config = setup.config
   left_out = _left_out(config, done, measured)
@@ -236,7 +247,7 @@ def _read(
     seconds_training=seconds,
     left_out_total=progress.left_out_total + len(left_out),
     last=row,
-  )
+  ), int(measured['signum'].max())
 
 
 def _left_out(
