@@ -102,12 +102,13 @@ def main(argv: list[str]) -> None:
     processes.end()
     sys.exit(128 + stop.signum)
   except KeyboardInterrupt:  # Before the first round, or after the last.
-    processes.end('it was interrupted.')
-    sys.exit(128 + signal.SIGINT)
+    processes.fail('it was interrupted.', 128 + signal.SIGINT)
   except Exception as error:
     processes.explain_failure()
-    processes.end(f'{type(error).__name__}: {error}')
-    raise
+    if jax.process_count() == 1:
+      raise
+    traceback.print_exc()
+    processes.fail(f'{type(error).__name__}: {error}', 1)
   if jax.process_index() == 0:
     print(report.summary_table([summary]))
     print(f'report: {WORKDIR.value}/report.html')
@@ -133,8 +134,7 @@ def _start(config) -> None:
 def _fail(error: object, code: int = 2) -> NoReturn:
   line = ' '.join(str(error).split())
   print('error:', line, file=sys.stderr, flush=True)
-  processes.end(line)
-  sys.exit(code)
+  processes.fail(line, code)
 
 
 if __name__ == '__main__':

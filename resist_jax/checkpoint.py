@@ -107,6 +107,8 @@ class Checkpoints:
         raise OSError('orbax did not save it')
       if jax.process_index() == 0:
         self._write_digest(step)
+    except jax.errors.JaxRuntimeError:  # Not of the disk: of a lost process.
+      raise
     except Exception as error:  # orbax and its codecs raise nearly anything.
       raise SaveError(
         f'the checkpoint of round {step} cannot be written '

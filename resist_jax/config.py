@@ -84,6 +84,9 @@ def get_config() -> ml_collections.ConfigDict:
   # Leave out, too, a worker whose loss is over so many times the median: it may
   # be finite and of no use, and what is too much is yours to say. 0: nobody.
   config.faults.loss_factor = 0.0
+  # Seconds without a sign of another process after which this one ends. Less
+  # finds it sooner; a host that is only busy should not count as lost.
+  config.faults.timeout = 60.0
 
   config.optimizer = ml_collections.ConfigDict()
   config.optimizer.momentum = 0.9

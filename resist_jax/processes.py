@@ -188,21 +188,28 @@ class _Watch:
       file=sys.stderr,
       flush=True,
     )
-    # The store may not answer. If it is here, the others may still read it.
+    self.go(reason, TRY_AGAIN)
+
+  def go(self, why: str, code: int) -> NoReturn:
+    """Tells the others why, as far as they can be reached, and exits."""
+    self._leaving = True
     told = threading.Thread(
-      target=self._put, args=(f'{_END}/{self._me}', reason), daemon=True
+      target=self._put, args=(f'{_END}/{self._me}', why), daemon=True
     )
     told.start()
     told.join(1)
-    if self._me == 0:
+    if self._me == 0:  # The store is here: the others may still read it.
       time.sleep(3 * self.interval)
-    os._exit(TRY_AGAIN)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
   def explain_failure(self) -> None:
     """Waits until it is known who is missing, after a collective failed."""
-    deadline = time.monotonic() + self._timeout
+    silence = 4 * self.interval
+    deadline = time.monotonic() + silence + 2 * self.interval
     while time.monotonic() < deadline:
-      self.check(4 * self.interval)
+      self.check(silence)
       time.sleep(self.interval / 2)
 
   def _say_why_at_an_abort(self) -> None:
@@ -225,21 +232,18 @@ class _Watch:
     self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)  # Kept alive.
     ctypes.CDLL(None).signal(signal.SIGABRT, self._handler)
 
-  def end(self, why: str) -> None:
-    """Tells the others that this process ends, and parts from them."""
+  def end(self) -> None:
+    """Tells the others that this process is done, and parts from them."""
+    self._put(f'{_END}/{self._me}', '')
+    if self._me == 0:  # The store goes last, or the others would miss it.
+      deadline = time.monotonic() + self._timeout
+      while time.monotonic() < deadline and self._waits():
+        self._read()
+        time.sleep(0.05)
+      time.sleep(_PARTING)
+    self._leaving = True
     signal.signal(signal.SIGABRT, signal.SIG_DFL)
-    try:
-      self._put(f'{_END}/{self._me}', why)
-      if self._me == 0:  # The store goes last, or the others would miss it.
-        deadline = time.monotonic() + self._timeout
-        while time.monotonic() < deadline and self._waits():
-          self._read()
-          time.sleep(0.05)
-        time.sleep(_PARTING)
-      self._leaving = True
-      jax.distributed.shutdown()
-    except Exception:  # The coordinator may be what is missing.
-      self._leaving = True
+    jax.distributed.shutdown()
 
   def _waits(self) -> bool:
     return not self.ended.keys() >= set(self._others)
@@ -249,18 +253,26 @@ def explain_failure() -> None:
   """Ends this process, saying who is missing, if another one is.
 
   A collective that fails says no more than that a connection broke. This
-  returns, after a time-out, if all others are alive.
+  returns, after a while, if all others are alive.
   """
   if _Watch.current:
     _Watch.current.explain_failure()
 
 
-def end(why: str = '') -> None:
-  """Parts from the other processes.
+def end() -> None:
+  """Parts from the other processes when all is done."""
+  if _Watch.current:
+    _Watch.current.end()
+    _Watch.current = None
+
+
+def fail(why: str, code: int) -> NoReturn:
+  """Exits; the other processes end, too, and repeat why.
 
   Args:
-    why: One line, if this process failed; the others end, too, and repeat it.
+    why: One line.
+    code: Of the exit.
   """
   if _Watch.current:
-    _Watch.current.end(why)
-    _Watch.current = None
+    _Watch.current.go(why, code)
+  sys.exit(code)

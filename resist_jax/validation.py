@@ -122,6 +122,11 @@ def _names(config: dict) -> dict:
 
 
 def _check_faults(config) -> None:
+  if not config.faults.timeout > 0:
+    raise ConfigError(
+      f'faults.timeout is {config.faults.timeout}; it must be more than 0 '
+      'seconds.'
+    )
   factor = config.faults.loss_factor
   if not (factor == 0 or factor > 1):
     raise ConfigError(

@@ -1,0 +1,87 @@
+"""Real processes of one run, to be killed, stopped and starved by tests."""
+
+import os
+import pathlib
+import subprocess
+import time
+
+from experiments.launch import local
+from resist_jax import metrics
+
+ROOT = pathlib.Path(__file__).parent.parent
+TIMEOUT = 10  # Seconds without a sign that mean death, in these tests.
+TINY = (
+  '--config=experiments/configs/digits.py:smoke',
+  '--config.model.name=PreActResNet18',
+  '--config.model.stage_sizes=(1, 6)',
+  '--config.model.widths=(8, 8)',
+  '--config.partition=(2,)',
+  '--config.num_workers=2',
+  '--config.batch_size=16',
+  '--config.evaluation.statistics_images=200',
+  '--config.eval_every=1000000',
+  '--config.checkpoint_every=5',
+  f'--config.faults.timeout={TIMEOUT}.0',
+)
+FOREVER = '--config.num_rounds=1000000'
+
+
+class Several:
+  """Processes that train in one workdir."""
+
+  def __init__(self, folder, *flags, count=2, prefix=(), env=None):
+    """Starts them; `prefix` replaces `python -m resist_jax`."""
+    self.workdir = folder
+    args = [*TINY, f'--workdir={folder}', *flags]
+    self._outputs = []
+    self.processes = []
+    for command in local.commands(count, args):
+      if prefix:
+        command[:3] = prefix
+      number = len(self.processes)
+      path = pathlib.Path(f'{folder}.{time.monotonic_ns()}.{number}')
+      self._outputs.append(path)
+      with path.open('w') as output:
+        self.processes.append(
+          subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **(env or {})},
+          )
+        )
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    for process in self.processes:
+      process.kill()
+      process.wait()
+
+  def rounds(self):
+    """Returns how many rounds are in the log."""
+    return len(metrics.read_rows(self.workdir / 'metrics.jsonl'))
+
+  def wait_for_rounds(self, count, limit=400):
+    """Waits until the log has rounds; all processes must be alive."""
+    deadline = time.monotonic() + limit
+    while self.rounds() < count:
+      dead = [i for i, p in enumerate(self.processes) if p.poll() is not None]
+      assert not dead, self.output(dead[0])
+      assert time.monotonic() < deadline, self.output(0)
+      time.sleep(0.1)
+
+  def wait(self, number, limit=400):
+    """Waits for the end of a process and returns its exit code."""
+    return self.processes[number].wait(limit)
+
+  def output(self, number):
+    """Returns what a process has printed."""
+    return self._outputs[number].read_text()
+
+  def errors(self, number):
+    """Returns the lines of a process that say that something is wrong."""
+    lines = self.output(number).splitlines()
+    return [line for line in lines if line.startswith('error: ')]

@@ -1,0 +1,238 @@
+"""Real processes die, stop and run out of disk; the run says so and goes on."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from several import FOREVER, ROOT, TIMEOUT, TINY, Several
+
+from resist_jax import export, metrics
+from resist_jax.processes import TRY_AGAIN
+
+# On a busy machine JAX itself takes long to do what it is asked for.
+PATIENCE = 60
+
+
+def go_on(folder, rounds, count=1):
+  """The same command again, up to a round; returns the first round it did."""
+  before = folder / 'metrics.jsonl'
+  done = len(metrics.read_rows(before))
+  with Several(
+    folder, f'--config.num_rounds={done + rounds}', count=count
+  ) as again:
+    assert [again.wait(i) for i in range(count)] == [0] * count, again.output(0)
+  rows = metrics.read_rows(before)
+  assert [row['round'] for row in rows] == list(range(1, done + rounds + 1))
+  export.load(folder)
+
+
+@pytest.mark.parametrize('victim', [0, 1])
+def test_a_process_that_is_killed_is_named_and_the_run_goes_on(
+  victim, tmp_path
+):
+  """Process 0 is the coordinator: with it goes what the others meet in."""
+  folder = tmp_path / 'run'
+  with Several(folder, FOREVER) as run:
+    run.wait_for_rounds(7)
+    run.processes[victim].kill()
+    killed = time.monotonic()
+    other = 1 - victim
+    assert run.wait(other) == TRY_AGAIN, run.output(other)
+    assert time.monotonic() - killed < TIMEOUT + PATIENCE
+    (line,) = run.errors(other)
+    assert f'process {other} ends, for process {victim}' in line
+    assert 'the same command goes on' in line
+    done = run.rounds()
+  # All rounds since the newest checkpoint are done again, and no others.
+  saved = max(int(p.name) for p in (folder / 'checkpoints').iterdir())
+  assert saved >= done - done % 5 - 5
+  go_on(folder, 1, count=2 - victim)
+
+
+def test_a_process_that_stands_still_is_named_and_all_end(tmp_path):
+  with Several(tmp_path / 'run', FOREVER) as run:
+    run.wait_for_rounds(7)
+    run.processes[1].send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    assert run.wait(0) == TRY_AGAIN, run.output(0)
+    assert time.monotonic() - stopped < TIMEOUT + PATIENCE
+    (line,) = run.errors(0)
+    assert 'process 1 has given no sign' in line
+    run.processes[1].send_signal(signal.SIGCONT)
+    assert run.wait(1) == TRY_AGAIN, run.output(1)
+    (line,) = run.errors(1)
+    assert 'process 0' in line
+
+
+def test_all_are_killed_and_the_run_goes_on_from_a_checkpoint(tmp_path):
+  folder = tmp_path / 'run'
+  with Several(folder, FOREVER) as run:
+    run.wait_for_rounds(12)
+    for process in run.processes:
+      process.kill()
+  # The newest checkpoint is damaged as well: the one before it is whole.
+  newest = max((folder / 'checkpoints').iterdir(), key=lambda p: int(p.name))
+  victim = max(newest.rglob('*'), key=lambda p: p.stat().st_size)
+  content = bytearray(victim.read_bytes())
+  content[len(content) // 2] ^= 0xFF
+  victim.write_bytes(content)
+  go_on(folder, 1, count=2)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_round(tmp_path):
+  folder = tmp_path / 'run'
+  with Several(folder, FOREVER) as run:
+    run.wait_for_rounds(3)
+    run.processes[1].send_signal(signal.SIGTERM)
+    codes = [run.wait(0), run.wait(1)]
+    assert codes == [128 + signal.SIGTERM] * 2, run.output(0) + run.output(1)
+    said = {run.output(i).splitlines()[-1] for i in (0, 1)}
+    assert len(said) == 1
+    assert said.pop().startswith(f'stopped after round {run.rounds()} of')
+  assert (folder / 'checkpoints' / str(run.rounds())).is_dir()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A file system with room for two checkpoints, not three."""
+  folder = tmp_path / 'disk'
+  folder.mkdir()
+  mount = ['mount', '-t', 'tmpfs', '-o', 'size=1500k', 'tmpfs', str(folder)]
+  if not shutil.which('mount') or subprocess.run(mount, check=False).returncode:
+    pytest.skip('a disk of a given size takes root')
+  yield folder
+  subprocess.run(['umount', '--lazy', str(folder)], check=True)
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_loses_no_checkpoint(
+  small_disk, tmp_path
+):
+  folder = small_disk / 'run'
+  with Several(tmp_path / 'out', FOREVER, f'--workdir={folder}') as run:
+    codes = [run.wait(0), run.wait(1)]
+    assert set(codes) <= {1, TRY_AGAIN}, run.output(0) + run.output(1)
+    assert 1 in codes
+    lines = run.errors(0) + run.errors(1)
+    assert len(lines) == 2
+    assert any('make room in' in line for line in lines)
+  saved = {int(path.stem) for path in (folder / 'digests').glob('*.sha256')}
+  assert saved  # And it can be read:
+  whole = tmp_path / 'run'
+  shutil.copytree(folder, whole)
+  go_on(whole, 1)
+
+
+CLOCK = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+/* The wall clock jumps back by a day while the file in JUMP exists. */
+static long jump(void) {
+  const char *path = getenv("JUMP");
+  return path && access(path, F_OK) == 0 ? -86400 : 0;
+}
+int clock_gettime(clockid_t id, struct timespec *t) {
+  static int (*real)(clockid_t, struct timespec *);
+  if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
+  int code = real(id, t);
+  if (id == CLOCK_REALTIME) t->tv_sec += jump();
+  return code;
+}
+int gettimeofday(struct timeval *t, void *zone) {
+  struct timespec now;
+  clock_gettime(CLOCK_REALTIME, &now);
+  t->tv_sec = now.tv_sec;
+  t->tv_usec = now.tv_nsec / 1000;
+  return 0;
+}
+time_t time(time_t *out) {
+  struct timespec now;
+  clock_gettime(CLOCK_REALTIME, &now);
+  if (out) *out = now.tv_sec;
+  return now.tv_sec;
+}
+"""
+
+
+@pytest.mark.skipif(not shutil.which('gcc'), reason='needs a C compiler')
+def test_a_clock_that_jumps_is_not_noticed(tmp_path):
+  source, library = tmp_path / 'clock.c', tmp_path / 'clock.so'
+  source.write_text(CLOCK)
+  command = ['gcc', '-shared', '-fPIC', '-o', library, source, '-ldl']
+  subprocess.run(command, check=True)
+  jump = tmp_path / 'jump'
+  env = {'LD_PRELOAD': str(library), 'JUMP': str(jump)}
+  with Several(tmp_path / 'run', FOREVER, env=env) as run:
+    run.wait_for_rounds(3)
+    jump.touch()
+    began = time.monotonic()
+    while time.monotonic() - began < 1.5 * TIMEOUT:
+      run.wait_for_rounds(run.rounds() + 1)
+    jump.unlink()
+    run.wait_for_rounds(run.rounds() + 3)
+    run.processes[0].send_signal(signal.SIGTERM)
+    assert [run.wait(i) for i in (0, 1)] == [128 + signal.SIGTERM] * 2
+
+
+BAD_WORKER = """
+import sys
+from absl import app
+from resist_jax import __main__ as program, classification
+
+make_loss = classification.make_loss
+
+def make_bad_loss(*args):
+  good = make_loss(*args)
+  def loss_fn(*args):
+    loss, measured = good(*args)
+    return loss * float('nan'), measured
+  return loss_fn
+
+if '--process_id=1' in sys.argv:
+  classification.make_loss = make_bad_loss
+app.run(program.main, flags_parser=program.parse)
+"""
+
+
+def test_a_bad_worker_on_its_process_is_left_out(tmp_path):
+  script = tmp_path / 'bad_worker.py'
+  script.write_text(BAD_WORKER)
+  folder = tmp_path / 'run'
+  prefix = ['env', 'PYTHONPATH=.', sys.executable, str(script)]
+  with Several(folder, '--config.num_rounds=3', prefix=prefix) as run:
+    assert [run.wait(0), run.wait(1)] == [0, 0], run.output(0)
+  rows = metrics.read_rows(folder / 'metrics.jsonl')
+  assert [row['left_out'] for row in rows] == [[1], [1], [1]]
+  assert 'worker 1' in run.output(0)
+
+
+@pytest.mark.parametrize(
+  ('flags', 'says'),
+  [
+    (['--coordinator=here:1'], 'go together'),
+    (['--num_processes=2', '--process_id=0', '--coordinator=x'], 'HOST:PORT'),
+    (
+      ['--num_processes=2', '--process_id=2', '--coordinator=x:1'],
+      'it is 0 to 1',
+    ),
+  ],
+)
+def test_flags_that_do_not_fit_are_one_line_and_2(flags, says, tmp_path):
+  command = [sys.executable, '-m', 'resist_jax', *TINY]
+  result = subprocess.run(
+    [*command, f'--workdir={tmp_path / "run"}', *flags],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert result.returncode == 2
+  assert says in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1
+  assert not (tmp_path / 'run').exists()
