@@ -11,6 +11,7 @@ import jax
 from ml_collections import config_flags
 
 from resist_jax import processes, report, train
+from resist_jax.checkpoint import SaveError
 from resist_jax.config import ConfigError
 from resist_jax.interrupt import Interrupted
 
@@ -95,8 +96,10 @@ def main(argv: list[str]) -> None:
     _fail(error)
   except train.NonFiniteError as error:
     _fail(error, code=1)
-  except OSError as error:
+  except SaveError as error:
     _fail(error, code=1)
+  except OSError as error:
+    _fail(f'{error}; the same command goes on when that is mended.', code=1)
   except Interrupted as stop:
     print(stop, file=sys.stderr)
     processes.end()

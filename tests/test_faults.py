@@ -97,10 +97,10 @@ def test_a_signal_to_one_process_stops_all_after_the_same_round(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-  """A file system with room for two checkpoints, not three."""
+  """A file system with room for two or three checkpoints."""
   folder = tmp_path / 'disk'
   folder.mkdir()
-  mount = ['mount', '-t', 'tmpfs', '-o', 'size=1500k', 'tmpfs', str(folder)]
+  mount = ['mount', '-t', 'tmpfs', '-o', 'size=500k', 'tmpfs', str(folder)]
   if not shutil.which('mount') or subprocess.run(mount, check=False).returncode:
     pytest.skip('a disk of a given size takes root')
   yield folder
