@@ -5,7 +5,7 @@ with W. The functions name the mesh axis once, `WORKER`. `hand_over.py` is the
 other way to hand out blocks.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -19,11 +19,23 @@ PyTree = Any
 WORKER = 'worker'
 
 
+class Good(NamedTuple):
+  """The workers that an aggregate is of; see `health`.
+
+  Attributes:
+    here: `bool[W]`, those of this device.
+    everywhere: `bool[S]`, all of them, the same on all devices.
+  """
+
+  here: jax.Array
+  everywhere: jax.Array
+
+
 def mean_over_workers(
   tree: PyTree,
   num_workers: int,
   encoding: str = 'float32',
-  good: jax.Array | None = None,
+  good: Good | None = None,
 ) -> PyTree:
   """Averages over all workers and gives each of them the result.
 
@@ -31,8 +43,7 @@ def mean_over_workers(
     tree: Pytree of arrays `[W, ...]`.
     num_workers: S, over the whole mesh.
     encoding: Of what is sent, see `wire.encode`.
-    good: `bool[S]`, the workers to average over, the same on all devices; None
-      for all. With none good, the mean is 0.
+    good: The workers to average over; None for all. Without any, the mean is 0.
 
   Returns:
     Pytree of arrays `[W, ...]`, equal along W and on all devices.
@@ -48,19 +59,12 @@ def mean_over_workers(
   return unflatten(jnp.broadcast_to(total, flat.shape))
 
 
-def here(good: jax.Array, workers: int) -> jax.Array:
-  """Returns the flags of this device's workers, `bool[W]` of `bool[S]`."""
-  return lax.dynamic_slice(
-    good, (lax.axis_index(WORKER) * workers,), (workers,)
-  )
-
-
-def zero_others(tree: PyTree, good: jax.Array | None) -> PyTree:
+def zero_others(tree: PyTree, good: Good | None) -> PyTree:
   """Puts zeros where workers are left out; a NaN times 0 would be NaN.
 
   Args:
     tree: Pytree of arrays `[W, ...]`.
-    good: `bool[S]`, the workers to keep; None for all.
+    good: The workers to keep; None for all.
 
   Returns:
     Pytree of arrays `[W, ...]`.
@@ -70,7 +74,7 @@ def zero_others(tree: PyTree, good: jax.Array | None) -> PyTree:
 
   def keep(x):
     shape = (len(x),) + (1,) * (x.ndim - 1)
-    return jnp.where(here(good, len(x)).reshape(shape), x, 0)
+    return jnp.where(good.here.reshape(shape), x, 0)
 
   return jax.tree.map(keep, tree)
 
@@ -80,10 +84,10 @@ def _share(x, num_workers, good):
   of_all = x / num_workers
   if good is None:
     return of_all
-  count = good.sum(dtype=x.dtype)
+  count = good.everywhere.sum(dtype=x.dtype)
   # Compilers make a product of a division by a constant: with all workers good,
   # the same bits as without flags come of the same division.
-  return jnp.where(good.all(), of_all, x / jnp.maximum(count, 1))
+  return jnp.where(good.everywhere.all(), of_all, x / jnp.maximum(count, 1))
 
 
 def _sum_exactly(x):
@@ -96,7 +100,7 @@ def add_mean_change(
   error: PyTree | None,
   num_workers: int,
   encoding: str,
-  good: jax.Array | None = None,
+  good: Good | None = None,
 ) -> tuple[PyTree, PyTree | None]:
   """Averages over all workers by sending changes since they last agreed.
 
@@ -107,8 +111,8 @@ def add_mean_change(
       forget what rounding leaves out.
     num_workers: S, over the whole mesh.
     encoding: Of what is sent, see `wire.encode`.
-    good: `bool[S]`, the workers to average over, the same on all devices; None
-      for all. Others send no change, but what earlier ones lack.
+    good: The workers to average over; None for all. The others send no change,
+      but what earlier ones lack.
 
   Returns:
     `(tree, error)`: the mean of `after`, equal on all workers, but for
@@ -205,7 +209,7 @@ def masked_psum(
   num_blocks: int,
   num_workers: int,
   encoding: str = 'float32',
-  good: jax.Array | None = None,
+  good: Good | None = None,
   agreed: PyTree | None = None,
 ) -> PyTree:
   """Aggregates a chain and deals it again, for any slots before and after.
@@ -223,8 +227,7 @@ def masked_psum(
     num_blocks: L, the length of the chain. Every block must have a holder.
     num_workers: S, over the whole mesh.
     encoding: Of what is sent, see `wire.encode`.
-    good: `bool[S]`, the workers to average over, the same on all devices; None
-      for all.
+    good: The workers to average over; None for all.
     agreed: As `chain`, before local training: what a block is where no holder
       is good. None for zeros.
 
@@ -265,7 +268,7 @@ def masked_psum(
 
 def _of_good_holders(chain, agreed, slots, num_blocks, good):
   """Puts what counts in place of blocks; also counts the holders it is from."""
-  mine = here(good, len(slots))[:, None]
+  mine = good.here[:, None]
   # An empty slot holds L; so do, for once, those of workers left out.
   counted = jnp.stack(
     [

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from resist_jax import exchange, wire
 from resist_jax.dealing import Deal, Dealer, Route
-from resist_jax.exchange import WORKER
+from resist_jax.exchange import WORKER, Good
 
 PyTree = Any
 
@@ -28,7 +28,7 @@ def hand_over(
   dealer: Dealer,
   name: str,
   encoding: str = 'float32',
-  good: jax.Array | None = None,
+  good: Good | None = None,
   agreed: PyTree | None = None,
 ) -> PyTree:
   """Aggregates a chain and deals it again, moving only what changes hands.
@@ -46,8 +46,7 @@ def hand_over(
     name: Of the chain. The choice of column j is made in the scope
       `NAME_move_j`, that of guest g in `NAME_return_g` and `NAME_lend_g`.
     encoding: Of what is sent, see `wire.encode`.
-    good: `bool[S]`, the workers to average over, the same on all devices; None
-      for all.
+    good: The workers to average over; None for all.
     agreed: As `chain`, before local training: what a block is where no holder
       is good. None for zeros.
 
@@ -99,7 +98,7 @@ def _return_guests(
     borrower = (here + deal.loans[g]) % S
     lent = jnp.isin(borrower, jnp.array(borrowers))
     if good is not None:
-      lent &= good[borrower]
+      lent &= good.everywhere[borrower]
     chain = _add(chain, home, guest)
     copies = _add(copies, home, lent.astype(jnp.float32))
 

@@ -11,7 +11,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from resist_jax.exchange import WORKER
+from resist_jax.exchange import WORKER, Good
 
 PyTree = Any
 
@@ -32,31 +32,38 @@ def finite(*trees: PyTree) -> jax.Array:
   return jnp.stack(rows).all(axis=0)
 
 
-def all_losses(
-  losses: jax.Array, finite: jax.Array, num_workers: int
-) -> jax.Array:
-  """Tells every device the losses of all workers, in one small all-reduce.
+def agree(
+  losses: jax.Array,
+  finite: jax.Array,
+  num_workers: int,
+  loss_factor: float = 0.0,
+) -> Good:
+  """Chooses the workers of an aggregate, by one small all-reduce of losses.
 
   Args:
     losses: `float32[W]`, of this device's workers.
-    finite: `bool[W]`, see `finite`.
+    finite: `bool[W]`, see `finite`; it says False where the loss is not.
     num_workers: S, over the whole mesh.
+    loss_factor: See `trusted`.
 
   Returns:
-    `float32[S]`, the same on all devices; NaN for a worker that is not finite.
+    Whom to trust.
   """
-  here = len(losses)
-  workers = lax.axis_index(WORKER) * here + jnp.arange(here)
+  W = len(losses)
+  first = lax.axis_index(WORKER) * W
   mine = jnp.zeros(num_workers, losses.dtype)
-  mine = mine.at[workers].set(jnp.where(finite, losses, jnp.nan))
-  return lax.psum(mine, WORKER)
+  mine = mine.at[first + jnp.arange(W)].set(jnp.where(finite, losses, jnp.nan))
+  good = trusted(lax.psum(mine, WORKER), loss_factor)
+  # Without a factor a device need not wait for others to know of its own.
+  here = lax.dynamic_slice(good, (first,), (W,)) if loss_factor else finite
+  return Good(here, good)
 
 
 def trusted(losses: jax.Array, loss_factor: float) -> jax.Array:
-  """Chooses the workers whose updates enter the aggregate.
+  """Tells which workers' updates may enter the aggregate.
 
   Args:
-    losses: `float32[S]`, see `all_losses`.
+    losses: `float32[S]`, of all workers; NaN for one that is not finite.
     loss_factor: How many times the median of the finite losses a worker's may
       be; 0: anything finite will do.
 

@@ -107,10 +107,7 @@ def make_local_training(
       good = None
       if protocol.leave_out:
         finite = health.finite(grads, measured['loss'])
-        losses = health.all_losses(
-          measured['loss'], finite, protocol.num_workers
-        )
-        good = health.trusted(losses, loss_factor=0.0)
+        good = health.agree(measured['loss'], finite, protocol.num_workers)
         # Marks the worker in the mean over the steps.
         measured['loss'] = jnp.where(finite, measured['loss'], jnp.nan)
       grads = exchange.mean_over_workers(

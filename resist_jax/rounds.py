@@ -269,8 +269,7 @@ def _finish(protocol, local, base, error, before, after):
   losses = local.metrics['loss']
   finite, good = health.finite(local.params, losses), None
   if protocol.leave_out and not protocol.average_gradients:
-    everyones = health.all_losses(losses, finite, S)
-    good = health.trusted(everyones, protocol.loss_factor)
+    good = health.agree(losses, finite, S, protocol.loss_factor)
 
   shared = local.params['shared']
   if protocol.sends_changes:
@@ -295,8 +294,8 @@ def _finish(protocol, local, base, error, before, after):
       protocol, velocity['chain'], before, after, good, None
     )
   state = State(shared, chain, {}, velocity, error)
-  good = finite if good is None else exchange.here(good, len(losses))
-  return state, {**local.metrics, 'finite': finite, 'good': good}
+  here = finite if good is None else good.here
+  return state, {**local.metrics, 'finite': finite, 'good': here}
 
 
 def _exchange_chains(protocol, chains, before, after, good, blocks):

@@ -252,7 +252,7 @@ def test_a_worker_far_from_the_others_is_left_out(exchange):
 )
 def test_the_rule_of_the_median(losses, factor, good):
   losses = jnp.array(losses, jnp.float32)
-  # Only a finite loss is told; see `all_losses`.
+  # Only a finite loss is told; see `agree`.
   losses = jnp.where(jnp.isfinite(losses), losses, jnp.nan)
   assert health.trusted(losses, factor).tolist() == [bool(x) for x in good]
 

@@ -59,6 +59,7 @@ PROTOCOLS = [
   hand_over(4),
   hand_over(4, min_depth=3),
   hand_over(4, wire_format='int8'),
+  hand_over(4, min_depth=3, leave_out=True),
 ]
 
 
