@@ -1,5 +1,6 @@
 """Command line: python -m resist_jax --config=FILE --workdir=DIR."""
 
+import math
 import re
 import signal
 import sys
@@ -51,11 +52,13 @@ def main(argv: list[str]) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)  # orbax reports every step it takes.
   config = CONFIG.value
-  virtual_devices = config.get('num_devices') or config.get('num_workers', 1)
-  if isinstance(virtual_devices, int) and virtual_devices > 0:
-    # One virtual CPU device per worker; GPUs and TPUs stay as they are. More
+  counts = [config.get(n, 1) for n in ('num_workers', 'devices_per_worker')]
+  if config.get('num_devices'):
+    counts = [config.num_devices]
+  if all(isinstance(n, int) and n > 0 for n in counts):
+    # Virtual CPU devices for each worker; GPUs and TPUs stay as they are. More
     # would only copy the data more often: workers can take turns.
-    jax.config.update('jax_num_cpu_devices', min(virtual_devices, 64))
+    jax.config.update('jax_num_cpu_devices', min(math.prod(counts), 64))
   try:
     summary = train.train(config, str(WORKDIR.value))
   except ConfigError as error:

@@ -19,6 +19,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from resist_jax.dealing import Deal
+from resist_jax.exchange import WORKER
 from resist_jax.state import SHARDED, State, first_copy
 
 PyTree = Any
@@ -129,7 +130,7 @@ class Checkpoints:
     def target(path, leaf):
       # Workers' parts go straight to the devices that they share out evenly.
       if path[1].key == 'workers' and (
-        leaf.shape[0] % self._sharding.mesh.size == 0
+        leaf.shape[0] % self._sharding.mesh.shape[WORKER] == 0
       ):
         return jax.ShapeDtypeStruct(
           leaf.shape, leaf.dtype, sharding=self._sharding

@@ -10,7 +10,7 @@ import numpy as np
 
 from resist_jax import decomposition, exchange, wire
 from resist_jax.dealing import Deal, Dealer
-from resist_jax.exchange import WORKER
+from resist_jax.exchange import DATA, WORKER
 
 PyTree = Any
 # The same for all partitioned chains, or by name; see `decomposition`.
@@ -20,12 +20,43 @@ SHARDED = PartitionSpec(WORKER)
 REPLICATED = PartitionSpec()
 
 
-def make_mesh(num_devices: int) -> Mesh:
-  """Returns a mesh of the first `num_devices` devices on the axis `worker`."""
+def make_mesh(num_devices: int, devices_per_worker: int = 1) -> Mesh:
+  """Returns a mesh of the first devices.
+
+  Args:
+    num_devices: D * G.
+    devices_per_worker: G, a divisor of it.
+
+  Returns:
+    D devices on the axis `worker`; where G > 1, D groups of neighbours, on the
+    same host if they can be, and G on the axis `data`.
+  """
   # Explicit axes, the default of make_mesh, would insist on input specs.
-  auto = (jax.sharding.AxisType.Auto,)
+  auto = jax.sharding.AxisType.Auto
   devices = jax.devices()[:num_devices]
-  return jax.make_mesh((num_devices,), (WORKER,), auto, devices=devices)
+  if devices_per_worker == 1:
+    return jax.make_mesh((num_devices,), (WORKER,), (auto,), devices=devices)
+  # make_mesh may order devices by their links, across hosts.
+  devices = sorted(devices, key=lambda device: device.process_index)
+  groups = np.array(devices).reshape(-1, devices_per_worker)
+  return Mesh(groups, (WORKER, DATA), axis_types=(auto, auto))
+
+
+def mesh_sizes(mesh: Mesh) -> tuple[int, int]:
+  """Returns D and G: how many groups of devices, and how many in each."""
+  return mesh.shape[WORKER], mesh.shape.get(DATA, 1)
+
+
+def batch_specs(mesh: Mesh) -> tuple[PartitionSpec, PartitionSpec]:
+  """Returns how a round's batches `[S, T, B]`, and a step's `[S, B]`, lie."""
+  if DATA not in mesh.shape:
+    return SHARDED, SHARDED
+  return PartitionSpec(WORKER, None, DATA), PartitionSpec(WORKER, DATA)
+
+
+def spread(mesh: Mesh) -> PartitionSpec:
+  """Returns how rows lie of which each device, in groups too, has its own."""
+  return PartitionSpec(mesh.axis_names)
 
 
 def min_depth_of(chain: str, min_depth: MinDepth) -> int | None:
