@@ -1,5 +1,6 @@
 """Command line: python -m resist_jax --config=FILE --workdir=DIR."""
 
+import math
 import re
 import signal
 import sys
@@ -97,6 +98,7 @@ def main(argv: list[str]) -> None:
   except train.NonFiniteError as error:
     _fail(error, code=1)
   except SaveError as error:
+    processes.explain_failure()  # The reason may be another one that is lost.
     _fail(error, code=1)
   except OSError as error:
     _fail(f'{error}; the same command goes on when that is mended.', code=1)
@@ -126,11 +128,13 @@ def _start(config) -> None:
   count = processes.start(
     COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, timeout
   )
-  devices = config.get('num_devices') or config.get('num_workers', 1)
-  if isinstance(devices, int) and devices > 0:
-    # One virtual CPU device per worker; GPUs and TPUs stay as they are. More
+  counts = [config.get(n, 1) for n in ('num_workers', 'devices_per_worker')]
+  if config.get('num_devices'):
+    counts = [config.num_devices]
+  if all(isinstance(n, int) and n > 0 for n in counts):
+    # Virtual CPU devices for each worker; GPUs and TPUs stay as they are. More
     # would only copy the data more often: workers can take turns.
-    here = -(-devices // count)
+    here = -(-math.prod(counts) // count)
     jax.config.update('jax_num_cpu_devices', min(here, 64))
 
 

@@ -247,15 +247,17 @@ def wire_bytes(
   protocol: Protocol,
   num_devices: int,
   deals: Mapping[str, tuple[Deal, Deal]] | None = None,
+  devices_per_worker: int = 1,
 ) -> float:
-  """Predicts what a round puts on the wire.
+  """Predicts what a round puts on the wire between workers.
 
   Args:
     sizes: Of the network, as the protocol cuts it.
     protocol: Who sends what.
-    num_devices: D.
+    num_devices: D, or groups of them.
     deals: For each chain that is handed over, the deals before and after the
       round; without, the mean over all deals.
+    devices_per_worker: G; in a group, each sends its own copy.
 
   Returns:
     Bytes, of all devices together.
@@ -265,7 +267,8 @@ def wire_bytes(
   losses = all_reduce_bytes(S, S, D) if protocol.leave_out else 0
   if protocol.average_gradients:
     step = all_reduce_bytes(sizes.total, S, D, encoding)
-    return protocol.local_steps * (step + losses)
+    sent = protocol.local_steps * (step + losses)
+    return devices_per_worker * sent
   total: float = losses
   total += all_reduce_bytes(sizes.shared, S, D, protocol.format.changes)
   if protocol.carry_velocity:
@@ -287,4 +290,4 @@ def wire_bytes(
       )
       chain = sent * wire.message_bytes(sizes.block[name], encoding)
     total += times * chain
-  return total
+  return devices_per_worker * total

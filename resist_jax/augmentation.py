@@ -4,6 +4,7 @@ import re
 from typing import NamedTuple
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from resist_jax.data import Dataset
@@ -65,7 +66,11 @@ def choose(kind: str, dataset: Dataset) -> Augmentation:
 
 
 def augment(
-  key: jax.Array, images: jax.Array, pad: int, flip: bool
+  key: jax.Array,
+  images: jax.Array,
+  pad: int,
+  flip: bool,
+  axis_name: str | None = None,
 ) -> jax.Array:
   """Crops each image at random after padding with black, and mirrors half.
 
@@ -74,21 +79,32 @@ def augment(
     images: `uint8[B, H, W, C]`.
     pad: Pixels on every side; 0 leaves the crop out. CIFAR: 4.
     flip: Mirror left and right with probability 1/2.
+    axis_name: A mesh axis over which a batch is spread in equal parts, of which
+      `images` is one; what happens to it does not depend on how many there are.
 
   Returns:
     `uint8[B, H, W, C]`.
   """
+  B = len(images)
+  parts = 1 if axis_name is None else lax.axis_size(axis_name)
+
+  def mine(draws):
+    if axis_name is None:
+      return draws
+    first = lax.axis_index(axis_name) * B
+    return lax.dynamic_slice_in_dim(draws, first, B)
+
   crop_key, flip_key = jax.random.split(key)
   if pad:
     sides = ((0, 0), (pad, pad), (pad, pad), (0, 0))
-    corners = jax.random.randint(crop_key, (len(images), 2), 0, 2 * pad + 1)
+    corners = mine(jax.random.randint(crop_key, (parts * B, 2), 0, 2 * pad + 1))
     crop = jax.vmap(
-      lambda image, corner: jax.lax.dynamic_slice(
+      lambda image, corner: lax.dynamic_slice(
         image, (corner[0], corner[1], 0), images.shape[1:]
       )
     )
     images = crop(jnp.pad(images, sides), corners)
   if flip:
-    mirrored = jax.random.bernoulli(flip_key, 0.5, (len(images), 1, 1, 1))
+    mirrored = mine(jax.random.bernoulli(flip_key, 0.5, (parts * B, 1, 1, 1)))
     images = jnp.where(mirrored, images[:, :, ::-1], images)
   return images

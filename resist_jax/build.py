@@ -28,6 +28,7 @@ from resist_jax import state as state_lib
 from resist_jax.config import ConfigError, build_model, cut_chains
 from resist_jax.dealing import Deal
 from resist_jax.evaluate import Evaluator
+from resist_jax.exchange import DATA
 from resist_jax.model import ResNet
 from resist_jax.placement import place_parts
 from resist_jax.streaming import StreamedImages
@@ -46,7 +47,8 @@ class Phase:
     protocol: What it means for rounds.
     run: The compiled round.
     sizes: Parameter counts, as the protocol cuts the network.
-    num_devices: D.
+    num_devices: D, or groups of them.
+    devices_per_worker: G.
   """
 
   name: str
@@ -54,6 +56,7 @@ class Phase:
   run: rounds.Round
   sizes: accounting.Sizes
   num_devices: int
+  devices_per_worker: int
 
   @property
   def bytes_per_round(self) -> int:
@@ -73,9 +76,8 @@ class Phase:
       Bytes, of all devices together.
     """
     deals = {name: (before[name], after[name]) for name in before}
-    return round(
-      accounting.wire_bytes(self.sizes, self.protocol, self.num_devices, deals)
-    )
+    D, G = self.num_devices, self.devices_per_worker
+    return round(accounting.wire_bytes(self.sizes, self.protocol, D, deals, G))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Setup:
     network: The global network.
     chains: L of each chain that ResIST cuts, by name; empty for baselines.
     sizes: Parameter counts, as the protocol cuts the network.
-    mesh: D devices.
+    mesh: D devices, or groups of them.
   """
 
   config: ml_collections.ConfigDict
@@ -190,8 +192,10 @@ class Setup:
     config, name = self.config, self.phase_name(round_index)
     protocol = self.protocol(name)
     pad, flip, _ = self.augmentation
+    D, G = state_lib.mesh_sizes(self.mesh)
+    scale, axis = self.training_scale(name), DATA if G > 1 else None
     loss_fn = classification.make_loss(
-      self.network, self.dataset, self.training_scale(name), pad, flip
+      self.network, self.dataset, scale, pad, flip, axis
     )
     run = rounds.make_round(
       loss_fn,
@@ -203,11 +207,11 @@ class Setup:
       self.mesh,
       config.seed,
       on_device=not self.on_cpu,
-      metrics=('accuracy',),
+      metrics=classification.METRICS,
       streamed=self.dataset.streamed,
     )
     sizes = self.sizes_for(protocol)
-    return Phase(name, protocol, run, sizes, self.mesh.devices.size)
+    return Phase(name, protocol, run, sizes, D, G)
 
   def sizes_for(self, protocol: state_lib.Protocol) -> accounting.Sizes:
     """Returns parameter counts, as a protocol cuts the network."""
@@ -310,7 +314,8 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
   Raises:
     ConfigError: If the data or the devices do not fit the config.
   """
-  mesh = state_lib.make_mesh(_num_devices(config))
+  G = config.devices_per_worker
+  mesh = state_lib.make_mesh(_num_devices(config), G)
   dataset = data.load(
     config.data.name,
     config.data.dir,
@@ -338,25 +343,31 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
 
 
 def _num_devices(config) -> int:
-  """Chooses D; processes have equally many of the devices."""
-  processes = jax.process_count()
+  """Chooses D * G; every process has whole groups, and equally many."""
+  processes, G = jax.process_count(), config.devices_per_worker
+  here = len(jax.local_devices())
   if config.num_workers % processes:
     raise ConfigError(
       f'num_workers is {config.num_workers}, but there are {processes} '
       'processes: use a multiple of them.'
     )
-  if config.num_devices % processes:
+  if config.num_devices % (processes * G):
     raise ConfigError(
       f'num_devices is {config.num_devices}, but there are {processes} '
-      'processes: use a multiple of them, or leave it at 0.'
+      f'processes, and {G} devices for each worker: use a multiple of '
+      f'{processes * G}, or leave it at 0.'
     )
-  at_hand = processes * len(jax.local_devices())
-  if config.num_devices > at_hand:
+  if here < G:
     raise ConfigError(
-      f'num_devices is {config.num_devices}, but there are {at_hand} here: '
-      'lower it, or leave it at 0.'
+      f'devices_per_worker is {G}, but there are {here} here: lower it, or '
+      'leave it at 1.'
+    )
+  if config.num_devices > processes * here:
+    raise ConfigError(
+      f'num_devices is {config.num_devices}, but there are {processes * here} '
+      'here: lower it, or leave it at 0.'
     )
   if config.num_devices:
     return config.num_devices
-  possible = range(processes, at_hand + 1, processes)
-  return max(d for d in possible if config.num_workers % d == 0)
+  possible = range(processes, processes * (here // G) + 1, processes)
+  return G * max(d for d in possible if config.num_workers % d == 0)

@@ -21,6 +21,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from resist_jax.dealing import Deal
+from resist_jax.exchange import WORKER
 from resist_jax.metrics import replace_text
 from resist_jax.state import SHARDED, State, first_copy
 
@@ -107,8 +108,6 @@ class Checkpoints:
         raise OSError('orbax did not save it')
       if jax.process_index() == 0:
         self._write_digest(step)
-    except jax.errors.JaxRuntimeError:  # Not of the disk: of a lost process.
-      raise
     except Exception as error:  # orbax and its codecs raise nearly anything.
       raise SaveError(
         f'the checkpoint of round {step} cannot be written '
@@ -186,7 +185,7 @@ class Checkpoints:
     def target(path, leaf):
       # Workers' parts go straight to the devices that they share out evenly.
       if path[1].key == 'workers' and (
-        leaf.shape[0] % self._sharding.mesh.size == 0
+        leaf.shape[0] % self._sharding.mesh.shape[WORKER] == 0
       ):
         return jax.ShapeDtypeStruct(
           leaf.shape, leaf.dtype, sharding=self._sharding

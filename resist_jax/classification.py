@@ -12,6 +12,8 @@ from resist_jax.augmentation import augment
 from resist_jax.local_training import LossFn
 from resist_jax.model import ResNet
 
+METRICS = ('accuracy',)  # What the loss reports beside itself.
+
 
 def make_loss(
   network: ResNet,
@@ -19,6 +21,7 @@ def make_loss(
   branch_scale: Mapping[str, float],
   pad: int,
   flip: bool,
+  axis_name: str | None = None,
 ) -> LossFn:
   """Returns the loss of a sub-network, or of the full one, on a batch.
 
@@ -29,6 +32,8 @@ def make_loss(
       branches in training.
     pad: See `augmentation.augment`.
     flip: See `augmentation.augment`.
+    axis_name: The mesh axis over which a worker's batch is spread, if it is:
+      the loss is then of a part, with batch norm and augmentation of the whole.
 
   Returns:
     A `LossFn` whose constants are all training images and labels,
@@ -36,12 +41,13 @@ def make_loss(
     these; where they stream, constants are None and a batch is images and
     labels itself. It reports `accuracy`.
   """
+  network = network.clone(norm_axis=axis_name)
 
   def loss_fn(params, present, constants, batch, key):
     if constants is not None:
       batch = jax.tree.map(lambda examples: examples[batch], constants)
     images, labels = batch
-    images = augment(key, images, pad, flip)
+    images = augment(key, images, pad, flip, axis_name)
     images = data.normalise(images, dataset.mean, dataset.std)
     lengths = {n: len(jax.tree.leaves(params[n])[0]) for n in branch_scale}
     # An empty slot holds zeros; its scale of 0 also keeps NaN out of it.

@@ -17,6 +17,7 @@ ELASTIC = frozenset(
     'protocol',
     'num_workers',
     'num_devices',
+    'devices_per_worker',
     'num_rounds',
     'min_depth',
     'exchange',
@@ -46,7 +47,9 @@ def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.protocol = 'resist'  # or local_sgd, data_parallel: the baselines.
   config.num_workers = 4  # S
-  config.num_devices = 0  # D; 0: the largest divisor of S at hand.
+  config.num_devices = 0  # In all; 0: as many as share S out, of those at hand.
+  # G; a host of several trains as one worker that averages gradients inside.
+  config.devices_per_worker = 1
   # Rounds of synchronisation, phases included; the schedule spans them all.
   config.num_rounds = 100
   config.local_steps = 50  # T, the paper's l; fewer for eight workers.
@@ -57,7 +60,7 @@ def get_config() -> ml_collections.ConfigDict:
   # What numbers travel as: float32 (exact), bfloat16, int8 (changes, with error
   # feedback; blocks that move in 16 bits).
   config.wire_format = 'float32'
-  config.batch_size = 128  # Per worker, as in the paper.
+  config.batch_size = 128  # Per worker, as in the paper; its devices share it.
   config.eval_every = 5  # Rounds; the last round is always evaluated.
   config.checkpoint_every = 5  # Rounds; the last round is always saved.
   config.seed = 0

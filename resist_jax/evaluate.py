@@ -31,7 +31,7 @@ from resist_jax.exchange import WORKER
 from resist_jax.export import Predictor
 from resist_jax.model import ResNet
 from resist_jax.placement import place, to_host
-from resist_jax.state import REPLICATED, SHARDED
+from resist_jax.state import REPLICATED, SHARDED, mesh_sizes, spread
 
 PyTree = Any
 
@@ -40,12 +40,12 @@ _ONE = np.float32(1)
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-  """Batches side by side: device d computes row d.
+  """Batches side by side: device d computes row d, in groups too.
 
   Attributes:
     name: What the hits in them count for.
     split: What they are taken from.
-    rows: `int32[D, B]`, which examples; -1 fills up.
+    rows: `int32[D * G, B]`, which examples; -1 fills up.
     fixed: With fixed statistics instead of those of each batch.
   """
 
@@ -245,11 +245,11 @@ class Evaluator:
       # XLA's CPU collectives abort the process when a device comes 40 seconds
       # late: no device may have batches to compute before this.
       jax.block_until_ready(waiting)
-    name, i = step
+    (D, G), (name, i) = mesh_sizes(self._mesh), step
     worker, slot = np.argwhere(slots[name] == i)[0].astype(np.int32)
     block = _fetch(self._mesh, chain[name], worker, slot)
     copies = sum(x.nbytes for x in jax.tree.leaves(block))  # D of them.
-    self.wire_bytes += 2 * (self._mesh.size - 1) * copies // self._mesh.size
+    self.wire_bytes += 2 * (D - 1) * copies // D * G
     return {name: block}
 
   def _fixed(self, statistics, step):
@@ -262,7 +262,7 @@ class Evaluator:
 
   def _put(self, array):
     """Gives row d of an array to device d."""
-    return place(array, NamedSharding(self._mesh, SHARDED))
+    return place(array, NamedSharding(self._mesh, spread(self._mesh)))
 
 
 @partial(jax.jit, static_argnames='mesh')
@@ -338,9 +338,9 @@ def _apply(
     results = (y[0] if is_block else y, measured.get('batch_stats', {}))
     return jax.tree.map(lambda row: row[None], results)
 
-  specs = (SHARDED, REPLICATED, REPLICATED, REPLICATED, SHARDED)
+  specs = (SHARDED, REPLICATED, REPLICATED, REPLICATED, spread(mesh))
   on_mesh = partial(jax.shard_map, mesh=mesh, check_vma=True)
-  on_devices = on_mesh(local, in_specs=specs, out_specs=SHARDED)
+  on_devices = on_mesh(local, in_specs=specs, out_specs=spread(mesh))
   return on_devices(params, index, scale, statistics, x)
 
 

@@ -1,8 +1,9 @@
 """The end of a round inside `shard_map`: average, then hand out new blocks.
 
 A device of the mesh looks after W = S / D workers, so every array here leads
-with W. The functions name the mesh axis once, `WORKER`. `hand_over.py` is the
-other way to hand out blocks.
+with W. The functions name the mesh axis once, `WORKER`. Where a worker is a
+group of devices, the first of each group exchange among themselves, and so do
+the second. `hand_over.py` is the other way to hand out blocks.
 """
 
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from resist_jax import decomposition, wire
 PyTree = Any
 
 WORKER = 'worker'
+DATA = 'data'  # Inside a worker of several devices, a group.
 
 
 class Good(NamedTuple):

@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 import math
 from typing import Any
 
+import jax
+import numpy as np
+
 from resist_jax import accounting, exchange, hlo
 from resist_jax.accounting import BYTES_PER_PARAM, Sizes
 from resist_jax.model import ResNet
@@ -19,7 +22,7 @@ def predicted_memory(
   Args:
     sizes: Of the network, as the protocol cuts it.
     protocol: Who holds what.
-    num_devices: D; each holds what its S / D workers hold.
+    num_devices: D, or groups of them; each holds what its S / D workers hold.
 
   Returns:
     Bytes: `parameters` of the sub-networks; `optimizer`, their momentum;
@@ -81,23 +84,77 @@ def memory_parts(stats: Any) -> dict[str, int]:
 
 
 def compiled_wire_bytes(
-  run: Round, local_steps: int, branches: Mapping[str, int]
+  run: Round,
+  local_steps: int,
+  branches: Mapping[str, int],
+  inside: bool = False,
 ) -> int:
-  """Reads what a compiled round sends from device to device.
+  """Reads what a compiled round sends between the devices of two workers.
 
   Args:
     run: After `Round.compile`.
     local_steps: T.
     branches: Of the routes taken, see `accounting.branches`.
+    inside: Read what devices of the same worker send each other instead.
 
   Returns:
     Bytes, of all devices together.
   """
   return sum(
     (local_steps if name == 'step' else 1)
-    * hlo.wire_bytes(program.as_text(), branches)
+    * hlo.wire_bytes(program.as_text(), branches, run.group_size, inside)
     for name, program in run.compiled.items()
   )
+
+
+def predicted_group_bytes(
+  sizes: Sizes,
+  protocol: Protocol,
+  devices_per_worker: int,
+  statistics: int,
+  num_metrics: int,
+) -> int:
+  """Predicts what a local step sends between the devices of a worker.
+
+  Args:
+    sizes: Of the network, as the protocol cuts it.
+    protocol: Who holds what.
+    devices_per_worker: G.
+    statistics: See `num_statistics`.
+    num_metrics: How many the loss function reports, the loss included.
+
+  Returns:
+    Bytes, of all devices together: rings of gradients, metrics, and statistics
+    of batch norm with their gradients.
+  """
+  S = protocol.num_workers
+  params = accounting.params_per_worker(sizes, S, protocol.min_depth)
+  numbers = params + num_metrics + 2 * statistics
+  return S * 2 * (devices_per_worker - 1) * BYTES_PER_PARAM * numbers
+
+
+def num_statistics(
+  network: ResNet, image_shape: tuple[int, ...], lengths: Mapping[str, int]
+) -> int:
+  """Counts the means and mean squares that batch norm takes in a step.
+
+  Args:
+    network: The global network.
+    image_shape: `(H, W, C)`.
+    lengths: Blocks in chains by name, where a worker runs fewer than all.
+
+  Returns:
+    Two for every channel of every such layer.
+  """
+  network = network.with_chain_lengths(lengths)
+
+  def measured(images):
+    params = network.init(jax.random.key(0), images)['params']
+    return network.apply({'params': params}, images, mutable=['batch_stats'])[1]
+
+  images = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
+  leaves = jax.tree.leaves(jax.eval_shape(measured, images))
+  return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def predicted_flops(

@@ -10,10 +10,12 @@ scopes alone comes back with the old names, unless
 `jax_compilation_cache_include_metadata_in_key` is set.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import math
 import re
 from typing import NamedTuple
+
+from resist_jax.replica_groups import replica_groups
 
 # How often a ring of g devices sends one operand, in units of g - 1. An
 # all-gather, whose operand is a shard, sends it g times as often.
@@ -97,12 +99,24 @@ class _Program(NamedTuple):
   entry: str
   num_devices: int
   branches: Mapping[str, int]
+  group_size: int = 1
+  inside: bool = False
+
+  def counts(self, devices: Iterable[int]) -> bool:
+    """Tells whether what these devices send each other is asked for."""
+    groups = {device // self.group_size for device in devices}
+    return (len(groups) == 1) == self.inside
 
   def root(self, computation: str) -> _Instruction:
     return next(i for i in self.computations[computation] if i.is_root)
 
 
-def wire_bytes(text: str, branches: Mapping[str, int]) -> int:
+def wire_bytes(
+  text: str,
+  branches: Mapping[str, int],
+  group_size: int = 1,
+  inside: bool = False,
+) -> int:
   """Counts the bytes that all devices together send in one execution.
 
   Args:
@@ -111,6 +125,9 @@ def wire_bytes(text: str, branches: Mapping[str, int]) -> int:
       to it, the same every time, which is clamped as `lax.switch` does. Scopes
       that the program lacks may stay; a switch whose branches send alike needs
       none.
+    group_size: So many neighbours are a group; what stays inside a group does
+      not count.
+    inside: Count this instead, and nothing else.
 
   Returns:
     The bytes; a device that sends to itself sends none.
@@ -120,6 +137,7 @@ def wire_bytes(text: str, branches: Mapping[str, int]) -> int:
       matters and is unknown, or a collective's bytes are not in the text.
   """
   program = _parse(text, branches)
+  program = program._replace(group_size=group_size, inside=inside)
   return _computation_bytes(program, program.entry)
 
 
@@ -217,31 +235,13 @@ def _collective_bytes(program: _Program, instruction: _Instruction) -> int:
     raise ValueError(f'Cannot count {instruction.name}: {instruction.op_name}')
   if kind == 'collective-permute':
     pairs = instruction.lists('source_target_pairs')
-    return size * sum(source != target for source, target in pairs)
+    return size * sum(s != t and program.counts((s, t)) for s, t in pairs)
   passes = _RING_PASSES[kind]
+  groups = replica_groups(instruction.attributes, program.num_devices)
   return size * sum(
     passes * (g - 1) * (g if kind == 'all-gather' else 1)
-    for g in _group_sizes(program, instruction)
+    for g in map(len, filter(program.counts, groups))
   )
-
-
-def _group_sizes(program: _Program, instruction: _Instruction) -> list[int]:
-  """Reads how many devices each replica group has, whatever the notation."""
-  attributes = instruction.attributes
-  # [2,4]<=[8]: two groups of four.
-  if iota := re.search(r'replica_groups=\[(\d+),(\d+)\]', attributes):
-    return [int(iota[2])] * int(iota[1])
-  # mesh['a'=2,'b'=8] {'a','b':(1)4}: one group for every 2 * 4 of 16 devices.
-  mesh = r'replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}'
-  if found := re.search(mesh, attributes):
-    sizes = {k: int(v) for k, v in re.findall(r"'([^']+)'=(\d+)", found[1])}
-    axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
-    size = math.prod(int(part or sizes[axis]) for axis, part in axes)
-    return [size] * (math.prod(sizes.values()) // size)
-  listed = instruction.lists('replica_groups')
-  if listed:
-    return [len(group) for group in listed]
-  return [program.num_devices]
 
 
 def _loop_bytes(program: _Program, loop: _Instruction) -> int:

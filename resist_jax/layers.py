@@ -126,10 +126,13 @@ class BatchNorm(nn.Module):
   Attributes:
     epsilon: Added to the variance.
     dtype: Dtype of the output; statistics are computed in float32.
+    axis_name: A mesh axis over which the batch is spread in equal parts; the
+      statistics are of all of them.
   """
 
   epsilon: float = 1e-5
   dtype: Any = jnp.float32
+  axis_name: str | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -145,6 +148,10 @@ class BatchNorm(nn.Module):
       axes = tuple(range(x.ndim - 1))
       mean = x.mean(axes)
       mean_square = jnp.square(x).mean(axes)
+      if self.axis_name is not None:
+        # One collective forward and, by the cast, one backward.
+        both = lax.pmean(jnp.stack([mean, mean_square]), self.axis_name)
+        mean, mean_square = lax.pcast(both, self.axis_name, to='varying')
       if self.is_mutable_collection('batch_stats') and (
         not self.is_initializing()
       ):

@@ -1,7 +1,9 @@
 """Local training of the workers of one device; runs inside `shard_map`.
 
 No collective touches the worker axis here, unless the protocol averages
-gradients. Arrays lead with W, the workers of this device.
+gradients. Arrays lead with W, the workers of this device. Where these have a
+group of devices, each device computes on its part of a batch, and what follows
+from the mean of their gradients is equal on all of them.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from resist_jax import decomposition, exchange, health
-from resist_jax.exchange import WORKER
+from resist_jax.exchange import DATA, WORKER
 from resist_jax.optimizer import Schedule
 from resist_jax.state import Protocol
 
@@ -37,7 +39,8 @@ class Local(NamedTuple):
 
 # loss_fn(params, present, constants, batch, key) -> (loss, {'name': scalar}).
 # `present` is float32[K] per chain: 1 where a slot holds a block, 0 where it is
-# empty. `constants` never changes; `batch` is what one step of one worker gets.
+# empty. `constants` never changes; `batch` is what one step of one worker gets:
+# in a group, this device's part of it, with the same key on all of them.
 LossFn = Callable[
   [PyTree, Mapping[str, jax.Array], PyTree, PyTree, Key],
   tuple[jax.Array, dict[str, jax.Array]],
@@ -52,6 +55,7 @@ def make_local_training(
   seed: int,
   loop: bool,
   metrics: tuple[str, ...],
+  grouped: bool = False,
 ) -> tuple[Callable[..., Local], Callable[..., Local]]:
   """Makes the functions that begin local training and take one step of it.
 
@@ -63,6 +67,7 @@ def make_local_training(
     seed: Seed of all randomness in training.
     loop: Loop over the workers of a device, or lay them out in a row.
     metrics: Names of the metrics that the loss function returns.
+    grouped: Whether the mesh has the axis `data`, over which batches lie.
 
   Returns:
     `begin(shared, chain, velocity) -> Local` and `step(local, slots, constants,
@@ -96,13 +101,19 @@ def make_local_training(
   def step(local, slots, constants, batch, round_index, t):
     here = _workers_here(local.params)
     workers = lax.axis_index(WORKER) * here + jnp.arange(here, dtype=jnp.int32)
+    params = local.params
+    if grouped:
+      # Else the gradient would be the sum over the group, unseen.
+      params = lax.pcast(params, DATA, to='varying')
     grads, measured = _each_worker(
       lambda worker, params, slots, batch: gradients(
         worker, params, slots, constants, batch, round_index, t
       ),
-      (workers, local.params, slots, batch),
+      (workers, params, slots, batch),
       loop,
     )
+    if grouped:
+      grads, measured = lax.pmean((grads, measured), DATA)
     if protocol.average_gradients:
       good = None
       if protocol.leave_out:

@@ -52,6 +52,7 @@ class ResNet(nn.Module):
       use `layers.convolve_with_wide_kernel_gradient`. The result is the same.
     cut_heads: Keep the residual branches of heads apart, so that they can be
       partitioned, too (the first column of the paper's ablation).
+    norm_axis: The mesh axis that batches are spread over, for batch norm.
   """
 
   num_classes: int
@@ -64,6 +65,7 @@ class ResNet(nn.Module):
   dtype: Any = jnp.float32
   for_cpu: bool = True
   cut_heads: bool = False
+  norm_axis: str | None = None
 
   @nn.compact
   def __call__(
@@ -155,9 +157,9 @@ class ResNet(nn.Module):
         f'unknown stem {self.stem!r}: use one of {", ".join(STEMS)}.'
       )
     conv = {'dtype': self.dtype, 'wide_kernel_gradient': self.for_cpu}
-    norm = partial(
-      BatchNorm if self.norm == 'batch' else GroupNorm16, dtype=self.dtype
-    )
+    norm = partial(GroupNorm16, dtype=self.dtype)
+    if self.norm == 'batch':
+      norm = partial(BatchNorm, dtype=self.dtype, axis_name=self.norm_axis)
     if name == 'stem':
       large = self.stem == 'imagenet'
       return Stem(

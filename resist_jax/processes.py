@@ -183,8 +183,10 @@ class _Watch:
       threading.Event().wait()  # Another thread is at it.
     self._leaving = True
     print(
+      '' if self._me else '\n',  # After the progress bar.
       f'error: process {self._me} ends, for {reason}; the same command goes on '
       'from the newest checkpoint.',
+      sep='',
       file=sys.stderr,
       flush=True,
     )

@@ -1,7 +1,9 @@
 """A round on a device mesh: T local steps on every worker, then the exchange.
 
 This and `evaluate.py` say `shard_map`. The mesh has D devices on the axis
-`worker`; S workers live on them, W = S / D on each, and take turns there.
+`worker`; S workers live on them, W = S / D on each, and take turns there. In
+place of a device there may be a group of G, on the axis `data`, which share the
+work of each local step.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,7 +23,14 @@ from resist_jax.hand_over import hand_over
 from resist_jax.local_training import LossFn, make_local_training
 from resist_jax.optimizer import Schedule
 from resist_jax.placement import place, place_parts
-from resist_jax.state import REPLICATED, SHARDED, Protocol, State
+from resist_jax.state import (
+  REPLICATED,
+  SHARDED,
+  Protocol,
+  State,
+  batch_specs,
+  mesh_sizes,
+)
 
 PyTree = Any
 
@@ -33,6 +42,7 @@ class Round:
     compiled: The programs by name: `round` where one program loops over the
       steps, else `begin`, `step` and `finish`.
     loops: Whether programs loop, over steps, workers or blocks.
+    group_size: G, devices of a worker.
   """
 
   def __init__(self, protocol, begin, step, finish, mesh, on_device, streamed):
@@ -41,8 +51,12 @@ class Round:
     self._streamed = streamed
     self._mesh = mesh
     self._sharding = NamedSharding(mesh, SHARDED)
+    by_round, by_step = batch_specs(mesh)
+    whole_round = on_device and not streamed
+    self._batches = NamedSharding(mesh, by_round if whole_round else by_step)
+    _, self.group_size = mesh_sizes(mesh)
     self.compiled: dict[str, Any]
-    if on_device and not streamed:
+    if whole_round:
       whole = partial(_scan_round, protocol, begin, step, finish)
       self.compiled = {'round': jax.jit(whole, donate_argnums=(0, 1))}
     else:
@@ -67,13 +81,13 @@ class Round:
     trained = (state.shared, state.chain, state.velocity)
     deals, slots = self._on_mesh(state.slots)
     if 'round' in self.compiled:
-      batches = _shapes(batches, self._sharding)
+      batches = _shapes(batches, self._batches)
       inputs = (trained, state.error, deals, deals)
       args = {'round': (*inputs, constants, batches, index)}
     else:
       local = jax.eval_shape(self.compiled['begin'], *trained)
       local = _shapes(local, self._sharding)
-      batch = _shapes(next(self._by_step(batches)), self._sharding)
+      batch = _shapes(next(self._by_step(batches)), self._batches)
       base = self._protocol.kept(state.shared, state.chain)
       args = {
         'begin': trained,
@@ -98,7 +112,8 @@ class Round:
       next_slots: The next deal of each partitioned chain.
       constants: Passed to the loss as it is, e.g. data that live on devices.
       batches: Pytree of arrays `[S, T, ...]`; what step t of worker s gets.
-        Streamed: an iterable of T pytrees `[S, ...]`.
+        Streamed: an iterable of T pytrees `[S, ...]`. In groups, the next axis
+        is B, and each device gets its part of it.
       round_index: Decides the learning rate and the randomness.
 
     Returns:
@@ -116,14 +131,15 @@ class Round:
     before, slots = self._on_mesh(state.slots)
     after, _ = self._on_mesh(next_slots)
     if 'round' in self.compiled:
-      batches = place(batches, self._sharding)
+      batches = place(batches, self._batches)
       inputs = (trained, state.error, before, after)
       new, metrics = self.compiled['round'](*inputs, constants, batches, index)
       return new._replace(slots=dict(next_slots)), metrics
+    talks = self._protocol.average_gradients or self.group_size > 1
     local = self.compiled['begin'](*trained)
     for t, batch in enumerate(self._by_step(batches)):
       batch = self._place(batch)
-      if self._streamed or self._protocol.average_gradients:
+      if self._streamed or talks:
         # The batch before is trained on while this one comes; no third waits.
         jax.block_until_ready(local)
       args = (local, slots, constants, batch, index, np.int32(t))
@@ -150,8 +166,8 @@ class Round:
   def _place(self, batch: PyTree) -> PyTree:
     if self._streamed:  # Of the workers of this process alone.
       workers = self._protocol.num_workers
-      return place_parts(batch, self._sharding, workers)
-    return place(batch, self._sharding)
+      return place_parts(batch, self._batches, workers)
+    return place(batch, self._batches)
 
   def _check(self, slots, next_slots) -> None:
     if self._protocol.exchange != 'hand_over':
@@ -230,7 +246,7 @@ def make_round(
     optimizer: A gradient transformation without its learning rate.
     schedule: Learning rate at a step of the whole run.
     protocol: Who holds what, and when workers talk.
-    mesh: D devices on the axis `worker`; S is a multiple of D.
+    mesh: D devices, or groups, on the axis `worker`; S is a multiple of D.
     seed: Seed of all randomness inside the round.
     on_device: One program that loops over steps and workers (GPU, TPU), or
       steps dispatched from the host and workers unrolled (CPU, whose backend
@@ -243,11 +259,19 @@ def make_round(
     The round.
   """
   begin, step = make_local_training(
-    loss_fn, optimizer, schedule, protocol, seed, on_device, metrics
+    loss_fn,
+    optimizer,
+    schedule,
+    protocol,
+    seed,
+    on_device,
+    metrics,
+    grouped=mesh_sizes(mesh)[1] > 1,
   )
   finish = partial(_finish, protocol)
   on_mesh = partial(jax.shard_map, mesh=mesh, check_vma=True, out_specs=SHARDED)
-  step_specs = (SHARDED, SHARDED, REPLICATED, SHARDED, REPLICATED, REPLICATED)
+  _, batch = batch_specs(mesh)
+  step_specs = (SHARDED, SHARDED, REPLICATED, batch, REPLICATED, REPLICATED)
   deals = deal_specs(protocol.exchange == 'hand_over')
   deals = dict.fromkeys(protocol.num_blocks, deals)
   finish_specs = (SHARDED, SHARDED, SHARDED, deals, deals)

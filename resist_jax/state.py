@@ -10,7 +10,7 @@ import numpy as np
 
 from resist_jax import decomposition, exchange, wire
 from resist_jax.dealing import Deal, Dealer
-from resist_jax.exchange import WORKER
+from resist_jax.exchange import DATA, WORKER
 from resist_jax.placement import rows
 
 PyTree = Any
@@ -21,28 +21,58 @@ SHARDED = PartitionSpec(WORKER)
 REPLICATED = PartitionSpec()
 
 
-def make_mesh(num_devices: int) -> Mesh:
-  """Returns a mesh of devices on the axis `worker`, as many of each process."""
+def make_mesh(num_devices: int, devices_per_worker: int = 1) -> Mesh:
+  """Returns a mesh of the first devices, as many of each process.
+
+  Args:
+    num_devices: D * G.
+    devices_per_worker: G, a divisor of it.
+
+  Returns:
+    D devices on the axis `worker`; where G > 1, D groups of neighbours, on the
+    same host if they can be, and G on the axis `data`.
+  """
   # Explicit axes, the default of make_mesh, would insist on input specs.
-  auto = (jax.sharding.AxisType.Auto,)
-  each = num_devices // jax.process_count()
-  devices = [
-    device
+  auto = jax.sharding.AxisType.Auto
+  by_process = [
+    [d for d in jax.devices() if d.process_index == process]
     for process in range(jax.process_count())
-    for device in jax.devices()
-    if device.process_index == process
   ]
-  by_process = np.array(devices).reshape(jax.process_count(), -1)
-  devices = by_process[:, :each].ravel().tolist()
-  return jax.make_mesh((num_devices,), (WORKER,), auto, devices=devices)
+  each = num_devices // len(by_process)
+  devices = [d for found in by_process for d in found[:each]]
+  if devices_per_worker > 1:
+    groups = np.array(devices).reshape(-1, devices_per_worker)
+    return Mesh(groups, (WORKER, DATA), axis_types=(auto, auto))
+  if len(by_process) > 1:  # make_mesh may order devices by links, across hosts.
+    return Mesh(np.array(devices), (WORKER,), axis_types=(auto,))
+  return jax.make_mesh((num_devices,), (WORKER,), (auto,), devices=devices)
+
+
+def mesh_sizes(mesh: Mesh) -> tuple[int, int]:
+  """Returns D and G: how many groups of devices, and how many in each."""
+  return mesh.shape[WORKER], mesh.shape.get(DATA, 1)
+
+
+def batch_specs(mesh: Mesh) -> tuple[PartitionSpec, PartitionSpec]:
+  """Returns how a round's batches `[S, T, B]`, and a step's `[S, B]`, lie."""
+  if DATA not in mesh.shape:
+    return SHARDED, SHARDED
+  return PartitionSpec(WORKER, None, DATA), PartitionSpec(WORKER, DATA)
+
+
+def spread(mesh: Mesh) -> PartitionSpec:
+  """Returns how rows lie of which each device, in groups too, has its own."""
+  return PartitionSpec(mesh.axis_names)
 
 
 def workers_here(mesh: Mesh, num_workers: int) -> range:
   """Returns the workers on this process's devices; they are neighbours."""
-  each = num_workers // mesh.size
+  groups, size = mesh_sizes(mesh)
+  each = num_workers // groups
+  firsts = mesh.devices.reshape(groups, size)[:, 0]
   mine = [
     d
-    for d, device in enumerate(mesh.devices.flat)
+    for d, device in enumerate(firsts)
     if device.process_index == jax.process_index()
   ]
   return range(mine[0] * each, (mine[-1] + 1) * each)

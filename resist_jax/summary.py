@@ -10,11 +10,11 @@ from typing import Any
 
 from absl import logging
 
-from resist_jax import accounting, footprint
+from resist_jax import accounting, classification, footprint
 from resist_jax.build import Phase, Setup
 from resist_jax.checkpoint import digest
 from resist_jax.config import cut_chains
-from resist_jax.state import Protocol
+from resist_jax.state import Protocol, mesh_sizes
 
 PyTree = Any
 
@@ -45,6 +45,7 @@ def summarise(
     'model': config.model.name,
     'num_workers': config.num_workers,
     'num_devices': devices.size,
+    'devices_per_worker': config.devices_per_worker,
     'rounds': progress['round'],
     'local_steps': config.local_steps,
     **accuracies,
@@ -106,9 +107,9 @@ def _traffic(
   setup: Setup, phase: Phase, progress: Mapping[str, Any]
 ) -> dict[str, Any]:
   """Bytes of a round and of the run, and those of the baselines."""
-  devices, protocol = setup.mesh.devices.size, typical_protocol(setup)
+  (D, G), protocol = mesh_sizes(setup.mesh), typical_protocol(setup)
   sizes = setup.sizes_for(protocol)
-  sent = round(accounting.wire_bytes(sizes, protocol, devices))
+  sent = round(accounting.wire_bytes(sizes, protocol, D, None, G))
   traffic = {
     'bytes_per_round': accounting.paper_bytes(sizes, protocol),
     'bytes_total': progress['bytes_total'],
@@ -117,6 +118,7 @@ def _traffic(
     'wire_bytes_last_round': _last_round(setup, phase, progress['round']),
     'wire_bytes_total': progress['wire_bytes_total'],
     'evaluation_wire_bytes_total': progress['evaluation_wire_bytes_total'],
+    'group_bytes_per_step': _group_bytes(setup, phase),
   }
   # Baselines as they come: exact, and data parallel with its own momentum.
   for name in ('local_sgd', 'data_parallel'):
@@ -124,7 +126,7 @@ def _traffic(
     sizes = setup.sizes_for(protocol)
     traffic[f'bytes_per_round_{name}'] = accounting.paper_bytes(sizes, protocol)
     traffic[f'wire_bytes_per_round_{name}'] = round(
-      accounting.wire_bytes(sizes, protocol, devices)
+      accounting.wire_bytes(sizes, protocol, D, None, G)
     )
   return traffic
 
@@ -143,10 +145,28 @@ def _last_round(setup: Setup, phase: Phase, done: int) -> dict[str, Any]:
   }
 
 
-def _compiled_wire_bytes(phase: Phase, taken: Mapping[str, int]) -> int | None:
+def _group_bytes(setup: Setup, phase: Phase) -> dict[str, Any]:
+  """Predicts what a step of the last round sent inside groups; reads it."""
+  protocol, T = phase.protocol, phase.protocol.local_steps
+  shape = setup.dataset.train.images.shape[1:]
+  lengths = {k: protocol.slots_per_worker(k) for k in protocol.num_blocks}
+  statistics = footprint.num_statistics(setup.network, shape, lengths)
+  metrics = 1 + len(classification.METRICS)
+  sent = _compiled_wire_bytes(phase, {}, inside=True)
+  return {
+    'predicted': footprint.predicted_group_bytes(
+      phase.sizes, protocol, phase.devices_per_worker, statistics, metrics
+    ),
+    'compiled': None if sent is None else sent // T,
+  }
+
+
+def _compiled_wire_bytes(
+  phase: Phase, taken: Mapping[str, int], inside: bool = False
+) -> int | None:
   try:
     return footprint.compiled_wire_bytes(
-      phase.run, phase.protocol.local_steps, taken
+      phase.run, phase.protocol.local_steps, taken, inside
     )
   # Where XLA writes its programs in a way that we do not know.
   except (ValueError, LookupError, StopIteration) as error:
@@ -166,7 +186,7 @@ def _footprint(setup: Setup, phase: Phase) -> dict[str, Any]:
   return {
     'memory_per_device': {
       'predicted': footprint.predicted_memory(
-        setup.sizes_for(protocol), protocol, devices
+        setup.sizes_for(protocol), protocol, phase.num_devices
       ),
       'compiled': footprint.compiled_memory(phase.run),
       'compiled_protocol': phase.name,

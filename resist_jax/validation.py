@@ -43,7 +43,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _one_of(config.model, 'dtype', ('float32', 'bfloat16'))
   for field in (
     'num_workers', 'num_rounds', 'local_steps', 'batch_size', 'eval_every',
-    'checkpoint_every',
+    'checkpoint_every', 'devices_per_worker',
   ):  # fmt: skip
     _at_least(field, config[field], 1)
   for field in ('num_devices', 'min_depth', 'seed'):
@@ -95,12 +95,29 @@ def validate(config: ml_collections.ConfigDict) -> None:
       f'phases ask for {full} full-model rounds of {config.num_rounds}: raise '
       'num_rounds or lower phases.'
     )
-  if config.num_devices and config.num_workers % config.num_devices:
+  _check_devices(config)
+  _check_model(config)
+
+
+def _check_devices(config) -> None:
+  G = config.devices_per_worker
+  if config.batch_size % G:
+    raise ConfigError(
+      f'batch_size is {config.batch_size}, not a multiple of '
+      f'devices_per_worker {G}, which share it: change one.'
+    )
+  if config.num_devices % G:
+    raise ConfigError(
+      f'num_devices is {config.num_devices}, not a multiple of '
+      f'devices_per_worker {G}: it counts the devices of all workers.'
+    )
+  if config.num_devices and config.num_workers % (config.num_devices // G):
+    per_worker = f' / devices_per_worker {G}' if G > 1 else ''
     raise ConfigError(
       f'num_workers is {config.num_workers}, not a multiple of num_devices '
-      f'{config.num_devices}: change one, or leave num_devices at 0.'
+      f'{config.num_devices}{per_worker}: change one, or leave num_devices at '
+      '0.'
     )
-  _check_model(config)
 
 
 def _check_fields(config) -> None:

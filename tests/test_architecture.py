@@ -11,7 +11,7 @@ ROOT = PACKAGE.parent
 # A module may import those in the lines above its own.
 LAYERS = [
   {'decomposition', 'layers', 'optimizer', 'interrupt', 'plots', 'clock'}
-  | {'placement', 'processes'},
+  | {'placement', 'processes', 'replica_groups'},
   {'dealing', 'wire', 'hlo', 'blocks'},
   {'exchange', 'model'},
   {'hand_over', 'state', 'config', 'initial', 'health'},

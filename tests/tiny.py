@@ -60,8 +60,11 @@ def make_optimizer():
   return optimizer.make_optimizer(MOMENTUM, WEIGHT_DECAY)
 
 
-def make_round(loss_fn, protocol, num_devices, on_device=False):
-  mesh = state_lib.make_mesh(num_devices)
+def make_round(
+  loss_fn, protocol, num_devices, on_device=False, group=1, **kwargs
+):
+  """A mesh and a round on it; a worker has `group` of the devices."""
+  mesh = state_lib.make_mesh(num_devices, group)
   run = rounds.make_round(
     loss_fn,
     make_optimizer(),
@@ -70,6 +73,7 @@ def make_round(loss_fn, protocol, num_devices, on_device=False):
     mesh,
     seed=0,
     on_device=on_device,
+    **kwargs,
   )
   return mesh, run
 
@@ -109,10 +113,16 @@ def batches(round_index, num_workers, local_steps, batch_size=6):
 
 
 def run_rounds(
-  loss_fn, params, protocol, num_devices, batches_of_rounds, on_device=False
+  loss_fn,
+  params,
+  protocol,
+  num_devices,
+  batches_of_rounds,
+  on_device=False,
+  group=1,
 ):
   """Runs compiled rounds and returns the last state, and metrics of each."""
-  mesh, run = make_round(loss_fn, protocol, num_devices, on_device)
+  mesh, run = make_round(loss_fn, protocol, num_devices, on_device, group)
   velocity = None
   if protocol.carry_velocity:
     velocity = jax.tree.map(jnp.zeros_like, params)
@@ -126,7 +136,7 @@ def run_rounds(
 
 
 def train_compiled(
-  loss_fn, params, protocol, num_devices, num_rounds, on_device=False
+  loss_fn, params, protocol, num_devices, num_rounds, on_device=False, group=1
 ):
   """Runs compiled rounds and returns the global parameters."""
   numbers = [
@@ -134,7 +144,7 @@ def train_compiled(
     for r in range(num_rounds)
   ]
   state, measured = run_rounds(
-    loss_fn, params, protocol, num_devices, numbers, on_device
+    loss_fn, params, protocol, num_devices, numbers, on_device, group
   )
   return state_lib.assemble(state, protocol.num_blocks)[0], measured[-1]
 
