@@ -25,7 +25,12 @@ from resist_jax import (
   rounds,
 )
 from resist_jax import state as state_lib
-from resist_jax.config import ConfigError, build_model, cut_chains
+from resist_jax.config import (
+  ConfigError,
+  build_model,
+  chosen_depths,
+  cut_chains,
+)
 from resist_jax.dealing import Deal
 from resist_jax.evaluate import Evaluator
 from resist_jax.model import ResNet
@@ -88,6 +93,7 @@ class Setup:
     chains: L of each chain that ResIST cuts, by name; empty for baselines.
     sizes: Parameter counts, as the protocol cuts the network.
     mesh: D devices.
+    depths: Of unequal workers; empty for an even deal.
   """
 
   config: ml_collections.ConfigDict
@@ -96,6 +102,7 @@ class Setup:
   chains: dict[str, int]
   sizes: accounting.Sizes
   mesh: Mesh
+  depths: tuple[int, ...] = ()
 
   @property
   def on_cpu(self) -> bool:
@@ -166,6 +173,7 @@ class Setup:
       local_steps=config.local_steps,
       num_blocks=self.chains if name == 'resist' else {},
       min_depth=cut_chains(config),
+      depths=self.depths if name == 'resist' else (),
       average_gradients=name == 'data_parallel',
       carry_velocity=(
         config.optimizer.carry_momentum or name == 'data_parallel'
@@ -264,6 +272,7 @@ class Setup:
       self.chains[chain],
       self.config.num_workers,
       cut_chains(self.config)[chain],
+      self.depths,
     )
 
   def training_scale(self, phase_name: str) -> dict[str, float]:
@@ -323,7 +332,8 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
   image = jnp.zeros((1, *dataset.train.images.shape[1:]), jnp.float32)
   shapes = jax.eval_shape(network.init, jax.random.key(0), image)['params']
   sizes = accounting.measure(shapes, names)
-  return Setup(config, dataset, network, sizes.num_blocks, sizes, mesh)
+  depths = chosen_depths(config)
+  return Setup(config, dataset, network, sizes.num_blocks, sizes, mesh, depths)
 
 
 def _num_devices(config) -> int:

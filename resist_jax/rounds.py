@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 import numpy as np
 import optax
 
-from resist_jax import exchange
+from resist_jax import exchange, teams
 from resist_jax.dealing import Deal
 from resist_jax.hand_over import hand_over
 from resist_jax.local_training import LossFn, make_local_training
@@ -30,7 +30,8 @@ class Round:
 
   Attributes:
     compiled: The programs by name: `round` where one program loops over the
-      steps, else `begin`, `step` and `finish`.
+      steps, else `begin`, `step` and `finish`; where workers are unequal, a
+      `step_0`, `step_1`, ... of each team instead of `step`.
     loops: Whether programs loop, over steps, workers or blocks.
   """
 
@@ -38,18 +39,26 @@ class Round:
     self.loops = on_device
     self._protocol = protocol
     self._streamed = streamed
+    self._teams = teams.make_teams(protocol, mesh)
     self._mesh = mesh
     self._sharding = NamedSharding(mesh, SHARDED)
     self.compiled: dict[str, Any]
-    if on_device and not streamed:
-      whole = partial(_scan_round, protocol, begin, step, finish)
+    if on_device and not streamed and 'step' in self._teams:
+      whole = partial(_scan_round, protocol, begin, step(None), finish)
       self.compiled = {'round': jax.jit(whole, donate_argnums=(0, 1))}
     else:
       # Where changes are sent, the parameters before them stay.
       spent = (1, 2) if protocol.sends_changes else (0, 1, 2)
       self.compiled = {
         'begin': jax.jit(begin, donate_argnums=spent),
-        'step': jax.jit(step, donate_argnums=0),
+        **{
+          name: jax.jit(
+            step(team),
+            donate_argnums=0,
+            out_shardings=team and NamedSharding(team.mesh, SHARDED),
+          )
+          for name, team in self._teams.items()
+        },
         'finish': jax.jit(finish, donate_argnums=(0, 2)),
       }
 
@@ -73,9 +82,13 @@ class Round:
       local = _shapes(local, self._sharding)
       batch = _shapes(next(self._by_step(batches)), self._sharding)
       base = state.shared if self._protocol.sends_changes else None
+      step_inputs = local, slots, constants, batch
       args = {
         'begin': trained,
-        'step': (local, slots, constants, batch, index, index),
+        **{
+          name: (*teams.part(step_inputs, team), index, index)
+          for name, team in self._teams.items()
+        },
         'finish': (local, base, state.error, deals, deals),
       }
     for name, values in args.items():
@@ -105,7 +118,8 @@ class Round:
       `bool[S]` for `finite`: whether a worker's update is free of NaN and inf.
 
     Raises:
-      ValueError: If a hand-over is given slots that it cannot reach.
+      ValueError: If a hand-over is given slots that it cannot reach, or a
+        worker another number of blocks than its depth.
     """
     self._check(state.slots, next_slots)
     index = np.int32(round_index)
@@ -118,13 +132,19 @@ class Round:
       new, metrics = self.compiled['round'](*inputs, constants, batches, index)
       return new._replace(slots=dict(next_slots)), metrics
     local = self.compiled['begin'](*trained)
+    parts, fixed = (
+      {name: teams.part(tree, team) for name, team in self._teams.items()}
+      for tree in (local, (slots, constants))
+    )
     for t, batch in enumerate(self._by_step(batches)):
       batch = jax.device_put(batch, self._sharding)
       if self._streamed or self._protocol.average_gradients:
         # The batch before is trained on while this one comes; no third waits.
-        jax.block_until_ready(local)
-      args = (local, slots, constants, batch, index, np.int32(t))
-      local = self.compiled['step'](*args)
+        jax.block_until_ready(parts)
+      for name, team in self._teams.items():
+        args = (*fixed[name], teams.part(batch, team), index, np.int32(t))
+        parts[name] = self.compiled[name](parts[name], *args)
+    local = teams.whole(parts, like=local)
     # XLA's CPU collectives hold a thread each, and abort the process when a
     # device comes 40 seconds late. So no step is queued behind one that waits
     # for others, and all devices have trained before the first one exchanges.
@@ -145,6 +165,7 @@ class Round:
     return (jax.tree.map(lambda x, t=t: x[:, t], batches) for t in steps)
 
   def _check(self, slots, next_slots) -> None:
+    teams.check(self._protocol, next_slots)
     if self._protocol.exchange != 'hand_over':
       return
     for name in self._protocol.num_blocks:
@@ -241,13 +262,20 @@ def make_round(
   finish = partial(_finish, protocol)
   on_mesh = partial(jax.shard_map, mesh=mesh, check_vma=True, out_specs=SHARDED)
   step_specs = (SHARDED, SHARDED, REPLICATED, SHARDED, REPLICATED, REPLICATED)
+
+  def step_of(team):
+    if team is None:
+      return on_mesh(step, in_specs=step_specs)
+    of_team = partial(on_mesh, mesh=team.mesh)
+    return of_team(partial(step, team=team), in_specs=step_specs)
+
   deals = deal_specs(protocol.exchange == 'hand_over')
   deals = dict.fromkeys(protocol.num_blocks, deals)
   finish_specs = (SHARDED, SHARDED, SHARDED, deals, deals)
   return Round(
     protocol,
     on_mesh(begin, in_specs=SHARDED),
-    on_mesh(step, in_specs=step_specs),
+    step_of,
     on_mesh(finish, in_specs=finish_specs),
     mesh,
     on_device,

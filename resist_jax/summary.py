@@ -44,6 +44,7 @@ def summarise(
     'dataset': config.data.name,
     'model': config.model.name,
     'num_workers': config.num_workers,
+    'depths': list(setup.depths),
     'num_devices': devices.size,
     'rounds': progress['round'],
     'local_steps': config.local_steps,
@@ -76,7 +77,7 @@ def _sizes(setup: Setup) -> dict[str, Any]:
   return {
     'params_total': sizes.total,
     'params_per_worker': accounting.params_per_worker(
-      sizes, config.num_workers, cut_chains(config)
+      sizes, config.num_workers, cut_chains(config), setup.depths
     ),
     'params_shared': sizes.shared,
     # One number where one chain is cut, and 0 where none is.

@@ -10,7 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from resist_jax import entry, export, metrics, report
+from resist_jax import entry, export, metrics, report, speed
 from resist_jax import state as state_lib
 from resist_jax import workdir as workdir_lib
 from resist_jax.build import Phase, Setup, prepare
@@ -42,6 +42,7 @@ class Progress:
     seconds_total: With everything.
     best_test_accuracy_paper: Over the evaluations so far.
     residual_scale: Of the global model's cut chains; 1 where none is named.
+    depths_by_speed: As measured when the run began; empty if not asked for.
     last: The newest row of the log.
   """
 
@@ -54,6 +55,7 @@ class Progress:
   seconds_total: float = 0.0
   best_test_accuracy_paper: float = 0.0
   residual_scale: dict[str, float] = dataclasses.field(default_factory=dict)
+  depths_by_speed: list[int] = dataclasses.field(default_factory=list)
   last: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -81,6 +83,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   checkpoints = Checkpoints(folder, setup.mesh)
   with Interrupt() as interrupt, checkpoints:
     restored = _restore(checkpoints, setup)
+    measured = restored.progress.get('depths_by_speed') if restored else None
+    setup = speed.with_depths(setup, measured or ())
     workdir_lib.write_json(folder / 'config.json', config.to_dict())
     done = restored.progress['round'] if restored else 0
     with metrics.MetricsLog(folder, done, config.num_rounds) as log:
@@ -135,7 +139,12 @@ def _loop(
   """Trains the remaining rounds and returns what they end with."""
   config, evaluator = setup.config, setup.evaluator
   progress = Progress(**restored.progress) if restored else Progress()
-  progress = dataclasses.replace(progress, residual_scale=setup.global_scale())
+  by_speed = config.depths == 'by_speed'
+  progress = dataclasses.replace(
+    progress,
+    residual_scale=setup.global_scale(),
+    depths_by_speed=list(setup.depths) if by_speed else [],
+  )
   seconds_before = progress.seconds_total
   tested_before = progress.evaluation_wire_bytes_total
   clock = Clock(progress.seconds_training)
