@@ -5,7 +5,7 @@ bytes* are what really leaves a device for another one, all devices together;
 `hlo.py` reads the same number from the compiled program.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import math
 from typing import Any
@@ -59,7 +59,10 @@ def _count(tree: PyTree) -> int:
 
 
 def params_per_worker(
-  sizes: Sizes, num_workers: int, min_depth: MinDepth = 0
+  sizes: Sizes,
+  num_workers: int,
+  min_depth: MinDepth = 0,
+  depths: Sequence[int] = (),
 ) -> int:
   """Returns the parameters of the largest sub-network.
 
@@ -67,13 +70,14 @@ def params_per_worker(
     sizes: Of the network; no partitioned chain means the full model.
     num_workers: S.
     min_depth: Blocks a worker runs at least.
+    depths: See `decomposition.slots_per_worker`.
 
   Returns:
     Shared parameters and K blocks of each partitioned chain.
   """
   return sizes.shared + sum(
     decomposition.slots_per_worker(
-      length, num_workers, min_depth_of(name, min_depth)
+      length, num_workers, min_depth_of(name, min_depth), depths
     )
     * sizes.block[name]
     for name, length in sizes.num_blocks.items()
@@ -81,7 +85,10 @@ def params_per_worker(
 
 
 def round_trip_bytes(
-  sizes: Sizes, num_workers: int, min_depth: MinDepth = 0
+  sizes: Sizes,
+  num_workers: int,
+  min_depth: MinDepth = 0,
+  depths: Sequence[int] = (),
 ) -> int:
   """Counts the bytes of a round as the paper's Table 1 does.
 
@@ -93,6 +100,7 @@ def round_trip_bytes(
     sizes: Of the network; no partitioned chain means local SGD.
     num_workers: S.
     min_depth: Blocks a worker runs at least.
+    depths: See `decomposition.slots_per_worker`.
 
   Returns:
     Bytes, of float32 parameters, of all workers together.
@@ -102,7 +110,9 @@ def round_trip_bytes(
   0.72
   """
   params = num_workers * sizes.shared + sum(
-    decomposition.num_copies(length, num_workers, min_depth_of(name, min_depth))
+    decomposition.num_copies(
+      length, num_workers, min_depth_of(name, min_depth), depths
+    )
     * sizes.block[name]
     for name, length in sizes.num_blocks.items()
   )
@@ -120,14 +130,19 @@ def paper_bytes(sizes: Sizes, protocol: Protocol) -> int:
   Returns:
     Bytes, of float32 numbers whatever the wire format.
   """
-  sent = round_trip_bytes(sizes, protocol.num_workers, protocol.min_depth)
+  sent = round_trip_bytes(
+    sizes, protocol.num_workers, protocol.min_depth, protocol.depths
+  )
   if protocol.average_gradients:
     return sent * protocol.local_steps
   return sent * 2 if protocol.carry_velocity else sent
 
 
 def expected_share(
-  num_blocks: int, num_workers: int, min_depth: int | None = 0
+  num_blocks: int,
+  num_workers: int,
+  min_depth: int | None = 0,
+  depths: Sequence[int] = (),
 ) -> float:
   """Returns the expected share of workers that hold a block in a round.
 
@@ -135,6 +150,7 @@ def expected_share(
     num_blocks: L, the length of the chain.
     num_workers: S.
     min_depth: Blocks a worker runs at least.
+    depths: See `decomposition.slots_per_worker`.
 
   Returns:
     `copies / (S * L)`: 1/S without a minimum depth, the paper's residual scale
@@ -143,7 +159,8 @@ def expected_share(
   >>> expected_share(22, 4)
   0.25
   """
-  copies = decomposition.num_copies(num_blocks, num_workers, min_depth)
+  sizes = num_blocks, num_workers, min_depth, depths
+  copies = decomposition.num_copies(*sizes)
   return copies / (num_workers * num_blocks)
 
 

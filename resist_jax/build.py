@@ -3,7 +3,7 @@
 Nothing below this reads a ConfigDict.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 import dataclasses
 from functools import cached_property, partial
 import itertools
@@ -25,59 +25,23 @@ from resist_jax import (
   rounds,
 )
 from resist_jax import state as state_lib
-from resist_jax.config import ConfigError, build_model, cut_chains
+from resist_jax.config import (
+  ConfigError,
+  build_model,
+  chosen_depths,
+  cut_chains,
+)
 from resist_jax.dealing import Deal
 from resist_jax.evaluate import Evaluator
 from resist_jax.exchange import DATA
 from resist_jax.model import ResNet
+from resist_jax.phase import Phase
 from resist_jax.placement import place_parts
 from resist_jax.streaming import StreamedImages
 
 PyTree = Any
 
 DEALING = 2**31 - 1  # No round has this number.
-
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-  """Rounds of one protocol: a resist run may begin and end with local SGD.
-
-  Attributes:
-    name: The protocol.
-    protocol: What it means for rounds.
-    run: The compiled round.
-    sizes: Parameter counts, as the protocol cuts the network.
-    num_devices: D, or groups of them.
-    devices_per_worker: G.
-  """
-
-  name: str
-  protocol: state_lib.Protocol
-  run: rounds.Round
-  sizes: accounting.Sizes
-  num_devices: int
-  devices_per_worker: int
-
-  @property
-  def bytes_per_round(self) -> int:
-    """By the paper's count."""
-    return accounting.paper_bytes(self.sizes, self.protocol)
-
-  def wire_bytes(
-    self, before: Mapping[str, Deal], after: Mapping[str, Deal]
-  ) -> int:
-    """Predicts what a round sends from device to device.
-
-    Args:
-      before: The deal of each chain in the round.
-      after: The deals after it.
-
-    Returns:
-      Bytes, of all devices together.
-    """
-    deals = {name: (before[name], after[name]) for name in before}
-    D, G = self.num_devices, self.devices_per_worker
-    return round(accounting.wire_bytes(self.sizes, self.protocol, D, deals, G))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +55,7 @@ class Setup:
     chains: L of each chain that ResIST cuts, by name; empty for baselines.
     sizes: Parameter counts, as the protocol cuts the network.
     mesh: D devices, or groups of them.
+    depths: Of unequal workers; empty for an even deal.
   """
 
   config: ml_collections.ConfigDict
@@ -99,6 +64,7 @@ class Setup:
   chains: dict[str, int]
   sizes: accounting.Sizes
   mesh: Mesh
+  depths: tuple[int, ...] = ()
 
   @property
   def on_cpu(self) -> bool:
@@ -177,6 +143,7 @@ class Setup:
       local_steps=config.local_steps,
       num_blocks=self.chains if name == 'resist' else {},
       min_depth=cut_chains(config),
+      depths=self.depths if name == 'resist' else (),
       average_gradients=name == 'data_parallel',
       carry_velocity=(
         config.optimizer.carry_momentum or name == 'data_parallel'
@@ -279,6 +246,7 @@ class Setup:
       self.chains[chain],
       self.config.num_workers,
       cut_chains(self.config)[chain],
+      self.depths,
     )
 
   def training_scale(self, phase_name: str) -> dict[str, float]:
@@ -339,7 +307,8 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
   image = jnp.zeros((1, *dataset.train.images.shape[1:]), jnp.float32)
   shapes = jax.eval_shape(network.init, jax.random.key(0), image)['params']
   sizes = accounting.measure(shapes, names)
-  return Setup(config, dataset, network, sizes.num_blocks, sizes, mesh)
+  depths = chosen_depths(config)
+  return Setup(config, dataset, network, sizes.num_blocks, sizes, mesh, depths)
 
 
 def _num_devices(config) -> int:

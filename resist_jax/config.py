@@ -20,6 +20,7 @@ ELASTIC = frozenset(
     'devices_per_worker',
     'num_rounds',
     'min_depth',
+    'depths',
     'exchange',
     'wire_format',
     'evaluation.batches_at_once',
@@ -54,6 +55,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.num_rounds = 100
   config.local_steps = 50  # T, the paper's l; fewer for eight workers.
   config.min_depth = 0  # Blocks a worker runs at least; the paper: 5.
+  # Unequal workers: the number of blocks of each, such as (8, 6, 4, 4), or
+  # by_speed, from step times measured as the run begins; (): an even deal.
+  config.depths = ml_collections.FieldReference((), field_type=object)
   # How blocks get to their next worker: hand_over sends those that move, and
   # needs a block for every worker; masked_psum sends all to all, and does not.
   config.exchange = 'hand_over'
@@ -150,6 +154,18 @@ def cut_chains(config: ml_collections.ConfigDict) -> dict[str, int | None]:
   if config.partition_strided:
     chains |= {model_lib.branch_name(stage): None for stage in config.partition}
   return chains
+
+
+def chosen_depths(config: ml_collections.ConfigDict) -> tuple[int, ...]:
+  """Returns the depths that a config names, none where it names none.
+
+  Args:
+    config: A valid one; those `by_speed` are found in `speed.py`.
+
+  Returns:
+    See `decomposition.slots_per_worker`.
+  """
+  return () if isinstance(config.depths, str) else tuple(config.depths)
 
 
 def build_model(

@@ -5,9 +5,10 @@ from one deal to the next it shuffles them among its columns, and then every
 column moves round the circle of the workers that have it, by a random number of
 places. So a block goes to workers, and pairs of blocks meet, as often
 as in fresh round-robin dealing (`decomposition.sample_slots`), and where
-a block goes is known to everyone who knows the seed.
+a block goes is known to everyone who knows the seed. Where workers are unequal,
+some have more columns than others, and blocks visit a worker in proportion.
 
-Below a minimum depth, a worker borrows *guests* for one round: copies of blocks
+Below its depth, a worker borrows *guests* for one round: copies of blocks
 that others own. All of this is arithmetic on the host, on numbers of blocks.
 """
 
@@ -57,52 +58,71 @@ class Dealer:
     num_blocks: L, at least S: every worker owns a block.
     num_workers: S.
     min_depth: The least number of blocks that a worker runs.
+    depths: See `decomposition.slots_per_worker`.
   """
 
   num_blocks: int
   num_workers: int
   min_depth: int = 0
+  depths: tuple[int, ...] = ()
 
   def __post_init__(self):
     L, S = self.num_blocks, self.num_workers
-    decomposition.slots_per_worker(L, S, self.min_depth)  # validates
+    decomposition.blocks_per_worker(L, S, self.min_depth, self.depths)
     if S > L:
       raise ValueError(
         f'hand_over gives each of {S} workers a block of its own, but the '
         f'chain has {L}: use at most {L} workers, or exchange=masked_psum '
         'with min_depth >= 1.'
       )
+    # Everyone owns the columns that lend, and lends to all others in turn.
+    most = (S - 1) * min(self.owned)
     if self.min_depth > L // S * S:
       raise ValueError(
         f'under hand_over a worker can run at most {L // S * S} of {L} blocks, '
         f'but min_depth is {self.min_depth}: lower it, or use '
         'exchange=masked_psum.'
       )
+    if len(self.borrowers) > most:
+      raise ValueError(
+        f'with depths {self.depths} a worker borrows {len(self.borrowers)} '
+        f'blocks, but under hand_over it can borrow at most {most}: lower the '
+        'largest, raise the smallest, or use exchange=masked_psum.'
+      )
 
   @cached_property
   def num_slots(self) -> int:
     """K."""
     return decomposition.slots_per_worker(
-      self.num_blocks, self.num_workers, self.min_depth
+      self.num_blocks, self.num_workers, self.min_depth, self.depths
+    )
+
+  @cached_property
+  def owned(self) -> tuple[int, ...]:
+    """How many blocks each worker owns."""
+    return decomposition.blocks_owned(
+      self.num_blocks, self.num_workers, self.depths
     )
 
   @cached_property
   def num_columns(self) -> int:
     """C, the most blocks that a worker owns."""
-    return -(-self.num_blocks // self.num_workers)
+    return max(self.owned)
 
-  def circle(self, column: int) -> int:
-    """Returns how many workers have a column; they are the first ones."""
-    return min(self.num_workers, self.num_blocks - column * self.num_workers)
+  def circle(self, column: int) -> tuple[int, ...]:
+    """Returns the workers that have a column."""
+    return tuple(w for w, count in enumerate(self.owned) if count > column)
 
   @cached_property
   def borrowers(self) -> tuple[tuple[int, ...], ...]:
     """For each guest g of G, the workers that borrow so many."""
-    L, S = self.num_blocks, self.num_workers
-    missing = [self.min_depth - (L // S + (w < L % S)) for w in range(S)]
+    counts = decomposition.blocks_per_worker(
+      self.num_blocks, self.num_workers, self.min_depth, self.depths
+    )
+    missing = [n - own for n, own in zip(counts, self.owned, strict=True)]
     return tuple(
-      tuple(w for w in range(S) if missing[w] > g)
-      for g in range(max(*missing, 0))
+      tuple(w for w, n in enumerate(missing) if n > g)
+      for g in range(max(missing))
     )
 
   def lent_column(self, guest: int) -> int:
@@ -111,8 +131,11 @@ class Dealer:
 
   def moves(self, column: int) -> list[Route]:
     """Returns the routes of a column, by shift."""
-    n = self.circle(column)
-    return [tuple((w, (w + t) % n) for w in range(n)) for t in range(n)]
+    circle = self.circle(column)
+    return [
+      tuple(zip(circle, circle[t:] + circle[:t], strict=True))
+      for t in range(len(circle))
+    ]
 
   def lendings(self, guest: int) -> list[Route]:
     """Returns the routes from lenders to borrowers, by loan."""
@@ -132,14 +155,10 @@ class Dealer:
     Yields:
       The deal of each round.
     """
-    # Round-robin, as `sample_slots` deals: worker w's column j is j * S + w.
     C, S = self.num_columns, self.num_workers
     rng = np.random.default_rng([*seed, 0])
-    order = rng.permutation(self.num_blocks)
-    padded = np.pad(
-      order, (0, C * S - len(order)), constant_values=self.num_blocks
-    )
-    own = padded.reshape(C, S).T
+    pack = np.append(rng.permutation(self.num_blocks), self.num_blocks)
+    own = pack[np.array(decomposition.round_robin(self.owned))]
     stay = np.tile(np.arange(C), (S, 1)), np.zeros(C, int)
     round_index = 0
     deal = self._complete(own, *stay, rng)
@@ -154,7 +173,7 @@ class Dealer:
     # Shuffle blocks; what is no block stays in the last column.
     rank = np.where(own < self.num_blocks, rng.random(own.shape), 2.0)
     order = rank.argsort(axis=1)
-    circles = [self.circle(j) for j in range(self.num_columns)]
+    circles = [len(self.circle(j)) for j in range(self.num_columns)]
     shifts = rng.integers(circles)
     return self._complete(self._move(own, order, shifts), order, shifts, rng)
 
@@ -162,8 +181,8 @@ class Dealer:
     leaving = np.take_along_axis(own, order, axis=1)
     arriving = np.full_like(own, self.num_blocks)
     for j, shift in enumerate(shifts):
-      n = self.circle(j)
-      arriving[:n, j] = np.roll(leaving[:n, j], shift)
+      circle = list(self.circle(j))
+      arriving[circle, j] = np.roll(leaving[circle, j], shift)
     return arriving
 
   def _complete(self, own, order, shifts, rng) -> Deal:

@@ -10,7 +10,7 @@ Decomposition of ResNets for Distributed Training. UAI 2022. Algorithm 1 is
 `sample_slots` and `take` (subResNets), local training, `aggregate`.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,10 @@ PyTree = Any
 
 
 def slots_per_worker(
-  num_blocks: int, num_workers: int, min_depth: int | None = 0
+  num_blocks: int,
+  num_workers: int,
+  min_depth: int | None = 0,
+  depths: Sequence[int] = (),
 ) -> int:
   """Returns K, the static number of slots that every worker gets.
 
@@ -29,26 +32,29 @@ def slots_per_worker(
     num_workers: S.
     min_depth: The least number of blocks that a worker runs; 0 for those that
       an even deal gives it, at least one, and None where it may run none.
+    depths: The number of blocks that each worker runs, where workers are
+      unequal; empty for an even deal.
 
   Returns:
-    `max(ceil(L / S), min_depth)`.
+    `max(ceil(L / S), min_depth)`, or the largest of the depths.
 
   Raises:
     ValueError: If some worker would run no block and may not, or more blocks
-      than exist.
+      than exist, or nobody a block.
 
   >>> slots_per_worker(22, 4), slots_per_worker(22, 8, min_depth=4)
   (6, 4)
   """
   if num_workers < 1:
     raise ValueError(f'num_workers is {num_workers}; it must be at least 1.')
+  if depths:
+    _check_depths(num_blocks, num_workers, min_depth, depths)
+    return max(depths)
   if min_depth is None:
     return -(-num_blocks // num_workers)
   if not 0 <= min_depth <= num_blocks:
-    raise ValueError(
-      f'min_depth is {min_depth}; a chain of {num_blocks} blocks allows 0 to '
-      f'{num_blocks}.'
-    )
+    allowed = f'a chain of {num_blocks} blocks allows 0 to {num_blocks}'
+    raise ValueError(f'min_depth is {min_depth}; {allowed}.')
   if num_workers > num_blocks and min_depth == 0:
     raise ValueError(
       f'{num_workers} workers cannot share {num_blocks} blocks: some would run '
@@ -58,8 +64,68 @@ def slots_per_worker(
   return max(-(-num_blocks // num_workers), min_depth)
 
 
+def _check_depths(num_blocks, num_workers, min_depth, depths) -> None:
+  L, total = num_blocks, sum(depths)
+  problems = {
+    'which leaves min_depth nothing to say: set that to 0': min_depth != 0,
+    f'not one number for each of {num_workers} workers': (
+      len(depths) != num_workers
+    ),
+    f'but a chain of {L} blocks allows 1 to {L}': (
+      min(depths) < 1 or max(depths) > L
+    ),
+    f'{total} blocks in all, but the chain has {L}: raise some': total < L,
+  }
+  for problem, found in problems.items():
+    if found:
+      raise ValueError(f'depths is {tuple(depths)}, {problem}.')
+
+
+def blocks_owned(
+  num_blocks: int, num_workers: int, depths: Sequence[int] = ()
+) -> tuple[int, ...]:
+  """Shares every block out to one worker, in proportion to their depths.
+
+  Block after block goes to the worker that has the smallest part of its depth
+  so far (Adams's method), so nobody gets a second block before all have one.
+
+  Args:
+    num_blocks: L, the length of the chain.
+    num_workers: S.
+    depths: See `slots_per_worker`.
+
+  Returns:
+    Blocks of each worker; L together, and none has more than its depth.
+
+  >>> blocks_owned(22, 4), blocks_owned(22, 4, (16, 10, 5, 4))
+  ((6, 6, 5, 5), (10, 6, 3, 3))
+  """
+  parts = depths or [1] * num_workers
+  owned = [0] * num_workers
+  for _ in range(num_blocks):
+    owned[min(range(num_workers), key=lambda s: owned[s] / parts[s])] += 1
+  return tuple(owned)
+
+
+def blocks_per_worker(
+  num_blocks: int,
+  num_workers: int,
+  min_depth: int | None = 0,
+  depths: Sequence[int] = (),
+) -> tuple[int, ...]:
+  """Returns how many blocks each worker runs; see `slots_per_worker`."""
+  slots_per_worker(num_blocks, num_workers, min_depth, depths)  # validates
+  if depths:
+    return tuple(depths)
+  owned = blocks_owned(num_blocks, num_workers)
+  return tuple(max(count, min_depth or 0) for count in owned)
+
+
 def num_copies(
-  num_blocks: int, num_workers: int, min_depth: int | None = 0
+  num_blocks: int,
+  num_workers: int,
+  min_depth: int | None = 0,
+  depths: Sequence[int] = (),
 ) -> int:
   """Returns how many blocks all workers hold together.
 
@@ -67,6 +133,7 @@ def num_copies(
     num_blocks: L, the length of the chain.
     num_workers: S.
     min_depth: See `slots_per_worker`.
+    depths: See `slots_per_worker`.
 
   Returns:
     L without a minimum depth; the paper's Table 1 fits 22, 24 and 32.
@@ -74,28 +141,45 @@ def num_copies(
   >>> [num_copies(22, s, d) for s, d in ((2, 11), (4, 6), (8, 4))]
   [22, 24, 32]
   """
-  slots_per_worker(num_blocks, num_workers, min_depth)  # validates
-  min_depth = min_depth or 0
-  fewest, with_one_more = divmod(num_blocks, num_workers)
-  return with_one_more * max(fewest + 1, min_depth) + (
-    num_workers - with_one_more
-  ) * max(fewest, min_depth)
+  return sum(blocks_per_worker(num_blocks, num_workers, min_depth, depths))
+
+
+def round_robin(owned: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+  """Numbers cards as they are dealt in turn, while a worker wants more.
+
+  >>> round_robin((3, 1, 2))  # The number of all cards fills up.
+  ((0, 3, 5), (1, 6, 6), (2, 4, 6))
+  """
+  hands: list[list[int]] = [[] for _ in owned]
+  turns = (s for j in range(max(owned)) for s, n in enumerate(owned) if j < n)
+  for card, worker in enumerate(turns):
+    hands[worker].append(card)
+  short = [max(owned) - n for n in owned]
+  return tuple(
+    (*hand, *[sum(owned)] * n) for hand, n in zip(hands, short, strict=True)
+  )
 
 
 def sample_slots(
-  key: jax.Array, num_blocks: int, num_workers: int, min_depth: int | None = 0
+  key: jax.Array,
+  num_blocks: int,
+  num_workers: int,
+  min_depth: int | None = 0,
+  depths: Sequence[int] = (),
 ) -> jax.Array:
   """Deals the blocks of a chain to workers at random (Algorithm 1, line 3).
 
   A random permutation is dealt round-robin, so every block is held by exactly
-  one worker and the workers' counts are equal or one apart. Workers that are
-  then below `min_depth` get copies of blocks they do not hold yet.
+  one worker and the workers' counts are equal or one apart, or in proportion
+  to `depths`. Workers that are then below `min_depth`, or their depth, get
+  copies of blocks they do not hold yet.
 
   Args:
     key: A PRNG key.
     num_blocks: L, the length of the chain; static.
     num_workers: S; static.
     min_depth: See `slots_per_worker`; static.
+    depths: See `slots_per_worker`; static.
 
   Returns:
     Slots, `int32[S, K]` with `K = slots_per_worker(...)`: block indices in
@@ -109,26 +193,26 @@ def sample_slots(
   ((2, 3), [0, 1, 2, 3, 4, 5])
   """
   L, S = num_blocks, num_workers
-  K = slots_per_worker(L, S, min_depth)
-  dealt_per_worker = -(-L // S)
+  counts = blocks_per_worker(L, S, min_depth, depths)
+  owned = blocks_owned(L, S, depths)
   deal_key, copy_key = jax.random.split(key)
 
   order = jax.random.permutation(deal_key, L).astype(jnp.int32)
-  padding = (0, dealt_per_worker * S - L)
-  hands = jnp.pad(order, padding, constant_values=L)
-  dealt = jnp.sort(hands.reshape(dealt_per_worker, S).T, axis=1)
+  pack = jnp.pad(order, (0, 1), constant_values=L)
+  dealt = jnp.sort(pack[jnp.array(round_robin(owned))], axis=1)
   if min_depth is None:  # Or some workers would be left out in every deal.
     return jax.random.permutation(copy_key, dealt)
-  if min_depth <= L // S:
+  if counts == owned:
     return dealt
 
   # Each worker ranks all blocks: its own first, then the rest in an order of
   # its own. The first `depth` of that ranking are distinct by construction.
   own = presence(dealt, L)
   rank = jnp.where(own, -1.0, jax.random.uniform(copy_key, (S, L)))
+  K = max(counts)
   ranked = jnp.argsort(rank, axis=1)[:, :K].astype(jnp.int32)
-  depth = jnp.maximum(own.sum(axis=1, dtype=jnp.int32), min_depth)
-  empty = jnp.arange(K, dtype=jnp.int32)[None, :] >= depth[:, None]
+  depth = jnp.array(counts, jnp.int32)[:, None]
+  empty = jnp.arange(K, dtype=jnp.int32)[None, :] >= depth
   return jnp.sort(jnp.where(empty, L, ranked), axis=1)
 
 

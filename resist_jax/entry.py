@@ -7,11 +7,12 @@ import jax
 import numpy as np
 
 from resist_jax import state as state_lib
-from resist_jax.build import Phase, Setup
+from resist_jax.build import Setup
 from resist_jax.checkpoint import Restored
 from resist_jax.dealing import Deal
 from resist_jax.initial import initial_params
 from resist_jax.model import rescale_branches
+from resist_jax.phase import Phase
 from resist_jax.state import State
 
 PyTree = Any

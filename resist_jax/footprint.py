@@ -32,7 +32,7 @@ def predicted_memory(
   """
   S = protocol.num_workers
   params = BYTES_PER_PARAM * accounting.params_per_worker(
-    sizes, S, protocol.min_depth
+    sizes, S, protocol.min_depth, protocol.depths
   )
   shared = BYTES_PER_PARAM * sizes.shared
   kept = shared if protocol.sends_changes else 0
@@ -101,7 +101,7 @@ def compiled_wire_bytes(
     Bytes, of all devices together.
   """
   return sum(
-    (local_steps if name == 'step' else 1)
+    (local_steps if name.startswith('step') else 1)
     * hlo.wire_bytes(program.as_text(), branches, run.group_size, inside)
     for name, program in run.compiled.items()
   )
@@ -237,10 +237,11 @@ def compiled_flops(run: Round, images: int) -> float | None:
     images: That one local step of a device trains on.
 
   Returns:
-    Floating-point operations, elementwise ones included; None where the
-    program loops, since the compiler counts a loop's body once.
+    Floating-point operations, elementwise ones included; where workers are
+    unequal, on the device that has most. None where the program loops, since
+    the compiler counts a loop's body once.
   """
   if run.loops:
     return None
-  step: Any = run.compiled['step']
-  return float(step.cost_analysis()['flops']) / images
+  steps: Any = [p for k, p in run.compiled.items() if k.startswith('step')]
+  return max(float(p.cost_analysis()['flops']) for p in steps) / images

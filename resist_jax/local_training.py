@@ -71,7 +71,8 @@ def make_local_training(
 
   Returns:
     `begin(shared, chain, velocity) -> Local` and `step(local, slots, constants,
-    batch, round_index, t) -> Local`.
+    batch, round_index, t, team=None) -> Local`, whose `team` is that of this
+    device where workers are unequal: then each computes its own blocks alone.
   """
 
   def begin(shared, chain, velocity):
@@ -82,7 +83,11 @@ def make_local_training(
     zeros = jnp.zeros(_workers_here(params), jnp.float32)
     return Local(params, opt_state, dict.fromkeys(('loss', *metrics), zeros))
 
-  def gradients(worker, params, slots, constants, batch, round_index, t):
+  def gradients(depth, worker, params, slots, constants, batch, round_index, t):
+    chains = params['chain']
+    if depth is not None:  # Blocks come first, empty slots last.
+      slots, chain = jax.tree.map(lambda x: x[:depth], (slots, chains))
+      params = {**params, 'chain': chain}
     key = jax.random.key(seed)
     for number in (round_index, worker, t):
       key = jax.random.fold_in(key, number)
@@ -96,19 +101,25 @@ def make_local_training(
       return loss_fn(network, present, constants, batch, key)
 
     (value, measured), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    if depth is not None:
+      grads['chain'] = jax.tree.map(_fill_up, grads['chain'], chains)
     return grads, {'loss': value, **measured}
 
-  def step(local, slots, constants, batch, round_index, t):
+  def step(local, slots, constants, batch, round_index, t, team=None):
     here = _workers_here(local.params)
-    workers = lax.axis_index(WORKER) * here + jnp.arange(here, dtype=jnp.int32)
+    device = lax.axis_index(WORKER)
+    if team is not None:
+      device = jnp.array(team.rows, jnp.int32)[device]
+    workers = device * here + jnp.arange(here, dtype=jnp.int32)
     params = local.params
     if grouped:
       # Else the gradient would be the sum over the group, unseen.
       params = lax.pcast(params, DATA, to='varying')
     grads, measured = _each_worker(
-      lambda worker, params, slots, batch: gradients(
-        worker, params, slots, constants, batch, round_index, t
+      lambda depth, worker, params, slots, batch: gradients(
+        depth, worker, params, slots, constants, batch, round_index, t
       ),
+      team.depths if team else here * (None,),
       (workers, params, slots, batch),
       loop,
     )
@@ -143,12 +154,18 @@ def _workers_here(tree: PyTree) -> int:
   return jax.tree.leaves(tree)[0].shape[0]
 
 
-def _each_worker(function, args, loop: bool):
+def _fill_up(x, like):
+  """Appends zeros to make an array as long as another one."""
+  zeros = jnp.zeros((len(like) - len(x), *x.shape[1:]), x.dtype)
+  return jnp.concatenate([x, zeros])
+
+
+def _each_worker(function, depths, args, loop: bool):
   """Maps a function over the workers of this device, one after another."""
-  here = _workers_here(args)
-  if loop and here > 1:
-    return lax.map(lambda xs: function(*xs), args)
+  if loop and len(depths) > 1 and len(set(depths)) == 1:
+    return lax.map(lambda xs: function(depths[0], *xs), args)
   turns = [
-    function(*jax.tree.map(lambda x, w=w: x[w], args)) for w in range(here)
+    function(depth, *jax.tree.map(lambda x, w=w: x[w], args))
+    for w, depth in enumerate(depths)
   ]
   return jax.tree.map(lambda *xs: jnp.stack(xs), *turns)

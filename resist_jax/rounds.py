@@ -8,6 +8,7 @@ work of each local step.
 
 from collections.abc import Iterator, Mapping
 from functools import partial
+import time
 from typing import Any
 
 import jax
@@ -17,9 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 import numpy as np
 import optax
 
-from resist_jax import exchange, health
+from resist_jax import teams
 from resist_jax.dealing import Deal
-from resist_jax.hand_over import hand_over
 from resist_jax.local_training import LossFn, make_local_training
 from resist_jax.optimizer import Schedule
 from resist_jax.placement import place, place_parts
@@ -31,6 +31,7 @@ from resist_jax.state import (
   batch_specs,
   mesh_sizes,
 )
+from resist_jax.synchronisation import synchronise
 
 PyTree = Any
 
@@ -40,24 +41,29 @@ class Round:
 
   Attributes:
     compiled: The programs by name: `round` where one program loops over the
-      steps, else `begin`, `step` and `finish`.
+      steps, else `begin`, `step` and `finish`; where workers are unequal, a
+      `step_0`, `step_1`, ... of each team instead of `step`.
     loops: Whether programs loop, over steps, workers or blocks.
     group_size: G, devices of a worker.
+    seconds_local: What the last round's local training took in this process;
+      None where one program does the whole round.
   """
 
   def __init__(self, protocol, begin, step, finish, mesh, on_device, streamed):
     self.loops = on_device
+    self.seconds_local: float | None = None
     self._protocol = protocol
     self._streamed = streamed
+    self._teams = teams.make_teams(protocol, mesh)
     self._mesh = mesh
     self._sharding = NamedSharding(mesh, SHARDED)
     by_round, by_step = batch_specs(mesh)
-    whole_round = on_device and not streamed
+    whole_round = on_device and not streamed and 'step' in self._teams
     self._batches = NamedSharding(mesh, by_round if whole_round else by_step)
     _, self.group_size = mesh_sizes(mesh)
     self.compiled: dict[str, Any]
     if whole_round:
-      whole = partial(_scan_round, protocol, begin, step, finish)
+      whole = partial(_scan_round, protocol, begin, step(None), finish)
       self.compiled = {'round': jax.jit(whole, donate_argnums=(0, 1))}
     else:
       # What the exchange needs of the parameters before them stays.
@@ -65,7 +71,14 @@ class Round:
       spent = [i for i, kept in enumerate(stays) if not kept]
       self.compiled = {
         'begin': jax.jit(begin, donate_argnums=spent),
-        'step': jax.jit(step, donate_argnums=0),
+        **{
+          name: jax.jit(
+            step(team),
+            donate_argnums=0,
+            out_shardings=team and NamedSharding(team.mesh, SHARDED),
+          )
+          for name, team in self._teams.items()
+        },
         'finish': jax.jit(finish, donate_argnums=(0, 2)),
       }
 
@@ -89,9 +102,13 @@ class Round:
       local = _shapes(local, self._sharding)
       batch = _shapes(next(self._by_step(batches)), self._batches)
       base = self._protocol.kept(state.shared, state.chain)
+      step_inputs = local, slots, constants, batch
       args = {
         'begin': trained,
-        'step': (local, slots, constants, batch, index, index),
+        **{
+          name: (*teams.part(step_inputs, team), index, index)
+          for name, team in self._teams.items()
+        },
         'finish': (local, base, state.error, deals, deals),
       }
     for name, values in args.items():
@@ -123,7 +140,8 @@ class Round:
       and for `good`: whether it is in the aggregate, or may be.
 
     Raises:
-      ValueError: If a hand-over is given slots that it cannot reach.
+      ValueError: If a hand-over is given slots that it cannot reach, or a
+        worker another number of blocks than its depth.
     """
     self._check(state.slots, next_slots)
     index = np.int32(round_index)
@@ -135,19 +153,27 @@ class Round:
       inputs = (trained, state.error, before, after)
       new, metrics = self.compiled['round'](*inputs, constants, batches, index)
       return new._replace(slots=dict(next_slots)), metrics
+    began = time.perf_counter()
     talks = self._protocol.average_gradients or self.group_size > 1
     local = self.compiled['begin'](*trained)
+    parts, fixed = (
+      {name: teams.part(tree, team) for name, team in self._teams.items()}
+      for tree in (local, (slots, constants))
+    )
     for t, batch in enumerate(self._by_step(batches)):
       batch = self._place(batch)
       if self._streamed or talks:
         # The batch before is trained on while this one comes; no third waits.
-        jax.block_until_ready(local)
-      args = (local, slots, constants, batch, index, np.int32(t))
-      local = self.compiled['step'](*args)
+        jax.block_until_ready(parts)
+      for name, team in self._teams.items():
+        args = (*fixed[name], teams.part(batch, team), index, np.int32(t))
+        parts[name] = self.compiled[name](parts[name], *args)
+    local = teams.whole(parts, like=local)
     # XLA's CPU collectives hold a thread each, and abort the process when a
     # device comes 40 seconds late. So no step is queued behind one that waits
     # for others, and all devices have trained before the first one exchanges.
     jax.block_until_ready(local)
+    self.seconds_local = time.perf_counter() - began
     base = self._protocol.kept(state.shared, state.chain)
     new, metrics = self.compiled['finish'](
       local, base, state.error, before, after
@@ -170,6 +196,8 @@ class Round:
     return place(batch, self._batches)
 
   def _check(self, slots, next_slots) -> None:
+    for deals in (slots, next_slots):
+      teams.check(self._protocol, deals)
     if self._protocol.exchange != 'hand_over':
       return
     for name in self._protocol.num_blocks:
@@ -268,88 +296,26 @@ def make_round(
     metrics,
     grouped=mesh_sizes(mesh)[1] > 1,
   )
-  finish = partial(_finish, protocol)
+  finish = partial(synchronise, protocol)
   on_mesh = partial(jax.shard_map, mesh=mesh, check_vma=True, out_specs=SHARDED)
   _, batch = batch_specs(mesh)
   step_specs = (SHARDED, SHARDED, REPLICATED, batch, REPLICATED, REPLICATED)
+
+  def step_of(team):
+    if team is None:
+      return on_mesh(step, in_specs=step_specs)
+    of_team = partial(on_mesh, mesh=team.mesh)
+    return of_team(partial(step, team=team), in_specs=step_specs)
+
   deals = deal_specs(protocol.exchange == 'hand_over')
   deals = dict.fromkeys(protocol.num_blocks, deals)
   finish_specs = (SHARDED, SHARDED, SHARDED, deals, deals)
   return Round(
     protocol,
     on_mesh(begin, in_specs=SHARDED),
-    on_mesh(step, in_specs=step_specs),
+    step_of,
     on_mesh(finish, in_specs=finish_specs),
     mesh,
     on_device,
     streamed,
   )
-
-
-def _finish(protocol, local, base, error, before, after):
-  """Aggregates, and hands out the blocks of the next round."""
-  S, encoding = protocol.num_workers, protocol.format.values
-  base, blocks = base
-  losses = local.metrics['loss']
-  finite, good = health.finite(local.params, losses), None
-  if protocol.leave_out and not protocol.average_gradients:
-    good = health.agree(losses, finite, S, protocol.loss_factor)
-
-  shared = local.params['shared']
-  if protocol.sends_changes:
-    shared, error = exchange.add_mean_change(
-      base, shared, error, S, protocol.format.changes, good
-    )
-  elif not protocol.average_gradients:  # Those never left each other.
-    shared = exchange.mean_over_workers(shared, S, good=good)
-  chain = _exchange_chains(
-    protocol, local.params['chain'], before, after, good, blocks
-  )
-
-  velocity = None
-  if protocol.carry_velocity:
-    velocity = dict(optax.tree.get(local.opt_state, 'trace'))
-    if not protocol.average_gradients:
-      velocity['shared'] = exchange.mean_over_workers(
-        velocity['shared'], S, encoding, good
-      )
-    # A block that no good worker trained starts again from no momentum.
-    velocity['chain'] = _exchange_chains(
-      protocol, velocity['chain'], before, after, good, None
-    )
-  state = State(shared, chain, {}, velocity, error)
-  here = finite if good is None else good.here
-  return state, {**local.metrics, 'finite': finite, 'good': here}
-
-
-def _exchange_chains(protocol, chains, before, after, good, blocks):
-  """Exchanges every chain; `blocks` are theirs as last agreed, or None."""
-  blocks = blocks or dict.fromkeys(chains)
-  encoding = protocol.format.values
-  if protocol.exchange == 'hand_over':
-    return {
-      name: hand_over(
-        chain,
-        before[name],
-        after[name],
-        protocol.dealer(name),
-        name,
-        encoding,
-        good,
-        blocks[name],
-      )
-      for name, chain in chains.items()
-    }
-  return {
-    name: exchange.masked_psum(
-      chain,
-      before[name].slots,
-      after[name].slots,
-      protocol.num_blocks[name],
-      protocol.num_workers,
-      encoding,
-      good,
-      blocks[name],
-    )
-    for name, chain in chains.items()
-  }

@@ -96,6 +96,7 @@ class Protocol:
     local_steps: T, steps of each worker in a round.
     num_blocks: L of each partitioned chain, by name; empty for full models.
     min_depth: Blocks of each partitioned chain that a worker runs at least.
+    depths: See `decomposition.slots_per_worker`; of every partitioned chain.
     average_gradients: Average over the workers at each step.
     carry_velocity: Exchange the optimiser's momentum with the parameters and
       keep it, instead of starting from zero in every round (the paper).
@@ -110,6 +111,7 @@ class Protocol:
   local_steps: int
   num_blocks: Mapping[str, int]
   min_depth: MinDepth = 0
+  depths: tuple[int, ...] = ()
   average_gradients: bool = False
   carry_velocity: bool = False
   exchange: str = 'masked_psum'
@@ -152,20 +154,22 @@ class Protocol:
       self.num_blocks[chain],
       self.num_workers,
       min_depth_of(chain, self.min_depth),
+      self.depths,
     )
 
   def sample_slots(self, key: jax.Array, chain: str) -> jax.Array:
     """Deals a chain afresh, for a masked psum."""
     min_depth = min_depth_of(chain, self.min_depth)
     return decomposition.sample_slots(
-      key, self.num_blocks[chain], self.num_workers, min_depth
+      key, self.num_blocks[chain], self.num_workers, min_depth, self.depths
     )
 
   def dealer(self, chain: str) -> Dealer:
     """Returns what deals a chain for a hand-over."""
     # A dealer gives every worker a block.
     min_depth = min_depth_of(chain, self.min_depth) or 0
-    return Dealer(self.num_blocks[chain], self.num_workers, min_depth)
+    sizes = self.num_blocks[chain], self.num_workers, min_depth, self.depths
+    return Dealer(*sizes)
 
 
 class State(NamedTuple):

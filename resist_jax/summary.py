@@ -11,9 +11,10 @@ from typing import Any
 from absl import logging
 
 from resist_jax import accounting, classification, footprint
-from resist_jax.build import Phase, Setup
+from resist_jax.build import Setup
 from resist_jax.checkpoint import digest
 from resist_jax.config import cut_chains
+from resist_jax.phase import Phase
 from resist_jax.state import Protocol, mesh_sizes
 
 PyTree = Any
@@ -44,6 +45,7 @@ def summarise(
     'dataset': config.data.name,
     'model': config.model.name,
     'num_workers': config.num_workers,
+    'depths': list(setup.depths),
     'num_devices': devices.size,
     'devices_per_worker': config.devices_per_worker,
     'rounds': progress['round'],
@@ -78,7 +80,7 @@ def _sizes(setup: Setup) -> dict[str, Any]:
   return {
     'params_total': sizes.total,
     'params_per_worker': accounting.params_per_worker(
-      sizes, config.num_workers, cut_chains(config)
+      sizes, config.num_workers, cut_chains(config), setup.depths
     ),
     'params_shared': sizes.shared,
     # One number where one chain is cut, and 0 where none is.

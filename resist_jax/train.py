@@ -10,15 +10,16 @@ import jax
 import ml_collections
 import numpy as np
 
-from resist_jax import entry, export, metrics, report
+from resist_jax import entry, export, metrics, report, speed
 from resist_jax import state as state_lib
 from resist_jax import workdir as workdir_lib
-from resist_jax.build import Phase, Setup, prepare
+from resist_jax.build import Setup, prepare
 from resist_jax.checkpoint import Checkpoints, Restored
 from resist_jax.clock import Clock
 from resist_jax.config import ConfigError
 from resist_jax.dealing import Deal
 from resist_jax.interrupt import Interrupt, Interrupted
+from resist_jax.phase import Phase
 from resist_jax.placement import to_host
 from resist_jax.state import State
 from resist_jax.summary import summarise
@@ -44,6 +45,7 @@ class Progress:
     left_out_total: How often a worker was left out of a round.
     best_test_accuracy_paper: Over the evaluations so far.
     residual_scale: Of the global model's cut chains; 1 where none is named.
+    depths_by_speed: As measured when the run began; empty if not asked for.
     last: The newest row of the log.
   """
 
@@ -57,6 +59,7 @@ class Progress:
   left_out_total: int = 0
   best_test_accuracy_paper: float = 0.0
   residual_scale: dict[str, float] = dataclasses.field(default_factory=dict)
+  depths_by_speed: list[int] = dataclasses.field(default_factory=list)
   last: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -84,6 +87,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   checkpoints = Checkpoints(folder, setup.mesh)
   with Interrupt() as interrupt, checkpoints:
     restored = _restore(checkpoints, setup)
+    measured = restored.progress.get('depths_by_speed') if restored else None
+    setup = speed.with_depths(setup, measured or ())
     done = restored.progress['round'] if restored else 0
     # Process 0 writes what is not on the devices; all write checkpoints.
     writes = jax.process_index() == 0
@@ -129,6 +134,7 @@ class _Dispatched(NamedTuple):
   before: dict[str, Deal]
   after: dict[str, Deal]
   metrics: dict[str, jax.Array]
+  seconds_local: float | None
 
 
 def _loop(
@@ -142,7 +148,12 @@ def _loop(
   """Trains the remaining rounds and returns what they end with."""
   config, evaluator = setup.config, setup.evaluator
   progress = Progress(**restored.progress) if restored else Progress()
-  progress = dataclasses.replace(progress, residual_scale=setup.global_scale())
+  by_speed = config.depths == 'by_speed'
+  progress = dataclasses.replace(
+    progress,
+    residual_scale=setup.global_scale(),
+    depths_by_speed=list(setup.depths) if by_speed else [],
+  )
   seconds_before = progress.seconds_total
   tested_before = progress.evaluation_wire_bytes_total
   clock = Clock(progress.seconds_training)
@@ -158,7 +169,9 @@ def _loop(
     if running:
       progress, asked = _read(setup, running, progress, clock, interrupt)
       log(progress.last)
-    running = _Dispatched(index, phase, before, after, measured)
+    running = _Dispatched(
+      index, phase, before, after, measured, phase.run.seconds_local
+    )
 
     done = index + 1
     last = done == config.num_rounds
@@ -226,6 +239,7 @@ def _read(
     **({'left_out': left_out} if left_out else {}),
     'lr': float(setup.schedule(done * config.local_steps - 1)),
     'seconds_training': seconds,
+    'seconds_local': running.seconds_local,
     'bytes_total': progress.bytes_total + running.phase.bytes_per_round,
     'wire_bytes_total': progress.wire_bytes_total
     + running.phase.wire_bytes(running.before, running.after),

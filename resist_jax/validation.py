@@ -8,6 +8,7 @@ from resist_jax.config import (
   PHASE_FIELDS,
   ConfigError,
   build_model,
+  chosen_depths,
   differences,
   get_config,
 )
@@ -94,6 +95,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     raise ConfigError(
       f'phases ask for {full} full-model rounds of {config.num_rounds}: raise '
       'num_rounds or lower phases.'
+    )
+  if config.depths and config.protocol != 'resist':
+    raise ConfigError(
+      f'depths is {config.depths}, but {config.protocol} gives each worker all '
+      'blocks: set it to (), or use protocol resist.'
     )
   _check_devices(config)
   _check_model(config)
@@ -190,6 +196,7 @@ def _check_model(config) -> None:
       'partition must name at least one stage, each once; protocol=local_sgd '
       'cuts none.'
     )
+  _check_depths(config)
   for stage in config.partition:
     if not 1 <= stage <= len(network.stage_sizes):
       raise ConfigError(
@@ -198,12 +205,37 @@ def _check_model(config) -> None:
       )
     length = network.stage_sizes[stage - 1] - 1
     try:
-      sizes = (length, config.num_workers, config.min_depth)
+      depths = chosen_depths(config)
+      sizes = (length, config.num_workers, config.min_depth, depths)
       decomposition.slots_per_worker(*sizes)
       if config.exchange == 'hand_over':
         Dealer(*sizes)
     except ValueError as error:
       raise ConfigError(f'stage {stage}: {error}') from error
+
+
+def _check_depths(config) -> None:
+  depths = config.depths
+  if not depths and isinstance(depths, tuple | list):
+    return
+  whole = isinstance(depths, tuple | list) and all(
+    type(depth) is int for depth in depths
+  )
+  if not whole and depths != 'by_speed':
+    raise ConfigError(
+      f'depths is {depths!r}; use a whole number for each worker, such as '
+      '(8, 6, 4, 4), or by_speed, or ().'
+    )
+  if depths == 'by_speed' and config.min_depth:
+    raise ConfigError(
+      f'depths by_speed leave min_depth {config.min_depth} nothing to say: set '
+      'min_depth to 0.'
+    )
+  if len(config.partition) > 1 or config.partition_strided:
+    raise ConfigError(
+      f'depths is {depths}, of one chain, but partition and partition_strided '
+      'cut several: let them cut one.'
+    )
 
 
 def _one_of(config, field: str, values: tuple[str, ...]) -> None:

@@ -57,6 +57,34 @@ def test_the_mean_message_count_is_that_of_many_deals(S, min_depth, per_device):
   assert sum(counts) / len(counts) == pytest.approx(mean, rel=0.03)
 
 
+def test_unequal_workers_count_what_they_hold():
+  depths = (8, 6, 5, 4)
+  assert accounting.expected_share(22, 4, depths=depths) == 23 / 88
+  sizes = RESNET101, 4, 0, depths
+  block = RESNET101.block['c']
+  largest = RESNET101.shared + 8 * block
+  assert accounting.params_per_worker(*sizes) == largest
+  assert accounting.round_trip_bytes(*sizes) == 8 * (
+    4 * RESNET101.shared + 23 * block
+  )
+  protocol = state_lib.Protocol(4, 50, {'c': 22}, depths=depths)
+  assert accounting.paper_bytes(RESNET101, protocol) == (
+    accounting.round_trip_bytes(*sizes)
+  )
+
+
+@pytest.mark.parametrize('D', [2, 4])
+def test_the_mean_message_count_of_unequal_workers(D):
+  dealer = dealing.Dealer(22, 4, depths=(16, 10, 5, 4))
+  deals = list(itertools.islice(dealer.deals([5]), 2001))
+  counts = [
+    accounting.messages(dealer, before, after, D)
+    for before, after in itertools.pairwise(deals)
+  ]
+  mean = accounting.expected_messages(dealer, D)
+  assert sum(counts) / len(counts) == pytest.approx(mean, rel=0.03)
+
+
 def wire_share(**kwargs):
   """Of local SGD's exact ring all-reduce, at S = 4."""
   protocol = state_lib.Protocol(4, 50, {'c': 22}, **kwargs)

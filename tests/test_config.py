@@ -1,5 +1,7 @@
 """Every mistake that needs neither data nor devices gets its line."""
 
+import absl.flags
+from ml_collections import config_flags
 import pytest
 
 from resist_jax import config as config_lib
@@ -42,6 +44,27 @@ def test_the_defaults_are_valid():
     ),
     ({'num_workers': 23, 'min_depth': 2}, 'of its own.*masked_psum'),
     ({'min_depth': 21}, 'can run at most 20.*masked_psum'),
+    ({'depths': (8, 6, 4)}, r'stage 3: depths is \(8, 6, 4\), not one number'),
+    ({'depths': (8, 6, 4, 3)}, '21 blocks in all, but the chain has 22'),
+    ({'depths': (23, 6, 4, 3)}, 'allows 1 to 22'),
+    ({'depths': (22, 6, 4, 0)}, 'allows 1 to 22'),
+    ({'depths': (8, 6, 4, 4), 'min_depth': 2}, 'set that to 0'),
+    ({'depths': 'by_speed', 'min_depth': 2}, 'set min_depth to 0'),
+    ({'depths': 'by_weight'}, "depths is 'by_weight'; use a whole number"),
+    ({'depths': 8}, 'depths is 8; use a whole number'),
+    ({'depths': ''}, "depths is ''; use a whole number"),
+    ({'depths': (8, 6, 4, 4.5)}, 'use a whole number'),
+    ({'depths': (8, 6, 4, 4), 'partition': (2, 3)}, 'let them cut one'),
+    (
+      {
+        'depths': (8, 6, 4, 4),
+        'partition_strided': True,
+        'exchange': 'masked_psum',
+      },
+      'let them cut one',
+    ),
+    ({'depths': (8, 6, 4, 4), 'protocol': 'local_sgd'}, 'protocol resist'),
+    ({'depths': (22, 22, 1, 1)}, 'borrows 12 .* at most 3.*masked_psum'),
     ({'evaluation.batches_at_once': 0}, 'batches_at_once'),
     ({'residual_scale': 'test'}, 'residual_scale'),
     ({'data.augment': 'mixup'}, 'augment'),
@@ -75,6 +98,25 @@ def test_a_mistake_gets_one_clear_line(fields, says):
   with pytest.raises(ConfigError, match=says) as caught:
     validation.validate(config)
   assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ('flag', 'value'),
+  [
+    ('(8, 6, 4, 4)', (8, 6, 4, 4)),
+    ('8,6,4,4', (8, 6, 4, 4)),
+    ('by_speed', 'by_speed'),
+    ('()', ()),
+  ],
+)
+def test_depths_are_read_from_a_command_line(flag, value):
+  flags, argv = absl.flags.FlagValues(), ['program', f'--config.depths={flag}']
+  config_flags.DEFINE_config_dict(
+    'config', config_lib.get_config(), flag_values=flags, sys_argv=argv
+  )
+  flags(argv)
+  assert flags.config.depths == value
+  validation.validate(flags.config)
 
 
 def test_baselines_need_no_partition():

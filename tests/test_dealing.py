@@ -136,6 +136,98 @@ def test_routes_carry_what_changes_its_worker_and_nothing_else(L, S, min_depth):
     assert lent == decomposition.num_copies(L, S, min_depth) - L
 
 
+UNEQUAL = [
+  # L, depths: with guests and without, nearly equal and far from it.
+  (22, (8, 6, 4, 4)),
+  (22, (16, 10, 5, 4)),
+  (22, (19, 1, 1, 1)),
+  (9, (9, 2)),
+  (12, (3, 7, 5)),
+]
+
+
+@pytest.mark.parametrize(('L', 'depths'), UNEQUAL)
+def test_a_deal_to_unequal_workers_keeps_the_promises(L, depths):
+  S = len(depths)
+  dealer = Dealer(L, S, depths=depths)
+  deals = take(dealer, 30)
+  for start, deal in enumerate(deals):
+    assert deal.slots.shape == (S, max(depths))
+    assert sorted(deal.own[deal.own < L]) == list(range(L))
+    for worker, row in enumerate(deal.slots):
+      held = row[row < L]
+      assert len(held) == depths[worker]
+      assert (np.diff(held) > 0).all()
+      own = deal.own[worker]
+      assert (own < L).sum() == dealer.owned[worker] >= 1
+      assert set(own[own < L]) <= set(held)
+    (again,) = take(dealer, 1, start=start)
+    for a, b in zip(deal, again, strict=True):
+      np.testing.assert_array_equal(a, b)
+  for before, after in itertools.pairwise(deals):
+    assert dealer.follows(before, after)
+    sent = sum(
+      source != target
+      for j in range(dealer.num_columns)
+      for source, target in dealer.moves(j)[after.shifts[j]]
+    )
+    assert sent == (owners(before, L) != owners(after, L)).sum()
+
+
+@pytest.mark.parametrize(('L', 'depths'), UNEQUAL)
+def test_blocks_visit_unequal_workers_in_proportion(L, depths):
+  """Chi-squared over fresh runs, and pairs of blocks, as for equal workers."""
+  S, samples = len(depths), 3000
+  dealer = Dealer(L, S, depths=depths)
+  deals = [take(dealer, 1, (s,), start=4)[0] for s in range(samples)]
+  owned = np.array([owners(deal, L) for deal in deals])
+  held = sum(
+    (deal.slots[:, :, None] == np.arange(L)).any(axis=1).astype(int)
+    for deal in deals
+  )
+  for worker in range(S):
+    for count, size in (
+      ((owned == worker).sum(axis=0), dealer.owned[worker]),
+      (held[worker], depths[worker]),  # With guests.
+    ):
+      share = size / L
+      if share == 1:
+        assert (count == samples).all()
+        continue
+      expected = samples * share
+      statistic = ((count - expected) ** 2).sum() / (expected * (1 - share))
+      assert stats.chi2.sf(statistic * (L - 1) / L, L - 1) > 1e-4
+  together = owned[:, :, None] == owned[:, None, :]
+  pairs = together[:, *np.triu_indices(L, 1)].sum(axis=0)
+  chance = sum(n * (n - 1) for n in dealer.owned) / (L * (L - 1))
+  deviation = (pairs - samples * chance) / np.sqrt(
+    samples * chance * (1 - chance)
+  )
+  assert 2 * stats.norm.sf(np.abs(deviation).max()) * len(pairs) > 1e-4
+
+
+def test_a_long_run_is_fair_to_unequal_workers():
+  L, depths, count = 22, (9, 6, 5, 4), 4000
+  held = np.zeros((4, L))
+  for deal in take(Dealer(L, 4, depths=depths), count):
+    held += np.asarray(decomposition.presence(deal.slots, L))
+  expected = np.tile(np.array(depths)[:, None] / L, (1, L))
+  np.testing.assert_allclose(held / count, expected, rtol=0.13)
+
+
+def test_equal_depths_are_an_even_deal():
+  even, named = Dealer(22, 4, 6), Dealer(22, 4, depths=(6, 6, 6, 6))
+  for a, b in zip(take(even, 5), take(named, 5), strict=True):
+    for x, y in zip(a, b, strict=True):
+      np.testing.assert_array_equal(x, y)
+
+
+def test_depths_that_need_other_lenders_are_told_in_a_line():
+  with pytest.raises(ValueError, match=r'borrows 12 .* at most 3') as raised:
+    Dealer(22, 4, depths=(22, 22, 1, 1))
+  assert '\n' not in str(raised.value)
+
+
 @pytest.mark.parametrize(
   ('L', 'S', 'min_depth', 'says'),
   [

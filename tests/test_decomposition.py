@@ -77,6 +77,63 @@ def test_draws_follow_the_key():
   assert (first != other).any()
 
 
+UNEQUAL = [
+  (22, (8, 6, 4, 4)), (22, (16, 10, 5, 4)), (5, (1, 1, 1, 5)), (5, (5, 5)),
+  (5, (1, 2, 1, 1, 1, 3)), (1, (1, 1)), (12, (5, 2, 9)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('L', 'depths'), UNEQUAL)
+def test_unequal_workers_get_their_depths(L, depths):
+  S = len(depths)
+  owned = decomposition.blocks_owned(L, S, depths)
+  assert sum(owned) == L
+  assert all(own <= depth for own, depth in zip(owned, depths, strict=True))
+  assert S > L or min(owned) >= 1
+  sizes = {'num_blocks': L, 'num_workers': S, 'depths': depths}
+  assert decomposition.slots_per_worker(**sizes) == max(depths)
+  assert decomposition.num_copies(**sizes) == sum(depths)
+  keys = jax.random.split(jax.random.key(0), 64)
+  sample = jax.vmap(lambda k: decomposition.sample_slots(k, **sizes))
+  for slots in np.asarray(jax.jit(sample)(keys)):
+    assert slots.shape == (S, max(depths))
+    hands = [row[row < L] for row in slots]
+    assert set(np.concatenate(hands)) == set(range(L))
+    assert tuple(map(len, hands)) == depths
+    for row, hand in zip(slots, hands, strict=True):
+      assert (np.diff(hand) > 0).all()
+      assert (row[len(hand) :] == L).all()
+
+
+def test_blocks_visit_unequal_workers_in_proportion():
+  """Each frequency within its bound, so that all hold with 99.99 %."""
+  L, depths, count = 12, (5, 2, 9), 4000
+  keys = jax.random.split(jax.random.key(0), count)
+  slots = jax.jit(
+    jax.vmap(lambda k: decomposition.sample_slots(k, L, 3, depths=depths))
+  )(keys)
+  held = np.asarray(jax.vmap(lambda s: decomposition.presence(s, L))(slots))
+  frequency, expected = held.mean(axis=0), np.array(depths)[:, None] / L
+  z = NormalDist().inv_cdf(1 - 1e-4 / 2 / frequency.size)
+  bound = z * np.sqrt(expected * (1 - expected) / count)
+  assert (np.abs(frequency - expected) < bound).all()
+
+
+@pytest.mark.parametrize(
+  ('depths', 'says'),
+  [
+    ((3, 3, 3), 'not one number for each of 2'),
+    ((6, 1), 'allows 1 to 5'),
+    ((5, 0), 'allows 1 to 5'),
+    ((2, 2), '4 blocks in all'),
+  ],
+)
+def test_impossible_depths_say_why(depths, says):
+  with pytest.raises(ValueError, match=says) as raised:
+    decomposition.sample_slots(jax.random.key(0), 5, 2, depths=depths)
+  assert '\n' not in str(raised.value)
+
+
 @pytest.mark.parametrize(
   ('L', 'S', 'min_depth', 'says'),
   [

@@ -101,6 +101,21 @@ def test_a_hand_over_aggregates_and_deals_again(S, D, min_depth, encoding):
     before = after
 
 
+@pytest.mark.parametrize('D', [1, 2, 4])
+@pytest.mark.parametrize('depths', [(4, 3, 1, 1), (7, 3, 1, 4)])
+def test_a_hand_over_between_unequal_workers(depths, D):
+  """Without guests and with them; some columns belong to one worker alone."""
+  dealer = Dealer(9, 4, depths=depths)
+  run = hand_over_on_mesh(dealer, D, 'float32')
+  deals = dealer.deals([3])
+  before = next(deals)
+  for after in (next(deals) for _ in range(4)):
+    chain = random_chain(before.slots)
+    got = run(chain, before, after)
+    assert_dealt(got, chain, before.slots, after.slots, 9)
+    before = after
+
+
 @pytest.mark.parametrize('encoding', ['bfloat16', 'int16'])
 def test_blocks_are_rounded_alike_however_many_devices(encoding):
   """Workers that share a device round as others do."""

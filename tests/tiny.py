@@ -78,10 +78,12 @@ def make_round(
   return mesh, run
 
 
-def deal(round_index, num_blocks, num_workers, min_depth=0):
+def deal(round_index, num_blocks, num_workers, min_depth=0, depths=()):
   """Fresh round-robin slots."""
   key = jax.random.fold_in(jax.random.key(7), round_index)
-  slots = decomposition.sample_slots(key, num_blocks, num_workers, min_depth)
+  slots = decomposition.sample_slots(
+    key, num_blocks, num_workers, min_depth, depths
+  )
   return dealing.Deal(np.asarray(slots))
 
 
@@ -101,6 +103,7 @@ def deals(protocol, start=0):
         length,
         protocol.num_workers,
         state_lib.min_depth_of(name, protocol.min_depth),
+        protocol.depths,
       )
       for name, length in protocol.num_blocks.items()
     }

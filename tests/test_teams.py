@@ -1,0 +1,159 @@
+"""Unequal workers: each computes its own blocks, and nothing else changes."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_programs import COLLECTIVE, programs
+from test_rounds import L, assert_close, problem, resist
+import tiny
+
+from resist_jax import footprint, teams
+from resist_jax import state as state_lib
+
+DEPTHS = (3, 2, 1, 2)  # Three copies, which a hand-over lends.
+
+
+def unequal(depths=DEPTHS, **kwargs):
+  return resist(len(depths), depths=depths, **kwargs)
+
+
+@pytest.mark.parametrize('exchange', ['masked_psum', 'hand_over'])
+@pytest.mark.parametrize('D', [1, 2, 4])
+def test_a_round_of_unequal_workers_equals_algorithm_1(exchange, D):
+  loss_fn, params = problem()
+  protocol = unequal(exchange=exchange, carry_velocity=True)
+  got, metrics = tiny.train_compiled(loss_fn, params, protocol, D, 2)
+  assert_close(got, tiny.algorithm_1(loss_fn, params, protocol, 2))
+  assert metrics['loss'].shape == (4,)
+  assert np.asarray(metrics['finite']).all()
+
+
+@pytest.mark.parametrize(
+  ('depths', 'D'), [((3, 3, 1, 1), 2), ((4, 1, 1, 4), 2), ((3, 2, 1, 1), 4)]
+)
+def test_the_loop_over_workers_equals_algorithm_1(depths, D):
+  loss_fn, params = problem()
+  protocol = unequal(depths, exchange='hand_over')
+  got, _ = tiny.train_compiled(loss_fn, params, protocol, D, 2, on_device=True)
+  assert_close(got, tiny.algorithm_1(loss_fn, params, protocol, 2))
+
+
+@pytest.mark.parametrize('depths', [(2, 2, 2, 2), ()])
+def test_equal_workers_share_one_program(depths):
+  protocol = state_lib.Protocol(4, 2, {tiny.CHAIN: L}, depths=depths)
+  mesh = state_lib.make_mesh(4)
+  assert teams.make_teams(protocol, mesh) == {'step': None}
+
+
+def test_devices_that_are_alike_share_a_program():
+  mesh = state_lib.make_mesh(4)
+  made = teams.make_teams(unequal(), mesh)
+  assert [(team.rows, team.depths) for team in made.values()] == [
+    ((0,), (3,)), ((1, 3), (2,)), ((2,), (1,)),
+  ]  # fmt: skip
+  two = teams.make_teams(unequal(), state_lib.make_mesh(2))
+  assert [team.depths for team in two.values()] == [(3, 2), (1, 2)]
+
+
+@pytest.mark.parametrize('D', [1, 2, 4])
+def test_whole_undoes_part_and_copies_nothing(D):
+  mesh = state_lib.make_mesh(D)
+  _, params = problem()
+  state = state_lib.replicate(params, 4, mesh)
+  made = teams.make_teams(unequal(), mesh)
+  parts = {name: teams.part(state, team) for name, team in made.items()}
+  again = teams.whole(parts, state)
+
+  def pointers(x):
+    return [s.data.unsafe_buffer_pointer() for s in x.addressable_shards]
+
+  for old, new in zip(
+    jax.tree.leaves(state), jax.tree.leaves(again), strict=True
+  ):
+    assert new.sharding == old.sharding
+    assert pointers(new) == pointers(old)
+  for name, team in made.items():
+    leaf = parts[name]['stem']['kernel']
+    assert len(leaf) == len(team.rows) * 4 // D
+
+
+def cost(depths, D=4):
+  """FLOPs of a step of each device's workers, by their depths."""
+  _, run, _ = programs(resist(len(depths), depths=depths), D)
+  made = teams.make_teams(resist(len(depths), depths=depths), run._mesh)
+  return {
+    team.depths: run.compiled[name].cost_analysis()['flops']
+    for name, team in made.items()
+  }, run
+
+
+def test_an_empty_slot_computes_nothing():
+  flops, run = cost((5, 3, 2, 1))
+  five, three, two, one = (flops[n,] for n in (5, 3, 2, 1))
+  block = (five - one) / 4
+  # A block for a block, but for what the compiler fuses.
+  assert three - one == pytest.approx(2 * block, rel=0.1)
+  assert two - one == pytest.approx(block, rel=0.1)
+  _, even, _ = programs(resist(1, min_depth=1), 1)
+  assert five == pytest.approx(
+    even.compiled['step'].cost_analysis()['flops'], rel=1e-3
+  )
+  assert footprint.compiled_flops(run, 1) == five
+  taking_turns, _ = cost((5, 3, 2, 1), D=1)
+  assert taking_turns[5, 3, 2, 1] == pytest.approx(
+    five + three + two + one, rel=1e-3
+  )
+
+
+def test_what_is_absent_is_never_seen():
+  """In the programs of a step, no activation and no gradient of it."""
+  _, run, _ = programs(unequal((5, 1, 1, 1)))
+  names = [name for name in run.compiled if name.startswith('step')]
+  assert len(names) == 2
+  convolutions = []
+  for name in names:
+    text = run.compiled[name].as_text()
+    assert not re.search(COLLECTIVE, text)
+    convolutions.append(len(re.findall(r' convolution\(', text)))
+  # Two layers of four blocks: forward, and for both gradients.
+  assert convolutions[0] - convolutions[1] == 4 * 2 * 3
+
+
+def test_an_empty_slot_has_exactly_zero_gradient():
+  loss_fn, params = problem()
+  protocol = unequal(carry_velocity=True)
+  mesh, run = tiny.make_round(loss_fn, protocol, 4)
+  slots = {tiny.CHAIN: tiny.deal(0, L, 4, depths=DEPTHS)}
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  state = state_lib.distribute(params, slots, protocol, mesh, zeros)
+  # The same slots again: what comes back is what the workers trained.
+  state, _ = run(state, slots, tiny.examples(), tiny.batches(0, 4, 2), 0)
+  empty = slots[tiny.CHAIN].slots == L
+  assert empty.sum() == 12 - 8
+  for tree in (state.chain, state.velocity['chain']):
+    for leaf in jax.tree.leaves(tree):
+      assert (np.asarray(leaf)[empty] == 0).all()
+      assert np.abs(np.asarray(leaf)[~empty]).max() > 0
+
+
+def test_slots_of_other_depths_are_refused():
+  state, run, _ = programs(unequal(), ahead=False)
+  other = {tiny.CHAIN: tiny.deal(1, L, 4, depths=(1, 2, 3, 2))}
+  with pytest.raises(ValueError, match='deal them with these') as raised:
+    run(state, other, tiny.examples(), tiny.batches(0, 4, 2), 0)
+  assert '\n' not in str(raised.value)
+
+
+@pytest.mark.parametrize('exchange', ['masked_psum', 'hand_over'])
+def test_programs_serve_all_decompositions_and_donate(exchange):
+  state, run, dealt = programs(unequal(exchange=exchange), ahead=False)
+  kernel = state.chain[tiny.CHAIN]['conv1']['kernel']
+  for r in range(3):
+    batches = tiny.batches(r, 4, 2)
+    state, _ = run(state, next(dealt), tiny.examples(), batches, r)
+  assert kernel.is_deleted()
+  sizes = {name: p._cache_size() for name, p in run.compiled.items()}
+  assert set(sizes.values()) == {1}, sizes
