@@ -210,8 +210,10 @@ class Checkpoints:
   def __enter__(self) -> 'Checkpoints':
     return self
 
-  def __exit__(self, *_) -> None:
-    self._checkpointer.close()  # Waits for what is being written.
+  def __exit__(self, error, *_) -> None:
+    # It waits for other processes, too, which do not come after an error.
+    if error is None or jax.process_count() == 1:
+      self._checkpointer.close()
 
 
 def _one_line(error: Exception) -> str:
