@@ -165,7 +165,8 @@ class Round:
     return (jax.tree.map(lambda x, t=t: x[:, t], batches) for t in steps)
 
   def _check(self, slots, next_slots) -> None:
-    teams.check(self._protocol, next_slots)
+    for deals in (slots, next_slots):
+      teams.check(self._protocol, deals)
     if self._protocol.exchange != 'hand_over':
       return
     for name in self._protocol.num_blocks:
