@@ -74,9 +74,11 @@ def check(protocol: Protocol, deals: Mapping[str, Deal]) -> None:
   Raises:
     ValueError: If a worker has another number of blocks than its depth.
   """
+  if not protocol.depths:
+    return
   for name, length in protocol.num_blocks.items():
     counts = tuple((deals[name].slots < length).sum(axis=1).tolist())
-    if protocol.depths and counts != tuple(protocol.depths):
+    if counts != tuple(protocol.depths):
       raise ValueError(
         f'the slots of {name} hold {counts} blocks, but depths is '
         f'{protocol.depths}: deal them with these depths.'

@@ -139,6 +139,25 @@ def test_an_empty_slot_has_exactly_zero_gradient():
       assert np.abs(np.asarray(leaf)[~empty]).max() > 0
 
 
+def test_a_worker_draws_the_same_numbers_in_any_team():
+  _, params = problem()
+
+  def draws(params, present, constants, batch, key):
+    nothing = 0 * params['classifier']['bias'].sum()
+    return jax.random.uniform(key) + batch[0] + nothing, {}
+
+  def losses(protocol, D):
+    mesh, run = tiny.make_round(draws, protocol, D)
+    slots = {tiny.CHAIN: tiny.deal(0, L, 4, depths=protocol.depths)}
+    state = state_lib.distribute(params, slots, protocol, mesh)
+    batches = tiny.batches(0, 4, 2)
+    return run(state, slots, tiny.examples(), batches, 0)[1]['loss']
+
+  equal = losses(resist(4), 4)
+  for D in (1, 2, 4):
+    np.testing.assert_allclose(losses(unequal(), D), equal, rtol=1e-6)
+
+
 def test_slots_of_other_depths_are_refused():
   state, run, _ = programs(unequal(), ahead=False)
   other = {tiny.CHAIN: tiny.deal(1, L, 4, depths=(1, 2, 3, 2))}
