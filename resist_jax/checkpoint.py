@@ -11,6 +11,7 @@ and all restore the checkpoint that it found whole.
 from collections.abc import Mapping
 import hashlib
 import pathlib
+import shutil
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -53,7 +54,7 @@ class Checkpoints:
   """The checkpoints of one run."""
 
   def __init__(self, workdir: pathlib.Path, mesh: Mesh):
-    """Opens the folder, and makes it where it does not exist.
+    """Opens the folder, and sweeps away what was never finished.
 
     Args:
       workdir: Of the run; where there are several processes, all see it.
@@ -62,15 +63,11 @@ class Checkpoints:
     self._sharding = NamedSharding(mesh, SHARDED)
     self._folder = workdir.absolute() / 'checkpoints'  # Orbax's own wish.
     self._digests = workdir.absolute() / 'digests'
-    policies = ocp.training.save_decision_policies
-    save: Any = policies.ContinuousCheckpointingPolicy()
-    keep: Any = ocp.training.preservation_policies.LatestN(KEEP)
-    self._checkpointer = ocp.training.Checkpointer(
-      str(self._folder),
-      save_decision_policy=save,
-      preservation_policy=keep,
-      cleanup_tmp_directories=True,
-    )
+    if jax.process_index() == 0:
+      self._folder.mkdir(parents=True, exist_ok=True)
+      for path in self._folder.iterdir():
+        if not path.name.isdecimal():
+          shutil.rmtree(path, ignore_errors=True)
 
   def save(
     self,
@@ -100,14 +97,18 @@ class Checkpoints:
     }
     step = progress['round']
     try:
-      # Forced: after a fallback, a damaged one of a later round is there.
-      saved = self._checkpointer.save(
-        step, arrays, force=True, overwrite=True, custom_metadata=record
+      # Not by orbax's manager of checkpoints: where a process fails, there it
+      # waits for the others, and they for it. Overwritten: after a fallback, a
+      # damaged one of this round may be there.
+      ocp.save(
+        self._path(step),
+        arrays,
+        overwrite=True,
+        custom_metadata=record,
       )
-      if not saved:
-        raise OSError('orbax did not save it')
       if jax.process_index() == 0:
         self._write_digest(step)
+        self._drop_all_but(step)
     except Exception as error:  # orbax and its codecs raise nearly anything.
       raise SaveError(
         f'the checkpoint of round {step} cannot be written '
@@ -130,23 +131,21 @@ class Checkpoints:
     if step == _NONE:
       return None
     if step == _DAMAGED:
-      count = len(self._checkpointer.checkpoints)
       raise ValueError(
-        f'all {count} checkpoints in {self._folder} are damaged: move that '
-        'folder away to start from round 0.'
+        f'all {len(self._steps())} checkpoints in {self._folder} are damaged: '
+        'move that folder away to start from round 0.'
       )
     return self._read(int(step))
 
   def _newest(self) -> int:
     """Returns the newest whole one, `_NONE` or `_DAMAGED`."""
-    steps = sorted(c.step for c in self._checkpointer.checkpoints)
+    steps = self._steps()
     if not steps:
       return _NONE
     while steps:
       step = steps.pop()
       try:
         if self._digest_path(step).read_text() == self._digest(step):
-          self._checkpointer.metadata(step)  # Orbax knows what it is.
           return step
         problem = 'its digest differs from the one saved with it'
       except Exception as error:
@@ -158,6 +157,14 @@ class Checkpoints:
         f'falling back to round {steps[-1]}' if steps else 'none is left',
       )
     return _DAMAGED
+
+  def _steps(self) -> list[int]:
+    """Returns the rounds that have a checkpoint, whole or damaged."""
+    names = [path.name for path in self._folder.iterdir()]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+  def _path(self, step: int) -> str:
+    return str(self._folder / str(step))
 
   def _digest_path(self, step: int) -> pathlib.Path:
     return self._digests / f'{step}.sha256'
@@ -174,12 +181,21 @@ class Checkpoints:
   def _write_digest(self, step: int) -> None:
     self._digests.mkdir(exist_ok=True)
     replace_text(self._digest_path(step), self._digest(step))
-    for path in self._digests.glob('*.sha256'):  # Of those that orbax dropped.
-      if not (self._folder / path.stem).exists():
+
+  def _drop_all_but(self, newest: int) -> None:
+    """Keeps a few checkpoints, up to the newest, and their digests.
+
+    What is later was damaged, or it would have been gone on with.
+    """
+    keep = [step for step in self._steps() if step <= newest][-KEEP:]
+    for step in set(self._steps()) - set(keep):
+      shutil.rmtree(self._folder / str(step))
+    for path in self._digests.iterdir():
+      if path.name not in {self._digest_path(step).name for step in keep}:
         path.unlink()
 
   def _read(self, step: int) -> Restored:
-    saved: Any = self._checkpointer.metadata(step)
+    saved: Any = ocp.metadata(self._path(step))
     record = saved.custom_metadata
 
     def target(path, leaf):
@@ -193,7 +209,7 @@ class Checkpoints:
       return np.zeros(leaf.shape, leaf.dtype)
 
     targets = jax.tree_util.tree_map_with_path(target, saved.metadata)
-    arrays: Any = self._checkpointer.load(step, targets)
+    arrays: Any = ocp.load(self._path(step), targets)
     slots = {
       name: Deal(np.array(table, np.int32))
       for name, table in record['slots'].items()
@@ -206,14 +222,6 @@ class Checkpoints:
     error = arrays.get('error', {}).get('workers')
     state = State(shared, chain, slots, velocity, error)
     return Restored(state, record['num_blocks'], record['progress'])
-
-  def __enter__(self) -> 'Checkpoints':
-    return self
-
-  def __exit__(self, error, *_) -> None:
-    # It waits for other processes, too, which do not come after an error.
-    if error is None or jax.process_count() == 1:
-      self._checkpointer.close()
 
 
 def _one_line(error: Exception) -> str:

@@ -48,7 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.protocol = 'resist'  # or local_sgd, data_parallel: the baselines.
   config.num_workers = 4  # S
-  config.num_devices = 0  # In all; 0: as many as share S out, of those at hand.
+  config.num_devices = 0  # D * G; 0: of those at hand, as many as share S out.
   # G; a host of several trains as one worker that averages gradients inside.
   config.devices_per_worker = 1
   # Rounds of synchronisation, phases included; the schedule spans them all.

@@ -85,7 +85,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   setup = prepare(config)
 
   checkpoints = Checkpoints(folder, setup.mesh)
-  with Interrupt() as interrupt, checkpoints:
+  with Interrupt() as interrupt:
     restored = _restore(checkpoints, setup)
     measured = restored.progress.get('depths_by_speed') if restored else None
     setup = speed.with_depths(setup, measured or ())

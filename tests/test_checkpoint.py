@@ -33,15 +33,14 @@ def state(seed, workers=4, **kwargs):
 
 
 def save(tmp_path, *steps, **kwargs):
-  with Checkpoints(tmp_path, state_lib.make_mesh(4)) as checkpoints:
-    for step in steps:
-      progress = {'round': step, 'note': [1, 2]}
-      checkpoints.save(state(step, **kwargs), {'chain': 5}, progress)
+  checkpoints = Checkpoints(tmp_path, state_lib.make_mesh(4))
+  for step in steps:
+    progress = {'round': step, 'note': [1, 2]}
+    checkpoints.save(state(step, **kwargs), {'chain': 5}, progress)
 
 
 def restore(tmp_path, num_devices=4):
-  with Checkpoints(tmp_path, state_lib.make_mesh(num_devices)) as checkpoints:
-    return checkpoints.restore()
+  return Checkpoints(tmp_path, state_lib.make_mesh(num_devices)).restore()
 
 
 def newest_files(tmp_path, step):

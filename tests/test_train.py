@@ -208,8 +208,8 @@ def test_a_run_goes_on_as_the_same_function(tmp_path):
   for fields in ({}, {'num_workers': 2, 'num_devices': 2},
                  {'protocol': 'local_sgd'}):  # fmt: skip
     setup = train.prepare(tiny_config(**fields))
-    with train.Checkpoints(tmp_path, setup.mesh) as checkpoints:
-      restored = train._restore(checkpoints, setup)
+    checkpoints = train.Checkpoints(tmp_path, setup.mesh)
+    restored = train._restore(checkpoints, setup)
     phase, state, _ = entry.enter(setup, restored)
     params, _ = state_lib.assemble(state, phase.protocol.num_blocks)
     predict = setup.evaluator.predictor(
