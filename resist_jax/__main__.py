@@ -1,5 +1,6 @@
 """Command line: python -m resist_jax --config=FILE --workdir=DIR."""
 
+import errno
 import math
 import re
 import signal
@@ -101,7 +102,12 @@ def main(argv: list[str]) -> None:
     processes.explain_failure()  # The reason may be another one that is lost.
     _fail(error, code=1)
   except OSError as error:
-    _fail(f'{error}; the same command goes on when that is mended.', code=1)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    _fail(
+      f'{error}: {"make room in" if full else "mend that in"} {WORKDIR.value}; '
+      'the same command goes on from the newest checkpoint.',
+      code=1,
+    )
   except Interrupted as stop:
     print(stop, file=sys.stderr)
     processes.end()

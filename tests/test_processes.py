@@ -1,0 +1,86 @@
+"""Four processes that talk over a network are four devices of one process."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from several import ROOT
+from train_several import RUNS, WORKERS, config_of
+
+from experiments.launch import local
+from resist_jax import export, metrics, processes, train
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  """The folder of all runs, each trained by four processes."""
+  folder = tmp_path_factory.mktemp('four')
+  coordinator = f'127.0.0.1:{local.free_port()}'
+  started = [
+    subprocess.Popen(
+      [sys.executable, 'tests/train_several.py', folder, coordinator]
+      + [str(WORKERS), str(process)],
+      cwd=ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for process in range(WORKERS)
+  ]
+  outputs = [process.communicate()[0] for process in started]
+  for process, output in zip(started, outputs, strict=True):
+    assert process.returncode == 0, output[-3000:]
+  return folder
+
+
+@pytest.mark.parametrize('name', RUNS)
+def test_four_processes_are_four_virtual_devices(name, trained, tmp_path):
+  alone = train.train(config_of(name), str(tmp_path))
+  together = json.loads((trained / name / 'summary.json').read_text())
+  for field in (
+    'num_devices', 'wire_bytes_total', 'evaluation_wire_bytes_total',
+    'bytes_total',
+  ):  # fmt: skip
+    assert together[field] == alone[field], field
+  memory = [x['memory_per_device']['predicted'] for x in (together, alone)]
+  assert memory[0] == memory[1]
+  wire = together['wire_bytes_last_round']
+  assert wire['predicted'] == wire['compiled']
+  assert together['test_accuracy'] == pytest.approx(
+    alone['test_accuracy'], abs=0.01
+  )
+  got, want = (export.load(x).variables for x in (trained / name, tmp_path))
+  # int8 rounds: what differs in the last bit may fall to another step.
+  tolerance = 3e-3 if name == 'int8' else 3e-5
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(
+      x, y, rtol=tolerance, atol=tolerance
+    ),
+    got['params'],
+    want['params'],
+  )
+  rows = metrics.read_rows(trained / name / 'metrics.jsonl')
+  assert [row['round'] for row in rows] == [1, 2, 3]
+
+
+def test_a_coordinator_that_is_not_there_is_one_clear_error(monkeypatch):
+  """Nobody is there, and the wait is short."""
+
+  def fail(*args, **kwargs):
+    raise RuntimeError('DEADLINE_EXCEEDED: Barrier timed out.')
+
+  monkeypatch.setattr(jax.distributed, 'initialize', fail)
+  with pytest.raises(processes.StartError, match='did not find each other'):
+    processes.start('127.0.0.1:1', 2, 1, timeout=1)
+
+
+def test_where_there_is_no_cluster_a_process_is_alone(monkeypatch):
+  def no_cluster(*args, **kwargs):
+    raise ValueError('coordinator_address should be defined.')
+
+  monkeypatch.setattr(jax.distributed, 'initialize', no_cluster)
+  assert processes.start(None, None, None, timeout=1) == 1
+  assert processes.start(None, 1, None, timeout=1) == 1
