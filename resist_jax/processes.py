@@ -68,6 +68,8 @@ def start(
         coordinator,
         num_processes,
         process_id,
+        # Who names a coordinator does not want SLURM's.
+        cluster_detection_method='deactivate' if coordinator else None,
         initialization_timeout=wait,
         # Later than this module, which says it in one line.
         heartbeat_timeout_seconds=4 * wait,
