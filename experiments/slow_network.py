@@ -107,7 +107,7 @@ def measure(
     'seconds_exchange': whole - local,
     **counted,
     'seconds_to_target': _seconds_to(rows),
-    'seconds_training': seconds[-1],
+    'seconds_training': rows[-1]['seconds_training'],
     'test_accuracy': summary['test_accuracy'],
     'summary': summary,
     'config': json.loads((folder / 'config.json').read_text()),
