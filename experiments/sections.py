@@ -17,6 +17,7 @@ from experiments import (
   ensemble,
   local_iterations,
   quantised,
+  slow_report,
   table2,
   table3,
 )
@@ -65,6 +66,10 @@ def sections(with_figures: bool = False) -> Iterator[Section]:
       if tables:
         figures = experiment.pictures(results) if with_figures else {}
         yield Section(experiment.title, tables, figures)
+  slow = slow_report.tables()
+  if slow:
+    figures = slow_report.figures() if with_figures else {}
+    yield Section('Slow links', slow, figures)
   for title, tables in (
     ("The paper's count of bytes (Table 1)", list(_counts())),
     ('On the wire', list(_wire())),

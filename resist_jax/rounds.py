@@ -153,9 +153,22 @@ class Round:
       inputs = (trained, state.error, before, after)
       new, metrics = self.compiled['round'](*inputs, constants, batches, index)
       return new._replace(slots=dict(next_slots)), metrics
+    jax.block_until_ready(trained)  # Or the last exchange would count as ours.
     began = time.perf_counter()
-    talks = self._protocol.average_gradients or self.group_size > 1
     local = self.compiled['begin'](*trained)
+    local = self._train(local, slots, constants, batches, index)
+    self.seconds_local = time.perf_counter() - began
+    base = self._protocol.kept(state.shared, state.chain)
+    new, metrics = self.compiled['finish'](
+      local, base, state.error, before, after
+    )
+    for leaf in jax.tree.leaves(base):
+      leaf.delete()  # No output could take its place.
+    return new._replace(slots=dict(next_slots)), metrics
+
+  def _train(self, local, slots, constants, batches, index):
+    """Takes all local steps, and waits for their end."""
+    talks = self._protocol.average_gradients or self.group_size > 1
     parts, fixed = (
       {name: teams.part(tree, team) for name, team in self._teams.items()}
       for tree in (local, (slots, constants))
@@ -173,14 +186,7 @@ class Round:
     # device comes 40 seconds late. So no step is queued behind one that waits
     # for others, and all devices have trained before the first one exchanges.
     jax.block_until_ready(local)
-    self.seconds_local = time.perf_counter() - began
-    base = self._protocol.kept(state.shared, state.chain)
-    new, metrics = self.compiled['finish'](
-      local, base, state.error, before, after
-    )
-    for leaf in jax.tree.leaves(base):
-      leaf.delete()  # No output could take its place.
-    return new._replace(slots=dict(next_slots)), metrics
+    return local
 
   def _by_step(self, batches: PyTree) -> Iterator[PyTree]:
     """Iterates over what all workers get at each step."""

@@ -1,0 +1,154 @@
+"""What slow links cost, as tables and a picture, from the result files."""
+
+from collections.abc import Mapping
+import json
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from experiments.experiment import machine
+from experiments.namespaces import LINKS
+from experiments.slow_network import FOLDER, METHODS
+from experiments.table import Table
+from resist_jax import plots
+
+Record = Mapping[str, Any]
+NAMES = {
+  'data_parallel': 'data parallel',
+  'local_sgd': 'local SGD',
+  'resist_masked_psum': 'ResIST, masked psum',
+  'resist_hand_over': 'ResIST, hand-over',
+  'resist_hand_over_bfloat16': 'ResIST, hand-over, bfloat16',
+  'resist_hand_over_int8': 'ResIST, hand-over, int8',
+}
+
+
+def load(network: str) -> dict[tuple[str, str], Record]:
+  """Returns the results of a network by link and method."""
+  paths = sorted(FOLDER.glob(f'{network}_*.json'))
+  records = [json.loads(path.read_text()) for path in paths]
+  return {(r['link'], r['method']): r for r in records}
+
+
+def exchange_seconds(
+  records: Mapping[tuple[str, str], Record], link: str, method: str
+) -> float | None:
+  """Returns what a round takes besides training.
+
+  Data parallel talks at every step: its round less the training of local SGD.
+  """
+  record = records.get((link, method))
+  if record is None:
+    return None
+  base = records.get((link, 'local_sgd'))
+  if method == 'data_parallel' and base:
+    return record['seconds_round'] - base['seconds_local']
+  return record['seconds_exchange']
+
+
+def tables() -> list[Table]:
+  """Returns what there are results for."""
+  return [*_exchange_table(), *_learning_table()]
+
+
+def _exchange_table() -> list[Table]:
+  records = load('paper_shares')
+  links = [x.name for x in LINKS if any(x.name == k for k, _ in records)]
+  if not links:
+    return []
+  rows = []
+  for method in METHODS:
+    row = [NAMES[method]]
+    for link in links:
+      seconds = exchange_seconds(records, link, method)
+      base = exchange_seconds(records, link, 'local_sgd')
+      row.append('' if seconds is None else f'{seconds:.2f}')
+      if link != 'no limit':
+        row.append(f'{seconds / base:.2f}' if seconds and base else '')
+    counted = records.get(('no limit', method), {})
+    if 'kernel_bytes' in counted:
+      n = counted['rounds_counted']
+      kernel, accounted = counted['kernel_bytes'], counted['accounted_bytes']
+      row += [f'{kernel / n / 1e6:.2f}', f'{accounted / n / 1e6:.2f}']
+      row.append(f'{kernel / accounted - 1:+.1%}')
+    else:
+      row += 3 * ['']
+    if any(row[1:]):
+      rows.append(row)
+  head = ['method']
+  for link in links:
+    head.append(f'{link}: s')
+    if link != 'no limit':
+      head.append('of local SGD')
+  head += ['MB a round, by the kernel', 'accounted', 'differ by']
+  some = next(iter(records.values()))
+  caption = (
+    'Seconds of an exchange between four processes in network namespaces, and '
+    'what all of them sent in a round, headers left out; a network of '
+    f'{some["summary"]["params_total"] / 1e6:.1f} million parameters whose '
+    "shared part and blocks have the paper's shares; one run each, "
+    f'{machine(some["provenance"])}.'
+  )
+  return [Table(caption, some['command'], head, rows)]
+
+
+def _learning_table() -> list[Table]:
+  records = load('digits')
+  if not records:
+    return []
+  rows = []
+  for (_, method), r in sorted(
+    records.items(), key=lambda item: list(METHODS).index(item[0][1])
+  ):
+    reached = r['seconds_to_target']
+    rows.append(
+      [NAMES[method], f'{r["seconds_round"]:.2f}']
+      + [f'{r["seconds_training"]:.1f}']
+      + [f'{reached:.1f}' if reached else 'not reached']
+      + [f'{r["test_accuracy"]:.1%}']
+    )
+  some = next(iter(records.values()))
+  caption = (
+    f'Handwritten digits on links of {some["link"]}: seconds of a round and of '
+    f'{some["rounds"]} rounds, of training until the first test at '
+    f'{some["target"]:.0%}, and the last accuracy; four processes on '
+    f'{machine(some["provenance"])}, one run each.'
+  )
+  head = ['method', 'a round', 'all', f'to {some["target"]:.0%}', 'accuracy']
+  return [Table(caption, some['command'], head, rows)]
+
+
+def figures() -> dict[str, Figure]:
+  """Returns seconds of a round by link, training and exchange apart."""
+  records = load('paper_shares')
+  links = [
+    x.name
+    for x in LINKS
+    if x.rate and any(x.name == link for link, _ in records)
+  ]
+  if not links:
+    return {}
+  figure = Figure(figsize=(1.5 + 4.2 * len(links), 3.2), layout='constrained')
+  every = figure.subplots(1, len(links), sharey=True, squeeze=False)[0]
+  local_colour, exchange_colour = plots.colours(2)
+  # Data parallel would leave no room for the others: the table has it.
+  shown = [m for m in METHODS if m != 'data_parallel']
+  for axes, link in zip(every, links, strict=True):
+    found = [m for m in shown if (link, m) in records]
+    local = [records[link, m]['seconds_local'] for m in found]
+    exchange = [exchange_seconds(records, link, m) or 0 for m in found]
+    at = range(len(found))
+    axes.barh(at, local, color=local_colour, label='local training')
+    axes.barh(at, exchange, left=local, color=exchange_colour, label='exchange')
+    axes.set_yticks(at, [NAMES[m] for m in found])
+    axes.set_title(link, fontsize='medium')
+    axes.set_xlabel('seconds of a round')
+    axes.grid(axis='x', color='#e4e4e4', linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[['top', 'right']].set_visible(False)
+  every[0].invert_yaxis()
+  handles, labels = every[0].get_legend_handles_labels()
+  figure.legend(
+    handles, labels, loc='outside lower center', ncols=2, frameon=False
+  )
+  return {'slow_links': figure}
