@@ -137,7 +137,7 @@ class Round:
       `(state, metrics)`: the next round's state, and `float32[S]` for `loss`
       and each of the loss function's own metrics, means over the steps;
       `bool[S]` for `finite`: whether a worker's update is free of NaN and inf,
-      and for `good`: whether it is in the aggregate, or may be.
+      and for `good`: whether the aggregate is of it, where it leaves any out.
 
     Raises:
       ValueError: If a hand-over is given slots that it cannot reach, or a
