@@ -1,4 +1,7 @@
-"""What slow links cost, as tables and a picture, from the result files."""
+"""What slow links cost, as tables and a picture, from the result files.
+
+python -m experiments.slow_report
+"""
 
 from collections.abc import Mapping
 import json
@@ -152,3 +155,15 @@ def figures() -> dict[str, Figure]:
     handles, labels, loc='outside lower center', ncols=2, frameon=False
   )
   return {'slow_links': figure}
+
+
+def main() -> None:
+  """Prints the tables, and writes the picture beside the results."""
+  for table in tables():
+    print(table.caption, table.text(), sep='\n', end='\n\n')
+  for name, figure in figures().items():
+    figure.savefig(FOLDER / f'{name}.png', dpi=150)
+
+
+if __name__ == '__main__':
+  main()
