@@ -224,7 +224,7 @@ class Evaluator:
       for g, group in enumerate(groups):
         x = waiting[g]
         if x is None:
-          x = self._normalise(self._put(group.split.images[group.rows]))
+          x = self._images(group)
         for name, i in run:
           index = None if i is None else np.int32(0 if cut else i)
           scale = self._scales[name][i] if name in self._scales else _ONE
@@ -259,6 +259,9 @@ class Evaluator:
     if i is not None:
       stats = jax.tree.map(lambda x: x[i], stats)
     return place(stats, NamedSharding(self._mesh, REPLICATED))
+
+  def _images(self, group):
+    return self._normalise(self._put(group.split.images[group.rows]))
 
   def _put(self, array):
     """Gives row d of an array to device d."""

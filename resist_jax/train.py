@@ -194,6 +194,8 @@ def _loop(
       seconds_total=elapsed,
       evaluation_wire_bytes_total=tested_before + evaluator.wire_bytes,
     )
+    if jax.process_count() == 1:  # It may have come during the test.
+      signum = interrupt.signum or 0
     if saves or signum:
       chains = phase.protocol.num_blocks
       checkpoints.save(state, chains, dataclasses.asdict(progress))
