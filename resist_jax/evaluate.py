@@ -6,9 +6,7 @@ sample of training images ("recalibrated"). The paper tests with the statistics
 of each test batch instead.
 
 No device ever holds the chains that are cut. Batches wait on the devices while
-blocks come by, one at a time, from the workers that hold them: the host walks
-through the network, and every kind of block is one small program (which also
-compiles faster than a whole network, and keeps convolutions out of loops).
+blocks come by, one at a time, from their workers; each kind is a small program.
 """
 
 import collections
@@ -34,7 +32,6 @@ from resist_jax.placement import place, to_host
 from resist_jax.state import REPLICATED, SHARDED, mesh_sizes, spread
 
 PyTree = Any
-
 _ONE = np.float32(1)
 
 
