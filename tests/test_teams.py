@@ -164,7 +164,8 @@ def test_a_worker_draws_the_same_numbers_in_any_team():
 
   def draws(params, present, constants, batch, key):
     nothing = 0 * params['classifier']['bias'].sum()
-    return jax.random.uniform(key) + batch[0] + nothing, {}
+    first = batch[0].astype(jnp.float32)
+    return jax.random.uniform(key) + first + nothing, {}
 
   def losses(protocol, D):
     mesh, run = tiny.make_round(draws, protocol, D)
