@@ -10,7 +10,7 @@ import pytest
 from test_rounds import assert_close, full, hand_over, problem, resist
 import tiny
 
-from resist_jax import decomposition, health
+from resist_jax import decomposition, health, wire
 from resist_jax import state as state_lib
 
 NO_EXAMPLE = -1  # On this the loss is not a number.
@@ -127,35 +127,41 @@ def data_parallel(S, T=2, **kwargs):
   return full(S, T, average_gradients=True, carry_velocity=True, **kwargs)
 
 
-@pytest.mark.parametrize(
-  ('D', 'on_device', 'wire_format', 'num_rounds'),
-  [
-    (4, False, 'float32', 2),
-    (2, True, 'float32', 2),
-    (4, False, 'bfloat16', 1),
-  ],
-)
+def mean_as_sent(trees, encoding):
+  """The mean of what workers send, rounded where it goes over the wire."""
+
+  def one(*leaves):
+    parts = [x.ravel() / len(leaves) for x in leaves]
+    total = sum(wire.rounded(x, encoding) for x in parts)
+    return wire.rounded(total, encoding).reshape(leaves[0].shape)
+
+  return jax.tree.map(one, *trees)
+
+
+@pytest.mark.parametrize('wire_format', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(('D', 'on_device'), [(4, False), (2, True)])
 def test_a_step_of_data_parallel_goes_without_a_bad_gradient(
-  D, on_device, wire_format, num_rounds
+  D, on_device, wire_format
 ):
   """In that step alone: the worker has not left the others."""
   loss_fn, params = poisoned()
   protocol = guarded(data_parallel(4, wire_format=wire_format))
-  bad, bad_step = ((1, 3), ())[:num_rounds], 1
+  bad, bad_step = ((1, 3), ()), 1
   state, measured = tiny.run_rounds(
     loss_fn, params, protocol, D, spoilt(protocol, bad, bad_step), on_device
   )
   velocity = jax.tree.map(jnp.zeros_like, params)
-  for r in range(num_rounds):
+  for r in range(2):
     batches = tiny.batches(r, 4, 2)
     for t in range(2):
       lost = bad[r] if t == bad_step else ()
-      grads = tiny.mean(
+      grads = mean_as_sent(
         [
           tiny.gradient(problem()[0], params, {}, batches[s, t])
           for s in range(4)
           if s not in lost
-        ]
+        ],
+        wire_format,
       )
       velocity = jax.tree.map(
         lambda v, g, p: tiny.MOMENTUM * v + g + tiny.WEIGHT_DECAY * p,
@@ -163,10 +169,11 @@ def test_a_step_of_data_parallel_goes_without_a_bad_gradient(
       )  # fmt: skip
       rate = tiny.RATE / (1 + r * 2 + t)
       params = jax.tree.map(lambda p, v, a=rate: p - a * v, params, velocity)
-  tolerance = 3e-5 if wire_format == 'float32' else 1e-2
+  # A number between two of bfloat16 may be rounded up here and down there.
+  tolerance = 3e-5 if wire_format == 'float32' else 2e-3
   assert_everyone_holds(state, params, tolerance)
   good = [np.asarray(metrics['good']).tolist() for metrics in measured]
-  assert good == [[True, False, True, False], [True] * 4][:num_rounds]
+  assert good == [[True, False, True, False], [True] * 4]
 
 
 def test_a_gradient_alone_can_be_bad():
