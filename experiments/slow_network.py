@@ -13,6 +13,7 @@ method; what is there is not measured again.
 
 import argparse
 from collections.abc import Iterator
+import itertools
 import json
 import os
 import pathlib
@@ -92,7 +93,7 @@ def measure(
       sent.append((after - before, summary['wire_bytes_total']))
   rows = metrics.read_rows(folder / 'metrics.jsonl')
   whole = _seconds_of_a_round(rows)
-  local = statistics.mean(row['seconds_local'] for row in rows[1:])
+  local = statistics.median(row['seconds_local'] for row in rows[1:])
   counted = {}
   if len(sent) == 2:
     counted = {
@@ -151,15 +152,17 @@ def _train(found: list[Host], flags: list[str]) -> None:
 
 
 def _seconds_of_a_round(rows: list[dict[str, Any]]) -> float:
-  """Returns the mean without the first rounds, which wait for what is new.
+  """Returns the median: the second round still compiles what reads its metrics.
 
   The clock of a row is read when the next round has trained, already; that of a
   tested one at its own end.
   """
   tested = [i for i, row in enumerate(rows) if 'test_accuracy' in row]
-  first, last = (tested[0], tested[-1]) if tested[1:] else (0, len(rows) - 2)
-  seconds = [rows[i]['seconds_training'] for i in (first, last)]
-  return (seconds[1] - seconds[0]) / (last - first)
+  read = tested if tested[1:] else range(len(rows) - 1)
+  return statistics.median(
+    (rows[j]['seconds_training'] - rows[i]['seconds_training']) / (j - i)
+    for i, j in itertools.pairwise(read)
+  )
 
 
 def _seconds_to(rows: list[dict[str, Any]]) -> float | None:
