@@ -118,10 +118,11 @@ class Setup:
     """Returns what the steps of a round get, see `feed`."""
     return self.feed.batches(round_index)
 
-  def tell_all(self, number: int) -> jax.Array:
-    """Returns `int32[S]`, in whose rows each process says a number."""
+  def tell_all(self, number: float) -> jax.Array:
+    """Returns `float32[S]`, in whose rows each process says a number."""
     S = self.config.num_workers
-    mine = np.full(len(state_lib.workers_here(self.mesh, S)), number, np.int32)
+    here = len(state_lib.workers_here(self.mesh, S))
+    mine = np.full(here, number, np.float32)
     by_worker = NamedSharding(self.mesh, state_lib.SHARDED)
     return place_parts(mine, by_worker, S)
 

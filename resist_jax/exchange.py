@@ -52,9 +52,8 @@ def mean_over_workers(
   """
   tree = zero_others(tree, good)
   if encoding == 'float32':
-    return jax.tree.map(
-      lambda x: _share(_sum_exactly(x), num_workers, good), tree
-    )
+    total = _sum_exactly(tree)
+    return jax.tree.map(lambda x: _share(x, num_workers, good), total)
   flat, unflatten = _flatten(tree)
   parts = _share(flat, num_workers, good)
   total, _ = sum_over_workers(parts, num_workers, encoding)
@@ -92,8 +91,11 @@ def _share(x, num_workers, good):
   return jnp.where(good.everywhere.all(), of_all, x / jnp.maximum(count, 1))
 
 
-def _sum_exactly(x):
-  return jnp.broadcast_to(lax.psum(x.sum(axis=0), WORKER)[None], x.shape)
+def _sum_exactly(tree):
+  """Sums in one message: of many small ones, each costs a wait for all."""
+  flat, unflatten = ravel_pytree(jax.tree.map(lambda x: x.sum(axis=0), tree))
+  total = unflatten(lax.psum(flat, WORKER))
+  return jax.tree.map(lambda x, y: jnp.broadcast_to(x, y.shape), total, tree)
 
 
 def add_mean_change(
@@ -120,11 +122,11 @@ def add_mean_change(
     `(tree, error)`: the mean of `after`, equal on all workers, but for
     rounding; and what the changes lacked this time.
   """
-  old, unflatten = _flatten(before)
-  change = zero_others(_flatten(after)[0] - old, good)
-  change = _share(change, num_workers, good)
+  change, unflatten = _flatten(jax.tree.map(jnp.subtract, after, before))
+  change = _share(zero_others(change, good), num_workers, good)
   total, error = sum_over_workers(change, num_workers, encoding, error)
-  return unflatten(old + total[None]), error
+  mean_change = unflatten(jnp.broadcast_to(total, change.shape))
+  return jax.tree.map(jnp.add, before, mean_change), error
 
 
 def error_shapes(shared_size: int, num_workers: int) -> dict[str, tuple]:

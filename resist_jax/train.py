@@ -226,8 +226,11 @@ def _read(
     `(progress, signum)`: what is done now; and the signal that some process
     got, or 0. All processes read the same, so they stop after the same round.
   """
-  signum = setup.tell_all(interrupt.signum or 0)
-  measured = to_host({**running.metrics, 'signum': signum})
+  told = {
+    'signum': setup.tell_all(interrupt.signum or 0),
+    'seconds_local': setup.tell_all(running.seconds_local or 0),
+  }
+  measured = to_host({**running.metrics, **told})
   done = running.index + 1
   config = setup.config
   left_out = _left_out(config, done, measured)
@@ -241,7 +244,8 @@ def _read(
     **({'left_out': left_out} if left_out else {}),
     'lr': float(setup.schedule(done * config.local_steps - 1)),
     'seconds_training': seconds,
-    'seconds_local': running.seconds_local,
+    # Of the slowest process: only then can an exchange begin.
+    'seconds_local': float(measured['seconds_local'].max()) or None,
     'bytes_total': progress.bytes_total + running.phase.bytes_per_round,
     'wire_bytes_total': progress.wire_bytes_total
     + running.phase.wire_bytes(running.before, running.after),
