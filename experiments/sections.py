@@ -73,6 +73,7 @@ def sections(with_figures: bool = False) -> Iterator[Section]:
   for title, tables in (
     ("The paper's count of bytes (Table 1)", list(_counts())),
     ('On the wire', list(_wire())),
+    ('Workers of unequal speed', list(_unequal())),
     ('Memory', list(_memory())),
     ('Speed', [*_benches(), *_peer()]),
   ):
@@ -134,6 +135,22 @@ def _wire() -> Iterator[Table]:
     head = ['protocol', 'exchange', 'format', 'GB predicted']
     head += ['GB in the compiled program', 'of local SGD, exact']
     yield Table(caption, record['command'], head, rows)
+
+
+def _unequal() -> Iterator[Table]:
+  for r in _load('unequal/*.json'):
+    rows = [
+      [name, ' and '.join(map(str, r['runs'][name][-1]['blocks']))]
+      + [f'{seconds:.2f} s']
+      for name, seconds in r['seconds_round'].items()
+    ]
+    caption = (
+      'Two processes on a core each, the second stopped so often that it has '
+      f'{r["speed_of_process_1"]:.0%} of the speed; handwritten digits, '
+      f'medians of {len(next(iter(r["runs"].values())))} runs in turn, '
+      f'{machine(r["provenance"])}.'
+    )
+    yield Table(caption, r['command'], ['depths', 'blocks', 'a round'], rows)
 
 
 def _memory() -> Iterator[Table]:

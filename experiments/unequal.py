@@ -34,7 +34,7 @@ FLAGS = (
 )
 DEPTHS = {'equal': (), 'by speed': ('--config.depths=by_speed',)}
 RUNS, STOPS = 0.01, 0.02  # Seconds of a turn of the slow process.
-REPEATS = 1
+REPEATS = 3
 
 
 class Throttle(threading.Thread):

@@ -10,6 +10,11 @@ class Clock:
     self._seconds = seconds
     self._since: float | None = None
 
+  @property
+  def stands(self) -> bool:
+    """Whether it has not been started, or was stopped."""
+    return self._since is None
+
   def start(self) -> None:
     """Runs, if it is not running already."""
     self._since = self._since or time.perf_counter()

@@ -26,6 +26,7 @@ TRY_AGAIN = 75
 
 # Seconds that the others have to part after they have said that they end.
 _PARTING = 3
+_FOREVER = 7 * 24 * 3600 * 1000  # Milliseconds.
 _FOLDER = 'resist_jax'
 _END = 'end'
 
@@ -109,9 +110,10 @@ class _Watch:
     self._signs: dict[int, str] = {}
     now = time.monotonic()
     self._seen = dict.fromkeys(self._others, now)
-    self._answered = now
+    self._answered = self._looked = now
     self.ended: dict[int, str] = {}
     self._leaving = False
+    self._meetings = 0
 
   def begin(self) -> None:
     """Starts both threads."""
@@ -160,8 +162,11 @@ class _Watch:
       self.check(self._timeout)
 
   def check(self, timeout: float) -> None:
-    """Ends this process if another one has been silent for too long."""
+    """Ends this process if it or another one was silent for too long."""
     now = time.monotonic()
+    looked, self._looked = self._looked, now
+    if now - looked > self._timeout:  # The others have missed this one meanwhile.
+      self.leave(f'it stood still itself for {now - looked:.0f} seconds')
     said = {i: why for i, why in self.ended.items() if why}
     if said:
       # Whoever fails for the same reason should have the time to say so.
@@ -228,6 +233,7 @@ class _Watch:
 
     def handler(signum):
       del signum
+      self.check(self._timeout)
       try:
         socket.create_connection((host.strip('[]'), int(port)), 1).close()
       except OSError:
@@ -235,6 +241,12 @@ class _Watch:
 
     self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)  # Kept alive.
     ctypes.CDLL(None).signal(signal.SIGABRT, self._handler)
+
+  def meet(self) -> None:
+    """Waits for all, however long they take: who dies is missed by `_look`."""
+    self._meetings += 1
+    name = f'{_FOLDER}/meeting/{self._meetings}'
+    self._store.wait_at_barrier(name, _FOREVER)
 
   def end(self) -> None:
     """Tells the others that this process is done, and parts from them."""
@@ -261,6 +273,12 @@ def explain_failure() -> None:
   """
   if _Watch.current:
     _Watch.current.explain_failure()
+
+
+def meet() -> None:
+  """Waits until all processes have come here."""
+  if _Watch.current:
+    _Watch.current.meet()
 
 
 def end() -> None:

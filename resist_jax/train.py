@@ -10,7 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from resist_jax import entry, export, metrics, report, speed
+from resist_jax import entry, export, metrics, processes, report, speed
 from resist_jax import state as state_lib
 from resist_jax import workdir as workdir_lib
 from resist_jax.build import Setup, prepare
@@ -160,6 +160,9 @@ def _loop(
   phase, state, deals = entry.enter(setup, restored)
   running, asked = None, 0
   for index in range(progress.round, config.num_rounds):
+    if clock.stands:
+      # To wait for who still compiles, or writes, is not to train.
+      processes.meet()
     clock.start()
     before, after = state.slots, next(deals)
     state, measured = phase.run(

@@ -52,19 +52,21 @@ def test_a_process_that_is_killed_is_named_and_the_run_goes_on(
   go_on(folder, 1, count=2 - victim)
 
 
-def test_a_process_that_stands_still_is_named_and_all_end(tmp_path):
+@pytest.mark.parametrize('victim', [0, 1])
+def test_a_process_that_stands_still_is_named_and_all_end(tmp_path, victim):
+  other = 1 - victim
   with Several(tmp_path / 'run', FOREVER) as run:
     run.wait_for_rounds(7)
-    run.processes[1].send_signal(signal.SIGSTOP)
+    run.processes[victim].send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
-    assert run.wait(0) == TRY_AGAIN, run.output(0)
+    assert run.wait(other) == TRY_AGAIN, run.output(other)
     assert time.monotonic() - stopped < TIMEOUT + PATIENCE
-    (line,) = run.errors(0)
-    assert 'process 1 has given no sign' in line
-    run.processes[1].send_signal(signal.SIGCONT)
-    assert run.wait(1) == TRY_AGAIN, run.output(1)
-    (line,) = run.errors(1)
-    assert 'process 0' in line
+    (line,) = run.errors(other)
+    assert f'process {victim} ' in line
+    run.processes[victim].send_signal(signal.SIGCONT)
+    assert run.wait(victim) == TRY_AGAIN, run.output(victim)
+    (line,) = run.errors(victim)
+    assert f'process {victim} ends, for it stood still itself' in line
 
 
 def test_all_are_killed_and_the_run_goes_on_from_a_checkpoint(tmp_path):

@@ -66,6 +66,29 @@ def test_four_processes_are_four_virtual_devices(name, trained, tmp_path):
   assert [row['round'] for row in rows] == [1, 2, 3]
 
 
+def test_who_meets_waits_for_the_last(tmp_path):
+  code = f"""
+import pathlib, sys, time
+from resist_jax import processes
+me = int(sys.argv[2])
+processes.start(sys.argv[1], 2, me, 30)
+for turn in range(2):
+  there = pathlib.Path({str(tmp_path)!r}) / f'{{turn}}'
+  if me == turn:
+    time.sleep(1)
+    there.touch()
+  processes.meet()
+  assert there.exists(), (me, turn)
+processes.end()
+"""
+  coordinator = f'127.0.0.1:{local.free_port()}'
+  started = [
+    subprocess.Popen([sys.executable, '-c', code, coordinator, str(process)])
+    for process in range(2)
+  ]
+  assert [process.wait(120) for process in started] == [0, 0]
+
+
 def test_a_coordinator_that_is_not_there_is_one_clear_error(monkeypatch):
   """Nobody is there, and the wait is short."""
 
