@@ -165,7 +165,7 @@ class _Watch:
     """Ends this process if it or another one was silent for too long."""
     now = time.monotonic()
     looked, self._looked = self._looked, now
-    if now - looked > self._timeout:  # The others have missed this one meanwhile.
+    if now - looked > self._timeout:  # The others have missed this one.
       self.leave(f'it stood still itself for {now - looked:.0f} seconds')
     said = {i: why for i, why in self.ended.items() if why}
     if said:
