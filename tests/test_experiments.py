@@ -185,10 +185,24 @@ def test_table3_finds_the_first_test_at_the_target(tmp_path):
   assert len(table2.tables(results)[0].rows) == 2
 
 
+def test_longer_runs_of_the_ablation_differ_as_the_short_ones():
+  short = list(ablation.columns(8, 'cpu').values())[:2]
+  without, with_it = longer = list(ablation.longer(8, 'cpu').values())
+  for cells in (short, longer):
+    before, after = (dict(flat(c.config('cpu').to_dict())) for c in cells)
+    assert {k for k in before if before[k] != after[k]} == {'min_depth'}
+  assert (
+    without.config('cpu').num_rounds == 4 * short[0].config('cpu').num_rounds
+  )
+  assert not ablation.longer(2, 'cpu') and not ablation.longer(8, 'paper')
+  assert with_it.name not in {cell.name for cell in short}
+
+
 def test_ablation_stands_beside_the_paper(tmp_path):
   results = Results('ablation', 'cpu', tmp_path)
   for workers in ablation.COLUMNS:
-    for cell in ablation.columns(workers, 'cpu').values():
+    listed = ablation.columns(workers, 'cpu') | ablation.longer(workers, 'cpu')
+    for cell in listed.values():
       put(results, cell, record(0.4))
   (table,) = ablation.tables(results)
   theirs = {(int(row[0]), float(row[-1])) for row in table.rows}
