@@ -35,6 +35,10 @@ NUM_PROCESSES = flags.DEFINE_integer(
 PROCESS_ID = flags.DEFINE_integer(
   'process_id', None, 'Which of them this is, from 0.', lower_bound=0
 )
+# What JAX says of a collective or a barrier that broke.
+_MET_NO_MORE = re.compile(
+  r'gloo|nccl|^(CANCELLED|DEADLINE_EXCEEDED|UNAVAILABLE)\b', re.IGNORECASE
+)
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -100,7 +104,7 @@ def main(argv: list[str]) -> None:
     _fail(error, code=1)
   except SaveError as error:
     processes.explain_failure()  # The reason may be another one that is lost.
-    _fail(error, code=1)
+    _fail(error, code=processes.TRY_AGAIN if error.again else 1)
   except OSError as error:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     _fail(
@@ -118,6 +122,13 @@ def main(argv: list[str]) -> None:
     processes.explain_failure()
     if jax.process_count() == 1:
       raise
+    if _MET_NO_MORE.search(str(error)):
+      _fail(
+        f'the processes do not meet any more ({str(error)[:200]}), as where a '
+        'link breaks or the clock jumps; the same command goes on from the '
+        'newest checkpoint.',
+        code=processes.TRY_AGAIN,
+      )
     traceback.print_exc()
     processes.fail(f'{type(error).__name__}: {error}', 1)
   if jax.process_index() == 0:

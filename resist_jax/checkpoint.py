@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from resist_jax import processes
 from resist_jax.dealing import Deal
 from resist_jax.exchange import WORKER
 from resist_jax.metrics import replace_text
@@ -29,6 +30,8 @@ from resist_jax.state import SHARDED, State, first_copy
 PyTree = Any
 
 KEEP = 3  # A fallback for the newest, and one for the fallback.
+# By the wall clock, which may jump; `processes` misses who is lost, and sooner.
+_PATIENCE = 20 * 24 * 3600
 _NONE, _DAMAGED = -1, -2  # Where a round was looked for.
 
 
@@ -47,7 +50,27 @@ class Restored(NamedTuple):
 
 
 class SaveError(OSError):
-  """A checkpoint could not be written; earlier ones are as they were."""
+  """A checkpoint could not be written; earlier ones are as they were.
+
+  Attributes:
+    again: Whether another try may succeed: the disk was not the reason, the
+      processes did not meet. JAX's barriers break where the wall clock jumps.
+  """
+
+  def __init__(self, step: int, error: Exception, folder: pathlib.Path):
+    """Says what to do about a checkpoint that `error` broke off."""
+    meeting = isinstance(error, TimeoutError | jax.errors.JaxRuntimeError)
+    self.again = meeting and jax.process_count() > 1
+    advice = (
+      'the processes did not meet, as where one is lost or the clock jumps'
+      if self.again
+      else f'make room in {folder}, or make it writable'
+    )
+    super().__init__(
+      f'the checkpoint of round {step} cannot be written '
+      f'({_one_line(error)}): {advice}; the same command goes on from the '
+      'checkpoint before.'
+    )
 
 
 class Checkpoints:
@@ -100,21 +123,21 @@ class Checkpoints:
       # Not by orbax's manager of checkpoints: where a process fails, there it
       # waits for the others, and they for it. Overwritten: after a fallback, a
       # damaged one of this round may be there.
-      ocp.save(
-        self._path(step),
-        arrays,
-        overwrite=True,
-        custom_metadata=record,
-      )
+      context = ocp.Context()
+      context.asynchronous.timeout_secs = _PATIENCE
+      # JAX's barriers can be left by one process only, where a clock jumps.
+      with context, processes.together(f'the checkpoint of round {step}'):
+        ocp.save(
+          self._path(step),
+          arrays,
+          overwrite=True,
+          custom_metadata=record,
+        )
       if jax.process_index() == 0:
         self._write_digest(step)
         self._drop_all_but(step)
     except Exception as error:  # orbax and its codecs raise nearly anything.
-      raise SaveError(
-        f'the checkpoint of round {step} cannot be written '
-        f'({_one_line(error)}): make room in {self._folder.parent}, or make it '
-        'writable; the same command goes on from the checkpoint before.'
-      ) from error
+      raise SaveError(step, error, self._folder.parent) from error
 
   def restore(self) -> Restored | None:
     """Reads the newest checkpoint that is whole.

@@ -9,6 +9,8 @@ A process that misses another one ends itself: a collective would wait forever.
 The same command starts again from the newest checkpoint.
 """
 
+from collections.abc import Iterator
+import contextlib
 import ctypes
 import os
 import signal
@@ -26,7 +28,9 @@ TRY_AGAIN = 75
 
 # Seconds that the others have to part after they have said that they end.
 _PARTING = 3
+_NEVER = 10 * 365 * 24 * 3600  # Seconds.
 _FOREVER = 7 * 24 * 3600 * 1000  # Milliseconds.
+_SLOW = 10  # Times the time-out, for what is done together and takes long.
 _FOLDER = 'resist_jax'
 _END = 'end'
 
@@ -72,8 +76,9 @@ def start(
         # Who names a coordinator does not want SLURM's.
         cluster_detection_method='deactivate' if coordinator else None,
         initialization_timeout=wait,
-        # Later than this module, which says it in one line.
-        heartbeat_timeout_seconds=4 * wait,
+        # Never: this module says it in one line. JAX's beats go by the wall
+        # clock: where it jumps back, the next one would end the process.
+        heartbeat_timeout_seconds=_NEVER,
         shutdown_timeout_seconds=wait,
       )
   except ValueError:
@@ -112,6 +117,7 @@ class _Watch:
     self._seen = dict.fromkeys(self._others, now)
     self._answered = self._looked = now
     self.ended: dict[int, str] = {}
+    self.task: tuple[str, float] | None = None  # A name, and since when.
     self._leaving = False
     self._meetings = 0
 
@@ -179,6 +185,9 @@ class _Watch:
       if process not in self.ended and now - seen > timeout:
         silent = f'{timeout:.0f} seconds'
         self.leave(f'{self._name(process)} has given no sign for {silent}')
+    name, since = self.task or ('', now)
+    if now - since > _SLOW * self._timeout:
+      self.leave(f'{name} is not done after {now - since:.0f} seconds')
 
   def _name(self, process: int) -> str:
     where = f' ({self._state.coordinator_address})' if process == 0 else ''
@@ -279,6 +288,23 @@ def meet() -> None:
   """Waits until all processes have come here."""
   if _Watch.current:
     _Watch.current.meet()
+
+
+@contextlib.contextmanager
+def together(name: str) -> Iterator[None]:
+  """Ends this process if what all do together takes ten times the time-out.
+
+  Args:
+    name: What they do, for the line that says so.
+  """
+  watch = _Watch.current
+  if watch:
+    watch.task = (name, time.monotonic())
+  try:
+    yield
+  finally:
+    if watch:
+      watch.task = None
 
 
 def end() -> None:

@@ -3,10 +3,11 @@
 import jax
 from jax.sharding import NamedSharding
 import numpy as np
+from orbax.checkpoint import v1 as ocp
 import pytest
 
 from resist_jax import state as state_lib
-from resist_jax.checkpoint import KEEP, Checkpoints, digest
+from resist_jax.checkpoint import KEEP, Checkpoints, SaveError, digest
 from resist_jax.dealing import Deal
 from resist_jax.state import State
 
@@ -172,6 +173,33 @@ def test_a_half_written_one_is_swept_away(tmp_path):
   assert_is(restore(tmp_path), 1)
   save(tmp_path, 2)
   assert_is(restore(tmp_path), 2)
+
+
+@pytest.mark.parametrize(
+  ('error', 'count', 'again'),
+  [
+    (TimeoutError('Timeout waiting at barrier'), 2, True),
+    (jax.errors.JaxRuntimeError('UNKNOWN: Gloo AllGather failed'), 2, True),
+    (OSError(28, 'No space left on device'), 2, False),
+    (TimeoutError('a slow disk'), 1, False),
+  ],
+)
+def test_a_save_that_fails_says_whether_to_try_again(
+  error, count, again, tmp_path, monkeypatch
+):
+  save(tmp_path, 1)
+
+  def fail(*args, **kwargs):
+    raise error
+
+  monkeypatch.setattr(ocp, 'save', fail)
+  monkeypatch.setattr(jax, 'process_count', lambda: count)
+  with pytest.raises(SaveError, match='the checkpoint of round 2') as caught:
+    save(tmp_path, 2)
+  assert caught.value.again == again
+  assert ('make room' in str(caught.value)) != again
+  monkeypatch.undo()
+  assert restore(tmp_path).progress['round'] == 1
 
 
 def test_the_digest_is_of_the_bytes():

@@ -89,6 +89,35 @@ processes.end()
   assert [process.wait(120) for process in started] == [0, 0]
 
 
+def test_who_never_comes_is_not_waited_for_forever():
+  """Both are alive, so only the time that it takes tells."""
+  code = """
+import sys, time
+from resist_jax import processes
+me = int(sys.argv[2])
+processes.start(sys.argv[1], 2, me, 3)
+with processes.together('what all do'):
+  pass
+if me == 0:
+  with processes.together('the checkpoint of round 8'):
+    processes.meet()
+time.sleep(1000)
+"""
+  coordinator = f'127.0.0.1:{local.free_port()}'
+  started = [
+    subprocess.Popen(
+      [sys.executable, '-c', code, coordinator, str(process)],
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for process in range(2)
+  ]
+  waiting, absent = (process.communicate(timeout=200)[1] for process in started)
+  assert [p.returncode for p in started] == [processes.TRY_AGAIN] * 2
+  assert 'ends, for the checkpoint of round 8 is not done after 3' in waiting
+  assert 'process 0 stopped: the checkpoint of round 8' in absent
+
+
 def test_a_coordinator_that_is_not_there_is_one_clear_error(monkeypatch):
   """Nobody is there, and the wait is short."""
 
