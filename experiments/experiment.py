@@ -131,11 +131,14 @@ def spread(values: Sequence[float]) -> str:
   return f'{mean} ± {statistics.stdev(values):.1f}'
 
 
-def of_runs(records: Sequence[Record]) -> str:
+def of_runs(
+  records: Sequence[Record], shown: str = 'mean and standard deviation'
+) -> str:
   """Returns what the reader of a table must know of its runs.
 
   Args:
     records: Of all of its runs.
+    shown: What the table shows of several seeds.
 
   Returns:
     Seeds, machine and versions.
@@ -145,7 +148,7 @@ def of_runs(records: Sequence[Record]) -> str:
   seeds = {record['summary']['seed'] for record in records}
   count = 'one seed'
   if len(seeds) > 1:
-    count = f'mean and standard deviation of up to {len(seeds)} seeds'
+    count = f'{shown} of up to {len(seeds)} seeds'
   kinds = sorted({machine(record['provenance']) for record in records})
   return f'{count}, {" and ".join(kinds)}.'
 

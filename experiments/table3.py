@@ -9,9 +9,11 @@ them; `experiments.plan` adds one. Runs that were made on a busy machine
 (`--busy`) are left out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import itertools
 import math
 import statistics
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -20,6 +22,7 @@ from experiments.experiment import (
   Experiment,
   Record,
   Results,
+  machine,
   main,
   of_runs,
   quiet,
@@ -55,47 +58,73 @@ def seconds_to(record: Record, accuracy: float) -> float | None:
 
 def tables(results: Results) -> list[Table]:
   """Returns ours beside the paper's, where both protocols were run."""
-  rows, found = [], []
-  for data, title in table2.DATA.items():
-    for workers in table2.WORKERS:
-      runs = {
-        protocol: quiet(results.of(table2.cell(data, protocol, workers)))
-        for protocol in table2.NAMES
-      }
-      if not (runs['local_sgd'] and runs['resist']):
-        continue
-      final = statistics.mean(
-        record['summary']['test_accuracy'] for record in runs['local_sgd']
-      )
-      target = TARGETS[results.scale] * final
-      base = seconds(runs['local_sgd']) or math.nan
-      theirs = paper.SECONDS[data]
-      for protocol, records in runs.items():
-        if not records:
-          continue
-        found += records
-        reached = [seconds_to(record, target) for record in records]
-        times = [time for time in reached if time is not None]
-        trained = seconds(records) or math.nan
-        published = theirs.get(protocol, {}).get(workers)
-        rows.append(
-          [title, table2.NAMES[protocol], str(workers)]
-          + [f'{trained:.0f}', f'{base / trained:.2f}']
-          + [f'{target:.1%}', _time_to(times, len(records))]
-          + [_theirs(published, theirs['local_sgd'].get(workers))]
-        )
-  if not rows:
+  cells = itertools.product(table2.DATA, table2.WORKERS)
+  groups = [group for cell in cells for group in _groups(results, *cell)]
+  if not groups:
     return []
+  target = TARGETS[results.scale]
+  found = [r for group in groups for runs in group.runs.values() for r in runs]
   caption = (
-    f'Seconds of training, {results.scale} scale, median of the seeds: without '
-    'compilation, tests and checkpoints, all workers on one machine and no '
-    'link between them; and until the first test with fixed statistics at '
-    f'{TARGETS[results.scale]:.0%} of what local SGD ends with; '
-    f'{of_runs(found)}'
+    f'Seconds of training, {results.scale} scale: without compilation, tests '
+    'and checkpoints, all workers on one machine and no link between them; and '
+    f'until the first test with fixed statistics at {target:.0%} of what local '
+    f'SGD ends with; {of_runs(found, "median")}'
   )
   head = ['data', 'protocol', 'workers', 'seconds', 'faster than local SGD']
   head += ['target', 'seconds to it', 'the paper, its GPUs']
+  rows = [row for group in groups for row in _rows(group, target)]
+  if len({group.machine for group in groups}) > 1:
+    head.append('machine')
+  else:
+    rows = [row[:-1] for row in rows]
   return [Table(caption, EXPERIMENT.command, head, rows)]
+
+
+class _Group(NamedTuple):
+  """Runs of each protocol that one machine did, so that seconds compare."""
+
+  data: str
+  workers: int
+  machine: str
+  runs: dict[str, list[Record]]
+
+
+def _groups(results: Results, data: str, workers: int) -> Iterator[_Group]:
+  """Yields the runs of each machine that ran ResIST and local SGD."""
+  runs = {
+    protocol: quiet(results.of(table2.cell(data, protocol, workers)))
+    for protocol in table2.NAMES
+  }
+  machines = {machine(r['provenance']) for rs in runs.values() for r in rs}
+  for name in sorted(machines):
+    here = {
+      protocol: [r for r in records if machine(r['provenance']) == name]
+      for protocol, records in runs.items()
+    }
+    if here['resist'] and here['local_sgd']:
+      yield _Group(data, workers, name, {k: v for k, v in here.items() if v})
+
+
+def _rows(group: _Group, share: float) -> Iterator[list[str]]:
+  """Yields a row of text for each protocol."""
+  final = statistics.mean(
+    record['summary']['test_accuracy'] for record in group.runs['local_sgd']
+  )
+  target = share * final
+  base = seconds(group.runs['local_sgd']) or math.nan
+  theirs = paper.SECONDS[group.data]
+  for protocol, records in group.runs.items():
+    reached = [seconds_to(record, target) for record in records]
+    times = [time for time in reached if time is not None]
+    trained = seconds(records) or math.nan
+    published = theirs.get(protocol, {}).get(group.workers)
+    yield [
+      *(table2.DATA[group.data], table2.NAMES[protocol], str(group.workers)),
+      *(f'{trained:.0f}', f'{base / trained:.2f}'),
+      *(f'{target:.1%}', _time_to(times, len(records))),
+      _theirs(published, theirs['local_sgd'].get(group.workers)),
+      group.machine.partition(',')[0],
+    ]
 
 
 def _time_to(times: list[float], runs: int) -> str:

@@ -185,24 +185,52 @@ def test_table3_finds_the_first_test_at_the_target(tmp_path):
   assert len(table2.tables(results)[0].rows) == 2
 
 
-def test_longer_runs_of_the_ablation_differ_as_the_short_ones():
+def test_table3_compares_the_runs_of_one_machine_only(tmp_path):
+  results = Results('table3', 'cpu', tmp_path)
+  fast = [record(0.5, seed=1, seconds=s) for s in (6.0, 3.0, 4.0)]
+  for made in fast:
+    made['provenance'] = {**made['provenance'], 'processor': 'Q'}
+  slow = [record(0.5, seconds=s) for s in (20.0, 16.0)]
+  for protocol, *made in zip(
+    ('local_sgd', 'resist'), slow, fast[:2], strict=True
+  ):
+    put(results, table2.cell('cifar10', protocol, 4), *made)
+  put(results, table2.cell('cifar10', 'data_parallel', 4), fast[2])
+  put(results, table2.cell('cifar100', 'data_parallel', 4), fast[2])
+  (table,) = table3.tables(results)
+  assert table.head[-1] == 'machine'
+  assert [[row[1], *row[3:5], row[-1]] for row in table.rows] == [
+    ['ResIST', '16', '1.25', '2 cores of P'],
+    ['local SGD', '20', '1.00', '2 cores of P'],
+    ['ResIST', '3', '2.00', '2 cores of Q'],
+    ['local SGD', '6', '1.00', '2 cores of Q'],
+    ['data parallel', '4', '1.50', '2 cores of Q'],
+  ]
+  assert {len(row) for row in table.rows} == {len(table.head)}
+
+
+def test_columns_nearer_to_the_paper_differ_as_the_small_ones():
   short = list(ablation.columns(8, 'cpu').values())[:2]
-  without, with_it = longer = list(ablation.longer(8, 'cpu').values())
-  for cells in (short, longer):
+  again = list(ablation.again(8, 'cpu').values())
+  longer, chain = again[:2], again[2:]
+  for cells in (short, longer, chain):
     before, after = (dict(flat(c.config('cpu').to_dict())) for c in cells)
     assert {k for k in before if before[k] != after[k]} == {'min_depth'}
-  assert (
-    without.config('cpu').num_rounds == 4 * short[0].config('cpu').num_rounds
-  )
-  assert not ablation.longer(2, 'cpu')
-  assert not ablation.longer(8, 'paper')
-  assert with_it.name not in {cell.name for cell in short}
+  rounds = [cells[0].config('cpu').num_rounds for cells in (short, longer)]
+  assert rounds[1] == 4 * rounds[0]
+  # The chain, and its depth, are those of the paper's card.
+  theirs = short[1].config('paper')
+  assert chain[1].config('cpu').model.stage_sizes == theirs.model.stage_sizes
+  assert chain[1].config('cpu').min_depth == theirs.min_depth
+  assert not ablation.again(2, 'cpu')
+  assert not ablation.again(8, 'paper')
+  assert len({cell.name for cell in short + again}) == 6
 
 
 def test_ablation_stands_beside_the_paper(tmp_path):
   results = Results('ablation', 'cpu', tmp_path)
   for workers in ablation.COLUMNS:
-    listed = ablation.columns(workers, 'cpu') | ablation.longer(workers, 'cpu')
+    listed = ablation.columns(workers, 'cpu') | ablation.again(workers, 'cpu')
     for cell in listed.values():
       put(results, cell, record(0.4))
   (table,) = ablation.tables(results)
