@@ -20,7 +20,7 @@ def provenance(device: str = '') -> dict[str, Any]:
       take an accelerator from the next one.
 
   Returns:
-    JSON values; the commit ends in `+` where files differ from it.
+    JSON values; the commit ends in `+` where code differs from it.
   """
   return {
     'commit': _commit(),
@@ -33,6 +33,9 @@ def provenance(device: str = '') -> dict[str, Any]:
   }
 
 
+_CODE = ('.', ':!experiments/results', ':!README.md')
+
+
 def _commit() -> str:
   root = pathlib.Path(__file__).parent.parent
 
@@ -43,7 +46,9 @@ def _commit() -> str:
     ).stdout.strip()
 
   try:
-    dirty = '+' if git('status', '--porcelain', '--untracked-files=no') else ''
+    # Results, tables and pictures that other runs leave change no code.
+    changes = git('status', '--porcelain', '--untracked-files=no', '--', *_CODE)
+    dirty = '+' if changes else ''
     return git('rev-parse', '--short=12', 'HEAD') + dirty
   except (OSError, subprocess.CalledProcessError):
     return 'unknown'
