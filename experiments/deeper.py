@@ -92,7 +92,7 @@ def tables(results: Results) -> list[Table]:
 def figures(results: Results) -> Mapping[str, Figure | None]:
   """Returns learning curves by what was sent."""
   panels = {
-    f'{table2.DATA[data]}, "{depth}", {workers} workers': {
+    f'{table2.DATA[data]}, ResNet{depth}, {workers} workers': {
       table2.NAMES[protocol]: results.of(cell(data, depth, protocol, workers))
       for protocol in PROTOCOLS
     }

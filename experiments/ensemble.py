@@ -144,6 +144,8 @@ def figures(results: Results) -> Mapping[str, Figure | None]:
   """Returns the ensembles and ResIST by the number of workers."""
   panels = {}
   for name, title in table2.DATA.items():
+    # ResIST without an ensemble beside it is Table 2's.
+    counts = [w for w in WORKERS[results.scale] if results.of(cell(name, w))]
     lines = {
       'ensemble': lambda workers, n=name: cell(n, workers),
       'ResIST': lambda workers, n=name: table2.cell(n, 'resist', workers),
@@ -151,7 +153,7 @@ def figures(results: Results) -> Mapping[str, Figure | None]:
     panels[title] = {
       label: {
         str(workers): [100 * value for value in values]
-        for workers in WORKERS[results.scale]
+        for workers in counts
         if (values := results.values(run(workers), 'test_accuracy'))
       }
       for label, run in lines.items()

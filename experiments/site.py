@@ -36,7 +36,9 @@ th { border-bottom: 2px solid #999; font-weight: 600; }
 td { white-space: nowrap; }
 img { display: block; max-width: 100%; height: auto; }
 .picture { overflow-x: auto; }
-@media (max-width: 40rem) { .picture img { max-width: none; height: 15rem; } }
+@media (max-width: 40rem) {
+  .picture img { max-width: none; width: auto; height: 15rem; }
+}
 """
 INTRODUCTION = """<p>ResIST cuts a deep residual network at random into shallow
 sub-networks, trains each alone on its worker for some steps, averages what they

@@ -141,13 +141,18 @@ def _theirs(published: int | None, base: int | None) -> str:
 
 
 def figures(results: Results) -> Mapping[str, Figure | None]:
-  """Returns learning curves by the clock."""
+  """Returns learning curves by the clock, of the machine that ran most."""
+
+  def most(data: str, workers: int) -> Mapping[str, list[Record]]:
+    groups = [group.runs for group in _groups(results, data, workers)]
+    return max(groups, key=len, default={})
+
   return {
     data: pictures.curves(
       {
         f'{title}, {workers} workers': {
-          name: quiet(results.of(table2.cell(data, protocol, workers)))
-          for protocol, name in table2.NAMES.items()
+          table2.NAMES[protocol]: records
+          for protocol, records in most(data, workers).items()
         }
         for workers in table2.WORKERS
       },

@@ -207,6 +207,24 @@ def test_table3_compares_the_runs_of_one_machine_only(tmp_path):
     ['data parallel', '4', '1.50', '2 cores of Q'],
   ]
   assert {len(row) for row in table.rows} == {len(table.head)}
+  figures = table3.figures(results)
+  (axes,) = figures['cifar10'].axes
+  assert sorted(line.get_xdata()[-1] for line in axes.lines) == [3, 4, 6]
+  assert figures['cifar100'] is None
+
+
+def test_ensembles_are_drawn_beside_resist_on_as_many_workers(tmp_path):
+  results = Results('ensemble', 'cpu', tmp_path)
+  for workers in (2, 4, 8):
+    for data in table2.DATA:
+      put(results, table2.cell(data, 'resist', workers), record(0.5))
+  put(results, ensemble.cell('cifar10', 4), record(0.4))
+  (axes,) = ensemble.figures(results)['ensemble'].axes
+  assert axes.get_title() == 'CIFAR-10'
+  assert [tick.get_text() for tick in axes.get_xticklabels()] == ['4']
+  put(results, ensemble.cell('cifar10', 2), record(0.4))
+  (axes,) = ensemble.figures(results)['ensemble'].axes
+  assert [tick.get_text() for tick in axes.get_xticklabels()] == ['2', '4']
 
 
 def test_columns_nearer_to_the_paper_differ_as_the_small_ones():
