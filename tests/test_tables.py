@@ -1,0 +1,158 @@
+"""Tables and pictures say what the result files say."""
+
+import json
+
+import pytest
+
+from experiments import (
+  ablation,
+  ensemble,
+  paper,
+  pictures,
+  runs,
+  sections,
+  site,
+  table2,
+  table3,
+)
+from experiments.experiment import Results
+from experiments.table import Table
+
+
+def record(accuracy, seed=0, seconds=10.0):
+  rows = [
+    {'round': r, 'test_accuracy': a, 'seconds_training': s,
+     'wire_bytes_total': 1e6 * r}
+    for r, a, s in ((1, accuracy / 2, seconds / 2), (2, accuracy, seconds))
+  ]  # fmt: skip
+  return {
+    'provenance': {
+      'device': '4 x cpu', 'cores': 2, 'processor': 'P', 'versions': {'jax': 1}
+    },
+    'config': {'local_steps': 3, 'num_rounds': 2},
+    'summary': {
+      'seed': seed,
+      'test_accuracy': accuracy,
+      'test_accuracy_paper': accuracy + 0.01,
+      'best_test_accuracy_paper': accuracy + 0.02,
+      'seconds_training': seconds,
+    },
+    'curve': rows,
+  }  # fmt: skip
+
+
+def put(results, cell, *records):
+  for found in records:
+    target = results.target(cell, found['summary']['seed'])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    runs.write_record(target, found)
+    assert json.loads(target.read_text()) == found
+
+
+def test_table2_lays_means_and_deviations_beside_the_paper(tmp_path):
+  results = Results('table2', 'cpu', tmp_path)
+  assert table2.tables(results) == []
+  cell = table2.cell('cifar100', 'resist', 4)
+  put(results, cell, record(0.5), record(0.52, seed=1))
+  (table,) = table2.tables(results)
+  (row,) = table.rows
+  assert row[:3] == ['CIFAR-100', 'ResIST', '4']
+  assert row[3:] == ['51.0 ± 1.4', '52.0 ± 1.4', '53.0 ± 1.4', '71.30 ± 0.20']
+  assert len(row) == len(table.head)
+  assert 'up to 2 seeds' in table.caption
+
+
+def test_table3_finds_the_first_test_at_the_target(tmp_path):
+  results = Results('table3', 'cpu', tmp_path)
+  put(results, table2.cell('cifar10', 'local_sgd', 8), record(0.5, seconds=20))
+  put(results, table2.cell('cifar10', 'resist', 8), record(0.9, seconds=8))
+  (table,) = table3.tables(results)
+  rows = {row[1]: row for row in table.rows}
+  assert rows['local SGD'][3:7] == ['20', '1.00', '45.0%', '20']
+  assert rows['ResIST'][3:7] == ['8', '2.50', '45.0%', '4']
+  assert rows['ResIST'][7] == '2671 s, 3.77'
+  runs.mark_busy(results.target(table2.cell('cifar10', 'resist', 8), 0))
+  assert table3.tables(results) == []
+  assert len(table2.tables(results)[0].rows) == 2
+
+
+def test_table3_compares_the_runs_of_one_machine_only(tmp_path):
+  results = Results('table3', 'cpu', tmp_path)
+  fast = [record(0.5, seed=1, seconds=s) for s in (6.0, 3.0, 4.0)]
+  for made in fast:
+    made['provenance'] = {**made['provenance'], 'processor': 'Q'}
+  slow = [record(0.5, seconds=s) for s in (20.0, 16.0)]
+  for protocol, *made in zip(
+    ('local_sgd', 'resist'), slow, fast[:2], strict=True
+  ):
+    put(results, table2.cell('cifar10', protocol, 4), *made)
+  put(results, table2.cell('cifar10', 'data_parallel', 4), fast[2])
+  put(results, table2.cell('cifar100', 'data_parallel', 4), fast[2])
+  (table,) = table3.tables(results)
+  assert table.head[-1] == 'machine'
+  assert [[row[1], *row[3:5], row[-1]] for row in table.rows] == [
+    ['ResIST', '16', '1.25', '2 cores of P'],
+    ['local SGD', '20', '1.00', '2 cores of P'],
+    ['ResIST', '3', '2.00', '2 cores of Q'],
+    ['local SGD', '6', '1.00', '2 cores of Q'],
+    ['data parallel', '4', '1.50', '2 cores of Q'],
+  ]
+  assert {len(row) for row in table.rows} == {len(table.head)}
+  figures = table3.figures(results)
+  (axes,) = figures['cifar10'].axes
+  assert sorted(line.get_xdata()[-1] for line in axes.lines) == [3, 4, 6]
+  assert figures['cifar100'] is None
+
+
+def test_ensembles_are_drawn_beside_resist_on_as_many_workers(tmp_path):
+  results = Results('ensemble', 'cpu', tmp_path)
+  for workers in (2, 4, 8):
+    for data in table2.DATA:
+      put(results, table2.cell(data, 'resist', workers), record(0.5))
+  put(results, ensemble.cell('cifar10', 4), record(0.4))
+  (axes,) = ensemble.figures(results)['ensemble'].axes
+  assert axes.get_title() == 'CIFAR-10'
+  assert [tick.get_text() for tick in axes.get_xticklabels()] == ['4']
+  put(results, ensemble.cell('cifar10', 2), record(0.4))
+  (axes,) = ensemble.figures(results)['ensemble'].axes
+  assert [tick.get_text() for tick in axes.get_xticklabels()] == ['2', '4']
+
+
+def test_ablation_stands_beside_the_paper(tmp_path):
+  results = Results('ablation', 'cpu', tmp_path)
+  for workers in ablation.COLUMNS:
+    listed = ablation.columns(workers, 'cpu') | ablation.again(workers, 'cpu')
+    for cell in listed.values():
+      put(results, cell, record(0.4))
+  (table,) = ablation.tables(results)
+  theirs = {(int(row[0]), float(row[-1])) for row in table.rows}
+  assert theirs == {
+    (workers, accuracy)
+    for workers, row in paper.ABLATION.items()
+    for accuracy in row.values()
+  }
+  assert [len(f.axes) for f in ablation.figures(results).values()] == [2, 2]
+
+
+def test_curves_show_the_mean_of_the_seeds(tmp_path):
+  records = [record(0.4), record(0.6, seed=1)]
+  figure = pictures.curves({'title': {'ours': records}}, 'round')
+  (axes,) = figure.axes
+  (line,) = axes.lines
+  assert line.get_ydata().tolist() == pytest.approx([25, 50])
+  (band,) = axes.collections
+  low, high = band.get_datalim(axes.transData).intervaly
+  assert (low, high) == pytest.approx((20, 60))
+  assert pictures.curves({'title': {'ours': []}}, 'round') is None
+
+
+def test_the_page_holds_every_table(tmp_path):
+  table = Table('A < B', 'python -m x', ['a'], [['<1>'], ['2 ± 1']])
+  figure = pictures.steps({'t': {'ours': {'a': [1.0], 'b': [2.0]}}})
+  part = sections.Section('This & that', [table], {'curve': figure})
+  text = site.page([part])
+  assert '<h2>This &amp; that</h2>' in text
+  assert '<td>&lt;1&gt;</td>' in text
+  assert '<code>python -m x</code>' in text
+  assert text.count('src="data:image/png;base64,') == 1
+  assert 'http' not in text.split('<body>')[1]
