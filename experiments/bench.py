@@ -26,17 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.provenance import provenance
-from resist_jax import (
-  classification,
-  data,
-  footprint,
-  model,
-  optimizer,
-  rounds,
-)
-from resist_jax import state as state_lib
-from resist_jax.dealing import Deal
-from resist_jax.decomposition import join, sample_slots, slots_per_worker
+from resist_jax import accounting, data, models, rounds
+from resist_jax.decomposition.assignments import Assignment
+from resist_jax.decomposition.slots import join, sample_slots, slots_per_worker
+from resist_jax.rounds import state as state_lib
+from resist_jax.run import classification, optimizer
 
 CHAIN = 'stage3_chain'
 RESULTS = pathlib.Path(__file__).parent / 'results' / 'bench'
@@ -53,7 +47,7 @@ class Network(NamedTuple):
     local_steps: T, unless another is asked for.
   """
 
-  network: model.ResNet
+  network: models.ResNet
   size: int
   channels: int
   batch_size: int
@@ -61,9 +55,9 @@ class Network(NamedTuple):
 
 
 NETWORKS = {
-  'digits': Network(model.PreActResNetTiny(num_classes=10), 8, 1, 32, 20),
+  'digits': Network(models.PreActResNetTiny(num_classes=10), 8, 1, 32, 20),
   # The paper's setting is B = 128, T = 50: for accelerators.
-  'paper': Network(model.PreActResNet101(num_classes=100), 32, 3, 16, 2),
+  'paper': Network(models.PreActResNet101(num_classes=100), 32, 3, 16, 2),
 }
 
 
@@ -186,7 +180,7 @@ def _one_worker(network, dataset, params, B, S, repeats) -> dict[str, Any]:
   length = _length(params)
   # The slots of worker 0 of S, as the only worker of a mesh of one device.
   dealt = np.asarray(sample_slots(jax.random.key(0), length, S))
-  slots = {CHAIN: Deal(dealt[:1])}
+  slots = {CHAIN: Assignment(dealt[:1])}
   protocol = state_lib.Protocol(1, 1, {CHAIN: length})
   mesh, run, loss_fn = _make_round(network, dataset, protocol, 1, False)
   constants = jax.device_put((dataset.train.images, dataset.train.labels))
@@ -260,7 +254,7 @@ def _whole_round(
   started = time.perf_counter()
   run.compile(state, constants, batches)
   compiled_in = time.perf_counter() - started
-  memory = footprint.compiled_memory(run)
+  memory = accounting.compiled_memory(run)
 
   def one_round():
     nonlocal state
@@ -307,7 +301,9 @@ def _exchange(
 
   def deal():
     dealt = next(deals)
-    return {CHAIN: dealt if exchange == 'hand_over' else Deal(dealt.slots)}
+    return {
+      CHAIN: dealt if exchange == 'hand_over' else Assignment(dealt.slots)
+    }
 
   state = state_lib.distribute(params, deal(), protocol, mesh)
 

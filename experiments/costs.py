@@ -16,10 +16,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from resist_jax import accounting, build, footprint, validation, wire
-from resist_jax import config as config_lib
-from resist_jax import state as state_lib
-from resist_jax.dealing import Dealer
+from resist_jax import accounting, models
+from resist_jax.decomposition.assignments import Assigner
+from resist_jax.exchange import compression
+from resist_jax.rounds import state as state_lib
+from resist_jax.run import checks
+from resist_jax.run import config as config_lib
+from resist_jax.run.setup import Setup
 
 NAMES = 'local_sgd', 'data_parallel', 'resist'
 
@@ -54,7 +57,7 @@ class Plan:
   def __init__(self, config: Any, image: tuple[int, ...], classes: int):
     config = config.copy_and_resolve_references()
     config.update({'protocol': 'resist', 'num_workers': 2, 'num_devices': 0})
-    validation.validate(config)
+    checks.validate(config)
     network = config_lib.build_model(config, classes)
     params = jax.eval_shape(
       lambda: network.init(jax.random.key(0), np.zeros((1, *image), np.float32))
@@ -63,7 +66,7 @@ class Plan:
     sizes = accounting.measure(params, chains)
     self.image, blocks = image, sizes.num_blocks
     none: Any = None  # Neither data nor devices.
-    self.setup = build.Setup(config, none, network, blocks, sizes, none)
+    self.setup = Setup(config, none, network, blocks, sizes, none)
 
   def protocol(self, name: str, num_workers: int) -> state_lib.Protocol:
     """Returns a protocol; a masked psum where a hand-over is impossible."""
@@ -83,16 +86,18 @@ class Plan:
     """Returns the mean over all deals, with a device for each worker."""
     S, T = protocol.num_workers, protocol.local_steps
     lengths = {k: protocol.slots_per_worker(k) for k in protocol.num_blocks}
-    flops = footprint.predicted_flops(self.setup.network, self.image, lengths)
+    flops = models.predicted_flops(self.setup.network, self.image, lengths)
     sizes = self.setup.sizes_for(protocol)
-    models = dataclasses.replace(protocol, leave_out=False)
-    sent = accounting.wire_bytes(sizes, models, S) / S
+    exact = dataclasses.replace(protocol, leave_out=False)
+    sent = accounting.wire_bytes(sizes, exact, S) / S
     times = T if protocol.average_gradients else 1 + protocol.carry_velocity
     messages = times * 2 * (S - 1)
     for name in lengths if protocol.exchange == 'hand_over' else ():
       dealer = protocol.dealer(name)
       mean = accounting.expected_messages(dealer, S) / S
-      block = wire.message_bytes(sizes.block[name], protocol.format.values)
+      block = compression.message_bytes(
+        sizes.block[name], protocol.format.values
+      )
       sent += times * (max(blocks_sent(dealer)) - mean) * block
       messages += times * (dealer.num_columns + 2 * len(dealer.borrowers))
     return Cost(T * self.setup.config.batch_size * flops, sent, messages)
@@ -109,7 +114,7 @@ class Plan:
       found[name] = {
         'exchange': protocol.exchange if protocol.num_blocks else 'all_reduce',
         'blocks': [protocol.slots_per_worker(k) for k in protocol.num_blocks],
-        'memory': footprint.predicted_memory(sizes, protocol, num_workers),
+        'memory': accounting.predicted_memory(sizes, protocol, num_workers),
         **cost._asdict(),
         'seconds': cost.seconds(machine),
       }
@@ -117,7 +122,7 @@ class Plan:
     return found | {'speedup': {name: s[name] / s['resist'] for name in NAMES}}
 
 
-def blocks_sent(dealer: Dealer) -> list[float]:
+def blocks_sent(dealer: Assigner) -> list[float]:
   """Returns how many blocks each worker sends in a hand-over, mean of deals."""
   sent = [0.0] * dealer.num_workers
   ways = [dealer.moves(j) for j in range(dealer.num_columns)]

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from experiments import pictures, table2
 from experiments.experiment import Cell, Experiment, Results, main, of_runs
 from experiments.table import Table
-from resist_jax import plots
+from resist_jax.report import plots
 
 
 def cell(protocol: str) -> Cell:

@@ -22,8 +22,9 @@ from experiments.experiment import Cell, Experiment, Results, main, of_runs
 from experiments.provenance import provenance
 from experiments.runs import begin, write_record
 from experiments.table import Table
-from resist_jax import data, decomposition, export, train
-from resist_jax.config import build_model
+from resist_jax import data, decomposition
+from resist_jax.run import export, train
+from resist_jax.run.config import build_model
 
 WORKERS = {'smoke': (2,), 'cpu': (2, 4), 'paper': (2, 4, 8)}
 

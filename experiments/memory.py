@@ -21,8 +21,9 @@ from typing import Any
 import jax
 
 from experiments.provenance import provenance
-from resist_jax import accounting, footprint, train
-from resist_jax import config as config_lib
+from resist_jax import accounting
+from resist_jax.run import config as config_lib
+from resist_jax.run import train
 
 RESULT = pathlib.Path(__file__).parent / 'results' / 'memory' / 'digits.json'
 WORKERS = 8
@@ -84,7 +85,7 @@ def programs() -> list[dict[str, Any]]:
   """Returns what each program compiled so far needs on a device, in bytes."""
   found = []
   for executable in jax.devices()[0].client.live_executables():
-    parts = footprint.memory_parts(executable.get_compiled_memory_stats())
+    parts = accounting.memory_parts(executable.get_compiled_memory_stats())
     found.append({'name': executable.hlo_modules()[0].name, **parts})
   return found
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 import numpy as np
 
-from resist_jax import plots
+from resist_jax.report import plots
 
 Record = Mapping[str, Any]
 Panel = Mapping[str, Sequence[Record]]

@@ -27,14 +27,12 @@ from experiments import costs
 from experiments.costs import NAMES, Cost, Machine, Plan
 from experiments.provenance import provenance
 from resist_jax import __main__ as cli
-from resist_jax import (
-  build,
-  entry,
-  plots,
-)
-from resist_jax import config as config_lib
-from resist_jax import state as state_lib
-from resist_jax.exchange import WORKER
+from resist_jax.exchange.collectives import WORKER
+from resist_jax.report import plots
+from resist_jax.rounds import state as state_lib
+from resist_jax.run import config as config_lib
+from resist_jax.run import restore
+from resist_jax.run.setup import Setup, prepare
 
 BANDWIDTH = flags.DEFINE_string('bandwidth', None, 'Of a link: 1Gbit.')
 FLOPS = flags.DEFINE_string('flops', None, "A worker's in training: 1e13.")
@@ -112,10 +110,10 @@ def _check(config: Any, workers: Sequence[int]) -> list[dict[str, Any]]:
     for name in NAMES:  # Local SGD first.
       config = config.copy_and_resolve_references()
       config.update({'protocol': name, 'num_workers': S, 'num_devices': S})
-      setup = build.prepare(config)
+      setup = prepare(config)
       image = setup.dataset.train.images.shape[1:]
       plan = Plan(config, image, setup.dataset.num_classes)
-      phase, state, deals = entry.enter(setup, None)
+      phase, state, deals = restore.enter(setup, None)
       cost, batches = plan.cost(phase.protocol), setup.batches(0)
       seconds = []
       for _ in range(6):
@@ -141,7 +139,7 @@ def _check(config: Any, workers: Sequence[int]) -> list[dict[str, Any]]:
   return rows
 
 
-def _measure(setup: build.Setup, phase, state, cost: Cost) -> Machine:
+def _measure(setup: Setup, phase, state, cost: Cost) -> Machine:
   """Times steps of local SGD and an all-reduce, all workers at once."""
   run, index = phase.run.compiled, np.int32(0)
   on_workers = jax.sharding.NamedSharding(setup.mesh, state_lib.SHARDED)

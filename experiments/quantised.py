@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from experiments import paper, pictures, table2
 from experiments.experiment import Cell, Experiment, Results, main, of_runs
 from experiments.table import Table
-from resist_jax import wire
+from resist_jax.exchange import compression
 
 DATA = {**table2.DATA, 'digits': 'digits'}
 KINDS = (
-  *(('resist', name) for name in wire.FORMATS),
+  *(('resist', name) for name in compression.FORMATS),
   ('local_sgd', 'float32'),
 )
 

@@ -13,7 +13,7 @@ import jax
 import ml_collections
 
 from experiments.provenance import provenance
-from resist_jax import metrics, train, workdir
+from resist_jax.run import metrics, train, workdir
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 # Of a row of the log, what a curve shows.

@@ -13,7 +13,7 @@ import pathlib
 from matplotlib.figure import Figure
 
 from experiments.sections import Section, sections
-from resist_jax import plots
+from resist_jax.report import plots
 
 STYLE = """
 :root { color-scheme: light; }

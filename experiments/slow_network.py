@@ -28,7 +28,7 @@ from typing import Any
 from experiments.namespaces import LINKS, Host, Link, NotPossibleError, hosts
 from experiments.provenance import provenance
 from experiments.runs import RESULTS, write_record
-from resist_jax import metrics
+from resist_jax.run import metrics
 
 FOLDER = RESULTS / 'slow_network'
 WORKERS = 4

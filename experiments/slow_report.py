@@ -13,7 +13,7 @@ from experiments.experiment import machine
 from experiments.namespaces import LINKS
 from experiments.slow_network import FOLDER, METHODS
 from experiments.table import Table
-from resist_jax import plots
+from resist_jax.report import plots
 
 Record = Mapping[str, Any]
 NAMES = {

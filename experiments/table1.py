@@ -22,12 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.provenance import provenance
-from resist_jax import accounting, exchange, hlo, model, optimizer, rounds, wire
-from resist_jax import state as state_lib
-from resist_jax.accounting import Sizes
-from resist_jax.dealing import Deal
-from resist_jax.decomposition import split
-from resist_jax.state import Protocol
+from resist_jax import models, rounds
+from resist_jax.accounting import hlo, traffic
+from resist_jax.accounting.traffic import Sizes
+from resist_jax.decomposition.assignments import Assignment
+from resist_jax.decomposition.slots import split
+from resist_jax.exchange import collectives, compression
+from resist_jax.rounds import compiled
+from resist_jax.rounds import state as state_lib
+from resist_jax.rounds.state import Protocol
+from resist_jax.run import optimizer
 
 PyTree = Any
 
@@ -53,14 +57,14 @@ class Variant(NamedTuple):
 
 BASELINE = Variant('local_sgd', 'all_reduce', 'float32')
 VARIANTS = [
-  *(Variant('local_sgd', 'all_reduce', f) for f in wire.FORMATS),
+  *(Variant('local_sgd', 'all_reduce', f) for f in compression.FORMATS),
   # int8 is for changes between rounds, which data parallel has not.
   *(Variant('data_parallel', 'all_reduce', f) for f in ('float32', 'bfloat16')),
   *(
     Variant(protocol, exchange, f)
     for protocol in ('resist', 'resist_without_min_depth')
     for exchange in ('masked_psum', 'hand_over')
-    for f in wire.FORMATS
+    for f in compression.FORMATS
   ),
 ]
 
@@ -74,7 +78,7 @@ def main() -> None:
   args = parser.parse_args()
   jax.config.update('jax_num_cpu_devices', max(MIN_DEPTH))
   params = network_shapes()
-  sizes = accounting.measure(params, [CHAIN])
+  sizes = traffic.measure(params, [CHAIN])
   result = figures(sizes)
   if args.compiled:
     result['compiled'] = list(compiled_rows(params, sizes))
@@ -90,7 +94,7 @@ def main() -> None:
 
 def network_shapes() -> dict[str, PyTree]:
   """Returns the shapes of the network's parameters by name."""
-  network = model.PreActResNet101(num_classes=CLASSES)
+  network = models.PreActResNet101(num_classes=CLASSES)
   return jax.eval_shape(
     lambda: network.init(jax.random.key(0), jnp.zeros((1, *IMAGE)))
   )['params']
@@ -136,10 +140,10 @@ def figures(sizes: Sizes) -> dict[str, Any]:
       exchanges = sent.setdefault(variant.protocol, {})
       formats = exchanges.setdefault(variant.exchange, {})
       formats.setdefault(variant.wire_format, {})[str(S)] = (
-        accounting.wire_bytes(cut, protocol, S) / GB
+        traffic.wire_bytes(cut, protocol, S) / GB
       )
       if variant.protocol in PAPER:
-        gigabytes = accounting.paper_bytes(cut, protocol) / GB
+        gigabytes = traffic.paper_bytes(cut, protocol) / GB
         ours[variant.protocol][str(S)] = gigabytes
   return {'paper': PAPER, 'ours': ours, 'wire': sent}
 
@@ -173,21 +177,19 @@ def compiled_rows(
       row: dict[str, Any] = {**variant._asdict(), 'workers': S}
       branches, pairs = {}, None
       if deals and protocol.exchange == 'hand_over':
-        branches, pairs = accounting.branches(CHAIN, *deals), {CHAIN: deals}
-        row['blocks_sent'] = accounting.messages(
-          protocol.dealer(CHAIN), *deals, S
-        )
+        branches, pairs = traffic.branches(CHAIN, *deals), {CHAIN: deals}
+        row['blocks_sent'] = traffic.messages(protocol.dealer(CHAIN), *deals, S)
         row['blocks_that_change_workers'] = _changes(*deals, length)
       cut = _cut(sizes, protocol)
       print(*row.values(), file=sys.stderr)
       yield {
         **row,
-        'predicted': accounting.wire_bytes(cut, protocol, S, pairs),
+        'predicted': traffic.wire_bytes(cut, protocol, S, pairs),
         'read': _read_bytes(params, protocol, deals, branches),
       }
 
 
-def _changes(before: Deal, after: Deal, length: int) -> int:
+def _changes(before: Assignment, after: Assignment, length: int) -> int:
   """Counts the blocks that workers get without having held them."""
   held, wanted = (
     (deal.slots[:, :, None] == np.arange(length)).any(axis=1)
@@ -196,14 +198,14 @@ def _changes(before: Deal, after: Deal, length: int) -> int:
   return int((wanted & ~held).sum())
 
 
-def _two_deals(protocol: Protocol) -> tuple[Deal, Deal] | None:
+def _two_deals(protocol: Protocol) -> tuple[Assignment, Assignment] | None:
   if not protocol.num_blocks:
     return None
   if protocol.exchange == 'hand_over':
     deals = protocol.dealer(CHAIN).deals([0])
     return next(deals), next(deals)
   slots = protocol.sample_slots(jax.random.key(0), CHAIN)
-  return (Deal(np.asarray(slots)),) * 2
+  return (Assignment(np.asarray(slots)),) * 2
 
 
 def _loss(params, present, constants, batch, key):
@@ -216,7 +218,7 @@ def _loss(params, present, constants, batch, key):
 def _read_bytes(
   params: Mapping[str, PyTree],
   protocol: Protocol,
-  deals: tuple[Deal, Deal] | None,
+  deals: tuple[Assignment, Assignment] | None,
   branches: Mapping[str, int],
 ) -> int:
   """Compiles what sends, for arrays that are never there, and reads it."""
@@ -236,7 +238,7 @@ def _read_bytes(
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
   shared, chain = split(params, protocol.num_blocks)
-  size = accounting.measure(shared, []).total
+  size = traffic.measure(shared, []).total
   shared = jax.tree.map(lambda x: array((S, *x.shape), x.dtype), shared)
   chain = {
     name: jax.tree.map(
@@ -258,11 +260,11 @@ def _read_bytes(
   base = protocol.kept(shared, chain)
   error = None
   if protocol.keeps_error:
-    shapes = exchange.error_shapes(size, S)
+    shapes = collectives.error_shapes(size, S)
     error = {k: array(shape, jnp.float32) for k, shape in shapes.items()}
 
   def on_mesh(deal):
-    specs = rounds.deal_specs(protocol.exchange == 'hand_over')
+    specs = compiled.deal_specs(protocol.exchange == 'hand_over')
     deal = deal._replace(own=None)
     return jax.tree.map(lambda x, s: array(x.shape, x.dtype, s), deal, specs)
 

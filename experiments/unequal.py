@@ -22,7 +22,7 @@ from typing import Any
 from experiments.launch import local
 from experiments.provenance import provenance
 from experiments.runs import RESULTS, write_record
-from resist_jax import metrics
+from resist_jax.run import metrics
 
 TARGET = RESULTS / 'unequal' / 'digits.json'
 FLAGS = (

@@ -12,10 +12,11 @@ from absl import app, flags, logging
 import jax
 from ml_collections import config_flags
 
-from resist_jax import processes, report, train
-from resist_jax.checkpoint import SaveError
-from resist_jax.config import ConfigError
-from resist_jax.interrupt import Interrupted
+from resist_jax import report
+from resist_jax.errors import ConfigError
+from resist_jax.run import processes, train
+from resist_jax.run.checkpoint import SaveError
+from resist_jax.run.interrupt import Interrupted
 
 CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Experiment card; --config.FIELD=VALUE overrides a field.'

@@ -6,7 +6,7 @@ import subprocess
 import time
 
 from experiments.launch import local
-from resist_jax import metrics
+from resist_jax.run import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 TIMEOUT = 10  # Seconds without a sign that mean death, in these tests.

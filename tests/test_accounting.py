@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 
-from resist_jax import accounting, dealing, decomposition
-from resist_jax import state as state_lib
+from resist_jax import accounting, decomposition
+from resist_jax.decomposition import assignments
+from resist_jax.rounds import state as state_lib
 
 RESNET101 = accounting.Sizes(
   41_396_900, 15_422_116, {'c': 1_180_672}, {'c': 22}
@@ -47,7 +48,7 @@ def test_the_residual_scale_is_the_papers(S, min_depth, share):
 @pytest.mark.parametrize(('S', 'min_depth'), [(4, 0), (4, 6), (8, 4), (2, 11)])
 @pytest.mark.parametrize('per_device', [1, 2])
 def test_the_mean_message_count_is_that_of_many_deals(S, min_depth, per_device):
-  dealer, D = dealing.Dealer(22, S, min_depth), S // per_device
+  dealer, D = assignments.Assigner(22, S, min_depth), S // per_device
   deals = list(itertools.islice(dealer.deals([5]), 2001))
   counts = [
     accounting.messages(dealer, before, after, D)
@@ -75,7 +76,7 @@ def test_unequal_workers_count_what_they_hold():
 
 @pytest.mark.parametrize('D', [2, 4])
 def test_the_mean_message_count_of_unequal_workers(D):
-  dealer = dealing.Dealer(22, 4, depths=(16, 10, 5, 4))
+  dealer = assignments.Assigner(22, 4, depths=(16, 10, 5, 4))
   deals = list(itertools.islice(dealer.deals([5]), 2001))
   counts = [
     accounting.messages(dealer, before, after, D)
@@ -102,7 +103,7 @@ def test_goals_on_the_wire():
 
 def test_a_hand_over_sends_as_little_as_its_deals_allow():
   """Chain bytes are the blocks that change workers, and nothing else."""
-  dealer = dealing.Dealer(22, 4)
+  dealer = assignments.Assigner(22, 4)
   protocol = state_lib.Protocol(4, 50, {'c': 22}, exchange='hand_over')
   shared = accounting.all_reduce_bytes(RESNET101.shared, 4, 4)
   deals = itertools.islice(dealer.deals([5]), 50)

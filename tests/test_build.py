@@ -4,8 +4,8 @@ import jax
 import pytest
 from test_train import tiny_config
 
-from resist_jax import summary, train
-from resist_jax.config import ConfigError
+from resist_jax.errors import ConfigError
+from resist_jax.run import summary, train
 
 
 @pytest.mark.parametrize('where', ['evaluation', 'training', 'none'])

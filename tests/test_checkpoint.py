@@ -6,10 +6,10 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 import pytest
 
-from resist_jax import state as state_lib
-from resist_jax.checkpoint import KEEP, Checkpoints, SaveError, digest
-from resist_jax.dealing import Deal
-from resist_jax.state import State
+from resist_jax.decomposition.assignments import Assignment
+from resist_jax.rounds import state as state_lib
+from resist_jax.rounds.state import State
+from resist_jax.run.checkpoint import KEEP, Checkpoints, SaveError, digest
 
 # When one read of a damaged checkpoint fails, orbax closes its event loop under
 # the reads beside it, which complain from their threads.
@@ -18,7 +18,9 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-SLOTS = {'chain': Deal(np.array([[0, 2], [1, 3], [3, 4], [0, 4]], np.int32))}
+SLOTS = {
+  'chain': Assignment(np.array([[0, 2], [1, 3], [3, 4], [0, 4]], np.int32))
+}
 
 
 def state(seed, workers=4, **kwargs):

@@ -4,13 +4,13 @@ import absl.flags
 from ml_collections import config_flags
 import pytest
 
-from resist_jax import config as config_lib
-from resist_jax import validation
-from resist_jax.config import ConfigError
+from resist_jax.errors import ConfigError
+from resist_jax.run import checks
+from resist_jax.run import config as config_lib
 
 
 def test_the_defaults_are_valid():
-  validation.validate(config_lib.get_config())
+  checks.validate(config_lib.get_config())
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_mistake_gets_one_clear_line(fields, says):
   config = config_lib.get_config()
   config.update_from_flattened_dict(fields)
   with pytest.raises(ConfigError, match=says) as caught:
-    validation.validate(config)
+    checks.validate(config)
   assert '\n' not in str(caught.value)
 
 
@@ -116,13 +116,13 @@ def test_depths_are_read_from_a_command_line(flag, value):
   )
   flags(argv)
   assert flags.config.depths == value
-  validation.validate(flags.config)
+  checks.validate(flags.config)
 
 
 def test_baselines_need_no_partition():
   config = config_lib.get_config()
   config.protocol, config.num_workers = 'local_sgd', 64
-  validation.validate(config)
+  checks.validate(config)
 
 
 def test_elastic_fields_exist():

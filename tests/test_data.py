@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import tfds_sets
 
-from resist_jax import catalog, data
-from resist_jax.augmentation import augment
-from resist_jax.config import ConfigError
+from resist_jax import data
+from resist_jax.data import tfds_source
+from resist_jax.data.augmentation import augment
+from resist_jax.errors import ConfigError
 
 
 def indices(round_index, N=50, B=8, T=3, S=4, seed=0, sharded=False):
@@ -116,7 +117,7 @@ def digits_of(monkeypatch, image, labels):
   """Puts other images and labels in the place of digits."""
   source = [{'image': image, 'label': label} for label in labels]
   names = tuple(map(str, range(10)))
-  found = catalog.Prepared(
+  found = tfds_source.Prepared(
     'digits', image.shape, names, {'train': source, 'test': source}
   )
   monkeypatch.setattr(data, '_digits', lambda: found)

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from resist_jax import decomposition
-from resist_jax.dealing import Dealer
+from resist_jax.decomposition.assignments import Assigner
 
 SIZES = [
   # L, S, min_depth
@@ -31,7 +31,7 @@ def take(dealer, count, seed=(1,), start=0):
 def test_a_deal_holds_every_block_and_no_worker_holds_one_twice(
   L, S, min_depth
 ):
-  dealer = Dealer(L, S, min_depth)
+  dealer = Assigner(L, S, min_depth)
   K = decomposition.slots_per_worker(L, S, min_depth)
   copies = decomposition.num_copies(L, S, min_depth)
   for deal in take(dealer, 30):
@@ -50,7 +50,7 @@ def test_a_deal_holds_every_block_and_no_worker_holds_one_twice(
 
 @pytest.mark.parametrize(('L', 'S', 'min_depth'), SIZES)
 def test_a_deal_follows_from_seed_and_round(L, S, min_depth):
-  dealer = Dealer(L, S, min_depth)
+  dealer = Assigner(L, S, min_depth)
   deals = take(dealer, 8)
   for start, deal in enumerate(deals):
     (again,) = take(dealer, 1, start=start)
@@ -78,7 +78,7 @@ def test_workers_and_pairs_of_blocks_meet_uniformly(L, S):
   Deals of one run depend on each other, so each sample is the fourth deal of a
   seed of its own.
   """
-  dealer, samples = Dealer(L, S), 3000
+  dealer, samples = Assigner(L, S), 3000
   owned = np.array(
     [owners(take(dealer, 1, (s,), start=4)[0], L) for s in range(samples)]
   )
@@ -106,7 +106,7 @@ def test_one_long_run_is_fair_as_well():
   """Over 4,000 rounds of one run no block, worker or guest is favoured."""
   L, S, min_depth, count = 22, 4, 7, 4000
   held, together = np.zeros((S, L)), np.zeros((L, L))
-  for deal in take(Dealer(L, S, min_depth), count):
+  for deal in take(Assigner(L, S, min_depth), count):
     has = decomposition.presence(deal.slots, L)
     held += np.asarray(has)
     owner = owners(deal, L)
@@ -120,7 +120,7 @@ def test_one_long_run_is_fair_as_well():
 
 @pytest.mark.parametrize(('L', 'S', 'min_depth'), SIZES)
 def test_routes_carry_what_changes_its_worker_and_nothing_else(L, S, min_depth):
-  dealer = Dealer(L, S, min_depth)
+  dealer = Assigner(L, S, min_depth)
   for before, after in itertools.pairwise(take(dealer, 20)):
     sent = sum(
       source != target
@@ -149,7 +149,7 @@ UNEQUAL = [
 @pytest.mark.parametrize(('L', 'depths'), UNEQUAL)
 def test_a_deal_to_unequal_workers_keeps_the_promises(L, depths):
   S = len(depths)
-  dealer = Dealer(L, S, depths=depths)
+  dealer = Assigner(L, S, depths=depths)
   deals = take(dealer, 30)
   for start, deal in enumerate(deals):
     assert deal.slots.shape == (S, max(depths))
@@ -178,7 +178,7 @@ def test_a_deal_to_unequal_workers_keeps_the_promises(L, depths):
 def test_blocks_visit_unequal_workers_in_proportion(L, depths):
   """Chi-squared over fresh runs, and pairs of blocks, as for equal workers."""
   S, samples = len(depths), 3000
-  dealer = Dealer(L, S, depths=depths)
+  dealer = Assigner(L, S, depths=depths)
   deals = [take(dealer, 1, (s,), start=4)[0] for s in range(samples)]
   owned = np.array([owners(deal, L) for deal in deals])
   held = sum(
@@ -209,14 +209,14 @@ def test_blocks_visit_unequal_workers_in_proportion(L, depths):
 def test_a_long_run_is_fair_to_unequal_workers():
   L, depths, count = 22, (9, 6, 5, 4), 4000
   held = np.zeros((4, L))
-  for deal in take(Dealer(L, 4, depths=depths), count):
+  for deal in take(Assigner(L, 4, depths=depths), count):
     held += np.asarray(decomposition.presence(deal.slots, L))
   expected = np.tile(np.array(depths)[:, None] / L, (1, L))
   np.testing.assert_allclose(held / count, expected, rtol=0.13)
 
 
 def test_equal_depths_are_an_even_deal():
-  even, named = Dealer(22, 4, 6), Dealer(22, 4, depths=(6, 6, 6, 6))
+  even, named = Assigner(22, 4, 6), Assigner(22, 4, depths=(6, 6, 6, 6))
   for a, b in zip(take(even, 5), take(named, 5), strict=True):
     for x, y in zip(a, b, strict=True):
       np.testing.assert_array_equal(x, y)
@@ -224,7 +224,7 @@ def test_equal_depths_are_an_even_deal():
 
 def test_depths_that_need_other_lenders_are_told_in_a_line():
   with pytest.raises(ValueError, match=r'borrows 12 .* at most 3') as raised:
-    Dealer(22, 4, depths=(22, 22, 1, 1))
+    Assigner(22, 4, depths=(22, 22, 1, 1))
   assert '\n' not in str(raised.value)
 
 
@@ -239,5 +239,5 @@ def test_depths_that_need_other_lenders_are_told_in_a_line():
 )
 def test_what_cannot_be_handed_over_is_told_in_a_line(L, S, min_depth, says):
   with pytest.raises(ValueError, match=says) as raised:
-    Dealer(L, S, min_depth)
+    Assigner(L, S, min_depth)
   assert '\n' not in str(raised.value)

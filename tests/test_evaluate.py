@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import tiny
 
-from resist_jax import data, decomposition, evaluate, model
-from resist_jax import state as state_lib
-from resist_jax.evaluate import Evaluator
+from resist_jax import data, decomposition, models
+from resist_jax.rounds import state as state_lib
+from resist_jax.run import evaluate
+from resist_jax.run.evaluate import Evaluator
 
 CHAIN = (tiny.CHAIN,)
 BOTH = ('stage1_chain', 'stage2_chain')
@@ -37,7 +38,7 @@ def make_dataset(num_train=23, num_test=38):
 def make_network(lengths=(2, 3), **kwargs):
   """Two stages with chains; random numbers for parameters, also in norms."""
   sizes = tuple(1 + length for length in lengths)
-  net = model.ResNet(tiny.CLASSES, sizes, widths=(8, 8), **kwargs)
+  net = models.ResNet(tiny.CLASSES, sizes, widths=(8, 8), **kwargs)
   rng = np.random.default_rng(0)
 
   def draw(path, leaf):
@@ -83,7 +84,7 @@ def make(
   net, params = make_network(**kwargs)
   mesh, *parts = hand_out(params, cut, num_workers, num_devices, min_depth)
   scales = {
-    name: jnp.linspace(0.3, 0.9, net.stage_sizes[model.stage_of(name) - 1] - 1)
+    name: jnp.linspace(0.3, 0.9, net.stage_sizes[models.stage_of(name) - 1] - 1)
     for name in cut
   }
   evaluator = Evaluator(

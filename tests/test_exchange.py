@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import tiny
 
-from resist_jax import decomposition, exchange, hand_over, rounds, wire
-from resist_jax import state as state_lib
-from resist_jax.dealing import Dealer
+from resist_jax import decomposition, rounds
+from resist_jax.decomposition.assignments import Assigner
+from resist_jax.exchange import collectives, compression, hand_over
+from resist_jax.rounds import state as state_lib
 
-ON_WORKERS = PartitionSpec(exchange.WORKER)
+ON_WORKERS = PartitionSpec(collectives.WORKER)
 
 
 def on_mesh(function, num_devices, in_specs=ON_WORKERS):
@@ -60,7 +61,7 @@ def test_masked_psum_aggregates_and_deals_again(S, D, min_depth, encoding):
   chain = random_chain(slots)
   run = on_mesh(
     partial(
-      exchange.masked_psum, num_blocks=L, num_workers=S, encoding=encoding
+      collectives.masked_psum, num_blocks=L, num_workers=S, encoding=encoding
     ),
     D,
   )
@@ -89,7 +90,7 @@ def hand_over_on_mesh(dealer, num_devices, encoding):
 def test_a_hand_over_aggregates_and_deals_again(S, D, min_depth, encoding):
   """Over several rounds, so that columns, guests and shifts vary."""
   L = 9
-  dealer = Dealer(L, S, min_depth)
+  dealer = Assigner(L, S, min_depth)
   run = hand_over_on_mesh(dealer, D, encoding)
   tolerance = {'float32': 1e-6, 'bfloat16': 1e-2, 'int16': 2e-4}[encoding]
   deals = dealer.deals([3])
@@ -105,7 +106,7 @@ def test_a_hand_over_aggregates_and_deals_again(S, D, min_depth, encoding):
 @pytest.mark.parametrize('depths', [(4, 3, 1, 1), (7, 3, 1, 4)])
 def test_a_hand_over_between_unequal_workers(depths, D):
   """Without guests and with them; some columns belong to one worker alone."""
-  dealer = Dealer(9, 4, depths=depths)
+  dealer = Assigner(9, 4, depths=depths)
   run = hand_over_on_mesh(dealer, D, 'float32')
   deals = dealer.deals([3])
   before = next(deals)
@@ -120,7 +121,7 @@ def test_a_hand_over_between_unequal_workers(depths, D):
 def test_blocks_are_rounded_alike_however_many_devices(encoding):
   """Workers that share a device round as others do."""
   L, S = 9, 4
-  dealer = Dealer(L, S, 3)
+  dealer = Assigner(L, S, 3)
   deals = dealer.deals([3])
   before, after = next(deals), next(deals)
   chain = random_chain(before.slots)
@@ -137,7 +138,7 @@ def test_blocks_are_rounded_alike_however_many_devices(encoding):
 def test_the_mean_over_workers_reaches_all_of_them(S, D, encoding):
   x = np.random.default_rng(0).normal(size=(S, 5)).astype(np.float32)
   run = on_mesh(
-    partial(exchange.mean_over_workers, num_workers=S, encoding=encoding), D
+    partial(collectives.mean_over_workers, num_workers=S, encoding=encoding), D
   )
   got = np.asarray(run(jnp.array(x)))
   tolerance = 1e-6 if encoding == 'float32' else 1e-2
@@ -152,13 +153,13 @@ def changes(num_devices, encoding, feedback, num_rounds=20, S=4, n=1500):
   steps = rng.normal(size=(S, n)).astype(np.float32) / 500
   steps[:, 0] = 1.0  # One large change sets the scale of its neighbours.
   run = on_mesh(
-    partial(exchange.add_mean_change, num_workers=S, encoding=encoding),
+    partial(collectives.add_mean_change, num_workers=S, encoding=encoding),
     num_devices,
   )
   tree = {'w': jnp.zeros((S, n))}
   error = None
   if feedback:
-    shapes = exchange.error_shapes(n, S)
+    shapes = collectives.error_shapes(n, S)
     error = {name: jnp.zeros(shape) for name, shape in shapes.items()}
   for _ in range(num_rounds):
     after = {'w': tree['w'] + jnp.array(steps)}
@@ -190,10 +191,13 @@ def test_changes_add_up_alike_however_many_devices(encoding):
 def test_a_message_is_as_long_as_promised_and_reads_back(encoding, count):
   rng = np.random.default_rng(count)
   x = jnp.array(rng.normal(size=count), jnp.float32)
-  message = wire.encode(x, encoding)
-  assert message.nbytes == wire.message_bytes(count, encoding)
-  error = np.abs(wire.decode(message, count, encoding) - x).max()
+  message = compression.encode(x, encoding)
+  assert message.nbytes == compression.message_bytes(count, encoding)
+  error = np.abs(compression.decode(message, count, encoding) - x).max()
   largest = np.abs(x).max()
   steps = {'float32': 0, 'bfloat16': 2**-8, 'int16': 2**-16, 'int8': 2**-8}
   assert error <= 1.01 * steps[encoding] * largest
-  assert (wire.decode(wire.encode(0 * x, encoding), count, encoding) == 0).all()
+  assert (
+    compression.decode(compression.encode(0 * x, encoding), count, encoding)
+    == 0
+  ).all()

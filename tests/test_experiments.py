@@ -19,8 +19,9 @@ from experiments import (
   table2,
 )
 from experiments.experiment import Cell, Results
-from resist_jax import model, validation
-from resist_jax.interrupt import Interrupt
+from resist_jax import models
+from resist_jax.run import checks
+from resist_jax.run.interrupt import Interrupt
 
 EXPERIMENTS = {e.name: e for e in sections.EXPERIMENTS}
 GIVEN = [(n, scale) for n in EXPERIMENTS for scale in experiment.SCALES]
@@ -30,7 +31,7 @@ GIVEN = [(n, scale) for n in EXPERIMENTS for scale in experiment.SCALES]
 def test_every_cell_is_a_valid_run(name, scale):
   cells = EXPERIMENTS[name].cells(scale)
   for cell in cells:
-    validation.validate(cell.config(scale))
+    checks.validate(cell.config(scale))
   targets = [Results(name, scale).target(cell, 0) for cell in cells]
   assert len(set(targets)) == len(targets)
 
@@ -83,7 +84,7 @@ def test_no_result_file_is_of_no_cell():
 def test_members_of_an_ensemble_are_as_deep_as_a_worker(number):
   config = Cell('', 'cifar10', 's4').config('paper')
   alone = ensemble.member(config, number)
-  validation.validate(alone)
+  checks.validate(alone)
   assert tuple(alone.model.stage_sizes) == (3, 4, 7, 3)
   assert alone.num_rounds * alone.local_steps == 313 * 50
   other = ensemble.member(config, number + 1)
@@ -135,7 +136,7 @@ def test_columns_nearer_to_the_paper_differ_as_the_small_ones():
   # The chain, and its depth, are those of the paper's card.
   ours, theirs = chain[1].config('cpu'), short[1].config('paper')
   assert not theirs.model.stage_sizes  # Those of the name:
-  named = getattr(model, theirs.model.name)(num_classes=10)
+  named = getattr(models, theirs.model.name)(num_classes=10)
   assert ours.model.name == theirs.model.name
   assert ours.model.stage_sizes == named.stage_sizes
   assert ours.min_depth == theirs.min_depth

@@ -9,8 +9,8 @@ import time
 import pytest
 from several import FOREVER, ROOT, TIMEOUT, TINY, Several
 
-from resist_jax import export, metrics
-from resist_jax.processes import TRY_AGAIN
+from resist_jax.run import export, metrics
+from resist_jax.run.processes import TRY_AGAIN
 
 # On a busy machine JAX itself takes long to do what it is asked for.
 PATIENCE = 60

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from resist_jax import accounting, footprint, model
-from resist_jax import state as state_lib
+from resist_jax import accounting, models
+from resist_jax.rounds import state as state_lib
 
 L, T = 9, 2
 
@@ -87,7 +87,7 @@ def assert_predicted_equals_read(index, on_device=False):
       for name, pair in pairs.items():
         taken |= accounting.branches(name, *pair)
     predicted = accounting.wire_bytes(sizes, protocol, num_devices, pairs)
-    read.append(footprint.compiled_wire_bytes(run, T, taken))
+    read.append(accounting.compiled_wire_bytes(run, T, taken))
     assert predicted == read[-1]
   assert (sum(read) > 0) == (num_devices > 1)
 
@@ -106,8 +106,8 @@ def test_so_are_those_of_a_program_that_loops_over_steps(index):
 def test_parameters_and_momentum_on_a_device_are_as_predicted(index):
   protocol, num_devices = CASES[index]
   run, sizes, state, _ = compiled(index)
-  want = footprint.predicted_memory(sizes, protocol, num_devices)
-  read = footprint.compiled_memory(run)
+  want = accounting.predicted_memory(sizes, protocol, num_devices)
+  read = accounting.compiled_memory(run)
   given = want['parameters']
   if protocol.carry_velocity:
     given += want['optimizer']
@@ -157,7 +157,7 @@ def test_parameters_per_device_are_those_of_the_sub_network():
 )
 def test_flops_are_near_those_of_the_compiled_step(kwargs):
   """The compiler counts norms and additions too."""
-  net = model.ResNet(
+  net = models.ResNet(
     **{
       'num_classes': 5,
       'stage_sizes': (2, 2),
@@ -174,13 +174,13 @@ def test_flops_are_near_those_of_the_compiled_step(kwargs):
 
   step = jax.jit(jax.grad(loss)).lower(params, images).compile()
   read = step.cost_analysis()['flops'] / 2
-  predicted = footprint.predicted_flops(net, shape, {})
+  predicted = models.predicted_flops(net, shape, {})
   assert 0.95 < read / predicted < 1.1
 
 
 def test_flops_of_the_papers_network():
   """Of equal-cost blocks a worker of four computes 1/1.94; these are near."""
-  net = model.PreActResNet101(num_classes=100)
-  whole = footprint.predicted_flops(net, (32, 32, 3), {})
-  part = footprint.predicted_flops(net, (32, 32, 3), {'stage3_chain': 6})
+  net = models.PreActResNet101(num_classes=100)
+  whole = models.predicted_flops(net, (32, 32, 3), {})
+  part = models.predicted_flops(net, (32, 32, 3), {'stage3_chain': 6})
   assert whole / part == pytest.approx(1.94, abs=0.05)

@@ -7,15 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from resist_jax.accounting.replica_groups import replica_groups
 from test_rounds import L, assert_close, full, hand_over, problem, resist
 from test_train import rows, tiny_config
 import tiny
 
-from resist_jax import accounting, augmentation, export, footprint, hlo, train
-from resist_jax import state as state_lib
-from resist_jax.config import ConfigError
-from resist_jax.exchange import DATA
-from resist_jax.replica_groups import replica_groups
+from resist_jax import models
+from resist_jax.accounting import hlo, memory_and_flops, traffic
+from resist_jax.data import augmentation
+from resist_jax.errors import ConfigError
+from resist_jax.exchange.collectives import DATA
+from resist_jax.rounds import state as state_lib
+from resist_jax.run import export, train
 
 CARRIED = {'carry_velocity': True}
 DATA_PARALLEL = {'average_gradients': True, **CARRIED}
@@ -141,24 +144,28 @@ def test_predicted_bytes_between_and_inside_workers_are_the_programs(case):
   state = state_lib.distribute(params, deals[0], protocol, mesh, velocity)
   batches = tiny.batches(0, protocol.num_workers, 2)
   run.compile(state, tiny.examples(), batches)
-  sizes = accounting.measure(params, list(protocol.num_blocks))
+  sizes = traffic.measure(params, list(protocol.num_blocks))
   for before, after in itertools.pairwise(deals):
     pairs = {name: (before[name], after[name]) for name in before}
     taken = {}
     if protocol.exchange == 'hand_over':
       for name, pair in pairs.items():
-        taken |= accounting.branches(name, *pair)
-    predicted = accounting.wire_bytes(sizes, protocol, devices // G, pairs, G)
-    assert footprint.compiled_wire_bytes(run, 2, taken) == predicted
+        taken |= traffic.branches(name, *pair)
+    predicted = traffic.wire_bytes(sizes, protocol, devices // G, pairs, G)
+    assert memory_and_flops.compiled_wire_bytes(run, 2, taken) == predicted
     assert (predicted > 0) == (devices > G)
   lengths = {k: protocol.slots_per_worker(k) for k in protocol.num_blocks}
-  statistics = footprint.num_statistics(
+  statistics = models.num_statistics(
     net.clone(norm_axis=None), (4, 4, 1), lengths
   )
   assert (statistics > 0) == (norm == 'batch')
-  inside = footprint.predicted_group_bytes(sizes, protocol, G, statistics, 1)
+  inside = memory_and_flops.predicted_group_bytes(
+    sizes, protocol, G, statistics, 1
+  )
   assert (
-    footprint.compiled_wire_bytes(run, 2, {}, inside=True) == 2 * inside > 0
+    memory_and_flops.compiled_wire_bytes(run, 2, {}, inside=True)
+    == 2 * inside
+    > 0
   )
 
 

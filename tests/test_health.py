@@ -10,8 +10,9 @@ import pytest
 from test_rounds import assert_close, full, hand_over, problem, resist
 import tiny
 
-from resist_jax import decomposition, health, wire
-from resist_jax import state as state_lib
+from resist_jax import decomposition
+from resist_jax.exchange import compression, participation
+from resist_jax.rounds import state as state_lib
 
 NO_EXAMPLE = -1  # On this the loss is not a number.
 
@@ -132,8 +133,8 @@ def mean_as_sent(trees, encoding):
 
   def one(*leaves):
     parts = [x.ravel() / len(leaves) for x in leaves]
-    total = sum(wire.rounded(x, encoding) for x in parts)
-    return wire.rounded(total, encoding).reshape(leaves[0].shape)
+    total = sum(compression.rounded(x, encoding) for x in parts)
+    return compression.rounded(total, encoding).reshape(leaves[0].shape)
 
   return jax.tree.map(one, *trees)
 
@@ -270,7 +271,9 @@ def test_the_rule_of_the_median(losses, factor, good):
   losses = jnp.array(losses, jnp.float32)
   # Only a finite loss is told; see `agree`.
   losses = jnp.where(jnp.isfinite(losses), losses, jnp.nan)
-  assert health.trusted(losses, factor).tolist() == [bool(x) for x in good]
+  assert participation.trusted(losses, factor).tolist() == [
+    bool(x) for x in good
+  ]
 
 
 @pytest.mark.parametrize('protocol', [PROTOCOLS[2], PROTOCOLS[4]])

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import pytest
 
-from resist_jax import exchange, hlo
-from resist_jax import state as state_lib
+from resist_jax.accounting import hlo
+from resist_jax.exchange import collectives
+from resist_jax.rounds import state as state_lib
 
-ON_WORKERS = PartitionSpec(exchange.WORKER)
+ON_WORKERS = PartitionSpec(collectives.WORKER)
 RING = [(d, (d + 1) % 4) for d in range(4)]
 X = jnp.zeros((4, 8), jnp.float32)  # 32 bytes on each of four devices.
-psum = partial(lax.psum, axis_name=exchange.WORKER)
+psum = partial(lax.psum, axis_name=collectives.WORKER)
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -44,11 +45,11 @@ def sent(function, *sharded, **options):
 
 
 def move(pairs):
-  return partial(lax.ppermute, axis_name=exchange.WORKER, perm=pairs)
+  return partial(lax.ppermute, axis_name=collectives.WORKER, perm=pairs)
 
 
 def on_rows(function):
-  return lambda x: function(x[0], exchange.WORKER, tiled=True)[None]
+  return lambda x: function(x[0], collectives.WORKER, tiled=True)[None]
 
 
 gather = on_rows(lax.all_gather)
@@ -137,7 +138,7 @@ def test_groups():
   assert sent(partial(psum, axis_index_groups=pairs), X) == 2 * (2 * 32)
 
   auto = (jax.sharding.AxisType.Auto,) * 2
-  mesh = jax.make_mesh((2, 2), (exchange.WORKER, 'core'), auto)
+  mesh = jax.make_mesh((2, 2), (collectives.WORKER, 'core'), auto)
   for axes, wires in [('worker', 4), ('core', 4), (('core', 'worker'), 6)]:
     run = partial(lax.psum, axis_name=axes)
     assert sent(run, X[:2], mesh=mesh) == wires * 32

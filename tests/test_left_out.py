@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from test_train import rows, stopped_at, tiny_config
 
-from resist_jax import build, classification, train
+from resist_jax.run import classification, train
+from resist_jax.run.setup import Setup
 
 NO_EXAMPLE = -1  # On this the loss is not a number.
 
@@ -16,7 +17,7 @@ NO_EXAMPLE = -1  # On this the loss is not a number.
 def poison(monkeypatch):
   """Makes workers useless in some rounds of whole runs: `{round: workers}`."""
   rounds = {}
-  batches, make_loss = build.Setup.batches, classification.make_loss
+  batches, make_loss = Setup.batches, classification.make_loss
 
   def spoilt_batches(self, round_index):
     numbers = np.array(batches(self, round_index))
@@ -32,7 +33,7 @@ def poison(monkeypatch):
 
     return poisoned_loss
 
-  monkeypatch.setattr(build.Setup, 'batches', spoilt_batches)
+  monkeypatch.setattr(Setup, 'batches', spoilt_batches)
   monkeypatch.setattr(classification, 'make_loss', make_poisoned_loss)
   return rounds
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from resist_jax import accounting, layers, model
+from resist_jax import accounting, models
+from resist_jax.models import layers
 
 
 def count(tree):
@@ -21,7 +22,7 @@ def shapes(net, size=32):
 
 
 def test_the_papers_network_to_the_last_parameter():
-  params = shapes(model.PreActResNet101(num_classes=100))
+  params = shapes(models.PreActResNet101(num_classes=100))
   sizes = accounting.measure(params, ['stage3_chain'])
   assert sizes.total == 41_396_900
   assert sizes.shared == 15_422_116
@@ -29,13 +30,13 @@ def test_the_papers_network_to_the_last_parameter():
   assert sizes.num_blocks == {'stage3_chain': 22}
 
 
-@pytest.mark.parametrize('name', model.FAMILY)
+@pytest.mark.parametrize('name', models.FAMILY)
 def test_every_family_member_builds(name):
-  net = model.FAMILY[name](num_classes=7)
+  net = models.FAMILY[name](num_classes=7)
   params = shapes(net)
   for stage, size in enumerate(net.stage_sizes, start=1):
     assert f'stage{stage}_head' in params
-    chain = params.get(model.chain_name(stage))
+    chain = params.get(models.chain_name(stage))
     lengths = {leaf.shape[0] for leaf in jax.tree.leaves(chain)}
     assert lengths == ({size - 1} if size > 1 else set())
   assert params['classifier']['kernel'].shape[1] == 7
@@ -43,7 +44,7 @@ def test_every_family_member_builds(name):
 
 def test_depths_are_those_of_the_paper():
   for name, blocks in (('101', 22), ('152', 35), ('200', 49)):
-    net = model.FAMILY[f'PreActResNet{name}'](num_classes=10)
+    net = models.FAMILY[f'PreActResNet{name}'](num_classes=10)
     assert net.stage_sizes[2] - 1 == blocks
 
 
@@ -51,13 +52,13 @@ def test_known_parameter_counts_of_bottlenecks():
   """The literature's ResNet-50 with 1000 classes has 25.56 M; ours lacks the
   norms that pre-activation without stem and final norm leaves out."""
   params = shapes(
-    model.PreActBottleneckResNet50(num_classes=1000, stem='imagenet'), 64
+    models.PreActBottleneckResNet50(num_classes=1000, stem='imagenet'), 64
   )
   assert abs(count(params) / 25.557e6 - 1) < 0.002
 
 
 def test_stage_names_go_both_ways():
-  assert model.stage_of(model.chain_name(3)) == 3
+  assert models.stage_of(models.chain_name(3)) == 3
 
 
 @pytest.mark.parametrize('pre_activation', [True, False])
@@ -207,7 +208,7 @@ def test_rescaled_branches_undo_another_residual_scale(pre_activation, norm):
   quarter = {tiny.CHAIN: jnp.full(3, 0.25)}
   half = {tiny.CHAIN: jnp.full(3, 0.5)}
   want = net.apply({'params': params}, images, quarter)
-  halved = model.rescale_branches(params, {tiny.CHAIN: 0.5}, net)
+  halved = models.rescale_branches(params, {tiny.CHAIN: 0.5}, net)
   got = net.apply({'params': halved}, images, half)
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 

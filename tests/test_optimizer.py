@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from resist_jax import optimizer
+from resist_jax.run import optimizer
 
 
 def test_sgd_with_momentum_and_weight_decay_by_hand():

@@ -15,17 +15,13 @@ from test_rounds import assert_close
 from test_train import tiny_config
 import tiny
 
-from resist_jax import (
-  build,
-  decomposition,
-  export,
-  initial,
-  train,
-  validation,
-)
-from resist_jax import state as state_lib
-from resist_jax.config import ConfigError
-from resist_jax.evaluate import Evaluator
+from resist_jax import decomposition
+from resist_jax.errors import ConfigError
+from resist_jax.models import initial
+from resist_jax.rounds import state as state_lib
+from resist_jax.run import checks, export, train
+from resist_jax.run.evaluate import Evaluator
+from resist_jax.run.setup import prepare
 
 L = 4
 NUM_BLOCKS = {'stage2_chain': L, 'stage1_branch': 1, 'stage2_branch': 1}
@@ -234,14 +230,14 @@ def strided(**fields):
 )
 def test_a_mistake_gets_one_clear_line(fields, says):
   with pytest.raises(ConfigError, match=says) as caught:
-    validation.validate(strided(**fields))
+    checks.validate(strided(**fields))
   assert '\n' not in str(caught.value)
 
 
 def test_a_minimum_depth_is_one_of_chains():
   fields = strided(num_workers=4, min_depth=2)
-  validation.validate(fields)
-  setup = build.prepare(fields)
+  checks.validate(fields)
+  setup = prepare(fields)
   slots = {k: d.slots for k, d in next(setup.deals(setup.phase(0), 0)).items()}
   held = {name: (slots[name] < n).sum() for name, n in setup.chains.items()}
   assert held == {

@@ -14,9 +14,9 @@ import pytest
 from experiments import costs
 from experiments import plan as plan_lib
 from experiments.configs import digits
-from resist_jax import accounting, footprint
-from resist_jax import config as config_lib
-from resist_jax.dealing import Dealer
+from resist_jax import accounting, models
+from resist_jax.decomposition.assignments import Assigner
+from resist_jax.run import config as config_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 WORKERS = (2, 4, 8, 16, 32, 1024)
@@ -40,7 +40,7 @@ def machine(bandwidth, flops=1e13, latency=0.0):
 @pytest.mark.parametrize('S', WORKERS)
 def test_a_fast_link_leaves_the_ratio_of_arithmetic(papers, S):
   flops = [
-    footprint.predicted_flops(papers.setup.network, papers.image, lengths)
+    models.predicted_flops(papers.setup.network, papers.image, lengths)
     for lengths in ({}, {'stage3_chain': max(-(-22 // S), 6)})
   ]
   speedup = papers.predict(S, machine(1e20))['speedup']
@@ -90,7 +90,7 @@ def test_seconds_fall_with_bandwidth_and_rise_with_latency(papers):
   ('sizes', 'busiest'), [((22, 4, 6), 3), ((22, 4), 0), ((22, 8, 4), 7)]
 )
 def test_blocks_that_workers_send_are_those_of_many_deals(sizes, busiest):
-  dealer = Dealer(*sizes)
+  dealer = Assigner(*sizes)
   predicted = costs.blocks_sent(dealer)
   total = accounting.expected_messages(dealer, dealer.num_workers)
   assert sum(predicted) == pytest.approx(total)

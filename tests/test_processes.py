@@ -11,7 +11,7 @@ from several import ROOT
 from train_several import RUNS, WORKERS, config_of
 
 from experiments.launch import local
-from resist_jax import export, metrics, processes, train
+from resist_jax.run import export, metrics, processes, train
 
 
 @pytest.fixture(scope='module')

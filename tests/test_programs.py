@@ -8,8 +8,8 @@ import pytest
 from test_rounds import L, hand_over, problem, resist
 import tiny
 
-from resist_jax import state as state_lib
-from resist_jax import wire
+from resist_jax.exchange import compression
+from resist_jax.rounds import state as state_lib
 
 
 def programs(protocol, D=4, on_device=False, ahead=True):
@@ -28,7 +28,7 @@ COLLECTIVE = (
 )
 
 
-@pytest.mark.parametrize('wire_format', list(wire.FORMATS))
+@pytest.mark.parametrize('wire_format', list(compression.FORMATS))
 def test_local_training_has_no_collective_and_never_the_chain(wire_format):
   _, run, _ = programs(resist(4, wire_format=wire_format))
   text = run.compiled['step'].as_text()

@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from resist_jax import plots, records, report
+from resist_jax import report
+from resist_jax.report import plots, records
 
 PNG_HEAD = b'\x89PNG\r\n\x1a\n'
 SLOTS = {'stage3_chain': [[0, 2], [1, 2]]}

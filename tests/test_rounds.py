@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from resist_jax import decomposition
-from resist_jax import state as state_lib
+from resist_jax.rounds import state as state_lib
 
 L = 5
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from test_train import rows, stopped_at, tiny_config
 
-from resist_jax import metrics, speed, train
-from resist_jax.build import prepare
-from resist_jax.validation import validate
+from resist_jax.run import metrics, speed, train
+from resist_jax.run.checks import validate
+from resist_jax.run.setup import prepare
 
 
 def slowest(shared, block, depths):

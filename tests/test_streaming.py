@@ -12,10 +12,13 @@ import pytest
 import tfds_sets
 
 from experiments.configs import imagenet
-from resist_jax import build, data, feeding, metrics, streaming, train
-from resist_jax import config as config_lib
-from resist_jax.config import ConfigError
-from resist_jax.interrupt import Interrupted
+from resist_jax import data
+from resist_jax.data import pipeline, streaming
+from resist_jax.errors import ConfigError
+from resist_jax.run import config as config_lib
+from resist_jax.run import metrics, train
+from resist_jax.run.interrupt import Interrupted
+from resist_jax.run.setup import Setup, prepare
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # TFDS's own, writing sets.
 
@@ -58,7 +61,7 @@ def test_the_imagenet_card_trains_on_photographs(finished, photos):
   for name in ('test', 'imagenet_v2_matched_frequency'):
     assert 0 <= summary[f'{name}_accuracy'] <= 1
     assert 0 <= summary[f'{name}_accuracy_paper'] <= 1
-  tests = build.prepare(card(photos[0])).dataset.tests
+  tests = prepare(card(photos[0])).dataset.tests
   assert {name: len(split) for name, split in tests.items()} == {
     'test': 12,  # The validation set: labels of the test set are kept back.
     'imagenet_v2_matched_frequency': 6,
@@ -117,7 +120,7 @@ def test_a_streamed_run_equals_one_from_memory(fields, cifar, tmp_path):
   summaries = []
   for streaming_choice in ('always', 'never'):
     config = small_config(cifar, streaming_choice, **fields)
-    setup = build.prepare(config)
+    setup = prepare(config)
     assert setup.dataset.streamed == (streaming_choice == 'always')
     assert setup.augmentation.pad == 4
     folder = tmp_path / streaming_choice
@@ -131,7 +134,7 @@ def test_a_streamed_run_equals_one_from_memory(fields, cifar, tmp_path):
 
 def test_so_it_does_as_on_an_accelerator(cifar, tmp_path, monkeypatch):
   """Steps from the host beside one program that loops over them."""
-  monkeypatch.setattr(build.Setup, 'on_cpu', property(lambda _: False))
+  monkeypatch.setattr(Setup, 'on_cpu', property(lambda _: False))
   losses = []
   for choice in ('always', 'never'):
     config = small_config(cifar, choice, num_workers=2, num_devices=1)
@@ -174,7 +177,7 @@ def stream(images, S=2, T=3, B=4, seed=0, crops=True):
   def indices(round_index):
     return data.batch_indices(len(images), B, seed, round_index, T, S, False)
 
-  return feeding.Stream(images, indices, 5, seed, crops)
+  return pipeline.Stream(images, indices, 5, seed, crops)
 
 
 def test_grain_delivers_in_order_what_indexing_gives():
@@ -198,7 +201,7 @@ def test_no_more_is_read_ahead_than_agreed():
   for taken in range(1, 4):
     next(steps)
     time.sleep(0.2)  # As much as the threads will read by themselves.
-    assert len(source.read) == 8 * (taken + feeding.PREFETCHED)
+    assert len(source.read) == 8 * (taken + pipeline.PREFETCHED)
 
 
 def test_pixels_are_a_function_of_round_worker_step_and_place():

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import table1
-from resist_jax import accounting, model, wire
+from resist_jax import accounting, models
+from resist_jax.exchange import compression
 
 
 @pytest.fixture(scope='module')
@@ -41,7 +42,7 @@ def test_the_wire_has_every_protocol_exchange_and_format(found):
     for protocol, exchanges in found['wire'].items()
     for exchange, formats in exchanges.items()
   }
-  every = tuple(wire.FORMATS)
+  every = tuple(compression.FORMATS)
   assert forms == {
     ('local_sgd', 'all_reduce'): every,
     ('data_parallel', 'all_reduce'): ('float32', 'bfloat16'),
@@ -97,7 +98,7 @@ def test_a_hand_over_sends_blocks_that_change_workers_and_no_more(network, S):
 
 def test_programs_send_what_is_predicted():
   # A small network: what is sent is told by shapes alone.
-  net = model.PreActResNetTiny(num_classes=10)
+  net = models.PreActResNetTiny(num_classes=10)
   params = jax.eval_shape(
     lambda: net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
   )['params']

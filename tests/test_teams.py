@@ -12,8 +12,9 @@ from test_programs import COLLECTIVE, programs
 from test_rounds import L, assert_close, problem, resist
 import tiny
 
-from resist_jax import footprint, local_training, teams
-from resist_jax import state as state_lib
+from resist_jax import accounting
+from resist_jax.rounds import device_groups, local_training
+from resist_jax.rounds import state as state_lib
 
 DEPTHS = (3, 2, 1, 2)  # Three copies, which a hand-over lends.
 
@@ -47,16 +48,16 @@ def test_the_loop_over_workers_equals_algorithm_1(depths, D):
 def test_equal_workers_share_one_program(depths):
   protocol = state_lib.Protocol(4, 2, {tiny.CHAIN: L}, depths=depths)
   mesh = state_lib.make_mesh(4)
-  assert teams.make_teams(protocol, mesh) == {'step': None}
+  assert device_groups.make_teams(protocol, mesh) == {'step': None}
 
 
 def test_devices_that_are_alike_share_a_program():
   mesh = state_lib.make_mesh(4)
-  made = teams.make_teams(unequal(), mesh)
+  made = device_groups.make_teams(unequal(), mesh)
   assert [(team.rows, team.depths) for team in made.values()] == [
     ((0,), (3,)), ((1, 3), (2,)), ((2,), (1,)),
   ]  # fmt: skip
-  two = teams.make_teams(unequal(), state_lib.make_mesh(2))
+  two = device_groups.make_teams(unequal(), state_lib.make_mesh(2))
   assert [team.depths for team in two.values()] == [(3, 2), (1, 2)]
 
 
@@ -65,9 +66,9 @@ def test_whole_undoes_part_and_copies_nothing(D):
   mesh = state_lib.make_mesh(D)
   _, params = problem()
   state = state_lib.replicate(params, 4, mesh)
-  made = teams.make_teams(unequal(), mesh)
-  parts = {name: teams.part(state, team) for name, team in made.items()}
-  again = teams.whole(parts, state)
+  made = device_groups.make_teams(unequal(), mesh)
+  parts = {name: device_groups.part(state, team) for name, team in made.items()}
+  again = device_groups.whole(parts, state)
 
   def pointers(x):
     return [s.data.unsafe_buffer_pointer() for s in x.addressable_shards]
@@ -85,7 +86,7 @@ def test_whole_undoes_part_and_copies_nothing(D):
 def cost(depths, D=4):
   """FLOPs of a step of each device's workers, by their depths."""
   _, run, _ = programs(resist(len(depths), depths=depths), D)
-  made = teams.make_teams(resist(len(depths), depths=depths), run._mesh)
+  made = device_groups.make_teams(resist(len(depths), depths=depths), run._mesh)
   return {
     team.depths: run.compiled[name].cost_analysis()['flops']
     for name, team in made.items()
@@ -103,7 +104,7 @@ def test_an_empty_slot_computes_nothing():
   assert five == pytest.approx(
     even.compiled['step'].cost_analysis()['flops'], rel=1e-3
   )
-  assert footprint.compiled_flops(run, 1) == five
+  assert accounting.compiled_flops(run, 1) == five
   taking_turns, _ = cost((5, 3, 2, 1), D=1)
   assert taking_turns[5, 3, 2, 1] == pytest.approx(
     five + three + two + one, rel=1e-3
@@ -133,7 +134,7 @@ def test_an_empty_slot_has_exactly_zero_gradient():
     seed=0, loop=False, metrics=(),
   )  # fmt: skip
   mesh = state_lib.make_mesh(1)
-  (team,) = teams.make_teams(protocol, mesh).values()
+  (team,) = device_groups.make_teams(protocol, mesh).values()
   rows, all_ = state_lib.SHARDED, state_lib.REPLICATED
   run = jax.jit(
     jax.shard_map(

@@ -10,12 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from resist_jax import build, entry, export, metrics, rounds, train
-from resist_jax import config as config_lib
-from resist_jax import state as state_lib
-from resist_jax.config import ConfigError
-from resist_jax.evaluate import Evaluator
-from resist_jax.interrupt import Interrupted
+from resist_jax import rounds
+from resist_jax.errors import ConfigError
+from resist_jax.rounds import state as state_lib
+from resist_jax.run import config as config_lib
+from resist_jax.run import export, metrics, restore, train
+from resist_jax.run.evaluate import Evaluator
+from resist_jax.run.interrupt import Interrupted
+from resist_jax.run.setup import Setup
 
 
 def tiny_config(**fields):
@@ -210,7 +212,7 @@ def test_a_run_goes_on_as_the_same_function(tmp_path):
     setup = train.prepare(tiny_config(**fields))
     checkpoints = train.Checkpoints(tmp_path, setup.mesh)
     restored = train._restore(checkpoints, setup)
-    phase, state, _ = entry.enter(setup, restored)
+    phase, state, _ = restore.enter(setup, restored)
     params, _ = state_lib.assemble(state, phase.protocol.num_blocks)
     predict = setup.evaluator.predictor(
       params, setup.evaluator.statistics(*state.parts)
@@ -238,7 +240,7 @@ def test_a_signal_during_an_evaluation_is_not_lost(tmp_path, monkeypatch):
 
 def test_a_whole_run_as_on_an_accelerator(tmp_path, monkeypatch, finished):
   """One program a round, which donates its state: the log still has slots."""
-  monkeypatch.setattr(build.Setup, 'on_cpu', property(lambda _: False))
+  monkeypatch.setattr(Setup, 'on_cpu', property(lambda _: False))
   train.train(tiny_config(num_workers=2, num_devices=1), str(tmp_path))
   log = rows(tmp_path)
   blocks = itertools.chain(*log[-1]['slots']['stage2_chain'])

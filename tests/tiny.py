@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from resist_jax import dealing, decomposition, model, optimizer, rounds
-from resist_jax import state as state_lib
+from resist_jax import decomposition, models, rounds
+from resist_jax.decomposition import assignments
+from resist_jax.rounds import state as state_lib
+from resist_jax.run import optimizer
 
 CHAIN = 'stage2_chain'
 CLASSES = 3
@@ -19,7 +21,7 @@ MOMENTUM, WEIGHT_DECAY, RATE = 0.9, 5e-4, 0.1
 
 def network(num_blocks=5, **kwargs):
   """Two stages of 8 channels; the second has the chain."""
-  return model.ResNet(
+  return models.ResNet(
     num_classes=CLASSES,
     stage_sizes=(1, 1 + num_blocks),
     widths=(8, 8),
@@ -84,7 +86,7 @@ def deal(round_index, num_blocks, num_workers, min_depth=0, depths=()):
   slots = decomposition.sample_slots(
     key, num_blocks, num_workers, min_depth, depths
   )
-  return dealing.Deal(np.asarray(slots))
+  return assignments.Assignment(np.asarray(slots))
 
 
 def deals(protocol, start=0):

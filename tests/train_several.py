@@ -10,8 +10,8 @@ import jax
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from resist_jax import config as config_lib
-from resist_jax import processes, train
+from resist_jax.run import config as config_lib
+from resist_jax.run import processes, train
 
 WORKERS = 4
 RUNS = {

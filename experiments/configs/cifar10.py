@@ -19,7 +19,7 @@ cores); cifar10.py:smoke (under a minute)
 
 import ml_collections
 
-from resist_jax import config as config_lib
+from resist_jax.run import config as config_lib
 
 # By workers. Rounds of 50 steps of 128 images: 80 epochs over both workers, 160
 # over 4 and over 8. The paper takes fewer steps a round for 8, unpublished.

@@ -13,7 +13,7 @@ Smoke: --config=experiments/configs/digits.py:smoke (seconds)
 
 import ml_collections
 
-from resist_jax import config as config_lib
+from resist_jax.run import config as config_lib
 
 
 def get_config(scale: str = '') -> ml_collections.ConfigDict:

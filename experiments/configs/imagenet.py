@@ -23,7 +23,7 @@ whatever FOLDER holds as imagenet2012, or with --config.data.name on another set
 
 import ml_collections
 
-from resist_jax import config as config_lib
+from resist_jax.run import config as config_lib
 
 
 def get_config(scale: str = '') -> ml_collections.ConfigDict:

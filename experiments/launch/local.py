@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 
-from resist_jax.processes import TRY_AGAIN
+from resist_jax.run.processes import TRY_AGAIN
 
 
 def free_port() -> int:

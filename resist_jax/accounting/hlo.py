@@ -1,0 +1,386 @@
+"""The bytes a compiled SPMD program sends, read from its HLO text.
+
+`compiled.as_text()` shows what XLA made of a program: which collectives are
+left, on which types, in which loops. Their bytes are those of the usual ring
+algorithms, summed over all devices.
+
+The scopes that name a conditional are metadata, and JAX's persistent cache
+looks programs up without it: a program that differs from an older one in its
+scopes alone comes back with the old names, unless
+`jax_compilation_cache_include_metadata_in_key` is set.
+"""
+
+import collections
+from collections.abc import Iterable, Mapping
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+# How often a ring of g devices sends one operand, in units of g - 1. An
+# all-gather, whose operand is a shard, sends it g times as often.
+_RING_PASSES = {
+  'all-gather': 1,
+  'all-reduce': 2,
+  'all-to-all': 1,
+  'collective-broadcast': 1,
+  'reduce-scatter': 1,
+}
+# The text does not tell how much these send, or between whom.
+_UNCOUNTED = ('ragged-all-to-all', 'send')
+_KINDS = ('collective-permute', *_RING_PASSES, *_UNCOUNTED)
+# Other instructions, such as reductions, call nothing that could communicate.
+_CALLERS = ('async', 'call', 'custom-call', 'fusion')
+# Those that a loop's counter and its test are made of.
+_COUNTER_OPS = ('add', 'call', 'compare', 'copy', 'fusion', 'get-tuple-element')
+
+_ARRAY = re.compile(r'\b([a-z]\w*)\[([^\]]*)\]')
+_COMPUTATION = re.compile(r'(ENTRY )?%?([\w.\-]+) .*\{$')
+_INSTRUCTION = re.compile(
+  r'\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)'
+)
+_NAME = re.compile(r'%([\w.\-]+)')
+
+
+class Collective(NamedTuple):
+  """An instruction that moves data between devices.
+
+  Attributes:
+    kind: Its opcode; an asynchronous pair has that of the synchronous form.
+    dtype: HLO's name of the element type, or several with commas.
+    bytes: Size of the operands on one device.
+    op_name: JAX's name stack and primitive, such as `jit(f)/shard_map/psum`.
+  """
+
+  kind: str
+  dtype: str
+  bytes: int
+  op_name: str
+
+
+class _Instruction(NamedTuple):
+  name: str
+  is_root: bool
+  type: str
+  opcode: str
+  argument: str  # The text between the parentheses.
+  operands: tuple['_Instruction', ...]
+  attributes: str
+
+  @property
+  def kind(self) -> str:
+    # What an asynchronous pair does is on its start; its done does nothing.
+    return self.opcode.removesuffix('-start')
+
+  @property
+  def op_name(self) -> str:
+    found = re.search(r'\bop_name="([^"]*)"', self.attributes)
+    return found[1] if found else ''
+
+  @property
+  def operand_bytes(self) -> int:
+    return sum(_size(operand.type) for operand in self.operands)
+
+  def called(self, *attributes: str) -> list[str]:
+    """Returns the computations that these attributes name, in their order."""
+    pattern = rf'\b(?:{"|".join(attributes)})=(\{{[^}}]*\}}|%[\w.\-]+)'
+    found = re.findall(pattern, self.attributes)
+    return [name for value in found for name in _NAME.findall(value)]
+
+  def lists(self, attribute: str) -> list[list[int]]:
+    """Returns an attribute such as `{{0,1},{2,3}}`; none from `{}`."""
+    found = re.search(rf'\b{attribute}=\{{([\d,{{}}]*)\}}', self.attributes)
+    lists = re.findall(r'\{([\d,]+)\}', found[1]) if found else []
+    return [[int(number) for number in x.split(',')] for x in lists]
+
+
+class _Program(NamedTuple):
+  computations: dict[str, list[_Instruction]]
+  entry: str
+  num_devices: int
+  branches: Mapping[str, int]
+  group_size: int = 1
+  inside: bool = False
+
+  def counts(self, devices: Iterable[int]) -> bool:
+    """Tells whether what these devices send each other is asked for."""
+    groups = {device // self.group_size for device in devices}
+    return (len(groups) == 1) == self.inside
+
+  def root(self, computation: str) -> _Instruction:
+    return next(i for i in self.computations[computation] if i.is_root)
+
+
+def wire_bytes(
+  text: str,
+  branches: Mapping[str, int],
+  group_size: int = 1,
+  inside: bool = False,
+) -> int:
+  """Counts the bytes that all devices together send in one execution.
+
+  Args:
+    text: HLO of a compiled SPMD program.
+    branches: For the `jax.named_scope` around a `lax.switch`, the index given
+      to it, the same every time, which is clamped as `lax.switch` does. Scopes
+      that the program lacks may stay; a switch whose branches send alike needs
+      none.
+    group_size: So many neighbours are a group; what stays inside a group does
+      not count.
+    inside: Count this instead, and nothing else.
+
+  Returns:
+    The bytes; a device that sends to itself sends none.
+
+  Raises:
+    ValueError: How often a loop runs or which branch a conditional takes
+      matters and is unknown, or a collective's bytes are not in the text.
+  """
+  program = _parse(text, branches)
+  program = program._replace(group_size=group_size, inside=inside)
+  return _computation_bytes(program, program.entry)
+
+
+def collectives(text: str) -> list[Collective]:
+  """Lists the collectives of a program.
+
+  Args:
+    text: HLO of a compiled SPMD program.
+
+  Returns:
+    Each collective of the text once, whether or not it ever runs.
+  """
+  return [
+    Collective(i.kind, _dtypes(i), i.operand_bytes, i.op_name)
+    for instructions in _parse(text, {}).computations.values()
+    for i in instructions
+    if i.kind in _KINDS
+  ]
+
+
+def _parse(text: str, branches: Mapping[str, int]) -> _Program:
+  computations: dict[str, list[_Instruction]] = {}
+  known: dict[str, _Instruction] = {}  # Those of the current computation.
+  current = entry = ''
+  lines = text.splitlines()
+  for line in lines:
+    if header := _COMPUTATION.fullmatch(line):
+      current, known = header[2], {}
+      entry = current if header[1] else entry
+      computations[current] = []
+    elif current and (found := _INSTRUCTION.match(line)):
+      root, name, shape, opcode, rest = found.groups()
+      end = _closing(rest)
+      # Operands precede those that use them.
+      operands = tuple(known[o] for o in _NAME.findall(rest[:end]))
+      known[name] = _Instruction(
+        name, bool(root), shape, opcode, rest[:end], operands, rest[end:]
+      )
+      computations[current].append(known[name])
+  if not entry:
+    raise ValueError('The text holds no ENTRY computation.')
+  module = next((line for line in lines if line.startswith('HloModule')), '')
+  counts = re.findall(r'\b(?:num_partitions|replica_count)=(\d+)', module)
+  return _Program(computations, entry, math.prod(map(int, counts)), branches)
+
+
+def _closing(text: str) -> int:
+  """Returns where the parenthesis closes that opened before the text."""
+  depth = 1
+  for i, character in enumerate(text):
+    depth += (character == '(') - (character == ')')
+    if not depth:
+      return i
+  return len(text)
+
+
+def _size(shape: str) -> int:
+  """Returns the bytes of an array, or of all those of a tuple."""
+  total = 0
+  for dtype, dims in _ARRAY.findall(shape):
+    # The names tell the width: bf16, s4, f8e4m3fn; a token has none.
+    width = re.search(r'\d+', dtype)
+    bits = int(width[0]) if width else 8 * (dtype == 'pred')
+    sizes = [int(d) for d in dims.split(',') if d]
+    total += math.ceil(math.prod(sizes) * bits / 8)
+  return total
+
+
+def _dtypes(instruction: _Instruction) -> str:
+  types = ' '.join(operand.type for operand in instruction.operands)
+  return ','.join(dict.fromkeys(dtype for dtype, _ in _ARRAY.findall(types)))
+
+
+def _computation_bytes(program: _Program, name: str) -> int:
+  return sum(_sent(program, i) for i in program.computations[name])
+
+
+def _sent(program: _Program, instruction: _Instruction) -> int:
+  kind = instruction.kind
+  if kind in _KINDS:
+    return _collective_bytes(program, instruction)
+  if kind == 'while':
+    return _loop_bytes(program, instruction)
+  if kind == 'conditional':
+    return _conditional_bytes(program, instruction)
+  if kind in _CALLERS:
+    called = instruction.called('calls', 'to_apply', 'called_computations')
+    return sum(_computation_bytes(program, name) for name in called)
+  return 0
+
+
+def _collective_bytes(program: _Program, instruction: _Instruction) -> int:
+  kind, size = instruction.kind, instruction.operand_bytes
+  if kind in _UNCOUNTED:
+    raise ValueError(f'Cannot count {instruction.name}: {instruction.op_name}')
+  if kind == 'collective-permute':
+    pairs = instruction.lists('source_target_pairs')
+    return size * sum(s != t and program.counts((s, t)) for s, t in pairs)
+  passes = _RING_PASSES[kind]
+  groups = replica_groups(instruction.attributes, program.num_devices)
+  return size * sum(
+    passes * (g - 1) * (g if kind == 'all-gather' else 1)
+    for g in map(len, filter(program.counts, groups))
+  )
+
+
+def _loop_bytes(program: _Program, loop: _Instruction) -> int:
+  (condition,), (body,) = loop.called('condition'), loop.called('body')
+  sent = _computation_bytes(program, body)
+  checked = _computation_bytes(program, condition)
+  if not sent and not checked:
+    return 0
+  trips = _trip_count(program, loop, condition, body)
+  return trips * sent + (trips + 1) * checked
+
+
+def _trip_count(
+  program: _Program, loop: _Instruction, condition: str, body: str
+) -> int:
+  known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+  if known:
+    return int(known[1])
+  # Else the loop must be `for i in range(limit)`, i an element of its state.
+  test = _expression(program, program.root(condition))
+  limit = re.fullmatch(r'state\[(\d+)\] < (\d+)', test)
+  before, after = loop.operands[0], program.root(body)
+  if limit and before.opcode == after.opcode == 'tuple':
+    i = int(limit[1])
+    start = _expression(program, before.operands[i])
+    step = _expression(program, after.operands[i])
+    if start == '0' and step == f'state[{i}] + 1':
+      return int(limit[2])
+  raise ValueError(f'Unknown trip count of loop {loop.name}: {loop.op_name}')
+
+
+def _expression(
+  program: _Program,
+  instruction: _Instruction,
+  arguments: tuple[str, ...] = ('state',),
+) -> str:
+  """Writes a loop counter's arithmetic as text, `?` where it is not that."""
+  opcode, operands = instruction.opcode, instruction.operands
+  if opcode == 'constant':
+    return instruction.argument
+  if opcode == 'parameter':
+    index = int(instruction.argument)
+    return arguments[index] if index < len(arguments) else '?'
+  if opcode not in _COUNTER_OPS:
+    return '?'
+  values = tuple(_expression(program, o, arguments) for o in operands)
+  if opcode in ('call', 'fusion'):
+    (called,) = instruction.called('calls', 'to_apply')
+    return _expression(program, program.root(called), values)
+  if opcode == 'add':
+    return ' + '.join(values)
+  if opcode == 'compare':
+    less = 'direction=LT' in instruction.attributes
+    return ' < '.join(values) if less else '?'
+  index = re.search(r'\bindex=(\d+)', instruction.attributes)
+  return f'{values[0]}[{index[1]}]' if index else values[0]
+
+
+def _conditional_bytes(program: _Program, conditional: _Instruction) -> int:
+  names = conditional.called('branch_computations')
+  if not names:  # On a predicate, which is the index of the branch.
+    names = [
+      *conditional.called('false_computation'),
+      *conditional.called('true_computation'),
+    ]
+  scope = _scope(conditional.op_name, program.branches)
+  if scope is not None:
+    index = min(max(program.branches[scope], 0), len(names) - 1)
+    return _computation_bytes(program, names[index])
+  sent = {_computation_bytes(program, name) for name in names}
+  if len(sent) > 1:
+    name = f'{conditional.name}: {conditional.op_name}'
+    raise ValueError(f'Unknown branch of conditional {name}')
+  return sent.pop()
+
+
+def _scope(op_name: str, branches: Mapping[str, int]) -> str | None:
+  """Returns the innermost scope around a conditional that is a key."""
+  # A scope outside an enclosing branch belongs to the enclosing conditional.
+  path = re.split(r'\bbranch_\d+_fun\b', op_name)[-1].strip('/')
+  found = [scope for scope in branches if f'/{scope}/' in f'/{path}/']
+  return max(found, key=lambda s: f'/{path}/'.rfind(f'/{s}/'), default=None)
+
+
+def replica_groups(attributes: str, num_devices: int) -> list[list[int]]:
+  """Reads the devices of each replica group, whatever the notation.
+
+  Args:
+    attributes: Of the collective, as text.
+    num_devices: Of the program.
+
+  Returns:
+    Groups of device numbers; one of all where the text names none.
+
+  >>> replica_groups('replica_groups={{0,2},{1,3}}', 4)
+  [[0, 2], [1, 3]]
+  >>> replica_groups('replica_groups=[2,2]<=[2,2]T(1,0)', 4)
+  [[0, 2], [1, 3]]
+  >>> replica_groups("replica_groups=mesh['a'=2,'b'=2] {'a'}", 4)
+  [[0, 2], [1, 3]]
+  """
+  iota = r'replica_groups=\[([\d,]+)\]<=(\S+)'
+  if found := re.search(iota, attributes):
+    return _laid_out(found[2]).reshape(_numbers(found[1])).tolist()
+  mesh = r'replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}'
+  if found := re.search(mesh, attributes):
+    return _along_axes(*found.groups())
+  listed = re.search(r'replica_groups=\{([\d,{}]*)\}', attributes)
+  groups = re.findall(r'\{([\d,]+)\}', listed[1]) if listed else []
+  return [_numbers(group) for group in groups] or [list(range(num_devices))]
+
+
+def _along_axes(mesh: str, order: str, axes: str) -> list[list[int]]:
+  """Reads `'a'=2,'b'=8` with `'a','b':(1)4`: along a, and along a part of b."""
+  sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh)}
+  digits = []  # Of a device's place in the mesh: stride and size.
+  for axis, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
+    inner = list(sizes.values())[list(sizes).index(axis) + 1 :]
+    size = int(part or sizes[axis])
+    stride = math.prod(inner) * sizes[axis] // (int(before or 1) * size)
+    digits.append((stride, size))
+  groups = collections.defaultdict(list)
+  devices = _laid_out(order.strip() or f'[{math.prod(sizes.values())}]')
+  for place, device in enumerate(devices.tolist()):
+    along = sum(place // stride % size * stride for stride, size in digits)
+    groups[place - along].append(device)
+  return list(groups.values())
+
+
+def _laid_out(text: str) -> np.ndarray:
+  """Reads device numbers in order: `[2,4]T(1,0)`, or each by itself."""
+  found = re.search(r'\[([\d,]+)\](?:T\(([\d,]+)\))?', text)
+  if not found:
+    return np.array(_numbers(text))
+  shape, order = map(_numbers, found.groups(default=''))
+  devices = np.arange(math.prod(shape)).reshape(shape)
+  return devices.transpose(order or range(len(shape))).flatten()
+
+
+def _numbers(text: str) -> list[int]:
+  return [int(number) for number in re.findall(r'\d+', text)]

@@ -1,0 +1,147 @@
+"""Memory and arithmetic of a device: predicted, and read from the compiler."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from resist_jax.accounting import hlo, traffic
+from resist_jax.accounting.traffic import BYTES_PER_PARAM, Sizes
+from resist_jax.exchange import collectives
+from resist_jax.rounds.compiled import Round
+from resist_jax.rounds.state import Protocol
+
+
+def predicted_memory(
+  sizes: Sizes, protocol: Protocol, num_devices: int
+) -> dict[str, int]:
+  """Predicts what a device holds in a round, without activations and data.
+
+  Args:
+    sizes: Of the network, as the protocol cuts it.
+    protocol: Who holds what.
+    num_devices: D, or groups of them; each holds what its S / D workers hold.
+
+  Returns:
+    Bytes: `parameters` of the sub-networks; `optimizer`, their momentum;
+    `gradients`, of one step; and `exchange`, what the format keeps besides:
+    the shared part as last agreed, and what rounding left out; and where
+    workers may be left out, their blocks as last agreed.
+  """
+  S = protocol.num_workers
+  params = BYTES_PER_PARAM * traffic.params_per_worker(
+    sizes, S, protocol.min_depth, protocol.depths
+  )
+  shared = BYTES_PER_PARAM * sizes.shared
+  kept = shared if protocol.sends_changes else 0
+  if protocol.keeps_blocks:
+    kept += params - shared
+  if protocol.keeps_error:
+    shapes = collectives.error_shapes(sizes.shared, S)
+    kept += BYTES_PER_PARAM * sum(shape[1] for shape in shapes.values())
+  held = {
+    'parameters': params,
+    'optimizer': params,
+    'gradients': params,
+    'exchange': kept,
+  }
+  return {name: size * (S // num_devices) for name, size in held.items()}
+
+
+def compiled_memory(run: Round) -> dict[str, dict[str, int]]:
+  """Reads what each program of a compiled round needs on a device.
+
+  Args:
+    run: After `Round.compile`.
+
+  Returns:
+    For each program, bytes of its `arguments`, of `outputs` that take no
+    argument's place, of `temporary` values, and the `peak`, their sum.
+  """
+  return {
+    name: memory_parts(program.memory_analysis())
+    for name, program in run.compiled.items()
+  }
+
+
+def memory_parts(stats: Any) -> dict[str, int]:
+  """Sorts what the compiler says of a program's memory.
+
+  Args:
+    stats: XLA's `CompiledMemoryStats`.
+
+  Returns:
+    Bytes, see `compiled_memory`.
+  """
+  parts = {
+    'arguments': stats.argument_size_in_bytes,
+    'outputs': stats.output_size_in_bytes - stats.alias_size_in_bytes,
+    'temporary': stats.temp_size_in_bytes,
+  }
+  return {**parts, 'peak': sum(parts.values())}
+
+
+def compiled_wire_bytes(
+  run: Round,
+  local_steps: int,
+  branches: Mapping[str, int],
+  inside: bool = False,
+) -> int:
+  """Reads what a compiled round sends between the devices of two workers.
+
+  Args:
+    run: After `Round.compile`.
+    local_steps: T.
+    branches: Of the routes taken, see `traffic.branches`.
+    inside: Read what devices of the same worker send each other instead.
+
+  Returns:
+    Bytes, of all devices together.
+  """
+  return sum(
+    (local_steps if name.startswith('step') else 1)
+    * hlo.wire_bytes(program.as_text(), branches, run.group_size, inside)
+    for name, program in run.compiled.items()
+  )
+
+
+def predicted_group_bytes(
+  sizes: Sizes,
+  protocol: Protocol,
+  devices_per_worker: int,
+  statistics: int,
+  num_metrics: int,
+) -> int:
+  """Predicts what a local step sends between the devices of a worker.
+
+  Args:
+    sizes: Of the network, as the protocol cuts it.
+    protocol: Who holds what.
+    devices_per_worker: G.
+    statistics: See `num_statistics`.
+    num_metrics: How many the loss function reports, the loss included.
+
+  Returns:
+    Bytes, of all devices together: rings of gradients, metrics, and statistics
+    of batch norm with their gradients.
+  """
+  S = protocol.num_workers
+  params = traffic.params_per_worker(sizes, S, protocol.min_depth)
+  numbers = params + num_metrics + 2 * statistics
+  return S * 2 * (devices_per_worker - 1) * BYTES_PER_PARAM * numbers
+
+
+def compiled_flops(run: Round, images: int) -> float | None:
+  """Reads the arithmetic of training on one image.
+
+  Args:
+    run: After `Round.compile`.
+    images: That one local step of a device trains on.
+
+  Returns:
+    Floating-point operations, elementwise ones included; where workers are
+    unequal, on the device that has most. None where the program loops, since
+    the compiler counts a loop's body once.
+  """
+  if run.loops:
+    return None
+  steps: Any = [p for k, p in run.compiled.items() if k.startswith('step')]
+  return max(float(p.cost_analysis()['flops']) for p in steps) / images

@@ -1,0 +1,1 @@
+"""How parts of the network travel between workers."""

@@ -1,0 +1,57 @@
+"""Residual networks as Flax linen modules; a family is data.
+
+The parameters of a network are a plain dictionary in which each stage has a
+head, its first block, and a chain, the identical blocks after it, stacked on a
+leading axis.
+"""
+
+from resist_jax.models.arithmetic import num_statistics, predicted_flops
+from resist_jax.models.blocks import Block, Branch, Classifier, Shortcut, Stem
+from resist_jax.models.initial import initial_params
+from resist_jax.models.resnet import (
+  FAMILY,
+  STEMS,
+  PreActBottleneckResNet50,
+  PreActBottleneckResNet101,
+  PreActBottleneckResNet152,
+  PreActResNet18,
+  PreActResNet34,
+  PreActResNet101,
+  PreActResNet152,
+  PreActResNet200,
+  PreActResNetTiny,
+  ResNet,
+  branch_name,
+  chain_name,
+  head_name,
+  rescale_branches,
+  stage_of,
+)
+
+__all__ = [
+  'FAMILY',
+  'STEMS',
+  'Block',
+  'Branch',
+  'Classifier',
+  'PreActBottleneckResNet50',
+  'PreActBottleneckResNet101',
+  'PreActBottleneckResNet152',
+  'PreActResNet18',
+  'PreActResNet34',
+  'PreActResNet101',
+  'PreActResNet152',
+  'PreActResNet200',
+  'PreActResNetTiny',
+  'ResNet',
+  'Shortcut',
+  'Stem',
+  'branch_name',
+  'chain_name',
+  'head_name',
+  'initial_params',
+  'num_statistics',
+  'predicted_flops',
+  'rescale_branches',
+  'stage_of',
+]

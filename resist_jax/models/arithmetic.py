@@ -1,0 +1,105 @@
+"""What a step of training a residual network computes, counted by hand."""
+
+from collections.abc import Mapping, Sequence
+import math
+
+import jax
+import numpy as np
+
+from resist_jax.models.resnet import ResNet
+
+
+def num_statistics(
+  network: ResNet, image_shape: tuple[int, ...], lengths: Mapping[str, int]
+) -> int:
+  """Counts the means and mean squares that batch norm takes in a step.
+
+  Args:
+    network: The global network.
+    image_shape: `(H, W, C)`.
+    lengths: Blocks in chains by name, where a worker runs fewer than all.
+
+  Returns:
+    Two for every channel of every such layer.
+  """
+  network = network.with_chain_lengths(lengths)
+
+  def measured(images):
+    params = network.init(jax.random.key(0), images)['params']
+    return network.apply({'params': params}, images, mutable=['batch_stats'])[1]
+
+  images = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
+  leaves = jax.tree.leaves(jax.eval_shape(measured, images))
+  return sum(math.prod(leaf.shape) for leaf in leaves)
+
+
+def predicted_flops(
+  network: ResNet, image_shape: tuple[int, ...], lengths: Mapping[str, int]
+) -> float:
+  """Predicts the arithmetic of training on one image.
+
+  Counts products and sums of convolutions and of the classifier, forward and
+  for both gradients; the stem needs no gradient of its input. Products with
+  padding are none, as the compiler counts: on small images they matter.
+
+  Args:
+    network: The global network.
+    image_shape: `(H, W, C)`.
+    lengths: Blocks in chains by name, where a worker runs fewer than all.
+
+  Returns:
+    Floating-point operations.
+  """
+  forward = [
+    2 * taps * channels * features
+    for taps, channels, features in _products(
+      network.with_chain_lengths(lengths), image_shape
+    )
+  ]
+  return 3 * sum(forward) - forward[0]
+
+
+def _products(network: ResNet, image_shape: tuple[int, ...]):
+  """Yields products per pair of channels, and channels in and out, by layer."""
+  *image, channels = image_shape
+  features = network.widths[0]
+  size = 7 if network.stem == 'imagenet' else 3
+  stride = 1 if network.stem == 'small' else 2
+  yield _taps(image, size, stride), channels, features
+  image = _strided(image, stride)
+  if network.stem == 'imagenet':
+    image = _strided(image, 2)  # Max pooling.
+  channels = features
+  stages = zip(network.stage_sizes, network.widths, strict=True)
+  for stage, (blocks, features) in enumerate(stages, start=1):
+    out = 4 * features if network.bottleneck else features
+    for block in range(blocks):
+      stride = 2 if stage > 1 and block == 0 else 1
+      entered, image = image, _strided(image, stride)
+      if stride != 1 or channels != out:
+        yield _taps(entered, 1, stride), channels, out
+      if network.bottleneck:
+        yield _taps(entered, 1, 1), channels, features
+        yield _taps(entered, 3, stride), features, features
+        yield _taps(image, 1, 1), features, out
+      else:
+        yield _taps(entered, 3, stride), channels, features
+        yield _taps(image, 3, 1), features, features
+      channels = out
+  yield 1, channels, network.num_classes
+
+
+def _strided(image: Sequence[int], stride: int) -> list[int]:
+  return [-(-side // stride) for side in image]
+
+
+def _taps(image: Sequence[int], size: int, stride: int) -> int:
+  """Counts the pixels under a kernel, over all of its places in an image."""
+  pad = (size - 1) // 2
+  return math.prod(
+    sum(
+      min(place + size, side + pad) - max(place, pad)
+      for place in range(0, side + 2 * pad - size + 1, stride)
+    )
+    for side in image
+  )

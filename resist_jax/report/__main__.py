@@ -1,0 +1,7 @@
+"""Command line: python -m resist_jax.report DIR... [--out=OUT]."""
+
+import sys
+
+from resist_jax.report.page import main
+
+sys.exit(main())

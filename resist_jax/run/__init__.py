@@ -1,0 +1,1 @@
+"""A training from a config: the only room that reads a ConfigDict."""

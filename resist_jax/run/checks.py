@@ -1,0 +1,250 @@
+"""The mistakes in a config that need no data and no device, a line for each."""
+
+import ml_collections
+
+from resist_jax import decomposition, models
+from resist_jax.decomposition.assignments import Assigner
+from resist_jax.errors import ConfigError
+from resist_jax.exchange import compression
+from resist_jax.run.config import (
+  PHASE_FIELDS,
+  build_model,
+  chosen_depths,
+  differences,
+  get_config,
+)
+
+PROTOCOLS = ('resist', 'local_sgd', 'data_parallel')
+EXCHANGES = ('hand_over', 'masked_psum')
+AUGMENTATIONS = (
+  'resized_crop_flip', 'resized_crop', 'crop_flip', 'crop', 'flip', 'none',
+)  # fmt: skip
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+  """Finds mistakes that need no data and no device.
+
+  Args:
+    config: As made by `get_config`.
+
+  Raises:
+    ConfigError: On the first mistake.
+  """
+  _check_fields(config)
+  _one_of(config, 'protocol', PROTOCOLS)
+  _one_of(config, 'exchange', EXCHANGES)
+  _one_of(config, 'wire_format', tuple(compression.FORMATS))
+  _one_of(config, 'residual_scale', ('evaluation', 'training', 'none'))
+  _one_of(config.data, 'augment', ('auto', *AUGMENTATIONS))
+  _one_of(config.data, 'streaming', ('auto', 'always', 'never'))
+  _one_of(config.optimizer, 'schedule', ('step', 'cosine', 'constant'))
+  _one_of(config.model, 'name', tuple(models.FAMILY))
+  _one_of(config.model, 'norm', ('batch', 'group'))
+  _one_of(config.model, 'stem', models.STEMS)
+  _one_of(config.model, 'dtype', ('float32', 'bfloat16'))
+  for field in (
+    'num_workers', 'num_rounds', 'local_steps', 'batch_size', 'eval_every',
+    'checkpoint_every', 'devices_per_worker',
+  ):  # fmt: skip
+    _at_least(field, config[field], 1)
+  for field in ('num_devices', 'min_depth', 'seed'):
+    _at_least(field, config[field], 0)
+  for field in PHASE_FIELDS:
+    _at_least(f'phases.{field}', config.phases[field], 0)
+  _at_least('optimizer.warmup_rounds', config.optimizer.warmup_rounds, 0)
+  _at_least('optimizer.weight_decay', config.optimizer.weight_decay, 0)
+  for field in ('batch_size', 'statistics_images', 'batches_at_once'):
+    _at_least(f'evaluation.{field}', config.evaluation[field], 1)
+  if not config.lr > 0:
+    raise ConfigError(f'lr is {config.lr}; it must be greater than 0.')
+  if not 0 <= config.optimizer.momentum < 1:
+    raise ConfigError(
+      f'optimizer.momentum is {config.optimizer.momentum}; it must be at least '
+      '0 and less than 1.'
+    )
+  if not 0 <= config.data.validation < 1:
+    raise ConfigError(
+      f'data.validation is {config.data.validation}; it is a share of the '
+      'training set, at least 0 and less than 1.'
+    )
+  _at_least('data.image_size', config.data.image_size, 1)
+  extra = config.data.extra_tests
+  if len(set(extra)) < len(extra) or not all(isinstance(x, str) for x in extra):
+    raise ConfigError(
+      f'data.extra_tests is {extra}; it must name TFDS sets, each once.'
+    )
+  drops = config.optimizer.drops
+  if not all(0 < drop < 1 for drop in drops) or list(drops) != sorted(drops):
+    raise ConfigError(
+      f'optimizer.drops is {drops}; it must hold shares of the run, between 0 '
+      'and 1, in order.'
+    )
+  if config.protocol == 'data_parallel' and config.wire_format == 'int8':
+    raise ConfigError(
+      'wire_format int8 sends changes between rounds, and data_parallel has '
+      'none: use bfloat16 or float32.'
+    )
+  _check_faults(config)
+  full = sum(config.phases[field] for field in PHASE_FIELDS)
+  if full and config.protocol != 'resist':
+    raise ConfigError(
+      f'phases are full-model rounds of protocol resist, not of '
+      f'{config.protocol}: set them to 0.'
+    )
+  if full > config.num_rounds:
+    raise ConfigError(
+      f'phases ask for {full} full-model rounds of {config.num_rounds}: raise '
+      'num_rounds or lower phases.'
+    )
+  if config.depths and config.protocol != 'resist':
+    raise ConfigError(
+      f'depths is {config.depths}, but {config.protocol} gives each worker all '
+      'blocks: set it to (), or use protocol resist.'
+    )
+  _check_devices(config)
+  _check_model(config)
+
+
+def _check_devices(config) -> None:
+  G = config.devices_per_worker
+  if config.batch_size % G:
+    raise ConfigError(
+      f'batch_size is {config.batch_size}, not a multiple of '
+      f'devices_per_worker {G}, which share it: change one.'
+    )
+  if config.num_devices % G:
+    raise ConfigError(
+      f'num_devices is {config.num_devices}, not a multiple of '
+      f'devices_per_worker {G}: it counts the devices of all workers.'
+    )
+  if config.num_devices and config.num_workers % (config.num_devices // G):
+    per_worker = f' / devices_per_worker {G}' if G > 1 else ''
+    raise ConfigError(
+      f'num_workers is {config.num_workers}, not a multiple of num_devices '
+      f'{config.num_devices}{per_worker}: change one, or leave num_devices at '
+      '0.'
+    )
+
+
+def _check_fields(config) -> None:
+  """A card that was not made from `get_config` may lack or add fields."""
+  for name, (_, theirs) in differences(
+    _names(get_config().to_dict()), _names(config.to_dict())
+  ).items():
+    problem = 'lacks the field' if theirs is None else 'has an unknown field'
+    raise ConfigError(
+      f'the config {problem} {name}: begin with resist_jax.config.get_config().'
+    )
+
+
+def _names(config: dict) -> dict:
+  return {
+    name: _names(value) if isinstance(value, dict) else True
+    for name, value in config.items()
+  }
+
+
+def _check_faults(config) -> None:
+  if not config.faults.timeout > 0:
+    raise ConfigError(
+      f'faults.timeout is {config.faults.timeout}; it must be more than 0 '
+      'seconds.'
+    )
+  factor = config.faults.loss_factor
+  if not (factor == 0 or factor > 1):
+    raise ConfigError(
+      f'faults.loss_factor is {factor}; it must be greater than 1, or 0 to '
+      'leave nobody out for its loss.'
+    )
+  if factor and not config.faults.leave_out:
+    raise ConfigError(
+      f'faults.loss_factor is {factor}, but faults.leave_out is off: turn it '
+      'on, or set loss_factor to 0.'
+    )
+  if factor and config.protocol == 'data_parallel':
+    raise ConfigError(
+      'faults.loss_factor compares losses at the end of a round, and '
+      'data_parallel has averaged by then: set it to 0.'
+    )
+
+
+def _check_model(config) -> None:
+  for name, values in (
+    ('partition', config.partition),
+    ('model.stage_sizes', config.model.stage_sizes),
+    ('model.widths', config.model.widths),
+  ):
+    if not all(type(value) is int for value in values):
+      raise ConfigError(f'{name} is {values}; it must hold whole numbers.')
+  network = build_model(config, num_classes=2)
+  if len(network.stage_sizes) != len(network.widths):
+    raise ConfigError(
+      f'model.stage_sizes has {len(network.stage_sizes)} stages and '
+      f'model.widths {len(network.widths)}: give one width a stage.'
+    )
+  if min((*network.stage_sizes, *network.widths)) < 1:
+    raise ConfigError('model.stage_sizes and model.widths must be at least 1.')
+  if config.protocol != 'resist':
+    return
+  if config.partition_strided and config.exchange == 'hand_over':
+    raise ConfigError(
+      'partition_strided deals single blocks, and hand_over gives each worker '
+      'a block of its own: use exchange=masked_psum.'
+    )
+  if not config.partition or len(set(config.partition)) < len(config.partition):
+    raise ConfigError(
+      'partition must name at least one stage, each once; protocol=local_sgd '
+      'cuts none.'
+    )
+  _check_depths(config)
+  for stage in config.partition:
+    if not 1 <= stage <= len(network.stage_sizes):
+      raise ConfigError(
+        f'partition names stage {stage}; {config.model.name} has stages 1 to '
+        f'{len(network.stage_sizes)}.'
+      )
+    length = network.stage_sizes[stage - 1] - 1
+    try:
+      depths = chosen_depths(config)
+      sizes = (length, config.num_workers, config.min_depth, depths)
+      decomposition.slots_per_worker(*sizes)
+      if config.exchange == 'hand_over':
+        Assigner(*sizes)
+    except ValueError as error:
+      raise ConfigError(f'stage {stage}: {error}') from error
+
+
+def _check_depths(config) -> None:
+  depths = config.depths
+  if not depths and isinstance(depths, tuple | list):
+    return
+  whole = isinstance(depths, tuple | list) and all(
+    type(depth) is int for depth in depths
+  )
+  if not whole and depths != 'by_speed':
+    raise ConfigError(
+      f'depths is {depths!r}; use a whole number for each worker, such as '
+      '(8, 6, 4, 4), or by_speed, or ().'
+    )
+  if depths == 'by_speed' and config.min_depth:
+    raise ConfigError(
+      f'depths by_speed leave min_depth {config.min_depth} nothing to say: set '
+      'min_depth to 0.'
+    )
+  if len(config.partition) > 1 or config.partition_strided:
+    raise ConfigError(
+      f'depths is {depths}, of one chain, but partition and partition_strided '
+      'cut several: let them cut one.'
+    )
+
+
+def _one_of(config, field: str, values: tuple[str, ...]) -> None:
+  if config[field] not in values:
+    raise ConfigError(
+      f'{field} is {config[field]!r}; use one of {", ".join(values)}.'
+    )
+
+
+def _at_least(name: str, value: float, least: int) -> None:
+  if not value >= least:
+    raise ConfigError(f'{name} is {value}; it must be at least {least}.')

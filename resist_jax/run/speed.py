@@ -1,0 +1,177 @@
+"""Depths for workers of unequal speed, from times measured as a run begins."""
+
+from collections.abc import Sequence
+import dataclasses
+import time
+
+from absl import logging
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import numpy as np
+
+from resist_jax.rounds import device_groups
+from resist_jax.rounds import state as state_lib
+from resist_jax.rounds.state import mesh_sizes
+from resist_jax.run.setup import Setup
+
+STEPS = 3  # Of a round that is timed.
+REPEATS = 3  # Of these rounds; the fastest counts.
+
+
+def depths_by_speed(
+  shared_seconds: Sequence[float],
+  block_seconds: Sequence[float],
+  num_blocks: int,
+) -> tuple[int, ...]:
+  """Deals so many blocks to each worker that the last one is done soonest.
+
+  A step of a worker takes its shared time, and its block time for each block.
+  Block after block goes to the worker that would be done first with it, which
+  no other choice of depths can beat.
+
+  Args:
+    shared_seconds: Of each worker, what a step takes but for blocks.
+    block_seconds: Of each worker, what a step takes for each block.
+    num_blocks: L, at least S.
+
+  Returns:
+    Depths, at least 1 and L together.
+
+  >>> depths_by_speed((0, 0, 0), (1, 1, 3), num_blocks=14)
+  (6, 6, 2)
+  >>> depths_by_speed((5, 0), (1, 1), num_blocks=11)  # One has a slow start.
+  (3, 8)
+  """
+  depths = [1] * len(block_seconds)
+  for _ in range(num_blocks - len(depths)):
+    done = [
+      shared + (depth + 1) * block
+      for shared, block, depth in zip(
+        shared_seconds, block_seconds, depths, strict=True
+      )
+    ]
+    depths[done.index(min(done))] += 1
+  return tuple(depths)
+
+
+def split_seconds(
+  few: int, many: int, seconds: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Takes step times apart, by a line through two depths.
+
+  Args:
+    few: The smaller depth that was timed.
+    many: The larger one.
+    seconds: `float[S, 2]`, of a step of each worker at both.
+
+  Returns:
+    `(shared_seconds, block_seconds)`, `float[S]` each.
+
+  >>> split_seconds(1, 3, np.array([[5.0, 9.0]]))
+  (array([3.]), array([2.]))
+  """
+  # Where a block drowns in noise it still costs something: a hundredth.
+  block = (seconds[:, 1] - seconds[:, 0]) / (many - few)
+  block = np.maximum(block, seconds[:, 1] / 100)
+  return np.maximum(seconds[:, 0] - few * block, 0), block
+
+
+def with_depths(setup: Setup, measured: Sequence[int]) -> Setup:
+  """Chooses depths by speed, where the config asks for that.
+
+  Args:
+    setup: Of the run.
+    measured: What an earlier part of the run chose; it holds while the number
+      of workers is the same, so that a resumed run repeats bit for bit.
+
+  Returns:
+    The setup with depths.
+  """
+  if setup.config.depths != 'by_speed' or not setup.chains:
+    return setup
+  (length,) = setup.chains.values()
+  depths = tuple(measured)
+  if len(depths) != setup.config.num_workers:
+    times = split_seconds(*time_workers(setup))
+    shared, block = (seconds.tolist() for seconds in times)
+    depths = depths_by_speed(shared, block, length)
+    logging.info(
+      'depths by speed: %s; seconds a step but for blocks: %s, a block: %s',
+      depths, *(x.round(5).tolist() for x in times),
+    )  # fmt: skip
+  return dataclasses.replace(setup, depths=depths)
+
+
+def time_workers(setup: Setup) -> tuple[int, int, np.ndarray]:
+  """Times steps of local training at one block and at an even deal's depth.
+
+  Each device is timed alone, with one worker. The virtual devices of a CPU
+  share its cores and are alike: the first one of a process stands for all.
+
+  Args:
+    setup: Of the run.
+
+  Returns:
+    `(few, many, seconds)`: both depths, and `float[S, 2]`.
+  """
+  workers, (groups, size) = setup.config.num_workers, mesh_sizes(setup.mesh)
+  devices = setup.mesh.devices.reshape(groups, size)[:, 0].tolist()
+  (length,) = setup.chains.values()
+  few, many = 1, max(2, -(-length // workers))
+  rows = [i for i, d in enumerate(devices) if d in setup.mesh.local_devices]
+  seconds = np.zeros((len(devices), 2))
+  for row in rows[:1] if setup.on_cpu else rows:
+    seconds[row] = [_step_seconds(setup, row, depth) for depth in (few, many)]
+  if setup.on_cpu:
+    seconds[rows] = seconds[rows[0]]
+  if jax.process_count() > 1:  # Each has timed its own; the rest are zeros.
+    seconds = multihost_utils.process_allgather(seconds).sum(axis=0)
+  return few, many, np.repeat(seconds, workers // len(devices), axis=0)
+
+
+def _step_seconds(setup: Setup, row: int, depth: int) -> float:
+  """Times a lone worker's local step on one device."""
+  (chain,) = setup.chains
+  mesh = Mesh(setup.mesh.devices[row : row + 1], setup.mesh.axis_names)
+  config = setup.config.copy_and_resolve_references()
+  config.num_workers, config.exchange = 1, 'masked_psum'
+  config.local_steps = min(STEPS, config.local_steps)
+  config.phases.full_before = config.phases.full_after = 0
+  lone = dataclasses.replace(
+    setup, config=config, chains={chain: depth}, mesh=mesh, depths=()
+  )
+  phase = lone.phase(0)
+  deal = next(lone.deals(phase, 0))
+
+  # Times do not depend on values.
+  network = setup.network.with_chain_lengths({chain: depth})
+  image = jnp.zeros((1, *setup.dataset.train.images.shape[1:]), jnp.float32)
+  shapes = jax.eval_shape(network.init, jax.random.key(0), image)['params']
+  params = jax.tree.map(lambda s: np.full(s.shape, 0.01, s.dtype), shapes)
+  velocity = None
+  if phase.protocol.carry_velocity:
+    velocity = jax.tree.map(np.zeros_like, params)
+  state = state_lib.distribute(params, deal, phase.protocol, mesh, velocity)
+  constants = device_groups.part(
+    setup.constants, device_groups.Team(mesh, (row,), (depth,))
+  )
+  batches = _batches(setup, config.local_steps)
+
+  phase.run.compile(state, constants, batches)
+  best = float('inf')
+  for index in range(1 + REPEATS):  # The first one warms up.
+    start = time.perf_counter()
+    state, metrics = phase.run(state, deal, constants, batches, index)
+    jax.block_until_ready((state.shared, state.chain, metrics))
+    if index:
+      best = min(best, time.perf_counter() - start)
+  return best / config.local_steps
+
+
+def _batches(setup: Setup, steps: int):
+  """Returns what a lone worker trains on: always the first example."""
+  shapes = setup.feed.batch_shapes()
+  zeros = jax.tree.map(lambda x: np.zeros((1, *x.shape[1:]), x.dtype), shapes)
+  return zeros[:steps] if setup.dataset.streamed else zeros[:, :steps]

@@ -1,0 +1,312 @@
+"""A run from a config: build, restore, loop over rounds, evaluate, save."""
+
+import dataclasses
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+from absl import logging
+import jax
+import ml_collections
+import numpy as np
+
+from resist_jax import report
+from resist_jax.decomposition.assignments import Assignment
+from resist_jax.errors import ConfigError
+from resist_jax.rounds import state as state_lib
+from resist_jax.rounds.arrays import to_host
+from resist_jax.rounds.state import State
+from resist_jax.run import export, metrics, processes, restore, speed
+from resist_jax.run import workdir as workdir_lib
+from resist_jax.run.checkpoint import Checkpoints, Restored
+from resist_jax.run.checks import validate
+from resist_jax.run.clock import Clock
+from resist_jax.run.interrupt import Interrupt, Interrupted
+from resist_jax.run.phase import Phase
+from resist_jax.run.setup import Setup, prepare
+from resist_jax.run.summary import summarise
+
+
+class NonFiniteError(ArithmeticError):
+  """Training diverged; the last good checkpoint is kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+  """What a run has done; it travels in the checkpoint.
+
+  Attributes:
+    round: Rounds completed.
+    bytes_total: Sent so far, by the paper's count.
+    wire_bytes_total: Sent so far by rounds, from device to device.
+    evaluation_wire_bytes_total: Sent so far by tests, likewise.
+    images_total: Trained on so far, over all workers.
+    seconds_training: Without compilation, tests and checkpoints.
+    seconds_total: With everything.
+    left_out_total: How often a worker was left out of a round.
+    best_test_accuracy_paper: Over the evaluations so far.
+    residual_scale: Of the global model's cut chains; 1 where none is named.
+    depths_by_speed: As measured when the run began; empty if not asked for.
+    last: The newest row of the log.
+  """
+
+  round: int = 0
+  bytes_total: int = 0
+  wire_bytes_total: int = 0
+  evaluation_wire_bytes_total: int = 0
+  images_total: int = 0
+  seconds_training: float = 0.0
+  seconds_total: float = 0.0
+  left_out_total: int = 0
+  best_test_accuracy_paper: float = 0.0
+  residual_scale: dict[str, float] = dataclasses.field(default_factory=dict)
+  depths_by_speed: list[int] = dataclasses.field(default_factory=list)
+  last: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+  """Trains a network from its newest checkpoint, or from scratch, to the end.
+
+  Args:
+    config: As made by `config.get_config`.
+    workdir: Folder of the run; the same config in it goes on where it stopped.
+
+  Returns:
+    What `summary.json` holds.
+
+  Raises:
+    ConfigError: On a mistake of the user's, before anything is written.
+    NonFiniteError: If a worker's loss or parameters are not finite.
+    Interrupted: On SIGTERM or SIGINT, after a checkpoint.
+  """
+  started = time.perf_counter()
+  folder = pathlib.Path(workdir)
+  validate(config)
+  workdir_lib.check(folder, config.to_dict())
+  setup = prepare(config)
+
+  checkpoints = Checkpoints(folder, setup.mesh)
+  with Interrupt() as interrupt:
+    restored = _restore(checkpoints, setup)
+    measured = restored.progress.get('depths_by_speed') if restored else None
+    setup = speed.with_depths(setup, measured or ())
+    done = restored.progress['round'] if restored else 0
+    # Process 0 writes what is not on the devices; all write checkpoints.
+    writes = jax.process_index() == 0
+    if writes:
+      workdir_lib.write_json(folder / 'config.json', config.to_dict())
+    with metrics.open_log(folder, done, config.num_rounds, writes) as log:
+      state, phase, progress = _loop(
+        setup, checkpoints, log, interrupt, restored, started
+      )
+  params, _ = state_lib.assemble(state, phase.protocol.num_blocks)
+  statistics = setup.evaluator.statistics(*state.parts)
+  export.save(folder, setup.evaluator.predictor(params, statistics))
+  summary = summarise(setup, phase, params, dataclasses.asdict(progress))
+  if writes:
+    workdir_lib.write_json(folder / 'summary.json', summary)
+    report.write_report([folder], folder)
+  return summary
+
+
+def _restore(checkpoints: Checkpoints, setup: Setup) -> Restored | None:
+  """Returns the newest checkpoint, or None before the first round."""
+  try:
+    restored = checkpoints.restore()
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
+  if restored is None:
+    return None
+  done = restored.progress['round']
+  if done > setup.config.num_rounds:
+    raise ConfigError(
+      f'num_rounds is {setup.config.num_rounds}, but this workdir has trained '
+      f'{done} rounds already: raise num_rounds or choose another workdir.'
+    )
+  logging.info('going on after round %d', done)
+  return restored
+
+
+class _Dispatched(NamedTuple):
+  """A round that may still be running on the devices."""
+
+  index: int
+  phase: Phase
+  before: dict[str, Assignment]
+  after: dict[str, Assignment]
+  metrics: dict[str, jax.Array]
+  seconds_local: float | None
+
+
+def _loop(
+  setup: Setup,
+  checkpoints: Checkpoints,
+  log: metrics.Log,
+  interrupt: Interrupt,
+  restored: Restored | None,
+  started: float,
+) -> tuple[State, Phase, Progress]:
+  """Trains the remaining rounds and returns what they end with."""
+  config, evaluator = setup.config, setup.evaluator
+  progress = Progress(**restored.progress) if restored else Progress()
+  by_speed = config.depths == 'by_speed'
+  progress = dataclasses.replace(
+    progress,
+    residual_scale=setup.global_scale(),
+    depths_by_speed=list(setup.depths) if by_speed else [],
+  )
+  seconds_before = progress.seconds_total
+  tested_before = progress.evaluation_wire_bytes_total
+  clock = Clock(progress.seconds_training)
+  phase, state, deals = restore.enter(setup, restored)
+  running, asked = None, 0
+  for index in range(progress.round, config.num_rounds):
+    if clock.stands:
+      # To wait for who still compiles, or writes, is not to train.
+      processes.meet()
+    clock.start()
+    before, after = state.slots, next(deals)
+    state, measured = phase.run(
+      state, after, setup.constants, setup.batches(index), index
+    )
+    # This round runs while the metrics of the one before are read and logged.
+    if running:
+      progress, asked = _read(setup, running, progress, clock, interrupt)
+      log(progress.last)
+    running = _Dispatched(
+      index, phase, before, after, measured, phase.run.seconds_local
+    )
+
+    done = index + 1
+    last = done == config.num_rounds
+    evaluates = last or done % config.eval_every == 0
+    saves = last or done % config.checkpoint_every == 0
+    leaves = not last and setup.phase_name(done) != phase.name
+    if jax.process_count() == 1:
+      asked = interrupt.signum or 0
+    if not (evaluates or saves or leaves or asked):
+      continue
+    progress, signum = _read(setup, running, progress, clock, interrupt)
+    running, signum = None, asked or signum
+    clock.stop()
+    if evaluates:
+      progress = _with_accuracies(progress, evaluator(*state.parts))
+    log(progress.last)
+    elapsed = seconds_before + time.perf_counter() - started
+    progress = dataclasses.replace(
+      progress,
+      seconds_total=elapsed,
+      evaluation_wire_bytes_total=tested_before + evaluator.wire_bytes,
+    )
+    if jax.process_count() == 1:  # It may have come during the test.
+      signum = interrupt.signum or 0
+    if saves or signum:
+      chains = phase.protocol.num_blocks
+      checkpoints.save(state, chains, dataclasses.asdict(progress))
+    if signum and not last:
+      raise Interrupted(
+        signum,
+        f'stopped after round {done} of {config.num_rounds}; the same command '
+        'goes on from there.',
+      )
+    if leaves:
+      whole = state_lib.assemble(state, phase.protocol.num_blocks)
+      phase, state, deals = restore.begin(setup, done, *whole)
+  if 'test_accuracy' not in progress.last:  # Ended by a lower num_rounds.
+    progress = _with_accuracies(progress, evaluator(*state.parts))
+  return state, phase, progress
+
+
+def _read(
+  setup: Setup,
+  running: _Dispatched,
+  progress: Progress,
+  clock: Clock,
+  interrupt: Interrupt,
+) -> tuple[Progress, int]:
+  """Waits for a round and turns its metrics into a row of the log.
+
+  Returns:
+    `(progress, signum)`: what is done now; and the signal that some process
+    got, or 0. All processes read the same, so they stop after the same round.
+  """
+  told = {
+    'signum': setup.tell_all(interrupt.signum or 0),
+    'seconds_local': setup.tell_all(running.seconds_local or 0),
+  }
+  measured = to_host({**running.metrics, **told})
+  done = running.index + 1
+  config = setup.config
+  left_out = _left_out(config, done, measured)
+  images = config.num_workers * config.local_steps * config.batch_size
+  seconds = clock.seconds()
+  row: dict[str, Any] = {
+    'round': done,
+    'protocol': running.phase.name,
+    'train_loss': float(measured['loss'][measured['good']].mean()),
+    'train_accuracy': float(measured['accuracy'][measured['good']].mean()),
+    **({'left_out': left_out} if left_out else {}),
+    'lr': float(setup.schedule(done * config.local_steps - 1)),
+    'seconds_training': seconds,
+    # Of the slowest process: only then can an exchange begin.
+    'seconds_local': float(measured['seconds_local'].max()) or None,
+    'bytes_total': progress.bytes_total + running.phase.bytes_per_round,
+    'wire_bytes_total': progress.wire_bytes_total
+    + running.phase.wire_bytes(running.before, running.after),
+    'images_per_second': images / (seconds - progress.seconds_training),
+    'slots': {
+      name: [[b for b in worker if b < setup.chains[name]] for worker in table]
+      for name, table in (
+        (name, deal.slots.tolist()) for name, deal in running.before.items()
+      )
+    },
+    'num_blocks': dict(setup.chains),
+  }
+  return dataclasses.replace(
+    progress,
+    round=done,
+    bytes_total=row['bytes_total'],
+    wire_bytes_total=row['wire_bytes_total'],
+    images_total=progress.images_total + images,
+    seconds_training=seconds,
+    left_out_total=progress.left_out_total + len(left_out),
+    last=row,
+  ), int(measured['signum'].max())
+
+
+def _left_out(
+  config: ml_collections.ConfigDict, done: int, measured: dict[str, np.ndarray]
+) -> list[int]:
+  """Returns the workers left out of a round; where all are, there is none."""
+  finite, good = measured['finite'], measured['good']
+  broken = ', '.join(map(str, np.flatnonzero(~finite)))
+  if broken and not (config.faults.leave_out and good.any()):
+    raise NonFiniteError(
+      f'round {done}: the loss or the parameters of worker {broken} are not '
+      f'finite. Lower lr (now {config.lr}) or raise optimizer.warmup_rounds, '
+      'and choose another workdir; the last good checkpoint of this one is '
+      'kept.'
+    )
+  far = ', '.join(map(str, np.flatnonzero(finite & ~good)))
+  for workers, reason in (
+    (broken, 'its loss, its parameters or a gradient is not finite'),
+    (far, f'its loss is over {config.faults.loss_factor} times the median'),
+  ):
+    if workers:
+      logging.warning(
+        'round %d goes on without worker %s: %s', done, workers, reason
+      )
+  return np.flatnonzero(~good).tolist()
+
+
+def _with_accuracies(
+  progress: Progress, accuracies: dict[str, float]
+) -> Progress:
+  best = max(
+    progress.best_test_accuracy_paper, accuracies['test_accuracy_paper']
+  )
+  return dataclasses.replace(
+    progress,
+    best_test_accuracy_paper=best,
+    last={**progress.last, **accuracies},
+  )
