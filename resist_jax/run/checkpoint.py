@@ -9,7 +9,6 @@ and all restore the checkpoint that it found whole.
 """
 
 from collections.abc import Mapping
-import hashlib
 import pathlib
 import shutil
 from typing import Any, NamedTuple
@@ -17,17 +16,13 @@ from typing import Any, NamedTuple
 from absl import logging
 import jax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from resist_jax.decomposition.assignments import Assignment
-from resist_jax.exchange.collectives import WORKER
-from resist_jax.rounds.state import SHARDED, State, first_copy
+from resist_jax.rounds import State, storage
 from resist_jax.run import processes
 from resist_jax.run.metrics import replace_text
-
-PyTree = Any
 
 KEEP = 3  # A fallback for the newest, and one for the fallback.
 # By the wall clock, which may jump; `processes` misses who is lost, and sooner.
@@ -39,13 +34,11 @@ class Restored(NamedTuple):
   """A checkpoint that was read and found whole.
 
   Attributes:
-    state: As it was saved; its shared part is without the axis S, on the host.
-    num_blocks: L of each chain that was partitioned.
+    stored: What its files hold.
     progress: What the run had counted by then; `progress['round']` rounds.
   """
 
-  state: State
-  num_blocks: dict[str, int]
+  stored: storage.Stored
   progress: dict[str, Any]
 
 
@@ -83,7 +76,7 @@ class Checkpoints:
       workdir: Of the run; where there are several processes, all see it.
       mesh: Whose devices read the parts of the workers that live there.
     """
-    self._sharding = NamedSharding(mesh, SHARDED)
+    self._mesh = mesh
     self._folder = workdir.absolute() / 'checkpoints'  # Orbax's own wish.
     self._digests = workdir.absolute() / 'digests'
     if jax.process_index() == 0:
@@ -92,32 +85,16 @@ class Checkpoints:
         if not path.name.isdecimal():
           shutil.rmtree(path, ignore_errors=True)
 
-  def save(
-    self,
-    state: State,
-    num_blocks: Mapping[str, int],
-    progress: Mapping[str, Any],
-  ) -> None:
+  def save(self, state: State, progress: Mapping[str, Any]) -> None:
     """Saves the state between two rounds; it is whole or not there at all.
 
     Args:
       state: What the workers hold.
-      num_blocks: L of each partitioned chain.
       progress: JSON values; `progress['round']` names the checkpoint.
 
     Raises:
       SaveError: If it cannot be written.
     """
-    arrays: Any = {'params': _parts(state.shared, state.chain)}
-    if state.velocity is not None:
-      arrays['velocity'] = _parts(**state.velocity)
-    if state.error is not None:
-      arrays['error'] = {'workers': state.error}
-    record: Any = {
-      'progress': dict(progress),
-      'num_blocks': dict(num_blocks),
-      'slots': {k: deal.slots.tolist() for k, deal in state.slots.items()},
-    }
     step = progress['round']
     try:
       # Not by orbax's manager of checkpoints: where a process fails, there it
@@ -127,12 +104,7 @@ class Checkpoints:
       context.asynchronous.timeout_secs = _PATIENCE
       # JAX's barriers can be left by one process only, where a clock jumps.
       with context, processes.together(f'the checkpoint of round {step}'):
-        ocp.save(
-          self._path(step),
-          arrays,
-          overwrite=True,
-          custom_metadata=record,
-        )
+        storage.write(self._path(step), state, progress)
       if jax.process_index() == 0:
         self._write_digest(step)
         self._drop_all_but(step)
@@ -186,20 +158,14 @@ class Checkpoints:
     names = [path.name for path in self._folder.iterdir()]
     return sorted(int(name) for name in names if name.isdecimal())
 
-  def _path(self, step: int) -> str:
-    return str(self._folder / str(step))
+  def _path(self, step: int) -> pathlib.Path:
+    return self._folder / str(step)
 
   def _digest_path(self, step: int) -> pathlib.Path:
     return self._digests / f'{step}.sha256'
 
   def _digest(self, step: int) -> str:
-    """Returns a digest of the names and the bytes of a checkpoint's files."""
-    sha, folder = hashlib.sha256(), self._folder / str(step)
-    for path in sorted(p for p in folder.rglob('*') if p.is_file()):
-      with path.open('rb') as file:
-        content = hashlib.file_digest(file, 'sha256').hexdigest()
-      sha.update(f'{path.relative_to(folder)} {content}\n'.encode())
-    return sha.hexdigest()
+    return storage.digest_of_files(self._path(step))
 
   def _write_digest(self, step: int) -> None:
     self._digests.mkdir(exist_ok=True)
@@ -218,64 +184,9 @@ class Checkpoints:
         path.unlink()
 
   def _read(self, step: int) -> Restored:
-    saved: Any = ocp.metadata(self._path(step))
-    record = saved.custom_metadata
-
-    def target(path, leaf):
-      # Workers' parts go straight to the devices that they share out evenly.
-      if path[1].key == 'workers' and (
-        leaf.shape[0] % self._sharding.mesh.shape[WORKER] == 0
-      ):
-        return jax.ShapeDtypeStruct(
-          leaf.shape, leaf.dtype, sharding=self._sharding
-        )
-      return np.zeros(leaf.shape, leaf.dtype)
-
-    targets = jax.tree_util.tree_map_with_path(target, saved.metadata)
-    arrays: Any = ocp.load(self._path(step), targets)
-    slots = {
-      name: Assignment(np.array(table, np.int32))
-      for name, table in record['slots'].items()
-    }
-    shared, chain = _from_parts(arrays['params'])
-    velocity = None
-    if 'velocity' in arrays:
-      parts = _from_parts(arrays['velocity'])
-      velocity = dict(zip(('shared', 'chain'), parts, strict=True))
-    error = arrays.get('error', {}).get('workers')
-    state = State(shared, chain, slots, velocity, error)
-    return Restored(state, record['num_blocks'], record['progress'])
+    stored = storage.read(self._path(step), self._mesh)
+    return Restored(stored, stored.record)
 
 
 def _one_line(error: Exception) -> str:
   return ' '.join(str(error).split())[:100]
-
-
-def _parts(shared: PyTree, chain: PyTree) -> dict[str, PyTree]:
-  """Returns what to save: once what all workers hold, and their own parts."""
-  whole = jax.tree.map(first_copy, shared)
-  return {'whole': whole, **({'workers': chain} if chain else {})}
-
-
-def _from_parts(parts: PyTree) -> tuple[PyTree, PyTree]:
-  return parts['whole'], parts.get('workers', {})
-
-
-def digest(tree: PyTree) -> str:
-  """Returns the SHA-256 of the bytes of a pytree's arrays.
-
-  Args:
-    tree: Pytree of arrays, read in the order of `jax.tree.leaves`.
-
-  Returns:
-    Hexadecimal digits; equal for equal values wherever they live.
-
-  >>> digest({'w': np.zeros(2)}) == digest({'w': np.zeros(2)})
-  True
-  >>> digest({'w': np.zeros(2)}) == digest({'w': np.ones(2)})
-  False
-  """
-  sha = hashlib.sha256()
-  for leaf in jax.tree.leaves(tree):
-    sha.update(np.ascontiguousarray(leaf).view(np.uint8).data)
-  return sha.hexdigest()

@@ -5,7 +5,13 @@ ConfigDict is read in `build.py` and above, and nowhere below.
 
 import ml_collections
 
-from resist_jax import models
+from resist_jax import exchange, models
+
+# Exchanges by the name that a config gives them; each takes a wire format.
+EXCHANGES = {
+  'hand_over': exchange.hand_over,
+  'masked_psum': exchange.masked_psum,
+}
 
 PHASE_FIELDS = ('full_before', 'full_after')
 
@@ -24,6 +30,7 @@ ELASTIC = frozenset(
     'exchange',
     'wire_format',
     'evaluation.batches_at_once',
+    'evaluation.stream_blocks',
     'eval_every',
     'checkpoint_every',
     'data.dir',
@@ -128,8 +135,11 @@ def get_config() -> ml_collections.ConfigDict:
   config.evaluation.batch_size = 100  # Test-batch statistics are of these.
   # Training images over which the deployed model's statistics are measured.
   config.evaluation.statistics_images = 2000
-  # Batches whose activations a device holds while the blocks of cut chains
-  # pass by; fewer batches at once, more passes.
+  # Test block by block, where the whole network fits on no device; otherwise
+  # each device gathers all of it.
+  config.evaluation.stream_blocks = False
+  # Batches whose activations a device holds while blocks are streamed; with
+  # fewer at once, the blocks come by more often.
   config.evaluation.batches_at_once = 32
   return config
 
