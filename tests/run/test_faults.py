@@ -223,7 +223,8 @@ def test_a_clock_that_jumps_is_not_noticed(tmp_path):
 BAD_WORKER = """
 import sys
 from absl import app
-from resist_jax import __main__ as program, classification
+from resist_jax import __main__ as program
+from resist_jax.run import classification
 
 make_loss = classification.make_loss
 

@@ -69,7 +69,7 @@ def test_four_processes_are_four_virtual_devices(name, trained, tmp_path):
 def test_who_meets_waits_for_the_last(tmp_path):
   code = f"""
 import pathlib, sys, time
-from resist_jax import processes
+from resist_jax.run import processes
 me = int(sys.argv[2])
 processes.start(sys.argv[1], 2, me, 30)
 for turn in range(2):
@@ -93,7 +93,7 @@ def test_who_never_comes_is_not_waited_for_forever():
   """Both are alive, so only the time that it takes tells."""
   code = """
 import sys, time
-from resist_jax import processes
+from resist_jax.run import processes
 me = int(sys.argv[2])
 processes.start(sys.argv[1], 2, me, 3)
 with processes.together('what all do'):

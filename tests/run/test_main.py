@@ -11,7 +11,7 @@ import time
 import pytest
 import tfds_sets
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 CARD = ROOT / 'experiments' / 'configs' / 'digits.py'
 TINY = (
   '--config.model.stage_sizes=(1,5)',
