@@ -35,7 +35,7 @@ FIELDS = {
       'resist, or a baseline: local_sgd (every worker trains the whole '
       'network) or data_parallel (workers average gradients at every step).',
     ),
-    Field('num_workers', 4, 'S: each worker trains one sub-network.'),
+    Field('num_workers', 4, 'S: workers, each of which trains a sub-network.'),
     Field(
       'num_devices',
       0,
@@ -60,7 +60,7 @@ FIELDS = {
       "T: optimiser steps of a worker in a round, the paper's l. The paper "
       'takes fewer for eight workers.',
     ),
-    Field('seed', 0, 'Initial parameters, batches and assignments follow it.'),
+    Field('seed', 0, 'Determines initial parameters, batches and assignments.'),
   ),
   'Cutting the network': (
     Field(
@@ -94,8 +94,8 @@ FIELDS = {
       'residual_scale',
       'evaluation',
       'When the residual branches of divided chains are scaled by the share of '
-      'workers that hold a block: evaluation (paper); training (by its '
-      'inverse, then); or none.',
+      'workers that hold a block: evaluation (paper), training (by the inverse '
+      'of that share), or none.',
     ),
   ),
   'Exchange': (
@@ -139,13 +139,14 @@ FIELDS = {
     Field(
       'optimizer.schedule',
       'step',
-      'step divides the learning rate by 10 at each of the drops (paper); '
-      'cosine; constant.',
+      'step divides the learning rate by 10 at each of optimizer.drops '
+      '(paper); the others are cosine and constant.',
     ),
     Field(
       'optimizer.drops',
       (0.5, 0.75),
-      "When step divides, in shares of the run: the paper's for CIFAR.",
+      "When the schedule step divides, in shares of the run: the paper's for "
+      'CIFAR.',
     ),
     Field(
       'optimizer.warmup_rounds',
@@ -202,7 +203,12 @@ FIELDS = {
     ),
   ),
   'Model': (
-    Field('model.name', 'PreActResNet101', "The paper's network for CIFAR."),
+    Field(
+      'model.name',
+      'PreActResNet101',
+      "The paper's network for CIFAR. The others are PreActResNet18, 34, 152, "
+      '200 and Tiny, and PreActBottleneckResNet50, 101 and 152.',
+    ),
     Field(
       'model.stage_sizes',
       (),
