@@ -38,6 +38,8 @@ from resist_jax.errors import ConfigError
 from resist_jax.rounds import State, make_mesh
 from resist_jax.trainer import Trainer
 
+__version__ = '0.1.0'
+
 __all__ = [
   'ConfigError',
   'State',
