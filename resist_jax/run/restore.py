@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from resist_jax.decomposition.assignments import Assignment
-from resist_jax.models.initial import initial_params
+from resist_jax.models import initial_params
 from resist_jax.models.resnet import rescale_branches
 from resist_jax.rounds import state as state_lib
 from resist_jax.rounds.state import State
