@@ -11,7 +11,8 @@ from several import ROOT
 from train_several import RUNS, WORKERS, config_of
 
 from experiments.launch import local
-from resist_jax.run import export, metrics, processes, train
+from resist_jax import report
+from resist_jax.run import export, processes, train
 
 
 @pytest.fixture(scope='module')
@@ -62,7 +63,7 @@ def test_four_processes_are_four_virtual_devices(name, trained, tmp_path):
     got['params'],
     want['params'],
   )
-  rows = metrics.read_rows(trained / name / 'metrics.jsonl')
+  rows = report.read_rows(trained / name / 'metrics.jsonl')
   assert [row['round'] for row in rows] == [1, 2, 3]
 
 

@@ -25,7 +25,7 @@ from resist_jax.decomposition.assignments import Assignment
 from resist_jax.exchange.collectives import WORKER
 from resist_jax.rounds.state import SHARDED, State, first_copy
 from resist_jax.run import processes
-from resist_jax.run.metrics import replace_text
+from resist_jax.run.workdir import replace_text
 
 PyTree = Any
 
