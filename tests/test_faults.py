@@ -51,7 +51,7 @@ def test_a_process_that_is_killed_is_named_and_the_run_goes_on(
     assert run.wait(other) == TRY_AGAIN, run.output(other)
     assert time.monotonic() - killed < TIMEOUT + PATIENCE
     (line,) = run.errors(other)
-    assert f'process {other} ends, for process {victim}' in line
+    assert f'process {other} stops because process {victim}' in line
     assert 'the same command goes on' in line
     done = run.rounds()
   # All rounds since the newest checkpoint are done again, and no others.
@@ -74,7 +74,7 @@ def test_a_process_that_stands_still_is_named_and_all_end(tmp_path, victim):
     run.processes[victim].send_signal(signal.SIGCONT)
     assert run.wait(victim) == TRY_AGAIN, run.output(victim)
     (line,) = run.errors(victim)
-    assert f'process {victim} ends, for it stood still itself' in line
+    assert f'process {victim} stops because it was suspended' in line
 
 
 def test_all_are_killed_and_the_run_goes_on_from_a_checkpoint(tmp_path):
@@ -224,7 +224,8 @@ def test_a_clock_that_jumps_is_not_noticed(tmp_path):
 BAD_WORKER = """
 import sys
 from absl import app
-from resist_jax import __main__ as program, classification
+from resist_jax import __main__ as program
+from resist_jax.run import classification
 
 make_loss = classification.make_loss
 

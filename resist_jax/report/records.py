@@ -116,10 +116,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
   if not path.exists():
     return []
   *lines, _ = path.read_text('utf-8', 'replace').split('\n')
-  rows = []
+  rows: list[dict[str, Any]] = []
   for number, line in enumerate(lines, start=1):
     try:
-      row = json.loads(line)
+      row: Any = json.loads(line)
     except ValueError:
       row = None
     if not _is_round(row):

@@ -162,8 +162,8 @@ def _loop(
   running, asked = None, 0
   for index in range(progress.round, config.num_rounds):
     if clock.stands:
-      # To wait for who still compiles, or writes, is not to train.
-      processes.meet()
+      # Time spent waiting for other processes is not counted.
+      processes.barrier()
     clock.start()
     before, after = state.slots, next(deals)
     state, measured = phase.run(
