@@ -181,8 +181,8 @@ def _loop(
   running, asked = None, 0
   for index in range(progress.round, config.num_rounds):
     if clock.stands:
-      # Time spent waiting for other processes is not counted as training.
-      processes.meet()
+      # Time spent waiting for other processes is not counted.
+      processes.barrier()
     clock.start()
     before = assignments_on_host(state)
     batches = setup.pipeline.batches(index)
