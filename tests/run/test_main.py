@@ -68,6 +68,7 @@ BAD = [
     'unknown config field num_wrokers. Did you mean num_workers',
   ),
   (['--config.data.nam=x'], 'unknown config field nam. Did you mean name'),
+  (['--config.num_rounds.x=1'], 'unknown config field num_rounds.x$'),
   (['--config.num_workers=many'], "invalid literal .*'many'"),
   (['--config.num_workers'], 'num_workers'),
   (['--config.partition'], '--config.partition has no value'),
