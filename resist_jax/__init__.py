@@ -33,10 +33,14 @@ C. Dun, C. R. Wolfe, C. M. Jermaine, A. Kyrillidis. ResIST: Layer-Wise
 Decomposition of ResNets for Distributed Training. UAI 2022. arXiv 2107.00961.
 """
 
-from resist_jax import accounting, decomposition, exchange, rounds
-from resist_jax.errors import ConfigError
-from resist_jax.rounds import State, make_mesh
-from resist_jax.trainer import Trainer
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from resist_jax import accounting, decomposition, exchange, rounds
+  from resist_jax.errors import ConfigError
+  from resist_jax.rounds import State, make_mesh
+  from resist_jax.trainer import Trainer
 
 __version__ = '0.1.0'
 
@@ -50,3 +54,23 @@ __all__ = [
   'make_mesh',
   'rounds',
 ]
+
+# Imported when they are used: the command line answers without JAX.
+_HOMES = {
+  'ConfigError': 'errors',
+  'State': 'rounds',
+  'Trainer': 'trainer',
+  'make_mesh': 'rounds',
+}
+
+
+def __getattr__(name: str) -> Any:
+  if name in _HOMES:
+    return getattr(importlib.import_module(f'{__name__}.{_HOMES[name]}'), name)
+  if name in __all__:
+    return importlib.import_module(f'{__name__}.{name}')
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *__all__})

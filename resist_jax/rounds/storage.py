@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh, NamedSharding
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from resist_jax.decomposition import Assignment
 from resist_jax.exchange import WORKER
@@ -57,6 +56,8 @@ def write(
     state: A state between two rounds.
     record: JSON values to save with it.
   """
+  from orbax.checkpoint import v1 as ocp  # Slow to import.
+
   arrays: Any = {'params': _parts(state.shared, state.chain)}
   if state.carried is not None:
     moments, rest = state.carried
@@ -85,6 +86,8 @@ def read(folder: pathlib.Path, mesh: Mesh) -> Stored:
   Returns:
     What the files hold.
   """
+  from orbax.checkpoint import v1 as ocp  # Slow to import.
+
   saved: Any = ocp.metadata(str(folder))
   description = saved.custom_metadata
   sharding = NamedSharding(mesh, SHARDED)
