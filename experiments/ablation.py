@@ -94,7 +94,7 @@ def columns(workers: int, scale: str) -> dict[str, Cell]:
   return listed
 
 
-def again(workers: int, scale: str) -> dict[str, Cell]:
+def closer(workers: int, scale: str) -> dict[str, Cell]:
   """Returns the cells of settings that are closer to the paper's.
 
   Args:
@@ -141,7 +141,7 @@ def cells(scale: str) -> list[Cell]:
   return [
     cell
     for workers in COLUMNS
-    for listed in (columns(workers, scale), again(workers, scale))
+    for listed in (columns(workers, scale), closer(workers, scale))
     for cell in reversed(listed.values())
   ]
 
@@ -151,7 +151,7 @@ def tables(results: Results) -> list[Table]:
   rows, found = [], []
   for workers in COLUMNS:
     listed = columns(workers, results.scale)
-    for title, cell in (listed | again(workers, results.scale)).items():
+    for title, cell in (listed | closer(workers, results.scale)).items():
       records = results.of(cell)
       if not records:
         continue
@@ -190,7 +190,7 @@ def figures(results: Results) -> Mapping[str, Figure | None]:
       f'ours, {workers} workers': {'ours': ours},
       f'the paper, {workers} workers': {'the paper': papers},
     }
-    drawn[f'workers{workers}'] = pictures.steps(panels, alike=False)
+    drawn[f'workers{workers}'] = pictures.steps(panels, sharey=False)
   return drawn
 
 

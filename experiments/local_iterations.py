@@ -127,7 +127,7 @@ def figures(results: Results) -> Mapping[str, Figure | None]:
       }
       for protocol in PROTOCOLS
     }
-  return {'local_iterations': pictures.steps(panels, xlabel='l', alike=False)}
+  return {'local_iterations': pictures.steps(panels, xlabel='l', sharey=False)}
 
 
 EXPERIMENT = Experiment(

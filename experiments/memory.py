@@ -83,11 +83,11 @@ class LiveArrays(threading.Thread):
 
 def programs() -> list[dict[str, Any]]:
   """Returns the bytes on a device that each live compiled program needs."""
-  found = []
+  listed = []
   for executable in jax.devices()[0].client.live_executables():
     parts = accounting.memory_parts(executable.get_compiled_memory_stats())
-    found.append({'name': executable.hlo_modules()[0].name, **parts})
-  return found
+    listed.append({'name': executable.hlo_modules()[0].name, **parts})
+  return listed
 
 
 def main() -> int:

@@ -95,10 +95,10 @@ def hosts(count: int, link: Link) -> Iterator[list[Host]]:
     _run('ip', 'netns', 'add', bridge)
     _run('ip', '-n', bridge, 'link', 'add', 'br0', 'type', 'bridge')
     _run('ip', '-n', bridge, 'link', 'set', 'br0', 'up')
-    found = [Host(name, f'10.77.0.{i + 1}') for i, name in enumerate(names)]
-    for i, host in enumerate(found):
+    created = [Host(name, f'10.77.0.{i + 1}') for i, name in enumerate(names)]
+    for i, host in enumerate(created):
       _join(host, bridge, f'port{i}', link)
-    yield found
+    yield created
   finally:
     for name in (*names, bridge):
       with contextlib.suppress(subprocess.CalledProcessError):

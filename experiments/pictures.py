@@ -22,7 +22,7 @@ X_AXES = {
 
 
 def curves(
-  panels: Mapping[str, Panel], x: str, alike: bool = True
+  panels: Mapping[str, Panel], x: str, sharey: bool = True
 ) -> Figure | None:
   """Draws learning curves in panels side by side.
 
@@ -30,7 +30,7 @@ def curves(
     panels: For each panel by title, and each curve by label, the results of its
       seeds.
     x: The horizontal axis, a key of `X_AXES`.
-    alike: Whether the accuracies of different panels can be compared, so that
+    sharey: Whether the accuracies of different panels can be compared, so that
       the panels share an axis.
 
   Returns:
@@ -48,7 +48,7 @@ def curves(
   colour = dict(zip(labels, plots.colours(len(labels)), strict=True))
   count = len(panels)
   figure = Figure(figsize=(1.2 + 3.3 * count, 3.4), layout='constrained')
-  every = figure.subplots(1, count, sharey=alike, squeeze=False)[0]
+  every = figure.subplots(1, count, sharey=sharey, squeeze=False)[0]
   for axes, (title, panel) in zip(every, panels.items(), strict=True):
     ends = [
       row[x]
@@ -119,7 +119,7 @@ def steps(
   panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
   ylabel: str = 'test accuracy (%)',
   xlabel: str = '',
-  alike: bool = True,
+  sharey: bool = True,
 ) -> Figure | None:
   """Draws a number by a setting, in panels side by side.
 
@@ -128,7 +128,7 @@ def steps(
       seeds by setting, in order.
     ylabel: Name of the number.
     xlabel: Name of the setting.
-    alike: Whether the numbers of different panels can be compared, so that the
+    sharey: Whether the numbers of different panels can be compared, so that the
       panels share an axis.
 
   Returns:
@@ -146,7 +146,7 @@ def steps(
   widths = [1 + len(settings[title]) for title in panels]
   figure = Figure(figsize=(1.5 + 0.85 * sum(widths), 3.6), layout='constrained')
   every = figure.subplots(
-    1, len(widths), sharey=alike, squeeze=False, width_ratios=widths
+    1, len(widths), sharey=sharey, squeeze=False, width_ratios=widths
   )[0]
   for axes, (title, panel) in zip(every, panels.items(), strict=True):
     names = settings[title]

@@ -114,7 +114,9 @@ def figures(results: Results) -> Mapping[str, Figure | None]:
     }
     for data, title in DATA.items()
   }
-  return {'quantised': pictures.curves(panels, 'wire_bytes_total', alike=False)}
+  return {
+    'quantised': pictures.curves(panels, 'wire_bytes_total', sharey=False)
+  }
 
 
 EXPERIMENT = Experiment('quantised', 'Fewer bits', cells, tables, figures)

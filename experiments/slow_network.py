@@ -81,16 +81,16 @@ def measure(
   flags = [CARD, *NETWORKS[network], *METHODS[method], f'--workdir={folder}']
   flags += [f'--config.num_workers={WORKERS}']
   sent = []
-  with hosts(WORKERS, link) as found:
+  with hosts(WORKERS, link) as started:
     # A run also sends bytes outside of its rounds. They do not depend on the
     # number of rounds, so subtracting those of a short run removes them.
     for rounds in (SHORT, None) if _counts_bytes(network, link) else (None,):
       shutil.rmtree(folder, ignore_errors=True)
       extra = [f'--config.num_rounds={rounds}'] if rounds else []
-      before = _sent(found)
-      _train(found, [*flags, *extra])
+      before = _sent(started)
+      _train(started, [*flags, *extra])
       summary = json.loads((folder / 'summary.json').read_text())
-      after = _sent(found)
+      after = _sent(started)
       sent.append((after - before, summary['wire_bytes_total']))
   rows = report.read_rows(folder / 'metrics.jsonl')
   whole = _seconds_of_a_round(rows)
@@ -120,19 +120,19 @@ def _counts_bytes(network: str, link: Link) -> bool:
   return network == 'paper_shares' and not link.rate
 
 
-def _sent(found: list[Host]) -> int:
+def _sent(senders: list[Host]) -> int:
   """Returns the bytes that all hosts have sent so far, without headers."""
-  return sum(b - HEADERS * p for b, p in (host.sent() for host in found))
+  return sum(b - HEADERS * p for b, p in (host.sent() for host in senders))
 
 
-def _train(found: list[Host], flags: list[str]) -> None:
+def _train(on: list[Host], flags: list[str]) -> None:
   """Starts one process on each host, and waits for all of them."""
   started = []
   try:
-    for i, host in enumerate(found):
+    for i, host in enumerate(on):
       words = [sys.executable, '-m', 'resist_jax', *flags]
-      words += [f'--coordinator={found[0].address}:{PORT}']
-      words += [f'--num_processes={len(found)}', f'--process_id={i}']
+      words += [f'--coordinator={on[0].address}:{PORT}']
+      words += [f'--num_processes={len(on)}', f'--process_id={i}']
       quiet = None if i == 0 else subprocess.DEVNULL
       started.append(
         subprocess.Popen(
