@@ -29,7 +29,7 @@ class Cell:
 
   Attributes:
     name: Name of its result files, without the seed.
-    card: Name of a module in experiments/configs.
+    card: Name of a card, one of `resist_jax.run.cards.names`.
     argument: Words for the card, without the scale.
     overrides: Values of other fields, by dotted name.
     home: Name of the experiment in whose folder its results are kept, if

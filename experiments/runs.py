@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib
 import importlib.metadata
 import json
 import os
@@ -17,7 +16,7 @@ import jax
 import ml_collections
 
 from resist_jax import report
-from resist_jax.run import train, workdir
+from resist_jax.run import cards, train, workdir
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
@@ -33,15 +32,14 @@ def load_card(
   """Returns the config of an experiment card.
 
   Args:
-    card: Name of a module in experiments/configs.
+    card: Name of a card, one of `cards.names`.
     argument: Words for the card, separated by commas.
     overrides: Values of other fields, by dotted name.
 
   Returns:
     The config.
   """
-  module = importlib.import_module(f'experiments.configs.{card}')
-  config = module.get_config(argument)
+  config = cards.load(f'{card}:{argument}')
   config.update_from_flattened_dict(overrides)
   return config
 

@@ -1,6 +1,7 @@
 """Readers of a run's workdir: its config, its rounds and its summary."""
 
 from collections.abc import Mapping, Sequence
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -118,10 +119,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
   *lines, _ = path.read_text('utf-8', 'replace').split('\n')
   rows = []
   for number, line in enumerate(lines, start=1):
-    try:
-      row: Any = json.loads(line)
-    except ValueError:
-      row = None
+    row: Any = None
+    with contextlib.suppress(ValueError):
+      row = json.loads(line)
     if not _is_round(row):
       raise ConfigError(
         f'{path}, line {number}, is not the record of a round: delete that '

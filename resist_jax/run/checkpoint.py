@@ -10,7 +10,6 @@ checkpoint that it selects.
 """
 
 from collections.abc import Mapping
-import hashlib
 import pathlib
 import shutil
 from typing import Any, NamedTuple
@@ -18,17 +17,13 @@ from typing import Any, NamedTuple
 from absl import logging
 import jax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from resist_jax.decomposition.assignments import Assignment
-from resist_jax.exchange.collectives import WORKER
-from resist_jax.rounds.state import SHARDED, State, first_copy
+from resist_jax.rounds import State, storage
 from resist_jax.run import processes
 from resist_jax.run.workdir import replace_text
-
-PyTree = Any
 
 KEEP = 3  # The newest and two older ones, in case newer ones are damaged.
 # Seconds that orbax waits. It uses the wall clock, which may jump, and
@@ -41,13 +36,11 @@ class Restored(NamedTuple):
   """An intact checkpoint.
 
   Attributes:
-    state: The saved state; its shared part has no axis S and is on the host.
-    num_blocks: L of each partitioned chain, by name.
+    stored: Its files' content.
     progress: The counters of the run; `progress['round']` rounds are completed.
   """
 
-  state: State
-  num_blocks: dict[str, int]
+  stored: storage.Stored
   progress: dict[str, Any]
 
 
@@ -93,7 +86,7 @@ class Checkpoints:
       workdir: Workdir of the run, on a file system that all processes share.
       mesh: The mesh whose devices hold the workers' parts of a restored state.
     """
-    self._sharding = NamedSharding(mesh, SHARDED)
+    self._mesh = mesh
     self._folder = workdir.absolute() / 'checkpoints'  # orbax requires it.
     self._digests = workdir.absolute() / 'digests'
     if jax.process_index() == 0:
@@ -102,32 +95,16 @@ class Checkpoints:
         if not path.name.isdecimal():
           shutil.rmtree(path, ignore_errors=True)
 
-  def save(
-    self,
-    state: State,
-    num_blocks: Mapping[str, int],
-    progress: Mapping[str, Any],
-  ) -> None:
-    """Saves the state between two rounds, completely or not at all.
+  def save(self, state: State, progress: Mapping[str, Any]) -> None:
+    """Saves the state between two rounds; completely or not at all.
 
     Args:
       state: The state of the round.
-      num_blocks: L of each partitioned chain, by name.
       progress: JSON values; `progress['round']` names the checkpoint.
 
     Raises:
       SaveError: If it cannot be written.
     """
-    arrays: Any = {'params': _parts(state.shared, state.chain)}
-    if state.velocity is not None:
-      arrays['velocity'] = _parts(**state.velocity)
-    if state.error is not None:
-      arrays['error'] = {'workers': state.error}
-    record: Any = {
-      'progress': dict(progress),
-      'num_blocks': dict(num_blocks),
-      'slots': {k: deal.slots.tolist() for k, deal in state.slots.items()},
-    }
     step = progress['round']
     try:
       # Not through orbax's checkpoint manager, in which a process that fails
@@ -138,12 +115,7 @@ class Checkpoints:
       # The time limit is needed because, when a clock jumps, one process may
       # leave a JAX barrier while the others stay in it.
       with context, processes.time_limit(f'the checkpoint of round {step}'):
-        ocp.save(
-          self._path(step),
-          arrays,
-          overwrite=True,
-          custom_metadata=record,
-        )
+        storage.write(self._path(step), state, progress)
       if jax.process_index() == 0:
         self._write_digest(step)
         self._delete_old(step)
@@ -197,20 +169,14 @@ class Checkpoints:
     names = [path.name for path in self._folder.iterdir()]
     return sorted(int(name) for name in names if name.isdecimal())
 
-  def _path(self, step: int) -> str:
-    return str(self._folder / str(step))
+  def _path(self, step: int) -> pathlib.Path:
+    return self._folder / str(step)
 
   def _digest_path(self, step: int) -> pathlib.Path:
     return self._digests / f'{step}.sha256'
 
   def _digest(self, step: int) -> str:
-    """Returns a digest of the names and contents of a checkpoint's files."""
-    sha, folder = hashlib.sha256(), self._folder / str(step)
-    for path in sorted(p for p in folder.rglob('*') if p.is_file()):
-      with path.open('rb') as file:
-        content = hashlib.file_digest(file, 'sha256').hexdigest()
-      sha.update(f'{path.relative_to(folder)} {content}\n'.encode())
-    return sha.hexdigest()
+    return storage.digest_of_files(self._path(step))
 
   def _write_digest(self, step: int) -> None:
     self._digests.mkdir(exist_ok=True)
@@ -229,65 +195,9 @@ class Checkpoints:
         path.unlink()
 
   def _read(self, step: int) -> Restored:
-    saved: Any = ocp.metadata(self._path(step))
-    record = saved.custom_metadata
-
-    def target(path, leaf):
-      # The workers' parts go directly to the devices, if these divide them
-      # evenly.
-      if path[1].key == 'workers' and (
-        leaf.shape[0] % self._sharding.mesh.shape[WORKER] == 0
-      ):
-        return jax.ShapeDtypeStruct(
-          leaf.shape, leaf.dtype, sharding=self._sharding
-        )
-      return np.zeros(leaf.shape, leaf.dtype)
-
-    targets = jax.tree_util.tree_map_with_path(target, saved.metadata)
-    arrays: Any = ocp.load(self._path(step), targets)
-    slots = {
-      name: Assignment(np.array(table, np.int32))
-      for name, table in record['slots'].items()
-    }
-    shared, chain = _from_parts(arrays['params'])
-    velocity = None
-    if 'velocity' in arrays:
-      parts = _from_parts(arrays['velocity'])
-      velocity = dict(zip(('shared', 'chain'), parts, strict=True))
-    error = arrays.get('error', {}).get('workers')
-    state = State(shared, chain, slots, velocity, error)
-    return Restored(state, record['num_blocks'], record['progress'])
+    stored = storage.read(self._path(step), self._mesh)
+    return Restored(stored, stored.record)
 
 
 def _one_line(error: Exception) -> str:
   return ' '.join(str(error).split())[:100]
-
-
-def _parts(shared: PyTree, chain: PyTree) -> dict[str, PyTree]:
-  """Returns one copy of the shared part, and the workers' own parts if any."""
-  whole = jax.tree.map(first_copy, shared)
-  return {'whole': whole, **({'workers': chain} if chain else {})}
-
-
-def _from_parts(parts: PyTree) -> tuple[PyTree, PyTree]:
-  return parts['whole'], parts.get('workers', {})
-
-
-def digest(tree: PyTree) -> str:
-  """Returns the SHA-256 of the bytes of a pytree's arrays.
-
-  Args:
-    tree: Pytree of arrays, read in the order of `jax.tree.leaves`.
-
-  Returns:
-    Hexadecimal digits, which depend only on the values, not on their devices.
-
-  >>> digest({'w': np.zeros(2)}) == digest({'w': np.zeros(2)})
-  True
-  >>> digest({'w': np.zeros(2)}) == digest({'w': np.ones(2)})
-  False
-  """
-  sha = hashlib.sha256()
-  for leaf in jax.tree.leaves(tree):
-    sha.update(np.ascontiguousarray(leaf).view(np.uint8).data)
-  return sha.hexdigest()

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import readme
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 TEXT = (ROOT / 'README.md').read_text()
 
 
