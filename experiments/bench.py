@@ -1,14 +1,15 @@
-"""How fast a round is, in parts, beside a bare jitted step.
+"""Times the parts of a round, and compares a local step with a plain one.
 
-For each network, on random images: seconds of a worker's local step as
-`resist_jax.rounds` runs it, beside `jax.jit` of the same sub-network's gradient
-and update (in turn, medians); then a round of S workers, the exchanges and wire
-formats (in turn), their share of a round, compile times and memory.
+For each network, on random images, it measures a worker's local step as
+`resist_jax.rounds` runs it, and a plain `jax.jit` of the same sub-network's
+gradient and update. Then it measures a round of S workers, each exchange and
+wire format and its share of a round, compile times and memory. Seconds are
+medians; what is compared is timed in turn.
 
   python -m experiments.bench                            # both networks
   python -m experiments.bench --network=paper --batch_size=128 --dtype=bfloat16
 
-Results go to experiments/results/bench/ with their provenance.
+The result is written to experiments/results/bench/ with its provenance.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.provenance import provenance
+from experiments.runs import RESULTS, provenance, write_record
 from resist_jax import accounting, data, models, rounds
 from resist_jax.decomposition.assignments import Assignment
 from resist_jax.decomposition.slots import join, sample_slots, slots_per_worker
@@ -33,18 +34,17 @@ from resist_jax.rounds import state as state_lib
 from resist_jax.run import classification, optimizer
 
 CHAIN = 'stage3_chain'
-RESULTS = pathlib.Path(__file__).parent / 'results' / 'bench'
 
 
 class Network(NamedTuple):
-  """What is measured.
+  """A network to measure.
 
   Attributes:
     network: The global network.
-    size: Height and width of its images.
-    channels: Of its images.
-    batch_size: B, unless another is asked for.
-    local_steps: T, unless another is asked for.
+    size: Height and width of its images, in pixels.
+    channels: Channels of its images.
+    batch_size: Default of B, the batch size of a worker.
+    local_steps: Default of T, the local steps in a round.
   """
 
   network: models.ResNet
@@ -56,15 +56,16 @@ class Network(NamedTuple):
 
 NETWORKS = {
   'digits': Network(models.PreActResNetTiny(num_classes=10), 8, 1, 32, 20),
-  # The paper's setting is B = 128, T = 50: for accelerators.
+  # The paper's B = 128 and T = 50 would take too long on a CPU.
   'paper': Network(models.PreActResNet101(num_classes=100), 32, 3, 16, 2),
 }
 
 
 def main() -> None:
-  """Measures, prints and writes."""
+  """Measures, prints and writes the results."""
   args = _arguments()
-  if args.workers > 1 and not args.only_step:  # A lone worker has all cores.
+  # Without virtual devices, a single worker uses all cores.
+  if args.workers > 1 and not args.only_step:
     jax.config.update('jax_num_cpu_devices', args.workers)
   results = []
   for name in NETWORKS if args.network == 'both' else [args.network]:
@@ -72,30 +73,34 @@ def main() -> None:
     results.append({'network': name, **result})
     print(json.dumps(results[-1], indent=2))
   kind = jax.devices()[0].device_kind.replace(' ', '_')
-  path = args.out or RESULTS / f'{kind}_{args.dtype}_{args.network}.json'
-  path.parent.mkdir(parents=True, exist_ok=True)
+  name = f'{kind}_{args.dtype}_{args.network}.json'
+  path = args.out or RESULTS / 'bench' / name
   record = {
     'command': ' '.join(['python -m experiments.bench', *sys.argv[1:]]),
     'provenance': provenance(),
     'seed': 0,
     'results': results,
   }
-  path.write_text(json.dumps(record, indent=2) + '\n')
+  write_record(path, record)
   print('written to', path)
 
 
 def _arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--network', choices=[*NETWORKS, 'both'], default='both')
-  parser.add_argument('--workers', type=int, default=4, help='S')
-  parser.add_argument('--batch_size', type=int, help='B, per worker')
-  parser.add_argument('--local_steps', type=int, help='T')
-  parser.add_argument('--repeats', type=int, default=7, help='timed calls')
+  parser.add_argument('--workers', type=int, default=4, help='S, the workers')
+  parser.add_argument('--batch_size', type=int, help='B, of a worker')
+  parser.add_argument('--local_steps', type=int, help='T, in a round')
+  parser.add_argument(
+    '--repeats', type=int, default=7, help='timed calls of each function'
+  )
   parser.add_argument(
     '--dtype', default='float32', choices=['float32', 'bfloat16']
   )
-  parser.add_argument('--only_step', action='store_true', help='no rounds')
-  parser.add_argument('--out', type=pathlib.Path)
+  parser.add_argument(
+    '--only_step', action='store_true', help='measure no rounds'
+  )
+  parser.add_argument('--out', type=pathlib.Path, help='JSON file to write')
   return parser.parse_args()
 
 
@@ -104,10 +109,10 @@ def measure(spec: Network, args: argparse.Namespace) -> dict[str, Any]:
 
   Args:
     spec: The network.
-    args: Of the command line.
+    args: The arguments of the command line.
 
   Returns:
-    Seconds, images per second, shares and bytes by name.
+    Seconds, images per second, shares and bytes, by name.
   """
   on_cpu = jax.devices()[0].platform == 'cpu'
   network = spec.network.clone(dtype=args.dtype, for_cpu=on_cpu)
@@ -176,9 +181,9 @@ def _make_round(network, dataset, protocol, D, on_device):
 
 
 def _one_worker(network, dataset, params, B, S, repeats) -> dict[str, Any]:
-  """Times a worker's step inside the round beside a bare jitted step."""
+  """Times a worker's step as a round runs it, and a plain jitted step."""
   length = _length(params)
-  # The slots of worker 0 of S, as the only worker of a mesh of one device.
+  # The slots of worker 0 of S, the only worker on a mesh of one device.
   dealt = np.asarray(sample_slots(jax.random.key(0), length, S))
   slots = {CHAIN: Assignment(dealt[:1])}
   protocol = state_lib.Protocol(1, 1, {CHAIN: length})
@@ -238,7 +243,7 @@ def _one_worker(network, dataset, params, B, S, repeats) -> dict[str, Any]:
 def _whole_round(
   network, dataset, params, B, S, T, repeats, on_device
 ) -> dict[str, Any]:
-  """Times whole rounds of S workers, and every exchange alone."""
+  """Times whole rounds of S workers, and each exchange alone."""
   D = max(d for d in range(1, len(jax.devices()) + 1) if S % d == 0)
   protocol = state_lib.Protocol(
     S, T, {CHAIN: _length(params)}, exchange='hand_over'
@@ -268,7 +273,7 @@ def _whole_round(
     for kind in EXCHANGES
   ]
   times = _in_turn(exchanges, repeats)
-  training = seconds - times[0]  # The round hands over in float32.
+  training = seconds - times[0]  # The timed round hands over in float32.
   return {
     'workers': S,
     'devices': D,
@@ -290,12 +295,12 @@ def _whole_round(
 def _exchange(
   network, dataset, params, protocol, D, constants, batches, exchange, wire
 ):
-  """Returns a function that begins a round and ends it, without a step."""
+  """Returns a function that runs a round without local steps."""
   protocol = dataclasses.replace(
     protocol, local_steps=0, exchange=exchange, wire_format=wire
   )
   mesh, run, _ = _make_round(network, dataset, protocol, D, False)
-  # The deals of a dealer suit every exchange.
+  # All exchanges accept the slots that a hand-over needs.
   dealer = protocol.dealer(CHAIN)
   deals = dealer.deals([0])
 
@@ -316,15 +321,18 @@ def _exchange(
 
 
 def _in_turn(functions, repeats: int) -> list[float]:
-  """Returns each function's median seconds, called in turn after a warm-up."""
+  """Calls functions in turn, and returns the median seconds of each.
+
+  The first call of each function, which may compile, is not counted.
+  """
   times: list[list[float]] = [[] for _ in functions]
   for turn in range(repeats + 1):
-    for function, mine in zip(functions, times, strict=True):
+    for function, seconds in zip(functions, times, strict=True):
       started = time.perf_counter()
       jax.block_until_ready(function())
       if turn:
-        mine.append(time.perf_counter() - started)
-  return [statistics.median(mine) for mine in times]
+        seconds.append(time.perf_counter() - started)
+  return [statistics.median(seconds) for seconds in times]
 
 
 if __name__ == '__main__':

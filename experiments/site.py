@@ -1,8 +1,8 @@
-"""One static page of all committed results: tables, curves, decompositions.
+"""Writes a static page of all committed results: tables and figures.
 
   python -m experiments.site --out=site/index.html
 
-The page holds its pictures and its style and needs nothing else.
+The page contains its pictures and its style, so it needs no other file.
 """
 
 import argparse
@@ -57,7 +57,10 @@ def main() -> None:
   """Writes the page."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument(
-    '--out', type=pathlib.Path, default=pathlib.Path('site/index.html')
+    '--out',
+    type=pathlib.Path,
+    default=pathlib.Path('site/index.html'),
+    help='file to write',
   )
   args = parser.parse_args()
   try:
@@ -72,7 +75,7 @@ def page(parts: list[Section]) -> str:
   """Returns the page.
 
   Args:
-    parts: In order.
+    parts: Its sections, in order.
 
   Returns:
     HTML that needs no other file.

@@ -1,17 +1,18 @@
-"""The paper's Table 1, bytes per round, beside ours and beside the wire.
+"""The paper's Table 1, bytes per round, beside ours and the bytes on the wire.
 
-For PreActResNet101 on CIFAR-100 and 2, 4 and 8 workers: gigabytes by the
-paper's count, and what workers really send to each other, one device each, for
-every protocol, exchange and wire format, in float32 also as a share of what
-local SGD's ring all-reduce sends.
+For PreActResNet101 on CIFAR-100 with 2, 4 and 8 workers, it prints gigabytes by
+the paper's count; and those that the workers, one device each, send to each
+other with every protocol, exchange and wire format, also as a share of what
+local SGD sends in float32.
 
   python -m experiments.table1
-  python -m experiments.table1 --compiled  # beside what XLA's programs send
-  python -m experiments.table1 --json      # for machines
+  python -m experiments.table1 --compiled  # compare with compiled programs
+  python -m experiments.table1 --json      # print JSON instead of tables
 """
 
 import argparse
 from collections.abc import Iterable, Iterator, Mapping
+import itertools
 import json
 import pathlib
 import sys
@@ -21,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.provenance import provenance
-from resist_jax import models, rounds
+from experiments.runs import provenance, write_record
+from resist_jax import models, report, rounds
 from resist_jax.accounting import hlo, traffic
 from resist_jax.accounting.traffic import Sizes
 from resist_jax.decomposition.assignments import Assignment
@@ -37,8 +38,9 @@ PyTree = Any
 
 CHAIN = 'stage3_chain'
 IMAGE, CLASSES = (32, 32, 3), 100
-STEPS = 50  # T, the steps in a round; only data parallel sends at each.
-# As printed, GB; and the minimum depth, not printed, that fits ResIST's.
+STEPS = 50  # T, the steps in a round; only data parallel sends in each step.
+# Gigabytes as the paper prints them. It does not give the minimum depths of
+# ResIST; those below fit its gigabytes.
 PAPER = {
   'local_sgd': {'2': 0.662, '4': 1.325, '8': 2.649},
   'resist': {'2': 0.454, '4': 0.720, '8': 1.289},
@@ -48,7 +50,14 @@ GB = 1e9
 
 
 class Variant(NamedTuple):
-  """A way to train and to talk; `resist` has the paper's minimum depth."""
+  """A row of the tables.
+
+  Attributes:
+    protocol: `local_sgd`, `data_parallel`, `resist` with the paper's minimum
+      depth, or `resist_without_min_depth`.
+    exchange: How parameters travel.
+    wire_format: The format of the numbers that are sent.
+  """
 
   protocol: str
   exchange: str
@@ -58,7 +67,7 @@ class Variant(NamedTuple):
 BASELINE = Variant('local_sgd', 'all_reduce', 'float32')
 VARIANTS = [
   *(Variant('local_sgd', 'all_reduce', f) for f in compression.FORMATS),
-  # int8 is for changes between rounds, which data parallel has not.
+  # Not int8, which encodes the change of parameters over a round.
   *(Variant('data_parallel', 'all_reduce', f) for f in ('float32', 'bfloat16')),
   *(
     Variant(protocol, exchange, f)
@@ -70,10 +79,14 @@ VARIANTS = [
 
 
 def main() -> None:
-  """Prints the tables; exit code 1 if a program sends what is not predicted."""
+  """Prints the tables; exits with 1 if a program's bytes are not predicted."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--json', action='store_true', help='for machines')
-  parser.add_argument('--compiled', action='store_true', help='minutes')
+  parser.add_argument('--json', action='store_true', help='print JSON')
+  parser.add_argument(
+    '--compiled',
+    action='store_true',
+    help='compare with compiled programs (takes minutes)',
+  )
   parser.add_argument('--out', type=pathlib.Path, help='JSON file to write')
   args = parser.parse_args()
   jax.config.update('jax_num_cpu_devices', max(MIN_DEPTH))
@@ -83,10 +96,9 @@ def main() -> None:
   if args.compiled:
     result['compiled'] = list(compiled_rows(params, sizes))
   if args.out:
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     command = ' '.join(['python -m experiments.table1', *sys.argv[1:]])
     record = {'command': command, 'provenance': provenance(), **result}
-    args.out.write_text(json.dumps(record, indent=2) + '\n')
+    write_record(args.out, record)
   print(json.dumps(result, indent=2) if args.json else text(result))
   rows = result.get('compiled', [])
   sys.exit(any(row['predicted'] != row['read'] for row in rows))
@@ -115,20 +127,20 @@ def _protocol(variant: Variant, num_workers: int, length: int) -> Protocol:
 
 
 def _cut(sizes: Sizes, protocol: Protocol) -> Sizes:
-  """Returns the sizes as the protocol cuts the network."""
+  """Returns the sizes of the network as the protocol partitions it."""
   total = sizes.total
   return sizes if protocol.num_blocks else Sizes(total, total, {}, {})
 
 
 def figures(sizes: Sizes) -> dict[str, Any]:
-  """Computes what is printed.
+  """Computes the gigabytes of a round.
 
   Args:
-    sizes: Of the network, its chain cut.
+    sizes: Sizes of the network with its chain partitioned.
 
   Returns:
-    GB of a round: `paper` and `ours` by protocol and number of workers, `wire`
-    by protocol, exchange, format and number of workers.
+    `paper` and `ours` by protocol and number of workers; `wire` by protocol,
+    exchange, format and number of workers. All values are gigabytes.
   """
   length = sizes.num_blocks[CHAIN]
   ours: dict[str, Any] = {name: {} for name in PAPER}
@@ -158,16 +170,16 @@ def compiled_rows(
 
   Args:
     params: Shapes of the network's parameters.
-    sizes: Of the network, its chain cut.
-    workers: Each S wanted.
-    variants: Rows wanted.
+    sizes: Sizes of the network with its chain partitioned.
+    workers: Numbers of workers.
+    variants: Rows to compute.
 
   Yields:
-    For each variant and S, bytes predicted for two deals and read from the
-    program; for a hand-over also the blocks it sends, and how many of all
-    blocks change their worker.
+    For each number of workers and variant, the bytes predicted for two
+    consecutive assignments, and those read from the program. For a hand-over,
+    also the number of blocks sent and of those that change their worker.
   """
-  # Else a cache may give a program whose scopes have other names.
+  # Without this, the cache may return a program whose scopes have other names.
   jax.config.update('jax_compilation_cache_include_metadata_in_key', True)
   length = sizes.num_blocks[CHAIN]
   for S in workers:
@@ -190,7 +202,7 @@ def compiled_rows(
 
 
 def _changes(before: Assignment, after: Assignment, length: int) -> int:
-  """Counts the blocks that workers get without having held them."""
+  """Counts the blocks that a worker receives without having held them."""
   held, wanted = (
     (deal.slots[:, :, None] == np.arange(length)).any(axis=1)
     for deal in (before, after)
@@ -209,7 +221,7 @@ def _two_deals(protocol: Protocol) -> tuple[Assignment, Assignment] | None:
 
 
 def _loss(params, present, constants, batch, key):
-  """Stands for the network's: what is sent depends on shapes alone."""
+  """Replaces the network's loss: the bytes depend only on the shapes."""
   del present, constants, batch, key
   total = sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
   return jnp.asarray(total), {}
@@ -221,7 +233,7 @@ def _read_bytes(
   deals: tuple[Assignment, Assignment] | None,
   branches: Mapping[str, int],
 ) -> int:
-  """Compiles what sends, for arrays that are never there, and reads it."""
+  """Compiles the program that sends, for abstract arrays, and counts bytes."""
   S, mesh = protocol.num_workers, state_lib.make_mesh(protocol.num_workers)
   run = rounds.make_round(
     _loss,
@@ -252,7 +264,7 @@ def _read_bytes(
     run['begin'], shared, chain, velocity if protocol.carry_velocity else None
   )
   local = jax.tree.map(lambda x: array(x.shape, x.dtype), local)
-  if protocol.average_gradients:  # All that it sends, it sends in steps.
+  if protocol.average_gradients:  # Data parallel sends only in its steps.
     index = np.int32(0)
     args = local, {}, (), array((S, 1), jnp.int32), index, index
     text = run['step'].lower(*args).compile().as_text()
@@ -274,13 +286,14 @@ def _read_bytes(
 
 
 def text(result: Mapping[str, Any]) -> str:
-  """Returns the tables for people.
+  """Returns the tables as text.
 
   Args:
-    result: Of `figures`, perhaps with `compiled`.
+    result: What `figures` returns, and `compiled`, the rows of
+      `compiled_rows`, if wanted.
 
   Returns:
-    Lines.
+    Lines of text.
   """
   parts = [_counted(result), _sent(result['wire'])]
   if 'compiled' in result:
@@ -289,60 +302,70 @@ def text(result: Mapping[str, Any]) -> str:
 
 
 def _counted(result: Mapping[str, Any]) -> str:
-  head = ''.join(f'{f"S={S}: paper":>12}{"ours":>9}' for S in MIN_DEPTH)
-  lines = [
-    "Table 1, GB a round by the paper's count: every worker fetches its part",
-    'and brings it back, 2 * 4 * (S * shared + copies * block) bytes.\n',
-    f'{"":13}{head}',
-  ]
+  head = ['protocol']
+  for S in MIN_DEPTH:
+    head += [f'S={S}: paper', 'ours']
+  rows = [head]
   for name in PAPER:
     paper, ours = result['paper'][name], result['ours'][name]
-    row = ''.join(f'{paper[S]:>12.3f}{ours[S]:>9.5f}' for S in paper)
-    lines.append(f'{name:13}{row}')
+    cells = [(f'{paper[S]:.3f}', f'{ours[S]:.5f}') for S in paper]
+    rows.append([name, *itertools.chain(*cells)])
   depths = ', '.join(f'{d} (S={S})' for S, d in MIN_DEPTH.items())
-  lines += [
-    f'\nMinimum depths that fit: {depths}.',
-    'The paper rounds some entries and cuts others.',
-  ]
-  return '\n'.join(lines)
+  return '\n'.join(
+    [
+      "Table 1: gigabytes of a round by the paper's count. Each worker fetches",
+      'its part and returns it: 2 * 4 * (S * shared + copies * block) bytes.\n',
+      report.text_table(rows, right_from=1),
+      f'\nThe minimum depths that fit are {depths}.',
+      'The paper rounds some entries and truncates others.',
+    ]
+  )
 
 
 def _sent(sent: Mapping[str, Any]) -> str:
-  head = ''.join(f'{f"S={S}: GB":>11}{"share":>8}' for S in MIN_DEPTH)
-  lines = [
-    'What really goes over the wire in a round, all workers together, one',
-    'device each, mean over all deals. GB, and as a share of what the ring',
-    f'all-reduce of local SGD sends in float32; data_parallel: {STEPS} steps.',
-    'resist has the minimum depths above, resist_without_min_depth none.\n',
-    f'{"":25}{"exchange":12}{"format":9}{head}',
-  ]
-  whole = sent[BASELINE.protocol][BASELINE.exchange][BASELINE.wire_format]
-  for protocol, way, form in VARIANTS:
-    found = sent[protocol][way][form]
-    row = ''.join(f'{x:>11.4f}{x / whole[S]:>8.3f}' for S, x in found.items())
-    lines.append(f'{protocol:25}{way:12}{form:9}{row}')
-  return '\n'.join(lines)
+  head = ['protocol', 'exchange', 'format']
+  for S in MIN_DEPTH:
+    head += [f'S={S}: GB', 'share']
+  rows = [head]
+  baseline = sent[BASELINE.protocol][BASELINE.exchange][BASELINE.wire_format]
+  for variant in VARIANTS:
+    sizes = sent[variant.protocol][variant.exchange][variant.wire_format]
+    cells = [(f'{x:.4f}', f'{x / baseline[S]:.3f}') for S, x in sizes.items()]
+    rows.append([*variant, *itertools.chain(*cells)])
+  return '\n'.join(
+    [
+      'Gigabytes that all workers together, one device each, send in a round,',
+      'averaged over all assignments, and their share of what local SGD sends',
+      f'by a ring all-reduce in float32. data_parallel takes {STEPS} steps.',
+      'resist has the minimum depths above, resist_without_min_depth none.\n',
+      report.text_table(rows, right_from=3),
+    ]
+  )
 
 
-def _read(rows: list[dict[str, Any]]) -> str:
-  lines = [
-    'The same for two deals in a row: bytes predicted, and read from the',
-    'compiled programs. moved: blocks sent / blocks new to a worker.\n',
-    f'{"":25}{"exchange":12}{"format":9}{"S":>2}{"predicted":>17}{"read":>17}'
-    f'{"moved":>9}',
-  ]
-  for row in rows:
+def _read(compiled: list[dict[str, Any]]) -> str:
+  head = ['protocol', 'exchange', 'format', 'S', 'predicted', 'read', 'moved']
+  rows = [head]
+  for row in compiled:
     moved = ''
     if 'blocks_sent' in row:
       moved = f'{row["blocks_sent"]}/{row["blocks_that_change_workers"]}'
-    lines.append(
-      f'{row["protocol"]:25}{row["exchange"]:12}{row["wire_format"]:9}'
-      f'{row["workers"]:>2}{row["predicted"]:>17,.0f}{row["read"]:>17,.0f}'
-      f'{moved:>9}'
+    rows.append(
+      [row['protocol'], row['exchange'], row['wire_format']]
+      + [str(row['workers']), f'{row["predicted"]:,.0f}']
+      + [f'{row["read"]:,.0f}', moved]
     )
-  wrong = sum(row['predicted'] != row['read'] for row in rows)
-  verdict = f'{wrong} of {len(rows)} differ.' if wrong else 'All are equal.'
-  return '\n'.join([*lines, f'\n{verdict}'])
+  wrong = sum(row['predicted'] != row['read'] for row in compiled)
+  verdict = f'{wrong} of {len(compiled)} differ.' if wrong else 'All are equal.'
+  return '\n'.join(
+    [
+      'Bytes of the exchange between two consecutive assignments: predicted,',
+      'and read from the compiled programs. moved: blocks sent / blocks that',
+      'change their worker.\n',
+      report.text_table(rows, right_from=3),
+      f'\n{verdict}',
+    ]
+  )
 
 
 if __name__ == '__main__':

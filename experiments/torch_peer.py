@@ -1,6 +1,6 @@
-"""The paper's sub-ResNet in plain PyTorch, timed beside ours in turn.
+"""Times a step of the paper's sub-ResNet, in turn here and in plain PyTorch.
 
-PyTorch is no dependency: `--torch` names a Python that has it.
+PyTorch is not a dependency: `--torch` names a Python interpreter that has it.
 
   python -m experiments.torch_peer --torch=/path/to/python
 """
@@ -12,11 +12,11 @@ import statistics
 import subprocess
 import sys
 
-from experiments.provenance import provenance
+from experiments.runs import RESULTS, provenance, write_record
 
-RESULTS = pathlib.Path(__file__).parent / 'results' / 'bench'
-ROOT = RESULTS.parent.parent.parent
-BLOCKS = 11  # Of 22: the paper's two workers.
+FOLDER = RESULTS / 'bench'
+ROOT = pathlib.Path(__file__).parent.parent
+BLOCKS = 11  # Each of the paper's two workers holds 11 of 22 blocks.
 
 PEER = """
 import sys, time, torch
@@ -68,9 +68,11 @@ print(best, sum(p.numel() for p in net.parameters()))
 
 
 def main() -> None:
-  """Measures, prints and writes."""
+  """Measures, prints and writes the result."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--torch', required=True, help='a Python with PyTorch')
+  parser.add_argument(
+    '--torch', required=True, help='a Python interpreter with PyTorch'
+  )
   parser.add_argument('--batch_size', type=int, default=16)
   parser.add_argument('--runs', type=int, default=5)
   parser.add_argument('--steps', type=int, default=7)
@@ -82,7 +84,9 @@ def main() -> None:
     result = _jax(args)
     ours.append(result['step_seconds'])
     if result['params_of_a_worker'] != torch_params:
-      raise SystemExit('the two networks differ in their parameters.')
+      raise SystemExit(
+        'error: the two networks have different numbers of parameters.'
+      )
   ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
   record = {
     'command': 'python -m experiments.torch_peer --torch=PYTHON',
@@ -96,13 +100,18 @@ def main() -> None:
     'all': {'jax': ours, 'torch': theirs},
   }
   print(json.dumps(record, indent=2))
-  path = RESULTS / f'peer_batch{args.batch_size}.json'
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(record, indent=2) + '\n')
+  write_record(FOLDER / f'peer_batch{args.batch_size}.json', record)
 
 
 def _torch(args) -> tuple[float, int]:
-  """Returns seconds a step, in the faster of two layouts, and parameters."""
+  """Returns the seconds of a step in the faster of two memory layouts.
+
+  Args:
+    args: The arguments of the command line.
+
+  Returns:
+    Median seconds of a step, and the number of parameters.
+  """
   sizes = map(str, (args.batch_size, BLOCKS, args.steps))
   command = [args.torch, '-c', PEER, *sizes]
   printed = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -111,8 +120,8 @@ def _torch(args) -> tuple[float, int]:
 
 
 def _jax(args) -> dict:
-  """Returns what `experiments.bench` measures of one of two workers."""
-  out = RESULTS / 'peer.part'
+  """Returns what `experiments.bench` measures for one of two workers."""
+  out = FOLDER / 'peer.part'
   flags = [f'--batch_size={args.batch_size}', f'--repeats={args.steps}']
   subprocess.run(
     [

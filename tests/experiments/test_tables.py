@@ -121,7 +121,7 @@ def test_ensembles_are_drawn_beside_resist_on_as_many_workers(tmp_path):
 def test_ablation_stands_beside_the_paper(tmp_path):
   results = Results('ablation', 'cpu', tmp_path)
   for workers in ablation.COLUMNS:
-    listed = ablation.columns(workers, 'cpu') | ablation.again(workers, 'cpu')
+    listed = ablation.columns(workers, 'cpu') | ablation.closer(workers, 'cpu')
     for cell in listed.values():
       put(results, cell, record(0.4))
   (table,) = ablation.tables(results)
