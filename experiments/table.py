@@ -32,11 +32,14 @@ class Table:
     | 1 | 2 |
     <BLANKLINE>
     """
+    return f'{self.caption} `{self.command}`\n\n{self.grid()}'
+
+  def grid(self) -> str:
+    """Returns the Markdown table alone."""
     head, *rows = [
       '| ' + ' | '.join(row) + ' |' for row in (self.head, *self.rows)
     ]
-    body = '\n'.join([head, '|---' * len(self.head) + '|', *rows])
-    return f'{self.caption} `{self.command}`\n\n{body}\n'
+    return '\n'.join([head, '|---' * len(self.head) + '|', *rows, ''])
 
   def html(self) -> str:
     """Returns the same as a figure of HTML."""
