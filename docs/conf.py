@@ -1,0 +1,113 @@
+"""How Sphinx builds the documentation: `make docs`.
+
+The pages need nothing from the network, neither when they are built nor when
+they are read.
+"""
+
+import dataclasses
+import importlib.metadata
+import re
+
+from flax import linen as nn
+from sphinx.domains.python import PyObject
+
+project = 'resist_jax'
+author = 'the resist_jax authors'
+release = importlib.metadata.version('resist_jax')
+
+extensions = [
+  'myst_parser',
+  'sphinx.ext.autodoc',
+  'sphinx.ext.napoleon',
+]
+source_suffix = {'.md': 'markdown'}
+myst_heading_anchors = 3  # Links such as (faults.md#exit-codes) are checked.
+
+html_theme = 'furo'
+html_title = 'resist_jax'
+html_show_sphinx = False
+html_show_copyright = False
+html_copy_source = False
+html_static_path = ['static']
+html_css_files = ['style.css']
+html_theme_options = {
+  # System fonts, and no link to a service: the pages can be read offline.
+  'top_of_page_buttons': [],
+}
+pygments_style = 'friendly'
+
+# A name between single backticks links to what it names, where that is public.
+default_role = 'py:obj'
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # Fields of a class as a list, not one by one.
+autodoc_typehints = 'signature'
+autodoc_typehints_format = 'short'
+autodoc_member_order = 'bysource'
+autodoc_preserve_defaults = True
+autodoc_default_options = {'members': True}
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 72
+
+
+def skip_fields(app, what, name, member, skip, options):
+  """Leaves out fields of classes, which the docstrings of these describe."""
+  del app, name, options
+  field = type(member).__name__ == '_tuplegetter' or isinstance(member, type)
+  return True if what == 'class' and field else skip
+
+
+def shorten(app, what, name, obj, options, signature, returns):
+  """Gives a linen module its own fields, without Flax's and their types."""
+  del app, name, options
+  if what != 'class' or not issubclass(obj, nn.Module):
+    return signature, returns
+  shown = []
+  for field in dataclasses.fields(obj):
+    if field.name in ('parent', 'name') or callable(field.default):
+      continue
+    missing = field.default is dataclasses.MISSING
+    shown.append(field.name + ('' if missing else f'={field.default!r}'))
+  return f'({", ".join(shown)})', None
+
+
+def keep_letters(app, what, name, obj, options, lines):
+  """Escapes 'S.', which reStructuredText takes for item S of a list."""
+  del app, what, name, obj, options
+  lines[:] = [
+    re.sub(r'(^\s*|: )([A-Z]\.)(?=\s|$)', r'\1\\\2', x) for x in lines
+  ]
+
+
+def find_public_name(app, env, node, contnode):
+  """Links a name to the one public name that ends with it."""
+  del app
+  domain, target = env.get_domain('py'), node['reftarget']
+  if (
+    node.get('refdomain') != 'py' or not target.replace('.', '').isidentifier()
+  ):
+    return None
+  found = domain.find_obj(env, None, None, target, node['reftype'], 1)
+  if len(found) != 1:
+    return None
+  node['reftarget'] = found[0][0]
+  return domain.resolve_xref(
+    env,
+    node['refdoc'],
+    env.app.builder,
+    node['reftype'],
+    found[0][0],
+    node,
+    contnode,
+  )
+
+
+def setup(app) -> None:
+  """Connects what this file adds to Sphinx."""
+  for field in PyObject.doc_field_types:
+    if field.name == 'variable':
+      field.label = 'Attributes'
+  app.connect('autodoc-skip-member', skip_fields)
+  app.connect('autodoc-process-signature', shorten)
+  app.connect('autodoc-process-docstring', keep_letters, priority=900)
+  app.connect('missing-reference', find_public_name)
