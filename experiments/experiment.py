@@ -29,7 +29,7 @@ class Cell:
 
   Attributes:
     name: Of its result files.
-    card: Module in experiments/configs.
+    card: One of `resist_jax.run.cards.names`.
     argument: Words for the card, without the scale.
     overrides: Values by dotted name of the field.
     home: Name of the experiment whose results hold it, where several need it;

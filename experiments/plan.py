@@ -3,7 +3,7 @@
 The model of costs is that of `experiments.costs`.
 
   python -m experiments.plan --bandwidth=1Gbit --flops=1e13  # paper's setting
-  python -m experiments.plan --config=FILE --bandwidth=100Mbit --flops=1e12
+  python -m experiments.plan --config=CARD --bandwidth=100Mbit --flops=1e12
   python -m experiments.plan --check  # measured beside predicted, on this CPU
 """
 
@@ -32,6 +32,7 @@ from resist_jax.report import plots
 from resist_jax.rounds import state as state_lib
 from resist_jax.run import config as config_lib
 from resist_jax.run import restore
+from resist_jax.run.command import Options
 from resist_jax.run.setup import Setup, prepare
 
 BANDWIDTH = flags.DEFINE_string('bandwidth', None, 'Of a link: 1Gbit.')
@@ -45,7 +46,7 @@ flags.DEFINE_alias('out', 'workdir')
 # Without a card: the paper's setting, at the depth that it recommends.
 PAPER = [f'--config={config_lib.__file__}']
 PAPER += ['--config.data.name=cifar100', '--config.min_depth=5']
-DIGITS = [f'--config={pathlib.Path(__file__).parent}/configs/digits.py']
+DIGITS = ['--config=digits']
 LADDER = tuple(10 ** (k / 4) for k in range(28, 45))  # 10 Mbit to 100 Gbit
 UNITS = {'': 1, 'kbit': 1e3, 'Mbit': 1e6, 'Gbit': 1e9, 'ms': 1e-3, 'us': 1e-6}
 DATA = {'digits': ('8x8x1', 10), 'cifar10': ('32x32x3', 10)}
@@ -202,9 +203,9 @@ def _predict(plan: Plan, workers: Sequence[int], bandwidth: float) -> list:
   return rows
 
 
-def main(given: list[str]) -> None:
+def main(given: list[str], options: Options) -> None:
   """Predicts, or measures what it would predict."""
-  out, config = pathlib.Path(str(cli.WORKDIR.value)), cli.CONFIG.value
+  out, config = pathlib.Path(options.workdir), options.config
   default = [2, 4] if CHECK.value else [2**k for k in range(1, 11)]
   try:
     workers = [int(S) for S in WORKERS.value or default]
@@ -235,4 +236,4 @@ if __name__ == '__main__':
   if not any(word.startswith('--config=') for word in words):
     sys.argv[1:1] = DIGITS if '--check' in words else PAPER
   sys.argv.insert(1, '--workdir=runs/plan')
-  app.run(lambda _: main(words), flags_parser=cli.parse)
+  app.run(partial(main, words), flags_parser=partial(cli.parse, answers=False))

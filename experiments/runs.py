@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib
 import json
 import pathlib
 import shutil
@@ -13,7 +12,7 @@ import jax
 import ml_collections
 
 from experiments.provenance import provenance
-from resist_jax.run import metrics, train, workdir
+from resist_jax.run import cards, metrics, train, workdir
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 # Of a row of the log, what a curve shows.
@@ -28,15 +27,14 @@ def load_card(
   """Returns the config of an experiment card.
 
   Args:
-    card: Name of a module in experiments/configs.
+    card: One of `cards.names`.
     argument: Its words, with commas between.
     overrides: Values by dotted name of the field.
 
   Returns:
     The config.
   """
-  module = importlib.import_module(f'experiments.configs.{card}')
-  config = module.get_config(argument)
+  config = cards.load(f'{card}:{argument}')
   config.update_from_flattened_dict(overrides)
   return config
 

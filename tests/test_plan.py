@@ -5,7 +5,6 @@ import json
 import pathlib
 import subprocess
 import sys
-from types import SimpleNamespace
 
 from absl import flags
 from absl.testing import flagsaver
@@ -17,6 +16,7 @@ from experiments.configs import digits
 from resist_jax import accounting, models
 from resist_jax.decomposition.assignments import Assigner
 from resist_jax.run import config as config_lib
+from resist_jax.run.command import Options
 
 ROOT = pathlib.Path(__file__).parent.parent
 WORKERS = (2, 4, 8, 16, 32, 1024)
@@ -180,11 +180,9 @@ def papers_config():
 )
 def test_a_bad_value_is_named(papers_config, tmp_path, capsys, given, says):
   values = {'bandwidth': '1Gbit', 'flops': '1e13', 'latency': '1ms', **given}
-  saved = flagsaver.flagsaver(workdir=str(tmp_path / 'out'), **values)
-  with saved, pytest.MonkeyPatch.context() as patch:
-    patch.setattr(plan_lib.cli, 'CONFIG', SimpleNamespace(value=papers_config))
-    with pytest.raises(SystemExit) as end:
-      plan_lib.main([])
+  options = Options(papers_config, str(tmp_path / 'out'))
+  with flagsaver.flagsaver(**values), pytest.raises(SystemExit) as end:
+    plan_lib.main([], options)
   assert end.value.code == 2
   (line,) = capsys.readouterr().err.splitlines()
   assert says in line

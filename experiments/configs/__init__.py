@@ -1,1 +1,1 @@
-"""Experiment cards: each says its paper, its cost and its exact command."""
+"""The cards of `resist_jax.run.cards`, by path; `--config=NAME` is shorter."""

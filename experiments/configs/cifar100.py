@@ -1,21 +1,3 @@
-"""CIFAR-100 as in the paper's Tables 1 to 3: CIFAR-10's card, other images.
+"""The card `cifar100` of the package, for `--config=PATH`."""
 
-Accuracy there: ResIST 70.06, 71.30, 70.26 % on 2, 4, 8 workers; local SGD
-70.67, 71.51, 69.64 %. The learning rate, 0.03, was published for this set on
-four workers.
-
-Command: python -m resist_jax --config=experiments/configs/cifar100.py:s4 \
-           --workdir=runs/cifar100 --config.data.dir=FOLDER
-Words and baselines: see cifar10.py. Run it from the project's folder.
-"""
-
-import ml_collections
-
-from experiments.configs import cifar10
-
-
-def get_config(argument: str = '') -> ml_collections.ConfigDict:
-  """Returns the config; for the argument see `cifar10.get_config`."""
-  config = cifar10.get_config(argument)
-  config.data.name = 'cifar100'
-  return config
+from resist_jax.run.cards.cifar100 import get_config as get_config

@@ -8,15 +8,15 @@ run sees the same batches.
 from collections.abc import Sequence
 import dataclasses
 import functools
+import importlib.util
 import math
+import pathlib
 import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn import datasets as sklearn_datasets
-from sklearn import model_selection
 
 from resist_jax.data import tfds_source
 from resist_jax.data.streaming import Records, StreamedImages, StreamedLabels
@@ -152,23 +152,62 @@ def load(
 
 
 def _digits() -> tfds_source.Prepared:
-  digits: Any = sklearn_datasets.load_digits()
-  images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-  parts = model_selection.train_test_split(
-    images, digits.target, test_size=0.2, random_state=0,
-    stratify=digits.target,
-  )  # fmt: skip
-  sources: dict[str, Any] = {
-    split: [
-      {'image': image, 'label': label}
-      for image, label in zip(images, labels, strict=True)
-    ]
-    for split, images, labels in zip(
-      ('train', 'test'), parts[:2], parts[2:], strict=True
+  """Reads scikit-learn's digits without importing it, which takes seconds."""
+  package = importlib.util.find_spec('sklearn')
+  if package is None or package.origin is None:
+    raise ConfigError(
+      "data set 'digits' comes with scikit-learn, which is not installed: pip "
+      'install scikit-learn.'
     )
+  path = pathlib.Path(package.origin).parent / 'datasets/data/digits.csv.gz'
+  table = np.loadtxt(path, delimiter=',')
+  images = np.round(table[:, :-1] * (255 / 16)).astype(np.uint8)
+  images, labels = images.reshape(-1, 8, 8, 1), table[:, -1].astype(np.int64)
+  parts = zip(('train', 'test'), _stratified(labels, 360), strict=True)
+  sources: dict[str, Any] = {
+    split: [{'image': images[i], 'label': labels[i]} for i in index]
+    for split, index in parts
   }
   names = tuple(map(str, range(10)))
   return tfds_source.Prepared('digits', images.shape[1:], names, sources)
+
+
+def _stratified(
+  labels: np.ndarray, num_test: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Splits examples so that both parts hold the same shares of each class.
+
+  Args:
+    labels: `int[N]`, from 0.
+    num_test: Examples to test on.
+
+  Returns:
+    `(train, test)`: indices, the same as those of scikit-learn's
+    `train_test_split(..., random_state=0, stratify=labels)`.
+  """
+  rng = np.random.RandomState(0)
+
+  def draw(counts: np.ndarray, total: int) -> np.ndarray:
+    """Returns how many of each class to draw; largest remainders go first."""
+    exact = counts / counts.sum() * total
+    drawn = np.floor(exact)
+    remainder = exact - drawn
+    for value in np.unique(remainder)[::-1]:
+      (tied,) = np.nonzero(remainder == value)
+      missing = int(total - drawn.sum())
+      if missing > 0:
+        drawn[rng.choice(tied, min(len(tied), missing), replace=False)] += 1
+    return drawn.astype(int)
+
+  counts = np.bincount(labels)
+  of_train = draw(counts, len(labels) - num_test)
+  of_test = draw(counts - of_train, num_test)
+  train, test = [], []
+  for label, count in enumerate(counts):
+    members = np.flatnonzero(labels == label)[rng.permutation(count)]
+    train.extend(members[: of_train[label]])
+    test.extend(members[of_train[label] :][: of_test[label]])
+  return rng.permutation(train), rng.permutation(test)
 
 
 def _split(name, source, found, shape, resized) -> Split:

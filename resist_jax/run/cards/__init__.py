@@ -1,0 +1,90 @@
+"""Experiment cards: each says its paper, its cost and its exact command.
+
+A card is a Python file with a function `get_config`, which takes the words
+behind the colon of `--config=NAME:WORDS` and returns a config. The files of
+this package are found by name, all others by path.
+"""
+
+import ast
+import difflib
+import importlib.machinery
+import importlib.util
+import os
+import pathlib
+import re
+import sys
+import types
+
+import ml_collections
+
+from resist_jax.errors import ConfigError
+
+FOLDER = pathlib.Path(__file__).parent
+DEFAULT = 'digits'
+
+
+def names() -> list[str]:
+  """Returns the names of the cards that ship with the package."""
+  stems = {path.stem for path in FOLDER.glob('*.py')}
+  return sorted(stems - {'__init__'})
+
+
+def about(name: str) -> str:
+  """Returns the first line of a card's docstring, and the words it takes."""
+  tree = ast.parse((FOLDER / f'{name}.py').read_text())
+  text = ast.get_docstring(tree) or ''
+  found = re.search('^Words: .*', text, re.MULTILINE)
+  return (
+    f'{text.splitlines()[0]} {found[0]}.' if found else text.splitlines()[0]
+  )
+
+
+def load(card: str) -> ml_collections.ConfigDict:
+  """Returns the config of a card.
+
+  Args:
+    card: `NAME`, `NAME:WORDS`, `FILE.py` or `FILE.py:WORDS`.
+
+  Raises:
+    ConfigError: If there is no such card, or it fails.
+
+  >>> load('cifar10:s8').num_workers
+  8
+  """
+  name, colon, words = card.partition(':')
+  if name not in names() and not os.path.isfile(name):
+    stem = name.split('/')[-1].removesuffix('.py')
+    nearest = difflib.get_close_matches(stem, names(), 1)
+    raise ConfigError(
+      f'--config={card} is neither a card nor a file. '
+      + (f'Did you mean --config={nearest[0]}? ' if nearest else '')
+      + f'The cards are {", ".join(names())}.'
+    )
+  try:
+    if name in names():
+      module = importlib.import_module(f'{__name__}.{name}')
+    else:
+      module = _import(name)
+    config = module.get_config(*([words] if colon else []))
+  except Exception as error:  # A card is a program: it can raise anything.
+    kind = '' if type(error) is ValueError else f'{type(error).__name__}: '
+    text = ' '.join(f'{kind}{error}'.split())
+    raise ConfigError(f'--config={card} cannot be loaded: {text}') from error
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise ConfigError(
+      f'--config={card} returns a {type(config).__name__}, not a ConfigDict: '
+      'begin with resist_jax.run.config.get_config().'
+    )
+  return config
+
+
+def _import(path: str) -> types.ModuleType:
+  """Imports a file, whatever its name."""
+  name = '_card'
+  loader = importlib.machinery.SourceFileLoader(name, path)
+  spec = importlib.util.spec_from_loader(name, loader)
+  assert spec
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[name] = module  # Dataclasses look for their module there.
+  loader.exec_module(module)
+  return module

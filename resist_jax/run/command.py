@@ -1,0 +1,261 @@
+"""The command line: its flags, its cards, and its help.
+
+`parse` turns words into `Options`, and raises a mistake instead of ending the
+process. Nothing here imports JAX, so that `--help` answers at once.
+"""
+
+from collections.abc import Sequence
+import difflib
+import re
+import textwrap
+from typing import Any, NamedTuple
+
+from absl import flags
+import ml_collections
+from ml_collections import config_flags
+
+import resist_jax
+from resist_jax.errors import ConfigError
+from resist_jax.run import cards, fields
+
+_WIDTH = 79
+# Each flag with its help; `{cards}` becomes the cards that ship.
+_FLAGS = {
+  'workdir=DIR': (
+    'Folder of the run: required. The same command with the same folder goes '
+    'on from the newest checkpoint.'
+  ),
+  'config=CARD': (
+    'NAME, NAME:WORDS, FILE.py or FILE.py:WORDS, where WORDS are separated by '
+    f'commas. Without this flag: {cards.DEFAULT}.'
+  ),
+  'config.FIELD=VALUE': 'Sets a field of the config (below).',
+  'coordinator=HOST:PORT': 'Address of process 0, if a run has several.',
+  'num_processes=N': (
+    'Number of processes of the run. Without this flag: the number that SLURM, '
+    'Open MPI, Kubernetes or the TPU pod gives, otherwise one.'
+  ),
+  'process_id=I': 'Which of these processes this one is, from 0.',
+  'help': 'Prints this text; --helpfull adds the flags of absl.',
+  'version': 'Prints the version.',
+}
+_HELP = ('-h', '-?', '-help', '-helpshort', '-helpfull')
+# Fields that `config_flags` would fill with the values of all their flags.
+_TUPLES = {
+  f'config.{field.name}'
+  for field in fields.each()
+  if isinstance(field.default, tuple)
+}
+
+
+class Options(NamedTuple):
+  """What a command line asks for.
+
+  Attributes:
+    config: Of the run; its fields may still be wrong, see `checks.validate`.
+    workdir: Folder of the run.
+    coordinator: `HOST:PORT` of process 0, if it was given.
+    num_processes: Number of processes, if it was given.
+    process_id: Number of this process, if it was given.
+  """
+
+  config: ml_collections.ConfigDict
+  workdir: str
+  coordinator: str | None = None
+  num_processes: int | None = None
+  process_id: int | None = None
+
+
+def define(values: flags.FlagValues) -> None:
+  """Defines the flags, all but those of the config.
+
+  Args:
+    values: Where they are defined.
+  """
+  texts = {name.partition('=')[0]: text for name, text in _FLAGS.items()}
+  for name in ('workdir', 'coordinator'):
+    flags.DEFINE_string(name, None, texts[name], flag_values=values)
+  for name, least in (('num_processes', 1), ('process_id', 0)):
+    flags.DEFINE_integer(
+      name, None, texts[name], lower_bound=least, flag_values=values
+    )
+
+
+def parse(argv: Sequence[str], values: flags.FlagValues) -> Options:
+  """Reads a command line.
+
+  Args:
+    argv: The name of the program and its words.
+    values: Flags, by `define` and of others.
+
+  Returns:
+    What the words ask for.
+
+  Raises:
+    ConfigError: On a mistake in a word, or in the card.
+  """
+  try:
+    argv = values.read_flags_from_files(argv, force_gnu=False)
+    card, words = _arrange(argv)
+    config_flags.DEFINE_config_dict(
+      'config', cards.load(card), _FLAGS['config=CARD'], flag_values=values,
+      sys_argv=words, allow_override=True,
+    )  # fmt: skip
+    rest = values(words)
+  except flags.UnrecognizedFlagError as error:
+    raise ConfigError(_unknown(error.flagname, values)) from error
+  except flags.Error as error:
+    raise ConfigError(' '.join(str(error).split())) from error
+  except (AttributeError, KeyError) as error:
+    # The error names the nearest field, in quotes within quotes.
+    text = re.sub(r'[\\\'"]', '', str(error).replace('\\n', '. '))
+    raise ConfigError(f'unknown config field {text}') from error
+  if len(rest) > 1:
+    raise ConfigError(f'unexpected argument {rest[1]!r}.')
+  if not values['workdir'].value:
+    raise ConfigError(
+      '--workdir is missing: name the folder of the run, such as '
+      '--workdir=runs/digits.'
+    )
+  given: dict[str, Any] = {name: values[name].value for name in Options._fields}
+  options = Options(**given)
+  _check_processes(options)
+  return options
+
+
+def answer(argv: Sequence[str]) -> str | None:
+  """Returns the text that --help or --version ask for, if one was given.
+
+  Args:
+    argv: The name of the program and its words.
+  """
+  words = [word.replace('--', '-', 1) for word in _before_dashes(argv)]
+  if '-version' in words:
+    return f'resist_jax {resist_jax.__version__}'
+  asked = [word for word in words if word in _HELP]
+  if not asked:
+    return None
+  more = '\n\n' + flags.FLAGS.get_help() if '-helpfull' in asked else ''
+  return help_text() + more
+
+
+def help_text() -> str:
+  """Returns usage, examples, flags, cards, and all fields of a config."""
+  card = cards.load(cards.DEFAULT)
+  lines = [
+    f'resist_jax {resist_jax.__version__}: trains a deep residual network as '
+    'random shallow',
+    'sub-networks on separate workers (ResIST, UAI 2022).',
+    '',
+    'Usage:',
+    '  python -m resist_jax --workdir=DIR [--config=CARD] '
+    '[--config.FIELD=VALUE ...]',
+    '',
+    'Examples:',
+    '  python -m resist_jax --workdir=runs/digits',
+    '  python -m resist_jax --workdir=runs/cifar10 --config=cifar10:s8 \\',
+    '    --config.data.dir=FOLDER --config.seed=1',
+    '',
+    'Flags:',
+    *_entries((f'--{name}', text) for name, text in _FLAGS.items()),
+    '',
+    'Cards:',
+    *_entries((name, cards.about(name)) for name in cards.names()),
+    '',
+    *textwrap.wrap(
+      'Fields of the config, each with its default, as in '
+      '--config.num_rounds=20. A card sets some of them; where the card '
+      f'{cards.DEFAULT} does, its value stands in brackets. Tuples need no '
+      'parentheses: --config.partition=2,3.',
+      _WIDTH,
+    ),
+  ]
+  for heading, listed in fields.FIELDS.items():
+    lines += ['', f'{heading}:']
+    lines += _entries((_setting(field, card), field.reason) for field in listed)
+  return '\n'.join(lines)
+
+
+def _entries(pairs) -> list[str]:
+  """Returns lines: each name, and its text indented below it."""
+  lines = []
+  for name, text in pairs:
+    lines.append(f'  {name}')
+    lines += textwrap.wrap(
+      text, _WIDTH, initial_indent=' ' * 6, subsequent_indent=' ' * 6
+    )
+  return lines
+
+
+def _setting(field: fields.Field, card: ml_collections.ConfigDict) -> str:
+  """Returns a field with its default as one would type them."""
+  value = card
+  for name in field.name.split('.'):
+    value = value[name]
+  text = f'{field.name}={_typed(field.default)}'
+  return text if value == field.default else f'{text}  [{_typed(value)}]'
+
+
+def _typed(value) -> str:
+  return str(value).replace(' ', '') if value != '' else "''"
+
+
+def _before_dashes(argv: Sequence[str]) -> list[str]:
+  words = list(argv[1:])
+  return words[: words.index('--')] if '--' in words else words
+
+
+def _arrange(argv: Sequence[str]) -> tuple[str, list[str]]:
+  """Returns the card, and the words without it.
+
+  For a tuple only its last flag remains, as for all other fields:
+  `config_flags` would join the values of all its flags.
+  """
+  program, *words = argv
+  last, others = {'config': cards.DEFAULT}, []
+  while words:
+    word = words.pop(0)
+    if word == '--':
+      others += [word, *words]
+      break
+    name, equals, value = re.sub('^--?', '', word, count=1).partition('=')
+    if not word.startswith('-') or name not in _TUPLES | {'config'}:
+      others.append(word)
+    elif equals or words:
+      last[name] = value if equals else words.pop(0)
+    else:
+      raise ConfigError(f'--{name} has no value.')
+  card = last.pop('config')
+  return card, [program, *(f'--{n}={v}' for n, v in last.items()), *others]
+
+
+def _check_processes(options: Options) -> None:
+  _, _, coordinator, count, process = options
+  if count == 1 or (coordinator, count, process) == (None, None, None):
+    return
+  if coordinator is None or count is None or process is None:
+    raise ConfigError(
+      '--coordinator, --num_processes and --process_id go together; under '
+      'SLURM, Open MPI, Kubernetes or on a TPU pod leave all of them out.'
+    )
+  if process >= count:
+    raise ConfigError(
+      f'--process_id is {process}; with --num_processes={count} it is '
+      f'0 to {count - 1}.'
+    )
+  if not re.fullmatch(r'.+:\d+', coordinator):
+    raise ConfigError(
+      f'--coordinator is {coordinator!r}; it must be HOST:PORT, with a port '
+      'that is free on the host of process 0.'
+    )
+
+
+def _unknown(name: str, values: flags.FlagValues) -> str:
+  """Returns a line about a flag that does not exist."""
+  known = [*values, *(f'config.{field.name}' for field in fields.each())]
+  field = f'config.{name}'
+  nearest = (
+    [field] if field in known else difflib.get_close_matches(name, known, 1)
+  )
+  hint = f'Did you mean --{nearest[0]}? ' if nearest else ''
+  return f'unknown flag --{name}. {hint}--help lists all flags and fields.'

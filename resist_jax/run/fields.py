@@ -1,0 +1,318 @@
+"""The fields of a config: the default of each one, and the reason for it.
+
+`get_config` and the text of `--help` are both made from `FIELDS`. This module
+imports neither JAX nor the other rooms, so that `--help` answers at once.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import ml_collections
+
+
+class Field(NamedTuple):
+  """A setting of a run.
+
+  Attributes:
+    name: Dotted, such as `optimizer.momentum`.
+    default: The value if neither a card nor the command line sets another.
+    reason: What the field does, and where its default comes from.
+    any_type: Whether values of other types than the default's are accepted.
+  """
+
+  name: str
+  default: Any
+  reason: str
+  any_type: bool = False
+
+
+# By heading, in the order in which a reader meets them.
+FIELDS = {
+  'Workers and rounds': (
+    Field(
+      'protocol',
+      'resist',
+      'resist, or a baseline: local_sgd (every worker trains the whole '
+      'network) or data_parallel (workers average gradients at every step).',
+    ),
+    Field('num_workers', 4, 'S: workers, each of which trains a sub-network.'),
+    Field(
+      'num_devices',
+      0,
+      'D * G: devices of all workers together. 0 takes as many of the devices '
+      'at hand as share num_workers equally.',
+    ),
+    Field(
+      'devices_per_worker',
+      1,
+      'G: devices that share the batch of one worker and average gradients at '
+      'every step, such as the GPUs of one host.',
+    ),
+    Field(
+      'num_rounds',
+      100,
+      'Rounds of synchronisation, those of phases included. The learning rate '
+      'schedule spans all of them.',
+    ),
+    Field(
+      'local_steps',
+      50,
+      "T: optimiser steps of a worker in a round, the paper's l. The paper "
+      'takes fewer for eight workers.',
+    ),
+    Field('seed', 0, 'Determines initial parameters, batches and assignments.'),
+  ),
+  'Cutting the network': (
+    Field(
+      'partition',
+      (3,),
+      'Stages whose chain of blocks is divided among the workers. The paper '
+      'divides section 3.',
+    ),
+    Field(
+      'partition_strided',
+      False,
+      'Also assign the first block of these stages, which changes stride and '
+      "channels, to one worker: the others run its shortcut alone (the paper's "
+      'ablation).',
+    ),
+    Field(
+      'min_depth',
+      0,
+      'The least number of blocks that a worker runs; 0: its equal share. The '
+      'paper takes 5.',
+    ),
+    Field(
+      'depths',
+      (),
+      'For unequal workers: the number of blocks of each, such as (8,6,4,4), '
+      'or by_speed, which measures step times when the run begins. (): equal '
+      'shares.',
+      any_type=True,
+    ),
+    Field(
+      'residual_scale',
+      'evaluation',
+      'When the residual branches of divided chains are scaled by the share of '
+      'workers that hold a block: evaluation (paper), training (by the inverse '
+      'of that share), or none.',
+    ),
+  ),
+  'Exchange': (
+    Field(
+      'exchange',
+      'hand_over',
+      'How blocks reach their next worker. hand_over sends only the blocks '
+      'that move, and needs at least one block for every worker; masked_psum '
+      'sends all blocks to all workers, and works for any number of them.',
+    ),
+    Field(
+      'wire_format',
+      'float32',
+      'The format of numbers that are sent: float32 (exact), bfloat16, or int8 '
+      '(changes with error feedback; blocks that move take 16 bits).',
+    ),
+  ),
+  'Full-model phases': (
+    Field(
+      'phases.full_before',
+      0,
+      'First rounds in which every worker trains the full network (local SGD). '
+      'The paper warms up this way on ImageNet.',
+    ),
+    Field('phases.full_after', 0, 'The same for the last rounds.'),
+  ),
+  'Optimiser': (
+    Field(
+      'batch_size',
+      128,
+      "Images of a worker in a step, as in the paper. The worker's devices "
+      'share them.',
+    ),
+    Field('lr', 0.03, "The paper's learning rate for S=4 on CIFAR-100."),
+    Field('optimizer.momentum', 0.9, 'As in the paper.'),
+    Field(
+      'optimizer.weight_decay',
+      5e-4,
+      'As in the paper; on all parameters, as PyTorch applies it.',
+    ),
+    Field(
+      'optimizer.schedule',
+      'step',
+      'step divides the learning rate by 10 at each of optimizer.drops '
+      '(paper); the others are cosine and constant.',
+    ),
+    Field(
+      'optimizer.drops',
+      (0.5, 0.75),
+      "When the schedule step divides, in shares of the run: the paper's for "
+      'CIFAR.',
+    ),
+    Field(
+      'optimizer.warmup_rounds',
+      0,
+      'Rounds in which the learning rate rises linearly.',
+    ),
+    Field(
+      'optimizer.carry_momentum',
+      False,
+      'Keep the momentum from round to round, averaged with the parameters, '
+      'and send twice the bytes. Otherwise it restarts every round (paper). '
+      'Data parallel always keeps it.',
+    ),
+  ),
+  'Data': (
+    Field(
+      'data.name',
+      'digits',
+      'digits, which need no download, or any TFDS image classification set.',
+    ),
+    Field(
+      'data.dir',
+      '',
+      "Folder of prepared TFDS sets. Empty: TFDS's own default.",
+    ),
+    Field(
+      'data.sharded',
+      False,
+      'Show each worker only its own part of the training set. In the paper '
+      'each sees all of it.',
+    ),
+    Field(
+      'data.augment',
+      'auto',
+      'resized_crop_flip (if images differ in size), resized_crop, crop_flip, '
+      'crop, flip, or none. auto chooses by the data set.',
+    ),
+    Field(
+      'data.streaming',
+      'auto',
+      'Read images from files while the workers train (always), or from memory '
+      '(never). auto chooses by the size of the data set.',
+    ),
+    Field('data.image_size', 224, 'Pixels a side of images that are resized.'),
+    Field(
+      'data.extra_tests',
+      (),
+      'TFDS sets with the same classes to test on as well.',
+    ),
+    Field(
+      'data.validation',
+      0.0,
+      'Share of the training set to hold out for validation.',
+    ),
+  ),
+  'Model': (
+    Field(
+      'model.name',
+      'PreActResNet101',
+      "The paper's network for CIFAR. The others are PreActResNet18, 34, 152, "
+      '200 and Tiny, and PreActBottleneckResNet50, 101 and 152.',
+    ),
+    Field(
+      'model.stage_sizes',
+      (),
+      'Blocks of each stage. Empty: those of the model that is named.',
+    ),
+    Field(
+      'model.widths',
+      (),
+      'Channels of each stage. Empty: those of the model that is named.',
+    ),
+    Field(
+      'model.norm',
+      'batch',
+      'batch: batch norm without running statistics in training (paper); or '
+      'group.',
+    ),
+    Field(
+      'model.pre_activation', True, "Turn it off for the paper's ablation."
+    ),
+    Field(
+      'model.stem',
+      'small',
+      'small: 3x3; strided: 3x3 with stride 2; imagenet: 7x7 with stride 2, '
+      'then max pooling.',
+    ),
+    Field(
+      'model.dtype',
+      'float32',
+      'Format of activations: float32, or bfloat16 on GPU and TPU. Parameters '
+      'stay in float32.',
+    ),
+  ),
+  'Evaluation and checkpoints': (
+    Field(
+      'eval_every', 5, 'Rounds between tests. The last round is always tested.'
+    ),
+    Field(
+      'checkpoint_every',
+      5,
+      'Rounds between checkpoints. The last round is always saved.',
+    ),
+    Field(
+      'evaluation.batch_size',
+      100,
+      "Images of a test batch. The paper's accuracy takes batch statistics "
+      'over these.',
+    ),
+    Field(
+      'evaluation.statistics_images',
+      2000,
+      'Training images over which the statistics of the deployed model are '
+      'measured.',
+    ),
+    Field(
+      'evaluation.batches_at_once',
+      32,
+      'Batches whose activations a device holds while it applies a divided '
+      'chain block by block. Fewer need less memory and more passes.',
+    ),
+  ),
+  'Workers that fail': (
+    Field(
+      'faults.leave_out',
+      True,
+      'Leave a worker whose update is not finite out of the means of the '
+      "round, instead of stopping the run. This keeps a copy of each worker's "
+      'blocks.',
+    ),
+    Field(
+      'faults.loss_factor',
+      0.0,
+      'Also leave out a worker whose loss is more than this many times the '
+      'median. 0: nobody, because the right limit depends on the task.',
+    ),
+    Field(
+      'faults.timeout',
+      60.0,
+      'A process ends when it has had no sign of another one for so many '
+      'seconds. A short time finds a dead process sooner, but may take a busy '
+      'one for dead.',
+    ),
+  ),
+}
+
+
+def each() -> Iterator[Field]:
+  """Yields all fields, in the order of `FIELDS`."""
+  for fields in FIELDS.values():
+    yield from fields
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the paper's CIFAR setting for four workers, on digits.
+
+  >>> get_config().optimizer.momentum
+  0.9
+  """
+  config = ml_collections.ConfigDict()
+  for field in each():
+    section, _, name = field.name.rpartition('.')
+    if section and section not in config:
+      config[section] = ml_collections.ConfigDict()
+    value = field.default
+    if field.any_type:
+      value = ml_collections.FieldReference(value, field_type=object)
+    (config[section] if section else config)[name] = value
+  return config

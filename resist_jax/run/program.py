@@ -1,0 +1,99 @@
+"""A run as a process: its devices, its exit code, its line on an error."""
+
+import errno
+import math
+import re
+import signal
+import sys
+import traceback
+from typing import Any, NoReturn
+
+from absl import logging
+import jax
+
+from resist_jax import report
+from resist_jax.errors import ConfigError
+from resist_jax.run import processes, train
+from resist_jax.run.checkpoint import SaveError
+from resist_jax.run.command import Options
+from resist_jax.run.interrupt import Interrupted
+
+# What the error of a broken collective or barrier contains.
+_BROKEN = re.compile(
+  r'gloo|nccl|^(CANCELLED|DEADLINE_EXCEEDED|UNAVAILABLE)\b', re.IGNORECASE
+)
+
+
+def main(options: Options) -> None:
+  """Trains, and prints the table of the run; exits with a code on an error.
+
+  Args:
+    options: Of the command line.
+  """
+  logging.set_verbosity(logging.WARNING)  # orbax reports every step it takes.
+  try:
+    _start(options)
+    summary = train.train(options.config, options.workdir)
+  except (ConfigError, processes.StartError) as error:
+    _fail(error)
+  except train.NonFiniteError as error:
+    _fail(error, code=1)
+  except SaveError as error:
+    processes.explain_failure()  # Another process may be the cause.
+    _fail(error, code=processes.TRY_AGAIN if error.again else 1)
+  except OSError as error:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = 'make room in' if full else 'mend that in'
+    _fail(
+      f'{error}: {remedy} {options.workdir}; the same command goes on from the '
+      'newest checkpoint.',
+      code=1,
+    )
+  except Interrupted as stop:
+    print(stop, file=sys.stderr)
+    processes.end()
+    sys.exit(128 + stop.signum)
+  except KeyboardInterrupt:  # Before the first round, or after the last.
+    processes.fail('it was interrupted.', 128 + signal.SIGINT)
+  except Exception as error:
+    processes.explain_failure()
+    if jax.process_count() == 1:
+      raise
+    if _BROKEN.search(str(error)):
+      _fail(
+        f'the processes lost their connection ({str(error)[:200]}), perhaps '
+        'because a link broke or a clock jumped; the same command goes on from '
+        'the newest checkpoint.',
+        code=processes.TRY_AGAIN,
+      )
+    traceback.print_exc()
+    processes.fail(f'{type(error).__name__}: {error}', 1)
+  if jax.process_index() == 0:
+    print(report.summary_table([summary]))
+    print(f'report: {options.workdir}/report.html')
+  processes.end()
+
+
+def _start(options: Options) -> None:
+  """Meets the other processes, and gives CPUs virtual devices."""
+  config: Any = options.config  # A card may lack fields.
+  timeout = config.get('faults', {}).get('timeout')
+  if not isinstance(timeout, int | float) or not timeout > 0:
+    timeout = 60  # `validate` will report the mistake.
+  count = processes.start(
+    options.coordinator, options.num_processes, options.process_id, timeout
+  )
+  counts = [config.get(n, 1) for n in ('num_workers', 'devices_per_worker')]
+  if config.get('num_devices'):
+    counts = [config.num_devices]
+  if all(isinstance(n, int) and n > 0 for n in counts):
+    # A virtual CPU device for each worker; GPUs and TPUs stay as they are.
+    # Beyond 64, workers take turns: each device holds a copy of the data.
+    here = -(-math.prod(counts) // count)
+    jax.config.update('jax_num_cpu_devices', min(here, 64))
+
+
+def _fail(error: object, code: int = 2) -> NoReturn:
+  line = ' '.join(str(error).split())
+  print('error:', line, file=sys.stderr, flush=True)
+  processes.fail(line, code)

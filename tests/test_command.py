@@ -1,0 +1,172 @@
+"""Cards are found, flags combine, and --help lists every field."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+from absl import flags
+import pytest
+
+import resist_jax
+from resist_jax import __main__ as program
+from resist_jax import models
+from resist_jax.run import cards, checks, command, fields
+
+CONFIGS = pathlib.Path(__file__).parent.parent / 'experiments' / 'configs'
+
+
+def parse(*words):
+  values = flags.FlagValues()
+  command.define(values)
+  return command.parse(['resist_jax', '--workdir=run', *words], values)
+
+
+def test_without_a_card_it_is_the_digits():
+  options = parse('--config.num_workers=2')
+  expected = cards.load('digits')
+  expected.num_workers = 2
+  assert options.config.to_dict() == expected.to_dict()
+  assert options.workdir == 'run'
+  assert options[2:] == (None, None, None)
+
+
+@pytest.mark.parametrize('name', cards.names())
+def test_a_card_is_valid_and_found_by_name_and_by_path(name):
+  for words in ('', 'smoke'):
+    colon = f':{words}' if words else ''
+    config = parse(f'--config={name}{colon}').config
+    checks.validate(config)
+    assert config.to_dict() == cards.load(f'{name}:{words}').to_dict()
+    by_path = parse('--config', f'{CONFIGS / name}.py{colon}').config
+    assert by_path.to_dict() == config.to_dict()
+
+
+def test_every_card_that_ships_is_there_by_path():
+  assert {path.stem for path in CONFIGS.glob('*.py')} == {
+    '__init__',
+    *cards.names(),
+  }
+
+
+def test_a_card_says_its_command_and_its_words():
+  for name in cards.names():
+    text = (cards.FOLDER / f'{name}.py').read_text()
+    assert f'Command: python -m resist_jax --config={name}' in text
+    assert 'Words: ' in cards.about(name)
+
+
+def test_the_last_of_several_flags_counts_whatever_its_type():
+  config = parse(
+    '--config.partition=(1,)',
+    '--config.lr=1.0',
+    '--config.partition',
+    '2,3',
+    '--config.lr=2.0',
+    '--config.depths=(1, 2)',
+    '--config.depths=(3, 4)',
+    '--config.data.extra_tests=a',
+    '--config.data.sharded',
+    '--noconfig.data.sharded',
+  ).config
+  assert config.partition == (2, 3)
+  assert config.lr == 2.0
+  assert config.depths == (3, 4)
+  assert config.data.extra_tests == ('a',)
+  assert config.data.sharded is False
+
+
+def test_fields_override_a_card_that_comes_after_them():
+  config = parse(
+    '--config=imagenet', '--config.seed=3', '--config=cifar10:s8'
+  ).config
+  assert config.seed == 3
+  assert config.data.name == 'cifar10'
+  assert config.num_workers == 8
+
+
+def test_flags_in_a_file(tmp_path):
+  file = tmp_path / 'flags'
+  file.write_text('--config=cifar100:s2\n--config.partition=2\n')
+  config = parse(f'--flagfile={file}', '--config.partition=3').config
+  assert (config.data.name, config.partition) == ('cifar100', (3,))
+
+
+def test_each_field_has_a_reason():
+  flat = {}
+
+  def walk(config, prefix=''):
+    for name, value in config.items():
+      if isinstance(value, dict):
+        walk(value, f'{prefix}{name}.')
+      else:
+        flat[prefix + name] = value
+
+  walk(fields.get_config().to_dict())
+  assert flat == {field.name: field.default for field in fields.each()}
+  for field in fields.each():
+    assert len(field.reason.split()) > 3, field.name
+    assert field.reason.endswith('.'), field.name
+  assert len(flat) == len(list(fields.each()))
+
+
+def test_the_reason_of_the_model_lists_the_models():
+  (reason,) = [f.reason for f in fields.each() if f.name == 'model.name']
+  for name in set(models.FAMILY) - {'PreActResNet101'}:
+    family, size = re.fullmatch(r'(PreAct\w*ResNet)(\w+)', name).groups()
+    assert re.search(rf'{family}[^P]*\b{size}\b|{name}', reason), name
+
+
+def test_two_configs_share_nothing():
+  first, second = fields.get_config(), fields.get_config()
+  first.depths, first.data.dir = (1, 2), 'folder'
+  assert second.depths == ()
+  assert second.data.dir == ''
+
+
+@pytest.mark.parametrize('flag', ['--help', '-h', '--helpshort'])
+def test_help_lists_flags_cards_and_fields(flag):
+  text = command.answer(['resist_jax', '--workdir=run', flag])
+  lines = text.splitlines()
+  assert max(map(len, lines)) <= 80
+  usage, flags_at = lines.index('Usage:'), lines.index('Flags:')
+  fields_at = lines.index('Workers and rounds:')
+  assert usage < lines.index('Examples:') < flags_at < fields_at
+  assert '  --workdir=DIR' in lines[flags_at:fields_at]
+  for name in cards.names():
+    assert f'  {name}' in lines
+  words = ' '.join(text.split())
+  for field in fields.each():
+    assert f'  {field.name}=' in text
+    assert ' '.join(field.reason.split()) in words
+  assert '  num_rounds=100  [20]' in lines
+  assert "  data.dir=''" in lines
+  assert '--verbosity' not in text
+
+
+def test_no_help_where_nobody_asks():
+  assert command.answer(['resist_jax', '--workdir=run']) is None
+  assert command.answer(['resist_jax', '--', '--help']) is None
+  assert '--verbosity' in command.answer(['resist_jax', '--helpfull'])
+
+
+def test_help_and_version_are_answered_with_0(capsys):
+  for flag, says in (('--help', 'Usage:'), ('--version', 'resist_jax ')):
+    with pytest.raises(SystemExit) as end:
+      program.parse(['resist_jax', flag])
+    assert end.value.code == 0
+    assert says in capsys.readouterr().out
+  version = command.answer(['resist_jax', '--version'])
+  assert version == f'resist_jax {resist_jax.__version__}'
+
+
+@pytest.mark.parametrize('module', ['resist_jax.__main__', 'resist_jax.data'])
+def test_what_is_slow_is_imported_when_it_is_needed(module):
+  slow = {
+    'grain', 'matplotlib', 'orbax', 'sklearn', 'tensorboardX', 'tensorflow',
+    'tensorflow_datasets',
+  }  # fmt: skip
+  code = f'import sys, {module}; print(*{slow} & set(sys.modules))'
+  command = [sys.executable, '-c', code]
+  result = subprocess.run(command, capture_output=True, text=True, check=True)
+  assert result.stdout.split() == []
