@@ -8,8 +8,12 @@ import dataclasses
 import importlib.metadata
 import re
 
+from docutils import nodes
 from flax import linen as nn
 from sphinx.domains.python import PyObject
+from sphinx.util.docutils import SphinxDirective
+
+from resist_jax.run import fields
 
 project = 'resist_jax'
 author = 'the resist_jax authors'
@@ -102,11 +106,39 @@ def find_public_name(app, env, node, contnode):
   )
 
 
+class ConfigFields(SphinxDirective):
+  """Lists the fields of a config, a section for each heading."""
+
+  def run(self) -> list[nodes.Node]:
+    """Returns the sections."""
+    found = []
+    for heading, listed in fields.FIELDS.items():
+      section = nodes.section(ids=[nodes.make_id(heading)], names=[heading])
+      section += nodes.title(text=heading)
+      for field in listed:
+        section += nodes.definition_list(
+          '',
+          nodes.definition_list_item(
+            '',
+            nodes.term('', '', nodes.literal(text=_typed(field))),
+            nodes.definition('', nodes.paragraph(text=field.reason)),
+          ),
+        )
+      found.append(section)
+    return found
+
+
+def _typed(field: fields.Field) -> str:
+  default = field.default if field.default != '' else "''"
+  return f'{field.name} = {default}'
+
+
 def setup(app) -> None:
   """Connects what this file adds to Sphinx."""
   for field in PyObject.doc_field_types:
     if field.name == 'variable':
       field.label = 'Attributes'
+  app.add_directive('config-fields', ConfigFields)
   app.connect('autodoc-skip-member', skip_fields)
   app.connect('autodoc-process-signature', shorten)
   app.connect('autodoc-process-docstring', keep_letters, priority=900)

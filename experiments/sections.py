@@ -152,29 +152,49 @@ def headline() -> Table:
     )
     seconds = slow_report.exchange_seconds(links, link, method)
     rows.append([name, *accuracies, f'{sent:.2f} GB', f'{seconds:.2f} s'])
-  network = next(iter(links.values()))
+  summary = links[link, 'data_parallel']['summary']
+  millions, steps = summary['params_total'] / 1e6, summary['local_steps']
   caption = (
-    'Four workers. Test accuracies in %, with fixed normalisation statistics; '
-    'the CIFAR-10 network has an eighth of the width that the paper uses and '
-    'trains for two epochs. Gigabytes that all workers send in a round of 50 '
-    "steps of the paper's ResNet101, read from the compiled programs. Seconds "
-    'of the exchange at the end of a round between four processes, with '
-    f'{network["summary"]["params_total"] / 1e6:.1f} million parameters; data '
-    f'parallel exchanges at every step. Accuracies: {_lower(of_runs(found))}'
+    'Four workers. *Accuracy* is the test accuracy in % with fixed '
+    'normalisation statistics; the CIFAR-10 network has an eighth of the width '
+    'that the paper uses and trains for two epochs. *Sent in a round* is what '
+    "all workers together send in 50 steps of the paper's ResNet101, read from "
+    'the compiled programs. *Exchange* is the time that the exchanges of a '
+    f'round take on links of {link} between four processes, for {millions:.1f} '
+    f'million parameters; data parallel training exchanges in each of {steps} '
+    'steps. '
+    f'{of_runs(found)}'
   )
-  head = ['', 'handwritten digits', 'CIFAR-10, small network']
-  head += ['sent in a round', f'an exchange at {link}']
+  if not list(RESULTS.glob('*/paper/*.json')):
+    caption += " Nothing has been run at the paper's own scale yet."
+  head = ['', 'accuracy, digits', 'accuracy, CIFAR-10', 'sent in a round']
+  head.append(f'exchange, {link}')
   return Table(caption, '', head, rows)
 
 
-def _lower(sentence: str) -> str:
-  return sentence[0].lower() + sentence[1:]
-
-
 def _accelerator() -> Iterator[Table]:
-  """Results of accelerators: `experiments/results/accelerator/`."""
-  # TODO: their format.
-  yield from ()
+  """Rounds on an accelerator beside the same rounds on a CPU."""
+  for record in _load('accelerator/*.json'):
+    rows = [
+      [
+        r['case'].replace('_', ' '),
+        f'{r["largest"]:.1e}',
+        f'{r["of_norm"]:.1e}',
+      ]
+      for r in record['results']
+      if r['platform'] == 'accelerator'
+    ]
+    config = record['config']
+    caption = (
+      f'The parameters after {config["rounds"]} rounds of '
+      f'{config["local_steps"]} steps, compared with those of the same rounds '
+      f'on a CPU in float64. {config["workers"]} workers share one device, '
+      f'{machine(record["provenance"])}. "Largest" is the largest difference '
+      'in a parameter array divided by the largest value of that array; "norm" '
+      'is the norm of all differences divided by the norm of all parameters.'
+    )
+    head = ['protocol, precision and program', 'largest', 'norm']
+    yield Table(caption, record['command'], head, rows)
 
 
 def _counts() -> Iterator[Table]:

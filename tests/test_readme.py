@@ -94,6 +94,7 @@ def test_pages_run(path, tmp_path, monkeypatch):
     exec(block, names)
 
 
+@pytest.mark.filterwarnings('ignore:.*found in sys.modules.*')
 @pytest.mark.parametrize('line', commands())
 def test_commands_exist(line, only_parse, monkeypatch):
   module, *words = shlex.split(line.replace('...', ''))
@@ -118,7 +119,6 @@ def parse(module, words, monkeypatch):
     run_main(module, words, monkeypatch)
 
 
-@pytest.mark.filterwarnings('ignore:.*found in sys.modules.*')
 def run_main(module, words, monkeypatch):
   monkeypatch.setattr(sys, 'argv', [module, *words])
   with pytest.raises(ParsedError):
@@ -159,7 +159,9 @@ def test_every_room_has_a_page_of_reference():
   package = pathlib.Path(resist_jax.__file__).parent
   rooms = {path.parent.name for path in package.glob('*/__init__.py')}
   assert pages == rooms | {'index', 'resist_jax'}
-  for room in rooms | {'.'}:
+  # What the page of `run` shows is listed there: `--help` imports `run`, and
+  # must not import JAX.
+  for room in rooms - {'run'} | {'.'}:
     tree = ast.parse((package / room / '__init__.py').read_text())
     names = {
       target.id
