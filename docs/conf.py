@@ -6,6 +6,7 @@ they are read.
 
 import dataclasses
 import importlib.metadata
+import inspect
 import re
 
 from docutils import nodes
@@ -13,6 +14,7 @@ from flax import linen as nn
 from sphinx.domains.python import PyObject
 from sphinx.util.docutils import SphinxDirective
 
+import resist_jax
 from resist_jax.run import fields
 
 project = 'resist_jax'
@@ -54,33 +56,59 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 72
 
 
-def skip_fields(app, what, name, member, skip, options):
-  """Leaves out fields of classes, which the docstrings of these describe."""
-  del app, name, options
-  field = type(member).__name__ == '_tuplegetter' or isinstance(member, type)
-  return True if what == 'class' and field else skip
+def skip_member(app, what, name, member, skip, options):
+  """Leaves out what another place describes.
+
+  These are the fields of a class, which its docstring describes, and names that
+  `resist_jax` exports again, which the page of their package describes.
+  """
+  del options
+  if what == 'class':
+    field = type(member).__name__ == '_tuplegetter' or isinstance(member, type)
+    return True if field else skip
+  rooms = [
+    getattr(resist_jax, room, None)
+    for room in getattr(resist_jax, '__all__', ())
+  ]
+  again = any(name in getattr(room, '__all__', ()) for room in rooms)
+  return True if again and app.env.docname == 'api/resist_jax' else skip
 
 
 def shorten(app, what, name, obj, options, signature, returns):
-  """Gives a linen module its own fields, without Flax's and their types."""
+  """Gives classes of fields a signature without types: these follow below."""
   del app, name, options
-  if what != 'class' or not issubclass(obj, nn.Module):
+  fields_of = dataclasses.is_dataclass(obj) or hasattr(obj, '_fields')
+  if what != 'class' or not fields_of:
     return signature, returns
-  shown = []
-  for field in dataclasses.fields(obj):
-    if field.name in ('parent', 'name') or callable(field.default):
-      continue
-    missing = field.default is dataclasses.MISSING
-    shown.append(field.name + ('' if missing else f'={field.default!r}'))
-  return f'({", ".join(shown)})', None
-
-
-def keep_letters(app, what, name, obj, options, lines):
-  """Escapes 'S.', which reStructuredText takes for item S of a list."""
-  del app, what, name, obj, options
-  lines[:] = [
-    re.sub(r'(^\s*|: )([A-Z]\.)(?=\s|$)', r'\1\\\2', x) for x in lines
+  hidden = ('parent', 'name') if issubclass(obj, nn.Module) else ()
+  plain = str | int | float | tuple | None
+  shown = [
+    parameter.replace(
+      annotation=parameter.empty,
+      default=parameter.default
+      if isinstance(parameter.default, plain)
+      or parameter.default is parameter.empty
+      else ...,
+    )
+    for parameter in inspect.signature(obj).parameters.values()
+    if parameter.name not in hidden
   ]
+  text = str(inspect.Signature(shown)).replace('Ellipsis', '...')
+  return text, None
+
+
+def mend_lines(app, what, name, obj, options, lines):
+  """Changes lines of a docstring that Sphinx would not show well.
+
+  reStructuredText takes 'S.' for item S of a list. The types of fields name the
+  private modules in which other packages define them.
+  """
+  del app, what, name, obj, options
+  for i, line in enumerate(lines):
+    line = re.sub(r'(^\s*|: )([A-Z]\.)(?=\s|$)', r'\1\\\2', line)
+    if line.startswith(':vartype'):
+      line = re.sub(r'\b(?!resist_jax)(?:\w+\.)+(\w+)', r'\1', line)
+    lines[i] = line
 
 
 def find_public_name(app, env, node, contnode):
@@ -139,7 +167,7 @@ def setup(app) -> None:
     if field.name == 'variable':
       field.label = 'Attributes'
   app.add_directive('config-fields', ConfigFields)
-  app.connect('autodoc-skip-member', skip_fields)
+  app.connect('autodoc-skip-member', skip_member)
   app.connect('autodoc-process-signature', shorten)
-  app.connect('autodoc-process-docstring', keep_letters, priority=900)
+  app.connect('autodoc-process-docstring', mend_lines, priority=900)
   app.connect('missing-reference', find_public_name)
