@@ -12,7 +12,8 @@ import jax
 import ml_collections
 
 from experiments.provenance import provenance
-from resist_jax.run import cards, metrics, train, workdir
+from resist_jax import report
+from resist_jax.run import cards, train, workdir
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 # Of a row of the log, what a curve shows.
@@ -61,7 +62,7 @@ def run(
     return
   begin(target)
   summary = train.train(config, str(folder))
-  rows = metrics.read_rows(folder / 'metrics.jsonl')
+  rows = report.read_rows(folder / 'metrics.jsonl')
   kind = summary['device'].split(',')[0]
   record = {
     'provenance': provenance(f'{summary["num_devices"]} x {kind}'),
@@ -86,7 +87,7 @@ def write_record(target: pathlib.Path, record: dict[str, Any]) -> None:
   rows = ',\n    '.join(json.dumps(row) for row in curve)
   text = json.dumps({**record, 'curve': []} if curve else record, indent=2)
   text = text.replace('"curve": []', f'"curve": [\n    {rows}\n  ]')
-  metrics.replace_text(target, text + '\n')
+  workdir.replace_text(target, text + '\n')
 
 
 def mark_busy(target: pathlib.Path) -> None:

@@ -28,7 +28,7 @@ from typing import Any
 from experiments.namespaces import LINKS, Host, Link, NotPossibleError, hosts
 from experiments.provenance import provenance
 from experiments.runs import RESULTS, write_record
-from resist_jax.run import metrics
+from resist_jax import report
 
 FOLDER = RESULTS / 'slow_network'
 WORKERS = 4
@@ -91,7 +91,7 @@ def measure(
       summary = json.loads((folder / 'summary.json').read_text())
       after = _sent(found)
       sent.append((after - before, summary['wire_bytes_total']))
-  rows = metrics.read_rows(folder / 'metrics.jsonl')
+  rows = report.read_rows(folder / 'metrics.jsonl')
   whole = _seconds_of_a_round(rows)
   local = statistics.median(row['seconds_local'] for row in rows[1:])
   counted = {}

@@ -1,19 +1,21 @@
-"""A table of results, and how it is written."""
+"""A table of results with its caption and the command that makes it."""
 
 from collections.abc import Sequence
 import dataclasses
 import html
 
+from resist_jax import report
+
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """Rows of text under a head.
+  """A table of results.
 
   Attributes:
-    caption: What it shows, of which runs, on which machine; plain text.
-    command: What makes it again.
+    caption: What it shows, from which runs, on which machine; plain text.
+    command: The command that makes its results again.
     head: Names of the columns.
-    rows: As many cells each as the head has.
+    rows: The cells of each row, as many as the head has.
   """
 
   caption: str
@@ -36,34 +38,16 @@ class Table:
 
   def grid(self) -> str:
     """Returns the Markdown table alone."""
-    head, *rows = [
-      '| ' + ' | '.join(row) + ' |' for row in (self.head, *self.rows)
-    ]
-    return '\n'.join([head, '|---' * len(self.head) + '|', *rows, ''])
+    return report.markdown_table(self.head, self.rows)
 
   def html(self) -> str:
-    """Returns the same as a figure of HTML."""
-
-    def line(cells: Sequence[str], kind: str) -> str:
-      marked = [f'<{kind}>{html.escape(cell)}</{kind}>' for cell in cells]
-      return f'<tr>{"".join(marked)}</tr>'
-
-    rows = '\n'.join(line(row, 'td') for row in self.rows)
+    """Returns an HTML figure with the caption, the command and the table."""
     return (
       f'<figure><figcaption>{html.escape(self.caption)} '
       f'<code>{html.escape(self.command)}</code></figcaption>\n'
-      f'<div class="wide"><table><thead>{line(self.head, "th")}</thead>\n'
-      f'<tbody>\n{rows}\n</tbody></table></div></figure>\n'
+      f'{report.html_table(self.head, self.rows)}</figure>\n'
     )
 
   def text(self) -> str:
-    r"""Returns the rows in columns, for a terminal.
-
-    >>> Table('', '', ['a', 'b'], [['10', '2']]).text()
-    'a   b\n10  2'
-    """
-    rows = [list(self.head), *map(list, self.rows)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return '\n'.join(
-      '  '.join(map(str.ljust, row, widths)).rstrip() for row in rows
-    )
+    """Returns the table in columns, for a terminal."""
+    return report.text_table([self.head, *self.rows])

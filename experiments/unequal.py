@@ -22,7 +22,7 @@ from typing import Any
 from experiments.launch import local
 from experiments.provenance import provenance
 from experiments.runs import RESULTS, write_record
-from resist_jax.run import metrics
+from resist_jax import report
 
 TARGET = RESULTS / 'unequal' / 'digits.json'
 FLAGS = (
@@ -68,7 +68,7 @@ def measure(flags: tuple[str, ...]) -> dict[str, Any]:
     if any(codes):
       raise RuntimeError(f'the processes ended with {codes}.')
     run = pathlib.Path(folder) / 'run'
-    rows = metrics.read_rows(run / 'metrics.jsonl')
+    rows = report.read_rows(run / 'metrics.jsonl')
     seconds = [row['seconds_training'] for row in rows]
     blocks = [len(worker) for worker in rows[-1]['slots']['stage3_chain']]
     return {

@@ -1,5 +1,6 @@
 """Command line: python -m resist_jax --workdir=DIR [--config=CARD]."""
 
+import os
 import sys
 
 from absl import app, flags
@@ -22,7 +23,10 @@ def parse(argv: list[str], answers: bool = True) -> command.Options:
   """
   text = command.answer(argv) if answers else None
   if text:
-    print(text)
+    try:
+      print(text, flush=True)
+    except BrokenPipeError:  # As in `--help | head`.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
   try:
     return command.parse(argv, flags.FLAGS)

@@ -6,7 +6,7 @@ import subprocess
 import time
 
 from experiments.launch import local
-from resist_jax.run import metrics
+from resist_jax import report
 
 ROOT = pathlib.Path(__file__).parent.parent
 TIMEOUT = 10  # Seconds without a sign that mean death, in these tests.
@@ -62,7 +62,7 @@ class Several:
 
   def rounds(self):
     """Returns how many rounds are in the log."""
-    return len(metrics.read_rows(self.workdir / 'metrics.jsonl'))
+    return len(report.read_rows(self.workdir / 'metrics.jsonl'))
 
   def wait_for_rounds(self, count, limit=400):
     """Waits until the log has rounds; all processes must be alive."""

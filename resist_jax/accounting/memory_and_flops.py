@@ -3,11 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from resist_jax.accounting import hlo, traffic
-from resist_jax.accounting.traffic import BYTES_PER_PARAM, Sizes
+from resist_jax.accounting import hlo
+from resist_jax.accounting.traffic import (
+  BYTES_PER_PARAM,
+  Sizes,
+  params_per_worker,
+)
 from resist_jax.exchange import collectives
-from resist_jax.rounds.compiled import Round
-from resist_jax.rounds.state import Protocol
+from resist_jax.rounds import Protocol, Round
 
 
 def predicted_memory(
@@ -16,20 +19,18 @@ def predicted_memory(
   """Predicts what a device holds in a round, without activations and data.
 
   Args:
-    sizes: Of the network, as the protocol cuts it.
+    sizes: Sizes of the network, as the protocol cuts it.
     protocol: Who holds what.
-    num_devices: D, or groups of them; each holds what its S / D workers hold.
+    num_devices: D, or the number of groups; each holds its S / D workers.
 
   Returns:
-    Bytes: `parameters` of the sub-networks; `optimizer`, their momentum;
-    `gradients`, of one step; and `exchange`, what the format keeps besides:
-    the shared part as last agreed, and what rounding left out; and where
-    workers may be left out, their blocks as last agreed.
+    Bytes: `parameters` of the sub-networks; `optimizer`, one moment of them;
+    `gradients` of one step; and `exchange`, what is kept besides: the shared
+    part as last agreed, what rounding removed, and the blocks as last agreed
+    where workers may be excluded.
   """
   S = protocol.num_workers
-  params = BYTES_PER_PARAM * traffic.params_per_worker(
-    sizes, S, protocol.min_depth, protocol.depths
-  )
+  params = BYTES_PER_PARAM * params_per_worker(sizes, protocol)
   shared = BYTES_PER_PARAM * sizes.shared
   kept = shared if protocol.sends_changes else 0
   if protocol.keeps_blocks:
@@ -50,7 +51,7 @@ def compiled_memory(run: Round) -> dict[str, dict[str, int]]:
   """Reads what each program of a compiled round needs on a device.
 
   Args:
-    run: After `Round.compile`.
+    run: A round that `Round.compile` returned.
 
   Returns:
     For each program, bytes of its `arguments`, of `outputs` that take no
@@ -58,7 +59,7 @@ def compiled_memory(run: Round) -> dict[str, dict[str, int]]:
   """
   return {
     name: memory_parts(program.memory_analysis())
-    for name, program in run.compiled.items()
+    for name, program in run.programs.items()
   }
 
 
@@ -80,26 +81,22 @@ def memory_parts(stats: Any) -> dict[str, int]:
 
 
 def compiled_wire_bytes(
-  run: Round,
-  local_steps: int,
-  branches: Mapping[str, int],
-  inside: bool = False,
+  run: Round, branches: Mapping[str, int], inside: bool = False
 ) -> int:
   """Reads what a compiled round sends between the devices of two workers.
 
   Args:
-    run: After `Round.compile`.
-    local_steps: T.
-    branches: Of the routes taken, see `traffic.branches`.
+    run: A round that `Round.compile` returned.
+    branches: The branches taken in the round, see `traffic.branches`.
     inside: Read what devices of the same worker send each other instead.
 
   Returns:
-    Bytes, of all devices together.
+    Bytes that all devices together send.
   """
   return sum(
-    (local_steps if name.startswith('step') else 1)
+    (run.protocol.local_steps if name.startswith('step') else 1)
     * hlo.wire_bytes(program.as_text(), branches, run.group_size, inside)
-    for name, program in run.compiled.items()
+    for name, program in run.programs.items()
   )
 
 
@@ -113,18 +110,18 @@ def predicted_group_bytes(
   """Predicts what a local step sends between the devices of a worker.
 
   Args:
-    sizes: Of the network, as the protocol cuts it.
+    sizes: Sizes of the network, as the protocol cuts it.
     protocol: Who holds what.
     devices_per_worker: G.
-    statistics: See `num_statistics`.
-    num_metrics: How many the loss function reports, the loss included.
+    statistics: Means and mean squares that batch norm takes in a step.
+    num_metrics: How many metrics the loss function reports, the loss included.
 
   Returns:
-    Bytes, of all devices together: rings of gradients, metrics, and statistics
-    of batch norm with their gradients.
+    Bytes that all devices together send: rings of gradients, metrics, and
+    statistics of batch norm with their gradients.
   """
   S = protocol.num_workers
-  params = traffic.params_per_worker(sizes, S, protocol.min_depth)
+  params = params_per_worker(sizes, protocol)
   numbers = params + num_metrics + 2 * statistics
   return S * 2 * (devices_per_worker - 1) * BYTES_PER_PARAM * numbers
 
@@ -133,15 +130,15 @@ def compiled_flops(run: Round, images: int) -> float | None:
   """Reads the arithmetic of training on one image.
 
   Args:
-    run: After `Round.compile`.
-    images: That one local step of a device trains on.
+    run: A round that `Round.compile` returned.
+    images: How many images one local step of a device trains on.
 
   Returns:
     Floating-point operations, elementwise ones included; where workers are
-    unequal, on the device that has most. None where the program loops, since
-    the compiler counts a loop's body once.
+    unequal, those of the busiest device. None where the program loops, because
+    the compiler counts the body of a loop once.
   """
   if run.loops:
     return None
-  steps: Any = [p for k, p in run.compiled.items() if k.startswith('step')]
+  steps: Any = [p for k, p in run.programs.items() if k.startswith('step')]
   return max(float(p.cost_analysis()['flops']) for p in steps) / images

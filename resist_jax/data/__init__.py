@@ -1,7 +1,7 @@
-"""Image sets and the batches that rounds train on.
+"""Image data sets, and the batches that workers train on.
 
-A batch is a pure function of (seed, round, worker, step), so a resumed run sees
-the same images.
+A batch is a pure function of (seed, round, worker, step), so a resumed run
+trains on the same images.
 """
 
 from resist_jax.data.augmentation import Augmentation, augment, choose

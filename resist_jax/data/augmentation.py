@@ -1,4 +1,4 @@
-"""Random changes to training images."""
+"""Random crops and flips of training images."""
 
 import re
 from typing import NamedTuple
@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from resist_jax.data.sets import Dataset
 from resist_jax.data.streaming import StreamedImages
 
-# A mirrored image of these is another character, or none at all.
+# Data sets of characters, which are never flipped: a mirrored character is
+# another one, or none.
 CHARACTERS = frozenset(
   {
     'binary_alpha_digits',
@@ -26,12 +27,14 @@ CHARACTERS = frozenset(
 
 
 class Augmentation(NamedTuple):
-  """What happens to training images.
+  """How training images are augmented.
 
   Attributes:
-    pad: Pixels of black on every side before a crop; 0 for no crop.
-    flip: Mirror half of them.
-    resized_crop: Cut parts of random size out on the host, and resize them.
+    pad: Black pixels added on every side before a random crop of the original
+      size; 0 disables the crop.
+    flip: Whether to mirror each image left to right with probability 1/2.
+    resized_crop: Whether to crop a part of random area and aspect ratio and
+      resize it. This runs on the host, while an image is decoded.
   """
 
   pad: int
@@ -40,25 +43,29 @@ class Augmentation(NamedTuple):
 
 
 def choose(kind: str, dataset: Dataset) -> Augmentation:
-  """Chooses by the set what `auto` means.
+  """Returns the augmentation that the config field `data.augmentation` names.
+
+  `auto` depends on the data set: random resized crops for images that are
+  resized while they stream, no crop for images lower than 24 pixels, padded
+  crops otherwise, and flips unless the images show characters.
 
   Args:
     kind: `crop`, `resized_crop`, either with `_flip`, `flip`, `none` or `auto`.
-    dataset: What is augmented.
+    dataset: The data set to augment.
 
   Returns:
-    What happens to its training images.
+    The augmentation of its training images.
   """
   images = dataset.train.images
   height = images.shape[1]
   if kind == 'auto':
     if isinstance(images, StreamedImages) and images.resized:
       kind = 'resized_crop_flip'
-    elif height < 24:  # A shift by one pixel of eight is a lot.
+    elif height < 24:  # Of 8 pixels, a shift by one is already large.
       kind = 'flip'
     else:
       kind = 'crop_flip'
-    # TFDS names may go on with a config and a version: emnist/letters:3.1.0.
+    # A TFDS name may carry a config and a version: emnist/letters:3.1.0.
     if re.split('[/:]', dataset.name)[0] in CHARACTERS:
       kind = kind.removesuffix('flip').removesuffix('_')
   pad = height // 8 if kind in ('crop', 'crop_flip') else 0  # CIFAR: 4 of 32.
@@ -72,23 +79,26 @@ def augment(
   flip: bool,
   axis_name: str | None = None,
 ) -> jax.Array:
-  """Crops each image at random after padding with black, and mirrors half.
+  """Pads images with black, crops them at random, and flips half of them.
 
   Args:
     key: A PRNG key.
     images: `uint8[B, H, W, C]`.
-    pad: Pixels on every side; 0 leaves the crop out. CIFAR: 4.
-    flip: Mirror left and right with probability 1/2.
-    axis_name: A mesh axis over which a batch is spread in equal parts, of which
-      `images` is one; what happens to it does not depend on how many there are.
+    pad: Pixels added on every side; 0 disables the crop. The paper pads CIFAR
+      by 4.
+    flip: Whether to mirror each image left to right with probability 1/2.
+    axis_name: The mesh axis that splits the batch into equal parts, if
+      `images` is one of them. The result does not depend on the number of
+      parts.
 
   Returns:
-    `uint8[B, H, W, C]`.
+    The augmented images, `uint8[B, H, W, C]`.
   """
   B = len(images)
-  parts = 1 if axis_name is None else lax.axis_size(axis_name)
+  num_parts = 1 if axis_name is None else lax.axis_size(axis_name)
 
-  def mine(draws):
+  def local(draws):
+    """Takes this part's share of the draws for the whole batch."""
     if axis_name is None:
       return draws
     first = lax.axis_index(axis_name) * B
@@ -97,7 +107,8 @@ def augment(
   crop_key, flip_key = jax.random.split(key)
   if pad:
     sides = ((0, 0), (pad, pad), (pad, pad), (0, 0))
-    corners = mine(jax.random.randint(crop_key, (parts * B, 2), 0, 2 * pad + 1))
+    shape = (num_parts * B, 2)
+    corners = local(jax.random.randint(crop_key, shape, 0, 2 * pad + 1))
     crop = jax.vmap(
       lambda image, corner: lax.dynamic_slice(
         image, (corner[0], corner[1], 0), images.shape[1:]
@@ -105,6 +116,7 @@ def augment(
     )
     images = crop(jnp.pad(images, sides), corners)
   if flip:
-    mirrored = mine(jax.random.bernoulli(flip_key, 0.5, (parts * B, 1, 1, 1)))
-    images = jnp.where(mirrored, images[:, :, ::-1], images)
+    shape = (num_parts * B, 1, 1, 1)
+    flipped = local(jax.random.bernoulli(flip_key, 0.5, shape))
+    images = jnp.where(flipped, images[:, :, ::-1], images)
   return images

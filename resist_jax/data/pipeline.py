@@ -1,7 +1,7 @@
-"""What rounds train on: images on the devices, or streamed from their files.
+"""The two sources of a round's batches: device memory, or a stream of files.
 
-Everything random here is a pure function of (seed, round, worker, step, place
-in the batch), so a resumed run sees the same pixels.
+Every random choice is a pure function of (seed, round, worker, step, position
+in the batch), so a resumed run trains on the same pixels.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,46 +15,49 @@ import numpy as np
 from resist_jax.data.streaming import THREADS, StreamedImages
 
 PyTree = Any
-Indices = Callable[[int], np.ndarray]  # Of a round: int32[S, T, B].
+# Maps a round's number to the examples that it trains on, int32[S, T, B].
+Indices = Callable[[int], np.ndarray]
 
-PREFETCHED = 3  # Batches of all workers that wait in host memory.
+PREFETCHED = 3  # Steps read ahead, kept in host memory (B images per worker).
 
 
 class Resident:
-  """Examples that fit in memory; batches are their numbers.
+  """A training set that stays in device memory; a batch is a list of indices.
 
   Attributes:
-    constants: `(uint8[N, H, W, C], int32[N])`, what all rounds share.
+    constants: `(uint8[N, H, W, C], int32[N])`: images and labels, which all
+      rounds share.
   """
 
   def __init__(self, images: np.ndarray, labels: Any, indices: Indices):
-    """Keeps the examples.
+    """Stores references to the examples.
 
     Args:
-      images: `uint8[N, H, W, C]`, to train on.
-      labels: `int32[N]`.
-      indices: Returns which of them a round is made of, `int32[S, T, B]`.
+      images: Training images, `uint8[N, H, W, C]`.
+      labels: Their labels, `int32[N]`.
+      indices: Maps a round's number to the examples that it trains on,
+        `int32[S, T, B]`.
     """
     self.constants: PyTree = (images, labels)
     self._indices = indices
 
   def batches(self, round_index: int) -> np.ndarray:
-    """Returns the examples of a round, `int32[S, T, B]`."""
+    """Returns the indices of a round's examples, `int32[S, T, B]`."""
     return self._indices(round_index)
 
   def batch_shapes(self) -> np.ndarray:
-    """Returns something of the shape of `batches`."""
+    """Returns an array with the shape and dtype of `batches`."""
     return self._indices(0)
 
 
 class Stream:
-  """The batches of a run in order, made by threads while workers train.
+  """A run's batches in order, decoded by threads while the workers train.
 
-  Every example of the run has a number, by round, step, worker and place in the
-  batch; `grain` reads ahead along these numbers, across the ends of rounds.
+  Each example that the run visits has a number, ordered by round, step, worker
+  and position in the batch. `grain` reads ahead in this order, across rounds.
 
   Attributes:
-    constants: None: batches hold the images.
+    constants: None, because the batches hold the images.
   """
 
   constants: PyTree = None
@@ -68,15 +71,16 @@ class Stream:
     random_crops: bool,
     workers: range | None = None,
   ):
-    """Describes the stream; nothing is read yet.
+    """Describes the stream without reading anything yet.
 
     Args:
-      images: To train on.
-      indices: Which of them a round is made of, `int32[S, T, B]`.
-      num_rounds: Of the run.
-      seed: Of the run.
-      random_crops: Crop images at random instead of showing their centre.
-      workers: Whose examples to read; all, if None.
+      images: Training images.
+      indices: Maps a round's number to the examples that it trains on,
+        `int32[S, T, B]`.
+      num_rounds: Number of rounds in the run.
+      seed: Seed of the run.
+      random_crops: Whether to crop images at random instead of at the centre.
+      workers: The workers whose examples are read; all S if None.
     """
     self._images = images
     self._indices = functools.lru_cache(maxsize=4)(indices)
@@ -84,39 +88,40 @@ class Stream:
     self._seed = seed
     self._random_crops = random_crops
     self._iterator: Iterator[Any] = iter(())
-    self._next = -1  # The step that the iterator stands at.
+    self._next = -1  # The step that the iterator yields next.
     self._shape = self._indices(0).shape
     self._workers = workers or range(self._shape[0])
 
   def __len__(self) -> int:
-    """Returns how many examples these workers see, repetitions included."""
+    """Returns how many examples these workers visit in the whole run."""
     _, T, B = self._shape
     return self._num_rounds * T * len(self._workers) * B
 
   def __getitem__(self, number: int) -> tuple[np.ndarray, np.int32]:
-    """Reads an example of the run: `uint8[H, W, C]` and its label."""
+    """Reads one example of the run: its image, `uint8[H, W, C]`, and label."""
     _, T, B = self._shape
     order = (self._num_rounds, T, len(self._workers), B)
     round_index, t, s, b = map(int, np.unravel_index(number, order))
     s = self._workers[s]
     rng = None
     if self._random_crops:
-      place = (round_index, s, t, b)
-      draws = np.random.SeedSequence(self._seed, spawn_key=place)
-      rng = np.random.default_rng(draws)
+      position = (round_index, s, t, b)
+      sequence = np.random.SeedSequence(self._seed, spawn_key=position)
+      rng = np.random.default_rng(sequence)
     return self._images.example(self._indices(round_index)[s, t, b], rng)
 
   def batches(
     self, round_index: int
   ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields the batches of a round; those of the next are read meanwhile.
+    """Yields the batches of a round, while threads read the next ones.
 
     Args:
-      round_index: Any; to go on in order costs no waiting.
+      round_index: Number of the round. Rounds asked for in order are read
+        ahead; any other order restarts the reading.
 
     Yields:
       For each of T steps, images `uint8[S, B, H, W, C]` and labels
-      `int32[S, B]`, of the S workers that this process looks after.
+      `int32[S, B]`, where S counts the workers that this process reads for.
     """
     _, T, B = self._shape
     S = len(self._workers)
@@ -128,13 +133,14 @@ class Stream:
       yield images.reshape(S, B, *images.shape[1:]), labels.reshape(S, B)
 
   def batch_shapes(self) -> PyTree:
-    """Returns shapes and dtypes of the batches of all workers together."""
+    """Returns the shapes and dtypes of a round's batches for all workers."""
     S, T, B = self._shape
     images = jax.ShapeDtypeStruct((S, B, *self._images.image_shape), jnp.uint8)
     return T * [(images, jax.ShapeDtypeStruct((S, B), jnp.int32))]
 
   def _from(self, step: int) -> Iterator[Any]:
-    import grain  # Slow to import, and sets in memory need it not.
+    # Imported here because it is slow, and data sets in memory do not need it.
+    import grain
 
     _, _, B = self._shape
     S = len(self._workers)

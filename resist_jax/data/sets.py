@@ -1,8 +1,8 @@
-"""Images and labels as uint8 arrays, and which of them a batch is made of.
+"""Image classification data sets, and the choice of examples for each batch.
 
-Sets that fit live on the device as uint8, others stream from their files;
-`batch_indices` is a pure function of (seed, round, worker, step), so a resumed
-run sees the same batches.
+A data set that fits in memory is kept on the devices as uint8; a larger one
+streams from its files. `batch_indices` is a pure function of (seed, round,
+worker, step), so a resumed run trains on the same batches.
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,18 @@ from resist_jax.data import tfds_source
 from resist_jax.data.streaming import Records, StreamedImages, StreamedLabels
 from resist_jax.errors import ConfigError
 
-LARGEST_IN_MEMORY = 8 * 2**30  # bytes; CIFAR is 0.15 GiB
-MOMENTS_IMAGES = 2000  # To normalise by, where all would be too many.
+MAX_BYTES_IN_MEMORY = 8 * 2**30  # CIFAR takes 0.15 GiB.
+MOMENTS_IMAGES = 2000  # Sampled for mean and deviation if the set streams.
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """Images `uint8[N, H, W, C]` and labels `int32[N]`, in memory or not."""
+  """A part of a data set, in memory or streamed from files.
+
+  Attributes:
+    images: `uint8[N, H, W, C]`.
+    labels: `int32[N]`.
+  """
 
   images: np.ndarray | StreamedImages
   labels: np.ndarray | StreamedLabels
@@ -37,28 +42,29 @@ class Split:
     return len(self.labels)
 
   def take(self, index: np.ndarray) -> 'Split':
-    """Returns the examples at `index`; what streams stays unread."""
+    """Returns the examples at `index`; streamed ones are not read yet."""
     return Split(
       self.images.take(index, axis=0), self.labels.take(index, axis=0)
     )
 
   def in_memory(self) -> 'Split':
-    """Returns the same examples as arrays."""
+    """Returns the same examples as NumPy arrays."""
     return Split(self.images[:], self.labels[:])
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """An image classification set.
+  """An image classification data set.
 
   Attributes:
-    name: As in the config.
-    train: What is trained on.
-    tests: Sets to evaluate on by name: `test`, `validation` if held out, and
-      further ones that were asked for.
-    num_classes: Labels are 0 to this, exclusive.
-    mean: `float32[C]`, of the training images as numbers from 0 to 1.
-    std: `float32[C]`, likewise.
+    name: Its name in the config.
+    train: The training split.
+    tests: Splits to evaluate on, by name: `test`, `validation` if a part of
+      the training set is held out, and the requested extra test sets.
+    num_classes: Number of classes; labels run from 0 to `num_classes - 1`.
+    mean: Mean of each channel over the training images, scaled to [0, 1],
+      `float32[C]`.
+    std: Standard deviation of each channel, in the same scale, `float32[C]`.
   """
 
   name: str
@@ -70,11 +76,11 @@ class Dataset:
 
   @property
   def streamed(self) -> bool:
-    """Whether images come from files instead of memory."""
+    """Whether images are read from files instead of memory."""
     return isinstance(self.train.images, StreamedImages)
 
 
-@functools.lru_cache(maxsize=1)  # Experiments train often in one process.
+@functools.lru_cache(maxsize=1)  # Experiments train many times in one process.
 def load(
   name: str,
   data_dir: str = '',
@@ -85,52 +91,59 @@ def load(
   resize: bool = False,
   extra_tests: Sequence[str] = (),
 ) -> Dataset:
-  """Loads a set into memory, or opens it.
+  """Loads a data set into memory, or opens its files for streaming.
 
   Args:
-    name: `digits` (scikit-learn's 1,797 handwritten digits, 8x8, a fixed fifth
-      of them for testing) or the name of a TFDS image classification set.
-    data_dir: Where TFDS keeps prepared sets; empty for its default.
-    validation: Share of the training set to hold out, 0 to 1, exclusive.
-    streaming: `always`, `never`, or `auto`: where images differ in size, are
-      resized, or are too many for memory.
-    image_size: Height and width in pixels of images that are resized.
-    resize: Resize images of one size too, as those that differ always are.
-    extra_tests: Names of TFDS sets of the same classes to evaluate on as well.
+    name: `digits` (scikit-learn's 1,797 handwritten digits, 8x8, of which a
+      fixed fifth is the test split) or the name of a TFDS image classification
+      data set.
+    data_dir: The folder of prepared TFDS data sets; empty for TFDS's default.
+    validation: Share of the training set to hold out, at least 0 and below 1.
+    streaming: `always`, `never`, or `auto`, which streams images that differ in
+      size, are resized, or do not fit in memory.
+    image_size: Height and width of resized images, in pixels.
+    resize: Whether to resize images that all have one size; images that differ
+      in size are always resized.
+    extra_tests: Names of TFDS data sets with the same classes, to evaluate on
+      as well.
 
   Returns:
-    The set, normalised by the mean and deviation of what is trained on.
+    The data set, with the mean and deviation of its training images.
 
   Raises:
-    ConfigError: If there is no such set, or it is not one of images with
-      labels, or it is neither prepared nor can be prepared here, or it cannot
-      be had as asked for.
+    ConfigError: If the data set is unknown, does not hold labelled images, or
+      is not prepared and cannot be prepared here, or if it does not fit the
+      other arguments.
   """
-  found = _digits() if name == 'digits' else tfds_source.find(name, data_dir)
-  sources = {'train': found.source('train'), 'test': found.test_source()}
-  shape: Any = found.image_shape
-  differ = None in shape
-  resized = resize or differ
-  count = sum(map(len, sources.values()))
-  size = 0 if differ else count * math.prod(shape)  # Bytes.
-  fits = not resized and size <= LARGEST_IN_MEMORY
+  source = _digits() if name == 'digits' else tfds_source.find(name, data_dir)
+  examples = {'train': source.split('train'), 'test': source.test_split()}
+  shape: Any = source.image_shape
+  sizes_differ = None in shape
+  resized = resize or sizes_differ
+  count = sum(map(len, examples.values()))
+  num_bytes = 0 if sizes_differ else count * math.prod(shape)
+  fits = not resized and num_bytes <= MAX_BYTES_IN_MEMORY
   if streaming == 'never' and not fits:
-    reason = f'are {size / 2**30:.0f} GiB' if size else 'differ in size'
+    reason = 'are resized'
+    if sizes_differ:
+      reason = 'differ in size'
+    elif not resize:
+      reason = f'take {num_bytes / 2**30:.0f} GiB'
     raise ConfigError(
-      f'the images of data set {name!r} {reason}, and only sets of one size of '
-      f'up to {LARGEST_IN_MEMORY / 2**30:.0f} GiB are trained from memory: '
-      'leave data.streaming at auto.'
+      f'the images of data set {name!r} {reason}, and only images of one size '
+      f'that take at most {MAX_BYTES_IN_MEMORY / 2**30:.0f} GiB are kept in '
+      'memory: set data.streaming to auto.'
     )
   streamed = streaming == 'always' or not fits
   if resized:
     shape = (image_size, image_size, shape[2])
 
   splits = {
-    split: _split(f'{name}, split {split}', source, found, shape, resized)
-    for split, source in sources.items()
+    split: _split(f'{name}, split {split}', records, source, shape, resized)
+    for split, records in examples.items()
   }
   for other in extra_tests:
-    extra = _extra_test(other, data_dir, found, shape, resized)
+    extra = _extra_test(other, data_dir, source, shape, resized)
     splits[re.sub('[^a-z0-9]+', '_', other.lower())] = extra
   if not streamed:
     splits = {name: split.in_memory() for name, split in splits.items()}
@@ -148,7 +161,7 @@ def load(
     order = np.random.default_rng(0).permutation(len(train))
     sample = sample.take(np.sort(order[:MOMENTS_IMAGES]), axis=0)
   mean, std = _moments(sample)
-  return Dataset(name, train, splits, len(found.class_names), mean, std)
+  return Dataset(name, train, splits, len(source.class_names), mean, std)
 
 
 def _digits() -> tfds_source.Prepared:
@@ -164,12 +177,12 @@ def _digits() -> tfds_source.Prepared:
   images = np.round(table[:, :-1] * (255 / 16)).astype(np.uint8)
   images, labels = images.reshape(-1, 8, 8, 1), table[:, -1].astype(np.int64)
   parts = zip(('train', 'test'), _stratified(labels, 360), strict=True)
-  sources: dict[str, Any] = {
+  splits: dict[str, Any] = {
     split: [{'image': images[i], 'label': labels[i]} for i in index]
     for split, index in parts
   }
   names = tuple(map(str, range(10)))
-  return tfds_source.Prepared('digits', images.shape[1:], names, sources)
+  return tfds_source.Prepared('digits', images.shape[1:], names, splits)
 
 
 def _stratified(
@@ -210,36 +223,40 @@ def _stratified(
   return rng.permutation(train), rng.permutation(test)
 
 
-def _split(name, source, found, shape, resized) -> Split:
-  records = Records(name, source, len(found.class_names))
-  numbers = np.arange(len(source), dtype=np.int32)
+def _split(name, examples, source, shape, resized) -> Split:
+  records = Records(name, examples, len(source.class_names))
+  numbers = np.arange(len(examples), dtype=np.int32)
   images = StreamedImages(records, numbers, shape, resized)
   return Split(images, StreamedLabels(records, numbers))
 
 
 def _extra_test(name, data_dir, trained, shape, resized) -> Split:
-  """Opens a test set of the classes and images that are trained on."""
-  found = tfds_source.find(name, data_dir)
-  if not found.same_classes(trained):
+  """Opens a test set with the classes and image shape of the training set."""
+  source = tfds_source.find(name, data_dir)
+  if not source.same_classes(trained):
     raise ConfigError(
-      f'data.extra_tests names {name!r}, whose {len(found.class_names)} '
-      f'classes are not the {len(trained.class_names)} of {trained.name!r}: '
-      'leave it out.'
+      f'data.extra_tests names {name!r}, whose {len(source.class_names)} '
+      f'classes are not the {len(trained.class_names)} classes of '
+      f'{trained.name!r}: remove it from data.extra_tests.'
     )
-  if found.image_shape != trained.image_shape and not (
-    resized and found.image_shape[2] == shape[2]
+  if source.image_shape != trained.image_shape and not (
+    resized and source.image_shape[2] == shape[2]
   ):
     raise ConfigError(
-      f'data.extra_tests names {name!r}, whose images are {found.image_shape}, '
-      f'those of {trained.name!r} {trained.image_shape}: leave it out.'
+      f'data.extra_tests names {name!r}, whose images have the shape '
+      f'{source.image_shape}, but those of {trained.name!r} have '
+      f'{trained.image_shape}: remove it from data.extra_tests.'
     )
-  return _split(name, found.test_source(), found, shape, resized)
+  return _split(name, source.test_split(), source, shape, resized)
 
 
 def _moments(
   images: np.ndarray | StreamedImages,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns mean and deviation per channel without a float copy of the set."""
+  """Returns the mean and deviation of each channel, from its histogram.
+
+  A float copy of the images would take four times their memory.
+  """
   values = np.arange(256) / 255
   counts = np.zeros((images.shape[-1], 256), np.int64)
   for start in range(0, len(images), 1000):
@@ -254,6 +271,7 @@ def _moments(
 
 @functools.lru_cache(maxsize=64)
 def _order(seed: int, worker: int, epoch: int, num_examples: int) -> np.ndarray:
+  """Returns the order in which a worker visits its examples in an epoch."""
   rng = np.random.default_rng([seed, worker, epoch])
   return rng.permutation(num_examples).astype(np.int32)
 
@@ -271,37 +289,49 @@ def batch_indices(
 
   Args:
     num_examples: Size of the training set.
-    batch_size: B, per worker; at most what a worker sees.
-    seed: Of the run.
-    round_index: Rounds completed before this one.
-    local_steps: T.
-    num_workers: S.
-    sharded: Each worker sees its own S-th of the set instead of all of it
-      (the paper) in its own order.
+    batch_size: B, the batch size of a worker; at most the number of examples
+      that it can see.
+    seed: Seed of the run.
+    round_index: Number of rounds completed before this one.
+    local_steps: T, the number of steps in a round.
+    num_workers: S, the number of workers.
+    sharded: Whether each worker sees only its own S-th of the training set. If
+      not (the paper), each sees the whole set in an order of its own.
 
   Returns:
-    `int32[S, T, B]`. Within an epoch of a worker no example repeats; the rest
-    that fills no batch is left out.
+    Indices of examples, `int32[S, T, B]`. No example repeats within a worker's
+    epoch; examples at its end that do not fill a batch are skipped.
   """
   visible = num_examples // num_workers if sharded else num_examples
   per_epoch = visible // batch_size
   batches = np.empty((num_workers, local_steps, batch_size), np.int32)
   for worker in range(num_workers):
-    mine = np.arange(num_examples, dtype=np.int32)
+    examples = np.arange(num_examples, dtype=np.int32)
     if sharded:
-      # The dealing is not an epoch of anybody: epochs count from 0.
-      mine = _order(seed, num_workers, 0, num_examples)[worker::num_workers]
+      # Workers count from 0, so none of them draws from the same generator.
+      order = _order(seed, num_workers, 0, num_examples)
+      examples = order[worker::num_workers]
     for t in range(local_steps):
       epoch, i = divmod(round_index * local_steps + t, per_epoch)
       order = _order(seed, worker, epoch, visible)
-      batches[worker, t] = mine[order[i * batch_size : (i + 1) * batch_size]]
+      chosen = order[i * batch_size : (i + 1) * batch_size]
+      batches[worker, t] = examples[chosen]
   return batches
 
 
 def normalise(
   images: jax.Array, mean: np.ndarray, std: np.ndarray
 ) -> jax.Array:
-  """Maps `uint8[B, H, W, C]` to `float32`, by the training set's moments."""
+  """Scales pixels to mean 0 and deviation 1 over the training set.
+
+  Args:
+    images: `uint8[B, H, W, C]`.
+    mean: See `Dataset.mean`.
+    std: See `Dataset.std`.
+
+  Returns:
+    `float32[B, H, W, C]`.
+  """
   scale = (1 / (255 * std)).reshape(1, 1, 1, -1)
   offset = (mean / std).reshape(1, 1, 1, -1)
   return images.astype(jnp.float32) * scale - offset

@@ -1,4 +1,4 @@
-"""Images that stay in their files until somebody indexes them."""
+"""Images and labels that are read from their files when they are indexed."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,40 +13,48 @@ from PIL import Image
 
 from resist_jax.errors import ConfigError
 
-MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # Pillow's, by channels.
-AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # Of random crops, as is customary.
-ATTEMPTS = 10
+MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # Pillow's mode by number of channels.
+# The usual ranges of random resized crops (Inception, ResNet on ImageNet).
+CROP_AREA = (0.08, 1.0)  # Share of the image.
+CROP_RATIO = (3 / 4, 4 / 3)  # Width over height.
+ATTEMPTS = 10  # Crops drawn, of which the first that fits is used.
 THREADS = min(32, 2 * (os.cpu_count() or 1))  # Pillow decodes without the GIL.
 
 Box = tuple[float, float, float, float]  # Left, top, right, bottom.
 
 
 class Records:
-  """Encoded images with labels, read when they are asked for.
+  """Encoded images with labels, each read when it is indexed.
 
   Attributes:
-    name: Of the set and split, for messages.
-    num_classes: Labels are 0 to this, exclusive.
+    name: Name of the data set and split, for messages.
+    num_classes: Number of classes; labels run from 0 to `num_classes - 1`.
   """
 
   def __init__(self, name: str, source: Sequence[Any], num_classes: int):
-    """Wraps a source.
+    """Wraps a random-access source of examples.
 
     Args:
-      name: Of the set and split, for messages.
-      source: Examples as dictionaries: `label`, and `image` as the bytes of a
-        file or as `uint8[H, W, C]`.
-      num_classes: Labels are 0 to this, exclusive.
+      name: Name of the data set and split, for messages.
+      source: Examples as dictionaries with the keys `label` and `image`; an
+        image is the content of an image file, or `uint8[H, W, C]`.
+      num_classes: Number of classes; labels run from 0 to `num_classes - 1`.
     """
     self.name, self.num_classes = name, num_classes
     self._source = source
-    self._labels = np.full(len(source), -1, np.int32)  # Those seen so far.
+    self._labels = np.full(len(source), -1, np.int32)  # -1: not read yet.
 
   def __len__(self) -> int:
     return len(self._source)
 
   def __getitem__(self, number: int) -> dict[str, Any]:
-    """Reads an example.
+    """Reads an example and remembers its label.
+
+    Args:
+      number: Its position in the source.
+
+    Returns:
+      The example as the source gives it.
 
     Raises:
       ConfigError: If its label is out of range.
@@ -63,7 +71,7 @@ class Records:
     return example
 
   def label(self, number: int) -> int:
-    """Returns the label of an example; one that was read is remembered."""
+    """Returns the label of an example, which is read once at most."""
     if self._labels[number] < 0:
       self[number]
     return int(self._labels[number])
@@ -71,14 +79,15 @@ class Records:
 
 @dataclasses.dataclass(frozen=True)
 class StreamedImages:
-  """Stands in for `uint8[N, H, W, C]`: indexing reads and decodes.
+  """Behaves as an array `uint8[N, H, W, C]` that reads images when indexed.
 
   Attributes:
-    records: Where the images come from.
-    numbers: `int32[N]`, which of them.
+    records: The records that hold the images.
+    numbers: Positions of the N images among the records, `int32[N]`.
     image_shape: `(H, W, C)`.
-    resized: Show the centre of an image at this size: what a side of `8/7 H`
-      for the shorter side leaves inside `H`. Otherwise images have this size.
+    resized: Whether images are cropped at the centre and resized to H x W: a
+      shorter side of `8/7 H` pixels, cropped to H (256 and 224 on ImageNet).
+      If not, all images must have the size H x W already.
   """
 
   records: Records
@@ -97,7 +106,7 @@ class StreamedImages:
     return len(self.numbers)
 
   def take(self, index: np.ndarray, axis: int = 0) -> 'StreamedImages':
-    """Returns the images at `index`, unread."""
+    """Returns the images at `index` without reading them."""
     assert axis == 0
     return dataclasses.replace(self, numbers=self.numbers[index])
 
@@ -105,7 +114,7 @@ class StreamedImages:
     """Reads images.
 
     Args:
-      index: `int32[...]`; black images fill the places of -1. Or a slice.
+      index: A slice, or `int32[...]`, where -1 asks for a black image.
 
     Returns:
       `uint8[..., H, W, C]`.
@@ -114,10 +123,10 @@ class StreamedImages:
       index = np.arange(len(self))[index]
     images = np.zeros((index.size, *self.image_shape), np.uint8)
 
-    def read(place: int) -> None:
-      i = int(index.flat[place])
+    def read(position: int) -> None:
+      i = int(index.flat[position])
       if i >= 0:
-        images[place] = self.example(i)[0]
+        images[position] = self.example(i)[0]
 
     _in_threads(read, index.size)
     return images.reshape(*index.shape, *self.image_shape)
@@ -128,14 +137,15 @@ class StreamedImages:
     """Reads one image and its label.
 
     Args:
-      i: Which one.
-      rng: Crops the image at random instead of showing its centre.
+      i: Index of the image, 0 to N - 1.
+      rng: Generator of a random crop; None for a crop at the centre.
 
     Returns:
-      `uint8[H, W, C]` and the label.
+      The image, `uint8[H, W, C]`, and its label.
 
     Raises:
-      ConfigError: If it is no image, or not one of the size it should have.
+      ConfigError: If the image cannot be decoded, or has another size and is
+        not to be resized.
     """
     number = int(self.numbers[i])
     record = self.records[number]
@@ -159,7 +169,7 @@ class StreamedImages:
     try:
       with Image.open(io.BytesIO(raw)) as image:
         return image.convert(mode)
-    # Pillow's file formats raise each of these on damaged files.
+    # Pillow raises each of these for damaged files, depending on their format.
     except (OSError, SyntaxError, ValueError, EOFError) as error:
       file = record.get('file_name', b'').decode(errors='replace')
       raise ConfigError(
@@ -170,11 +180,11 @@ class StreamedImages:
 
 @dataclasses.dataclass(frozen=True)
 class StreamedLabels:
-  """Stands in for `int32[N]`: indexing reads what has not been read before.
+  """Behaves as an array `int32[N]` that reads labels when indexed.
 
   Attributes:
-    records: Where the labels come from.
-    numbers: `int32[N]`, which of them.
+    records: The records that hold the labels.
+    numbers: Positions of the N examples among the records, `int32[N]`.
   """
 
   records: Records
@@ -186,39 +196,48 @@ class StreamedLabels:
     return len(self.numbers)
 
   def take(self, index: np.ndarray, axis: int = 0) -> 'StreamedLabels':
-    """Returns the labels at `index`, unread."""
+    """Returns the labels at `index` without reading them."""
     assert axis == 0
     return dataclasses.replace(self, numbers=self.numbers[index])
 
   def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
-    """Returns `int32[...]` for `int32[...]`; places of -1 hold anything."""
+    """Reads labels.
+
+    Args:
+      index: A slice, or `int32[...]`, where -1 gives an arbitrary label.
+
+    Returns:
+      `int32[...]`.
+    """
     numbers = np.asarray(self.numbers[index])
     labels = np.zeros(numbers.size, np.int32)
 
-    def read(place: int) -> None:
-      labels[place] = self.records.label(int(numbers.flat[place]))
+    def read(position: int) -> None:
+      labels[position] = self.records.label(int(numbers.flat[position]))
 
     _in_threads(read, numbers.size)
     return labels.reshape(numbers.shape)
 
 
 def _in_threads(function: Callable[[int], None], count: int) -> None:
+  """Calls `function` on 0 to `count - 1`, in threads."""
   parts = np.array_split(np.arange(count), min(count, 8 * THREADS) or 1)
   with ThreadPoolExecutor(THREADS) as pool:
     list(pool.map(lambda part: [function(i) for i in part] and None, parts))
 
 
 def centre_box(width: int, height: int) -> Box:
-  """Returns the centre of an image, a square of 7/8 of its shorter side.
+  """Returns the central square whose side is 7/8 of an image's shorter side.
 
-  At 224 pixels that is the centre of the image with a shorter side of 256.
+  Resized to 224 pixels, this is the usual central crop of an image whose
+  shorter side has 256 pixels.
 
   Args:
-    width: In pixels.
-    height: Likewise.
+    width: Width of the image in pixels.
+    height: Height of the image in pixels.
 
   Returns:
-    The square.
+    Left, top, right and bottom of the square, in pixels.
 
   >>> centre_box(400, 320)
   (60.0, 20.0, 340.0, 300.0)
@@ -229,20 +248,22 @@ def centre_box(width: int, height: int) -> Box:
 
 
 def random_box(rng: np.random.Generator, width: int, height: int) -> Box:
-  """Draws a part of an image of random area, shape and place.
+  """Draws the box of a random resized crop.
 
   Args:
-    rng: What to draw from.
-    width: In pixels.
-    height: Likewise.
+    rng: The random generator.
+    width: Width of the image in pixels.
+    height: Height of the image in pixels.
 
   Returns:
-    Whole pixels within the image, 8 to 100 % of its area and 3/4 to 4/3 as wide
-    as high, up to rounding. An image too long for that gives its centre, at the
-    nearest of these shapes.
+    Left, top, right and bottom in whole pixels, within the image. The box has 8
+    to 100 % of the image's area and is 3/4 to 4/3 times as wide as high, up to
+    rounding. If no drawn box fits, as in a very elongated image, it is the
+    central one of the nearest aspect ratio.
   """
-  area = width * height * rng.uniform(*AREA, ATTEMPTS)
-  ratio = np.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1]), ATTEMPTS))
+  area = width * height * rng.uniform(*CROP_AREA, ATTEMPTS)
+  low, high = map(math.log, CROP_RATIO)
+  ratio = np.exp(rng.uniform(low, high, ATTEMPTS))
   corner = rng.uniform(size=2)
   widths = np.rint(np.sqrt(area * ratio)).astype(int)
   heights = np.rint(np.sqrt(area / ratio)).astype(int)
@@ -253,7 +274,7 @@ def random_box(rng: np.random.Generator, width: int, height: int) -> Box:
     left = math.floor(corner[0] * (width - w + 1))
     top = math.floor(corner[1] * (height - h + 1))
   else:
-    w = min(width, max(1, round(height * RATIO[1])))
-    h = min(height, max(1, round(width / RATIO[0])))
+    w = min(width, max(1, round(height * CROP_RATIO[1])))
+    h = min(height, max(1, round(width / CROP_RATIO[0])))
     left, top = (width - w) // 2, (height - h) // 2
   return left, top, left + w, top + h

@@ -1,4 +1,4 @@
-"""Image classification sets of the TFDS catalog, read without TensorFlow."""
+"""Image classification data sets from TFDS, read without TensorFlow."""
 
 from collections.abc import Iterator, Sequence
 import contextlib
@@ -16,48 +16,53 @@ from resist_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """A set that lies in a folder, ready to be read.
+  """A data set on disk, ready to be read.
 
   Attributes:
-    name: As it was asked for.
-    image_shape: `(H, W, C)`; H and W are None where images differ in size.
-    class_names: One per label.
-    sources: Examples for random access by split, dictionaries of `label` and
-      `image`: the bytes of a file, or pixels where the set keeps them so.
+    name: The name under which it was requested.
+    image_shape: `(H, W, C)`; H and W are None if images differ in size.
+    class_names: The name of each label.
+    splits: For each split that has labels, its examples with random access:
+      dictionaries with the keys `label` and `image`. An image is the content of
+      an image file, or `uint8[H, W, C]` if the data set stores pixels.
   """
 
   name: str
   image_shape: tuple[int | None, ...]
   class_names: tuple[str, ...]
-  sources: dict[str, Sequence[Any]]
+  splits: dict[str, Sequence[Any]]
 
-  def source(self, split: str) -> Sequence[Any]:
+  def split(self, name: str) -> Sequence[Any]:
     """Returns the examples of a split.
 
     Args:
-      split: Its name.
+      name: Name of the split.
 
     Returns:
-      See `sources`.
+      Its examples; see `splits`.
 
     Raises:
-      ConfigError: If there is no such split.
+      ConfigError: If there is no such split with labels.
     """
-    if split not in self.sources:
+    if name not in self.splits:
       raise ConfigError(
-        f'data set {self.name!r} has no split {split!r} with labels, only '
-        f'{", ".join(self.sources)}.'
+        f'data set {self.name!r} has no split {name!r} with labels, only '
+        f'{", ".join(self.splits)}.'
       )
-    return self.sources[split]
+    return self.splits[name]
 
-  def test_source(self) -> Sequence[Any]:
-    """Returns what to test on: the split test, or else validation."""
-    return self.source('test' if 'test' in self.sources else 'validation')
+  def test_split(self) -> Sequence[Any]:
+    """Returns the examples of `test`, or of `validation` without a `test`."""
+    return self.split('test' if 'test' in self.splits else 'validation')
 
   def same_classes(self, other: 'Prepared') -> bool:
-    """Tells whether labels mean the same, as far as the sets say."""
+    """Returns whether both data sets have the same classes.
+
+    A data set may give its classes no names: TFDS then calls them by number,
+    and only the number of classes is compared.
+    """
     ours, theirs = self.class_names, other.class_names
-    numbers = tuple(map(str, range(len(ours))))  # Where a set gives no names.
+    numbers = tuple(map(str, range(len(ours))))
     return len(ours) == len(theirs) and (
       ours == theirs or numbers in (ours, theirs)
     )
@@ -65,7 +70,7 @@ class Prepared:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """TFDS warns of every folder that it looked into: only errors matter here."""
+  """Silences TFDS's warnings about every folder in which it looked."""
   before = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)
   try:
@@ -76,20 +81,21 @@ def _quiet() -> Iterator[None]:
 
 @_quiet()
 def find(name: str, data_dir: str = '') -> Prepared:
-  """Finds a set, and prepares it where that is possible.
+  """Finds a prepared data set, or prepares it if TensorFlow is installed.
 
   Args:
-    name: In the TFDS catalog, such as `cifar10` or `cifar10_1/v6`.
-    data_dir: Where TFDS keeps prepared sets; empty for its default.
+    name: Name in the TFDS catalog, such as `cifar10` or `cifar10_1/v6`.
+    data_dir: The folder of prepared TFDS data sets; empty for TFDS's default.
 
   Returns:
-    The set.
+    The data set.
 
   Raises:
-    ConfigError: If there is no such set, or it is not one of images with
-      labels, or it is neither prepared nor can be prepared here.
+    ConfigError: If the data set is unknown, does not hold labelled images, or
+      is not prepared and cannot be prepared here.
   """
-  import tensorflow_datasets as tfds  # Slow to import, and digits need it not.
+  # Imported here because it is slow, and the digits do not need it.
+  import tensorflow_datasets as tfds
 
   where = (
     data_dir or os.environ.get('TFDS_DATA_DIR') or tfds.core.constants.DATA_DIR
@@ -108,7 +114,7 @@ def find(name: str, data_dir: str = '') -> Prepared:
     ) from None
   except ImportError as error:
     raise ConfigError(
-      f'data set {name!r} needs a package that is missing here ({error}): '
+      f'data set {name!r} needs a package that is not installed ({error}): '
       "pip install 'resist_jax[prepare]'."
     ) from error
   _check_features(name, features)
@@ -125,7 +131,7 @@ def _open(name: str, builder) -> dict[str, Sequence[Any]]:
   encoded = isinstance(builder.info.features['image'], tfds.features.Image)
   decoders = {'image': tfds.decode.SkipDecoding()} if encoded else None
   try:
-    sources = {
+    splits = {
       split: builder.as_data_source(split=split, decoders=decoders)
       for split in builder.info.splits
     }
@@ -135,11 +141,11 @@ def _open(name: str, builder) -> dict[str, Sequence[Any]]:
       'which cannot be read without TensorFlow: prepare it again with '
       "file_format='array_record'."
     ) from error
-  # ImageNet keeps the labels of its test set to itself: there they are -1.
+  # The labels of ImageNet's test split are not published: all are -1.
   return {
-    split: source
-    for split, source in sources.items()
-    if not len(source) or source[0]['label'] >= 0
+    name: examples
+    for name, examples in splits.items()
+    if not len(examples) or examples[0]['label'] >= 0
   }
 
 
@@ -151,28 +157,28 @@ def _check_features(name: str, features) -> None:
   if not image or len(image) != 3 or not classes:
     raise ConfigError(
       f'data set {name!r} is not one of images with class labels: its features '
-      f'are {", ".join(features)}.'
+      f'are {", ".join(features)}. Choose another.'
     )
   kind = np.dtype(features['image'].np_dtype)
   if kind != np.uint8 or image[2] not in MODES:
     raise ConfigError(
-      f'the images of data set {name!r} are {kind} of {image[2]} channels: '
-      'only uint8 images of 1, 3 or 4 channels are read.'
+      f'the images of data set {name!r} are {kind} with {image[2]} channels, '
+      'but only uint8 images with 1, 3 or 4 channels are supported.'
     )
 
 
 def _prepare(name: str, builder, where: str) -> None:
-  """Downloads and prepares, where TensorFlow and a network allow it."""
+  """Downloads and prepares a data set, or raises with the command to run."""
   by_hand = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
   advice = (
     f'run `python -c "import tensorflow_datasets as tfds; tfds.builder('
     f"'{name}', data_dir='{where}', file_format='array_record')"
-    '.download_and_prepare()"` where there is internet, after pip install '
-    'tensorflow, or point --config.data.dir at a folder that holds it.'
+    '.download_and_prepare()"` on a machine with internet access, after pip '
+    'install tensorflow, or set --config.data.dir to a folder that holds it.'
   )
   if by_hand:
     advice = (
-      'its archives are downloaded by hand, into the manual_dir '
+      'its archives must be downloaded by hand, into the manual_dir '
       f'{os.path.join(where, "downloads", "manual")}; TFDS says: '
       f'"{" ".join(by_hand.split())}" Then {advice}'
     )
@@ -183,7 +189,7 @@ def _prepare(name: str, builder, where: str) -> None:
     )
   try:
     builder.download_and_prepare()
-  except Exception as error:  # TFDS and its downloads raise nearly anything.
+  except Exception as error:  # TFDS and its downloaders raise many types.
     reason = ' '.join(str(error).split())[:120]
     raise ConfigError(
       f'data set {name!r} is not prepared in {where} and could not be prepared '

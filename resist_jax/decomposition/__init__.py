@@ -10,8 +10,9 @@ Decomposition of ResNets for Distributed Training. UAI 2022. Algorithm 1 is
 `sample_slots` and `take` (subResNets), local training, `aggregate`.
 """
 
-from resist_jax.decomposition.assignments import Assigner, Assignment
+from resist_jax.decomposition.assignments import Assigner, Assignment, Route
 from resist_jax.decomposition.slots import (
+  Division,
   aggregate,
   block_count,
   block_sum,
@@ -30,6 +31,8 @@ from resist_jax.decomposition.slots import (
 __all__ = [
   'Assigner',
   'Assignment',
+  'Division',
+  'Route',
   'aggregate',
   'block_count',
   'block_sum',

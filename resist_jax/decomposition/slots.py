@@ -1,22 +1,28 @@
-"""Cut a network into shallow sub-networks and put it together again.
-
-Pure functions on pytrees; they know no ResNet, no mesh and no optimiser. A
-*chain* is a pytree whose every leaf stacks L identical blocks on its leading
-axis. *Slots* say which blocks each of S workers runs: `int32[S, K]`, ascending,
-where the value L marks an empty slot. Everything jits and vmaps.
-
-C. Dun, C. R. Wolfe, C. M. Jermaine, A. Kyrillidis. ResIST: Layer-Wise
-Decomposition of ResNets for Distributed Training. UAI 2022. Algorithm 1 is
-`sample_slots` and `take` (subResNets), local training, `aggregate`.
-"""
+"""Slots say which blocks a worker runs; cutting and averaging follow them."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 PyTree = Any
+
+
+class Division(NamedTuple):
+  """How a chain is divided among workers.
+
+  Attributes:
+    num_blocks: L, the length of the chain.
+    num_workers: S.
+    min_depth: See `slots_per_worker`.
+    depths: See `slots_per_worker`.
+  """
+
+  num_blocks: int
+  num_workers: int
+  min_depth: int | None = 0
+  depths: tuple[int, ...] = ()
 
 
 def slots_per_worker(
@@ -30,17 +36,17 @@ def slots_per_worker(
   Args:
     num_blocks: L, the length of the chain.
     num_workers: S.
-    min_depth: The least number of blocks that a worker runs; 0 for those that
-      an even deal gives it, at least one, and None where it may run none.
-    depths: The number of blocks that each worker runs, where workers are
-      unequal; empty for an even deal.
+    min_depth: The least number of blocks that a worker runs. 0 means what an
+      even division gives it, at least one; None allows a worker to run none.
+    depths: The number of blocks of each worker, where workers are unequal;
+      empty for an even division.
 
   Returns:
     `max(ceil(L / S), min_depth)`, or the largest of the depths.
 
   Raises:
-    ValueError: If some worker would run no block and may not, or more blocks
-      than exist, or nobody a block.
+    ValueError: If a worker would run no block although it must, or more blocks
+      than exist, or if a block would have no worker.
 
   >>> slots_per_worker(22, 4), slots_per_worker(22, 8, min_depth=4)
   (6, 4)
@@ -58,8 +64,8 @@ def slots_per_worker(
   if num_workers > num_blocks and min_depth == 0:
     raise ValueError(
       f'{num_workers} workers cannot share {num_blocks} blocks: some would run '
-      'none. Use at most one worker per block, or min_depth >= 1 to deal '
-      'copies.'
+      'none. Use at most one worker per block, or min_depth >= 1, so that '
+      'workers share blocks.'
     )
   return max(-(-num_blocks // num_workers), min_depth)
 
@@ -67,7 +73,7 @@ def slots_per_worker(
 def _check_depths(num_blocks, num_workers, min_depth, depths) -> None:
   L, total = num_blocks, sum(depths)
   problems = {
-    'which leaves min_depth nothing to say: set that to 0': min_depth != 0,
+    'which replaces min_depth: set that to 0': min_depth != 0,
     f'not one number for each of {num_workers} workers': (
       len(depths) != num_workers
     ),
@@ -84,10 +90,10 @@ def _check_depths(num_blocks, num_workers, min_depth, depths) -> None:
 def blocks_owned(
   num_blocks: int, num_workers: int, depths: Sequence[int] = ()
 ) -> tuple[int, ...]:
-  """Shares every block out to one worker, in proportion to their depths.
+  """Gives each block one owner, in proportion to the workers' depths.
 
-  Block after block goes to the worker that has the smallest part of its depth
-  so far (Adams's method), so nobody gets a second block before all have one.
+  Each block goes to the worker whose share of its depth is smallest so far
+  (Adams's method), so every worker gets a block before any gets a second one.
 
   Args:
     num_blocks: L, the length of the chain.
@@ -95,7 +101,7 @@ def blocks_owned(
     depths: See `slots_per_worker`.
 
   Returns:
-    Blocks of each worker; L together, and none has more than its depth.
+    How many blocks each worker owns: L together, none more than its depth.
 
   >>> blocks_owned(22, 4), blocks_owned(22, 4, (16, 10, 5, 4))
   ((6, 6, 5, 5), (10, 6, 3, 3))
@@ -145,9 +151,16 @@ def num_copies(
 
 
 def round_robin(owned: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-  """Numbers cards as they are dealt in turn, while a worker wants more.
+  """Returns the order in which blocks are dealt to workers in turn.
 
-  >>> round_robin((3, 1, 2))  # The number of all cards fills up.
+  Args:
+    owned: How many blocks each worker gets.
+
+  Returns:
+    For each worker, positions in the pack of blocks; the size of the pack
+    fills the places that stay empty.
+
+  >>> round_robin((3, 1, 2))
   ((0, 3, 5), (1, 6, 6), (2, 4, 6))
   """
   hands: list[list[int]] = [[] for _ in owned]
@@ -167,12 +180,12 @@ def sample_slots(
   min_depth: int | None = 0,
   depths: Sequence[int] = (),
 ) -> jax.Array:
-  """Deals the blocks of a chain to workers at random (Algorithm 1, line 3).
+  """Assigns the blocks of a chain to workers at random (Algorithm 1, line 3).
 
-  A random permutation is dealt round-robin, so every block is held by exactly
-  one worker and the workers' counts are equal or one apart, or in proportion
-  to `depths`. Workers that are then below `min_depth`, or their depth, get
-  copies of blocks they do not hold yet.
+  A random permutation is dealt round-robin, so exactly one worker holds each
+  block, and the workers' counts are equal or one apart, or in proportion to
+  `depths`. A worker that is still below `min_depth`, or below its depth, gets
+  replicas of blocks that it does not hold yet.
 
   Args:
     key: A PRNG key.
@@ -200,13 +213,13 @@ def sample_slots(
   order = jax.random.permutation(deal_key, L).astype(jnp.int32)
   pack = jnp.pad(order, (0, 1), constant_values=L)
   dealt = jnp.sort(pack[jnp.array(round_robin(owned))], axis=1)
-  if min_depth is None:  # Or some workers would be left out in every deal.
+  if min_depth is None:  # Without this the last workers would never hold one.
     return jax.random.permutation(copy_key, dealt)
   if counts == owned:
     return dealt
 
-  # Each worker ranks all blocks: its own first, then the rest in an order of
-  # its own. The first `depth` of that ranking are distinct by construction.
+  # Each worker ranks all blocks: first those it owns, then the others in an
+  # order drawn for it. The first `depth` of the ranking are therefore distinct.
   own = presence(dealt, L)
   rank = jnp.where(own, -1.0, jax.random.uniform(copy_key, (S, L)))
   K = max(counts)
@@ -253,12 +266,13 @@ def take(chain: PyTree, slots_s: jax.Array) -> PyTree:
 
 
 def aggregate(chains: PyTree, slots: jax.Array, chain: PyTree) -> PyTree:
-  """Averages every block over the workers that held it (Algorithm 1, line 5).
+  """Averages each block over the workers that held it (Algorithm 1, line 5).
 
   Args:
-    chains: Pytree of arrays `[S, K, ...]`, every worker's blocks.
-    slots: `int32[S, K]`, the blocks they are.
-    chain: Pytree of arrays `[L, ...]`, kept where nobody held a block.
+    chains: Pytree of arrays `[S, K, ...]`, the blocks of all workers.
+    slots: `int32[S, K]`, which blocks these are.
+    chain: Pytree of arrays `[L, ...]`; a block without a holder stays as it is
+      here.
 
   Returns:
     Pytree of arrays `[L, ...]`.
@@ -286,15 +300,15 @@ def block_sum(
   """Adds up each block over its holders.
 
   Args:
-    blocks: `[S, K, ...]`, every worker's blocks.
-    slots: `int32[S, K]`, the blocks they are.
+    blocks: `[S, K, ...]`, the blocks of all workers.
+    slots: `int32[S, K]`, which blocks these are.
     num_blocks: L, the length of the chain.
 
   Returns:
-    `[L, ...]`, zeros where nobody held a block.
+    `[L, ...]`, zeros for a block without a holder.
   """
   flat = blocks.reshape((-1, *blocks.shape[2:]))
-  # An empty slot holds L, one past the end: `drop` leaves it out.
+  # An empty slot holds L, one past the end, which `drop` ignores.
   zeros = jnp.zeros((num_blocks, *blocks.shape[2:]), blocks.dtype)
   return zeros.at[slots.reshape(-1)].add(flat, mode='drop')
 
@@ -318,17 +332,31 @@ def split(
   """Separates the partitioned chains from everything else.
 
   Args:
-    params: Parameters by name.
-    chains: The names of the partitioned chains.
+    params: Parameters, a dictionary; dictionaries inside it may hold chains.
+    chains: The names of the partitioned chains. `decoder/blocks` names a chain
+      inside the dictionary `decoder`.
 
   Returns:
-    `(shared, chain)`, whose union is `params`.
+    `(shared, chain)`: the parameters without these chains, and each chain by
+    its name. `join` puts them together again.
+
+  Raises:
+    KeyError: If the parameters hold no chain of that name.
 
   >>> split({'stem': 1, 'stage3_chain': 2}, ['stage3_chain'])
   ({'stem': 1}, {'stage3_chain': 2})
+  >>> split({'decoder': {'blocks': 1, 'head': 2}}, ['decoder/blocks'])
+  ({'decoder': {'head': 2}}, {'decoder/blocks': 1})
   """
-  shared = {k: v for k, v in params.items() if k not in chains}
-  return shared, {k: params[k] for k in chains}
+  shared, chain = dict(params), {}
+  for name in chains:
+    *path, last = name.split('/')
+    parent = shared
+    for key in path:
+      parent[key] = dict(parent[key])  # Leaves the caller's own as it is.
+      parent = parent[key]
+    chain[name] = parent.pop(last)
+  return shared, chain
 
 
 def join(
@@ -337,13 +365,23 @@ def join(
   """Undoes `split`.
 
   Args:
-    shared: Parameters by name.
-    chain: Chains by name.
+    shared: Parameters without the chains.
+    chain: Chains by name; see `split`.
 
   Returns:
-    Their union.
+    All parameters.
 
   >>> join({'stem': 1}, {'stage3_chain': 2})
   {'stem': 1, 'stage3_chain': 2}
+  >>> join({'decoder': {'head': 2}}, {'decoder/blocks': 1})
+  {'decoder': {'head': 2, 'blocks': 1}}
   """
-  return {**shared, **chain}
+  params = dict(shared)
+  for name, blocks in chain.items():
+    *path, last = name.split('/')
+    parent = params
+    for key in path:
+      parent[key] = dict(parent.get(key, {}))
+      parent = parent[key]
+    parent[last] = blocks
+  return params

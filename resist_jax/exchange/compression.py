@@ -1,9 +1,9 @@
 """How numbers are written for the wire: exactly, or in fewer bits.
 
-Workers agree on the shared part after every exchange, so of that only changes
-travel, and what rounding leaves out of a change stays with its sender, to be
-added to the next one (error feedback). A block goes to a worker that has
-nothing to add a change to, so it travels whole, in more bits.
+All workers agree on the shared part after every exchange, so only its changes
+travel. What rounding removes from a change stays with its sender and is added
+to the next change (error feedback). A block goes to a worker that has nothing
+to add a change to, so it travels whole, in more bits.
 """
 
 from typing import NamedTuple
@@ -12,16 +12,16 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-GROUP = 1024  # Numbers that share a scale: 4 bytes for 1024, 0.4 % of int8.
+GROUP = 1024  # Numbers that share a scale of 4 bytes: 0.4 % of int8.
 
 
 class Format(NamedTuple):
-  """A choice for the whole exchange.
+  """How an exchange writes numbers.
 
   Attributes:
     changes: Encoding of changes of the shared part.
-    values: Encoding of blocks, momentum and gradients, which travel whole.
-    feedback: Whether senders keep what rounding left out of a change.
+    values: Encoding of blocks, moments and gradients, which travel whole.
+    feedback: Whether senders keep what rounding removes from a change.
   """
 
   changes: str
@@ -37,9 +37,29 @@ class Format(NamedTuple):
 FORMATS = {
   'float32': Format('float32', 'float32'),
   'bfloat16': Format('bfloat16', 'bfloat16'),
-  # Eight bits are too few for a weight, whose updates are small against it.
+  # Eight bits are too few for a weight: its updates are much smaller than it.
   'int8': Format('int8', 'int16', feedback=True),
 }
+
+
+def wire_format(name: str) -> Format:
+  """Returns a format by its name.
+
+  Args:
+    name: A key of `FORMATS`.
+
+  Returns:
+    The format.
+
+  Raises:
+    ValueError: If there is no such format.
+  """
+  if name not in FORMATS:
+    raise ValueError(
+      f'wire_format is {name!r}; use one of {", ".join(FORMATS)}.'
+    )
+  return FORMATS[name]
+
 
 _ITEM_BYTES = {'float32': 4, 'bfloat16': 2, 'int16': 2, 'int8': 1}
 
@@ -74,14 +94,14 @@ def encode(x: jax.Array, encoding: str) -> jax.Array:
     encoding: float32, bfloat16, int16 or int8.
 
   Returns:
-    `float32[n]`, `uint16[n]`, or integers: numbers first, the bits of their
-    scales behind them.
+    `float32[n]`, `uint16[n]`, or integers: the numbers, then the bits of their
+    scales.
   """
   if encoding == 'float32':
     return x
   if encoding == 'bfloat16':
-    # As bits: some backends would widen bfloat16 before sending it. Rounded
-    # in a way that no compiler takes for excess and leaves out.
+    # Sent as bits, because some backends widen bfloat16 before sending it, and
+    # rounded by an operation that no compiler may remove.
     x = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
     return lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
   dtype = jnp.dtype(encoding)
@@ -95,10 +115,10 @@ def encode(x: jax.Array, encoding: str) -> jax.Array:
 
 
 def decode(message: jax.Array, count: int, encoding: str) -> jax.Array:
-  """Reads what `encode` wrote.
+  """Reads a message that `encode` wrote.
 
   Args:
-    message: One vector.
+    message: As `encode` returned it.
     count: Its length n before encoding.
     encoding: As given to `encode`.
 
@@ -122,7 +142,7 @@ def decode(message: jax.Array, count: int, encoding: str) -> jax.Array:
 
 
 def rounded(x: jax.Array, encoding: str) -> jax.Array:
-  """Returns a vector as its receiver will read it.
+  """Returns a vector as its receiver reads it.
 
   Args:
     x: `float32[n]`.

@@ -1,143 +1,215 @@
 """The exchange in which a block goes straight to its next worker.
 
-Each column of blocks (see `dealing.py`) moves by one cyclic permute that the
-data choose among S static ones, so one compilation serves every deal. Nothing
-larger than a sub-network is built anywhere. It runs inside `shard_map`, on the
-W = S / D workers of a device.
+Each column of blocks (see `decomposition.assignments`) moves by one cyclic
+permute that the data choose among S static ones, so one compilation serves
+every assignment. No array larger than a sub-network is built on any device.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
 from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 
-from resist_jax.decomposition.assignments import Assigner, Assignment, Route
-from resist_jax.exchange import collectives, compression
-from resist_jax.exchange.collectives import WORKER, Good
+from resist_jax.decomposition import Assigner, Assignment, Division, Route
+from resist_jax.exchange import compression
+from resist_jax.exchange.collectives import WORKER, Healthy, zero_unhealthy
+from resist_jax.exchange.interface import Exchange, Load
 
 PyTree = Any
 
 
-def hand_over(
-  chain: PyTree,
-  before: Assignment,
-  after: Assignment,
-  dealer: Assigner,
-  name: str,
-  encoding: str = 'float32',
-  good: Good | None = None,
-  agreed: PyTree | None = None,
-) -> PyTree:
-  """Aggregates a chain and deals it again, moving only what changes hands.
+def hand_over(wire_format: str = 'float32') -> Exchange:
+  """Returns the exchange in which only blocks that change their worker move.
 
-  Guests go home, where the owner takes the mean with its own copy; every column
-  moves on; the next guests are lent. It equals `take(aggregate(...),
-  next_slots)` on every worker.
+  Replicas return, and the owner averages them with its own copy; every column
+  moves on; owners send the next replicas.
 
   Args:
-    chain: Pytree of arrays `[W, K, ...]`, the blocks of this device's workers.
-    before: The deal of these, its arrays `[W, ...]` for this device's workers
-      but `shifts` and `loans`, which are whole.
-    after: The deal after it, likewise.
-    dealer: Who dealt both.
-    name: Of the chain. The choice of column j is made in the scope
-      `NAME_move_j`, that of guest g in `NAME_return_g` and `NAME_lend_g`.
-    encoding: Of what is sent, see `compression.encode`.
-    good: The workers to average over; None for all.
-    agreed: As `chain`, before local training: what a block is where no holder
-      is good. None for zeros.
+    wire_format: float32 (exact), bfloat16 or int8, in which blocks travel in 16
+      bits.
 
   Returns:
-    Pytree of arrays `[W, K, ...]`, the blocks of the next round.
+    The exchange. It needs a block for every worker.
+
+  Raises:
+    ValueError: If there is no such format.
   """
-  C = dealer.num_columns
-
-  def send(blocks, routes, choice, scope):
-    with jax.named_scope(f'{name}_{scope}'):
-      return _send(blocks, routes, choice, encoding)
-
-  chain = _return_guests(chain, before, dealer, send, good, agreed)
-  handed = jax.tree.map(jnp.zeros_like, chain)
-  for j in range(C):
-    leaving = jnp.take_along_axis(before.place, after.order[:, j : j + 1], 1)
-    block = _pick(chain, leaving[:, 0])
-    block = send(block, dealer.moves(j), after.shifts[j], f'move_{j}')
-    handed = _put(handed, after.place[:, j], block)
-  for j in {dealer.lent_column(g) for g in range(len(dealer.borrowers))}:
-    # What an owner lends, it keeps as its borrowers will read it.
-    block = _rounded(_pick(handed, after.place[:, j]), encoding)
-    handed = _put(handed, after.place[:, j], block)
-  for g in range(len(dealer.borrowers)):
-    block = _pick(handed, after.place[:, dealer.lent_column(g)])
-    block = send(block, dealer.lendings(g), after.loans[g], f'lend_{g}')
-    handed = _put(handed, after.place[:, C + g], block)
-  return handed
+  form = compression.wire_format(wire_format)
+  return Exchange(
+    form,
+    check,
+    assign,
+    partial(exchange, encoding=form.values),
+    partial(wire_bytes, encoding=form.values),
+    branches,
+  )
 
 
-def _return_guests(
-  chain, deal: Assignment, dealer: Assigner, send, good, agreed
+@lru_cache
+def assigner(division: Division) -> Assigner:
+  """Returns what assigns the blocks of a chain for this exchange."""
+  return Assigner(*division)
+
+
+def check(
+  division: Division,
+  before: Assignment | None = None,
+  after: Assignment | None = None,
+) -> None:
+  """See `Exchange.check`."""
+  assigns = assigner(division)
+  if before is None or after is None:
+    return
+  if not assigns.follows(before, after):
+    raise ValueError(
+      'hand_over cannot reach these slots from those of the round before: let '
+      'it assign them, or use exchange=masked_psum.'
+    )
+
+
+def assign(
+  division: Division,
+  seed: list[int],
+  round_index: int,
+  before: Assignment | None,
+) -> Assignment:
+  """See `Exchange.assign`."""
+  assigns = assigner(division)
+  if before is None or before.owned is None:
+    return assigns.at(seed, round_index)
+  return assigns.following(before.owned, seed, round_index)
+
+
+class _Rows(NamedTuple):
+  """An assignment as seen by a device.
+
+  Attributes:
+    place: `int32[W, C + R]`, see `Assignment`.
+    order: `int32[W, C]`.
+    shifts: `int32[C]`.
+    offsets: `int32[R]`.
+  """
+
+  place: jax.Array
+  order: jax.Array
+  shifts: jax.Array
+  offsets: jax.Array
+
+
+def _rows(assignment: Assignment, first: jax.Array, count: int) -> _Rows:
+  place, order = (
+    lax.dynamic_slice_in_dim(x, first, count)
+    for x in (assignment.place, assignment.order)
+  )
+  return _Rows(place, order, assignment.shifts, assignment.offsets)
+
+
+def exchange(
+  division: Division,
+  blocks: PyTree,
+  before: Assignment,
+  after: Assignment,
+  healthy: Healthy | None = None,
+  agreed: PyTree | None = None,
+  *,
+  encoding: str,
 ) -> PyTree:
-  """Averages every own block with the copies of it that were lent.
+  """See `Exchange.exchange`.
 
-  Of good workers: an owner knows its borrowers, and so which copies count.
+  The choice of column j is made in the scope `move_j`, that of replica r in
+  `return_r` and `lend_r`.
   """
-  S, C = dealer.num_workers, dealer.num_columns
-  W = deal.slots.shape[0]
+  assigns = assigner(division)
+  W, C = len(jax.tree.leaves(blocks)[0]), assigns.num_columns
+  first = lax.axis_index(WORKER) * W
+  old, new = (_rows(x, first, W) for x in (before, after))
+
+  def send(block, routes, choice, scope):
+    with jax.named_scope(scope):
+      return _send(block, routes, choice, encoding)
+
+  blocks = _return_replicas(blocks, old, assigns, send, healthy, agreed)
+  moved = jax.tree.map(jnp.zeros_like, blocks)
+  for j in range(C):
+    leaving = jnp.take_along_axis(old.place, new.order[:, j : j + 1], 1)
+    block = _pick(blocks, leaving[:, 0])
+    block = send(block, assigns.column_routes(j), new.shifts[j], f'move_{j}')
+    moved = _put(moved, new.place[:, j], block)
+  for j in assigns.source_columns:
+    # An owner keeps its block as the workers of the replicas will read it.
+    block = _rounded(_pick(moved, new.place[:, j]), encoding)
+    moved = _put(moved, new.place[:, j], block)
+  for r in range(assigns.num_replicas):
+    block = _pick(moved, new.place[:, assigns.source_column(r)])
+    block = send(block, assigns.replica_routes(r), new.offsets[r], f'lend_{r}')
+    moved = _put(moved, new.place[:, C + r], block)
+  return moved
+
+
+def _return_replicas(
+  blocks, rows: _Rows, assigns: Assigner, send, healthy, agreed
+) -> PyTree:
+  """Averages each owned block with its replicas on healthy workers.
+
+  An owner derives which workers hold its replicas, and so which of them count.
+  """
+  S, C = assigns.num_workers, assigns.num_columns
+  W, K = len(rows.place), assigns.num_slots
   here = lax.axis_index(WORKER) * W + jnp.arange(W)
-  copies = jnp.ones(deal.slots.shape, jnp.float32)
-  copies = collectives.zero_others(copies, good)
-  chain = collectives.zero_others(chain, good)
-  for g, borrowers in enumerate(dealer.borrowers):
-    home = deal.place[:, dealer.lent_column(g)]
-    guest = _pick(chain, deal.place[:, C + g])
-    routes = [_reverse(route) for route in dealer.lendings(g)]
-    guest = send(guest, routes, deal.loans[g], f'return_{g}')
-    borrower = (here + deal.loans[g]) % S
-    lent = jnp.isin(borrower, jnp.array(borrowers))
-    if good is not None:
-      lent &= good.everywhere[borrower]
-    chain = _add(chain, home, guest)
-    copies = _add(copies, home, lent.astype(jnp.float32))
+  copies = zero_unhealthy(jnp.ones((W, K), jnp.float32), healthy)
+  blocks = zero_unhealthy(blocks, healthy)
+  for r, workers in enumerate(assigns.replica_workers):
+    home = rows.place[:, assigns.source_column(r)]
+    replica = _pick(blocks, rows.place[:, C + r])
+    routes = [_reverse(route) for route in assigns.replica_routes(r)]
+    replica = send(replica, routes, rows.offsets[r], f'return_{r}')
+    holder = (here + rows.offsets[r]) % S
+    counts = jnp.isin(holder, jnp.array(workers))
+    if healthy is not None:
+      counts &= healthy.everywhere[holder]
+    blocks = _add(blocks, home, replica)
+    copies = _add(copies, home, counts.astype(jnp.float32))
 
   def divide(x):
     return x / _per_slot(jnp.maximum(copies, 1), x).astype(x.dtype)
 
-  if dealer.borrowers:
-    chain = jax.tree.map(divide, chain)
+  if assigns.num_replicas:
+    blocks = jax.tree.map(divide, blocks)
   if agreed is None:
-    return chain
+    return blocks
   return jax.tree.map(
-    lambda x, old: jnp.where(_per_slot(copies, x) > 0, x, old), chain, agreed
+    lambda x, old: jnp.where(_per_slot(copies, x) > 0, x, old), blocks, agreed
   )
 
 
 def _per_slot(numbers: jax.Array, x: jax.Array) -> jax.Array:
-  """Shapes `[W, K]` so that it goes with `[W, K, ...]`."""
+  """Shapes `[W, K]` so that it broadcasts against `[W, K, ...]`."""
   return numbers.reshape(numbers.shape + (1,) * (x.ndim - 2))
 
 
-def _pick(chain: PyTree, slot: jax.Array) -> PyTree:
+def _pick(blocks: PyTree, slot: jax.Array) -> PyTree:
   """Returns one block of each worker, `[W, ...]`."""
   W = slot.shape[0]
-  return jax.tree.map(lambda x: x[jnp.arange(W), slot], chain)
+  return jax.tree.map(lambda x: x[jnp.arange(W), slot], blocks)
 
 
-def _put(chain: PyTree, slot: jax.Array, block: PyTree) -> PyTree:
-  """Writes one block of each worker; one past the last slot drops it."""
+def _put(blocks: PyTree, slot: jax.Array, block: PyTree) -> PyTree:
+  """Writes one block of each worker; a slot past the last one drops it."""
   W = slot.shape[0]
   return jax.tree.map(
-    lambda x, y: x.at[jnp.arange(W), slot].set(y, mode='drop'), chain, block
+    lambda x, y: x.at[jnp.arange(W), slot].set(y, mode='drop'), blocks, block
   )
 
 
-def _add(chain: PyTree, slot: jax.Array, block: PyTree) -> PyTree:
+def _add(blocks: PyTree, slot: jax.Array, block: PyTree) -> PyTree:
   """Adds one block of each worker to one of its slots."""
   W = slot.shape[0]
   return jax.tree.map(
-    lambda x, y: x.at[jnp.arange(W), slot].add(y), chain, block
+    lambda x, y: x.at[jnp.arange(W), slot].add(y), blocks, block
   )
 
 
@@ -168,8 +240,8 @@ def _send(
   Args:
     blocks: Pytree of arrays `[W, ...]`.
     routes: Static; worker numbers over the whole mesh.
-    choice: `int32`, which route; the same everywhere.
-    encoding: See `compression.encode`; a block that stays is left as it is.
+    choice: `int32`, which route; the same on all devices.
+    encoding: See `compression.encode`; a block that stays is not rounded.
 
   Returns:
     Pytree of arrays `[W, ...]`: what each worker received, or zeros.
@@ -184,10 +256,8 @@ def _send(
       flat = jax.vmap(lambda t: ravel_pytree(t)[0])(blocks)
       messages = jax.vmap(lambda x: compression.encode(x, encoding))(flat)
       messages = _deliver(messages, route)
-      flat = jax.vmap(lambda m: compression.decode(m, empty.size, encoding))(
-        messages
-      )
-      return jax.vmap(unravel)(flat)
+      decode = partial(compression.decode, count=empty.size, encoding=encoding)
+      return jax.vmap(unravel)(jax.vmap(decode)(messages))
 
     return branch
 
@@ -195,13 +265,13 @@ def _send(
 
 
 def _deliver(messages: jax.Array, route: Route) -> jax.Array:
-  """Carries messages `[W, m]` from worker to worker, zeros where none goes."""
+  """Carries messages `[W, m]` between workers; zeros where none arrives."""
   W = messages.shape[0]
   device = lax.axis_index(WORKER)
   out = [jnp.zeros_like(messages[0])] * W
   for i in range(W):
     for k in range(W):
-      # From each device's worker i to some device's worker k.
+      # From worker i of one device to worker k of another.
       pairs = [
         (source // W, target // W)
         for source, target in route
@@ -215,3 +285,84 @@ def _deliver(messages: jax.Array, route: Route) -> jax.Array:
         stays = jnp.isin(device, jnp.array(home))
         out[k] = jnp.where(stays, messages[i], out[k])
   return jnp.stack(out)
+
+
+def wire_bytes(
+  load: Load,
+  num_devices: int,
+  before: Assignment | None = None,
+  after: Assignment | None = None,
+  *,
+  encoding: str,
+) -> float:
+  """See `Exchange.bytes`."""
+  assigns = assigner(load.division)
+  sent: float = (
+    expected_messages(assigns, num_devices)
+    if before is None or after is None
+    else messages(assigns, before, after, num_devices)
+  )
+  return sent * sum(
+    compression.message_bytes(size, encoding) for size in load.block_sizes
+  )
+
+
+def messages(
+  assigns: Assigner, before: Assignment, after: Assignment, num_devices: int
+) -> int:
+  """Counts the blocks that devices send to other devices in a round.
+
+  Args:
+    assigns: Assigner of the chain.
+    before: An assignment.
+    after: The assignment after it.
+    num_devices: D.
+
+  Returns:
+    Replicas that return, blocks that move on, and replicas that are sent.
+  """
+  per_device = assigns.num_workers // num_devices
+  taken = [assigns.column_routes(j)[t] for j, t in enumerate(after.shifts)]
+  for assignment in (before, after):
+    taken += [
+      assigns.replica_routes(r)[t] for r, t in enumerate(assignment.offsets)
+    ]
+  return sum(_away(route, per_device) for route in taken)
+
+
+def expected_messages(assigns: Assigner, num_devices: int) -> float:
+  """Returns the mean of `messages` over all assignments.
+
+  Args:
+    assigns: Assigner of the chain.
+    num_devices: D.
+
+  Returns:
+    Blocks a round.
+
+  >>> expected_messages(Assigner(22, 4), num_devices=4)
+  16.0
+  """
+  per_device = assigns.num_workers // num_devices
+
+  def mean(routes: list[Route]) -> float:
+    return sum(_away(route, per_device) for route in routes) / len(routes)
+
+  columns = range(assigns.num_columns)
+  moved = sum(mean(assigns.column_routes(j)) for j in columns)
+  # Offset 0 is never drawn: it would lend a block to its owner.
+  replicas = range(assigns.num_replicas)
+  return moved + 2 * sum(mean(assigns.replica_routes(r)[1:]) for r in replicas)
+
+
+def _away(route: Route, per_device: int) -> int:
+  return sum(s // per_device != t // per_device for s, t in route)
+
+
+def branches(before: Assignment, after: Assignment) -> dict[str, int]:
+  """See `Exchange.branches`."""
+  found = {f'move_{j}': int(t) for j, t in enumerate(after.shifts)}
+  for action, assignment in (('return', before), ('lend', after)):
+    for r, offset in enumerate(assignment.offsets):
+      found[f'{action}_{r}'] = int(offset)
+  return found

@@ -1,13 +1,12 @@
-"""Residual networks as Flax linen modules; a family is data.
+"""Residual networks as Flax linen modules, whose families are data.
 
-The parameters of a network are a plain dictionary in which each stage has a
-head, its first block, and a chain, the identical blocks after it, stacked on a
-leading axis.
+The parameters of a network are a plain dictionary. Each stage has a head, its
+first block, and a chain, the identical blocks after it, whose parameters are
+stacked on a leading axis.
 """
 
 from resist_jax.models.arithmetic import num_statistics, predicted_flops
 from resist_jax.models.blocks import Block, Branch, Classifier, Shortcut, Stem
-from resist_jax.models.initial import initial_params
 from resist_jax.models.resnet import (
   FAMILY,
   STEMS,
@@ -24,6 +23,7 @@ from resist_jax.models.resnet import (
   branch_name,
   chain_name,
   head_name,
+  initial_params,
   rescale_branches,
   stage_of,
 )

@@ -1,4 +1,4 @@
-"""What a step of training a residual network computes, counted by hand."""
+"""Counts of what one training step of a residual network computes."""
 
 from collections.abc import Mapping, Sequence
 import math
@@ -12,15 +12,16 @@ from resist_jax.models.resnet import ResNet
 def num_statistics(
   network: ResNet, image_shape: tuple[int, ...], lengths: Mapping[str, int]
 ) -> int:
-  """Counts the means and mean squares that batch norm takes in a step.
+  """Counts the means and mean squares that batch norm computes in a step.
 
   Args:
     network: The global network.
     image_shape: `(H, W, C)`.
-    lengths: Blocks in chains by name, where a worker runs fewer than all.
+    lengths: For each partitioned chain by name, the number of blocks that a
+      worker runs.
 
   Returns:
-    Two for every channel of every such layer.
+    Two per channel of every batch norm layer; 0 with group norm.
   """
   network = network.with_chain_lengths(lengths)
 
@@ -36,31 +37,33 @@ def num_statistics(
 def predicted_flops(
   network: ResNet, image_shape: tuple[int, ...], lengths: Mapping[str, int]
 ) -> float:
-  """Predicts the arithmetic of training on one image.
+  """Predicts the floating-point operations of training on one image.
 
-  Counts products and sums of convolutions and of the classifier, forward and
-  for both gradients; the stem needs no gradient of its input. Products with
-  padding are none, as the compiler counts: on small images they matter.
+  Counts the multiplications and additions of the convolutions and the
+  classifier, for the forward pass and both gradients. The stem needs no
+  gradient of its input. Products with padding are not counted: XLA does not
+  count them either, and on small images they would matter.
 
   Args:
     network: The global network.
     image_shape: `(H, W, C)`.
-    lengths: Blocks in chains by name, where a worker runs fewer than all.
+    lengths: For each partitioned chain by name, the number of blocks that a
+      worker runs.
 
   Returns:
-    Floating-point operations.
+    The number of floating-point operations.
   """
   forward = [
     2 * taps * channels * features
-    for taps, channels, features in _products(
+    for taps, channels, features in _layers(
       network.with_chain_lengths(lengths), image_shape
     )
   ]
   return 3 * sum(forward) - forward[0]
 
 
-def _products(network: ResNet, image_shape: tuple[int, ...]):
-  """Yields products per pair of channels, and channels in and out, by layer."""
+def _layers(network: ResNet, image_shape: tuple[int, ...]):
+  """Yields each layer's products per channel pair, channels in and out."""
   *image, channels = image_shape
   features = network.widths[0]
   size = 7 if network.stem == 'imagenet' else 3
@@ -94,7 +97,7 @@ def _strided(image: Sequence[int], stride: int) -> list[int]:
 
 
 def _taps(image: Sequence[int], size: int, stride: int) -> int:
-  """Counts the pixels under a kernel, over all of its places in an image."""
+  """Counts the pixels under a kernel, summed over its positions in an image."""
   pad = (size - 1) // 2
   return math.prod(
     sum(

@@ -1,11 +1,10 @@
-"""What residual networks are built of: stem, blocks and classifier.
+"""The parts of a residual network: stem, residual blocks and classifier.
 
 K. He, X. Zhang, S. Ren, J. Sun. Identity Mappings in Deep Residual Networks.
 ECCV 2016.
 """
 
 from collections.abc import Callable
-import math
 from typing import Any
 
 from flax import linen as nn
@@ -18,17 +17,17 @@ Layer = Callable[..., Any]
 
 
 class _Residual(nn.Module):
-  """The layers of a residual block.
+  """The layers that `Block`, `Shortcut` and `Branch` have in common.
 
   Attributes:
-    features: Width of the stage.
+    features: Width of the stage, in channels.
     conv: Makes a convolution from features, size and stride.
     norm: Makes a normalisation layer.
     stride: Stride of the block's spatial convolution.
-    bottleneck: 1x1, 3x3, 1x1 convolutions with 4 times the width at the end,
-      instead of two 3x3 convolutions.
-    pre_activation: Norm and ReLU before each convolution (He et al. 2016)
-      instead of after it (He et al. 2015).
+    bottleneck: Whether the branch has 1x1, 3x3 and 1x1 convolutions, of which
+      the last is 4 times as wide, instead of two 3x3 convolutions.
+    pre_activation: Whether norm and ReLU come before each convolution (He et
+      al. 2016) instead of after it (He et al. 2015).
   """
 
   features: int
@@ -39,20 +38,20 @@ class _Residual(nn.Module):
   pre_activation: bool = True
 
   def _enter(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns what the branch begins from, and the shortcut."""
+    """Returns the input of the branch, and the output of the shortcut."""
     width = self._layers()[-1][0]
-    entered = nn.relu(self.norm(name='norm1')(x)) if self.pre_activation else x
+    branch = nn.relu(self.norm(name='norm1')(x)) if self.pre_activation else x
     if self.stride == 1 and x.shape[-1] == width:
-      return entered, x
-    shortcut = self.conv(width, 1, self.stride, name='shortcut')(entered)
+      return branch, x
+    shortcut = self.conv(width, 1, self.stride, name='shortcut')(branch)
     if not self.pre_activation:
       shortcut = self.norm(name='norm_shortcut')(shortcut)
-    return entered, shortcut
+    return branch, shortcut
 
   def _add_branch(
     self, branch: jax.Array, shortcut: jax.Array, residual_scale: jax.Array
   ) -> jax.Array:
-    """Returns the sum of the shortcut and the scaled branch."""
+    """Runs the branch and returns `shortcut + residual_scale * branch`."""
     layers = self._layers()
     for i, (features, size, stride) in enumerate(layers, start=1):
       branch = self.conv(features, size, stride, name=f'conv{i}')(branch)
@@ -77,46 +76,64 @@ class _Residual(nn.Module):
 
 
 class Block(_Residual):
-  """One residual block; `residual_scale` multiplies its residual branch."""
+  """A residual block."""
 
   @nn.compact
   def __call__(
     self, x: jax.Array, residual_scale: jax.Array
   ) -> tuple[jax.Array, None]:
-    """Maps `[B, H, W, C]` and a scalar to `([B, H', W', C'], None)`.
+    """Applies the block.
 
-    The second value is what `nn.scan` would stack per block: nothing.
+    Args:
+      x: `[B, H, W, C]`.
+      residual_scale: Scalar that multiplies the residual branch.
+
+    Returns:
+      `[B, H', W', C']`, and None, as `nn.scan` expects a pair of a carry and an
+      output to stack.
     """
     return self._add_branch(*self._enter(x), residual_scale), None
 
 
 class Shortcut(_Residual):
-  """What stays of a block in every network where its branch is dealt."""
+  """The part of a partitioned head that every worker keeps.
+
+  This is its projection shortcut, and its first norm and ReLU with
+  pre-activation. `Branch` is the other part.
+  """
 
   @nn.compact
   def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Maps `[B, H, W, C]` to what `Branch` takes."""
+    """Maps `[B, H, W, C]` to the pair of arrays that `Branch` takes."""
     return self._enter(x)
 
 
 class Branch(_Residual):
-  """The rest of the block that a `Shortcut` begins."""
+  """The residual branch of a partitioned head, a chain of one block."""
 
   @nn.compact
   def __call__(
     self, x: tuple[jax.Array, jax.Array], residual_scale: jax.Array
   ) -> tuple[jax.Array, None]:
-    """Maps what `Shortcut` returns and a scalar to what `Block` returns."""
+    """Runs the branch and adds it to the shortcut.
+
+    Args:
+      x: The pair that `Shortcut` returns.
+      residual_scale: Scalar that multiplies the residual branch.
+
+    Returns:
+      What `Block` returns.
+    """
     return self._add_branch(*x, residual_scale), None
 
 
 class Stem(Conv):
-  """The first convolution of a network, and what comes before its blocks.
+  """The layers before the first stage: a convolution, norm and pooling.
 
   Attributes:
-    norm: Makes the norm that follows; None if the first block begins with one
-      (the paper).
-    pool: Halve the image by max pooling at the end.
+    norm: Makes the norm after the convolution; None if the first block begins
+      with one (the paper).
+    pool: Whether to halve height and width by max pooling at the end.
   """
 
   norm: Layer | None = None
@@ -134,26 +151,9 @@ class Stem(Conv):
 
 
 class Classifier(nn.Dense):
-  """The mean over pixels, and a linear map of it."""
+  """Global average pooling, then a linear layer."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps `[B, H, W, C]` to logits, `float32[B, features]`."""
     return super().__call__(x.astype(jnp.float32).mean(axis=(1, 2)))
-
-
-class GroupNorm16(nn.Module):
-  """Group norm over groups of up to 16 channels, for any width.
-
-  Attributes:
-    dtype: Dtype of the output; statistics are computed in float32.
-  """
-
-  dtype: Any = jnp.float32
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps `[..., C]` to the same shape."""
-    size = math.gcd(16, x.shape[-1])
-    norm = nn.GroupNorm(num_groups=None, group_size=size, dtype=self.dtype)
-    return norm(x)

@@ -1,5 +1,6 @@
-"""Convolution and batch norm in the forms that a residual block uses."""
+"""The layers of a residual block: convolution, batch norm and group norm."""
 
+import math
 from typing import Any
 
 from flax import linen as nn
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 NHWC = ('NHWC', 'HWIO', 'NHWC')
 
-# He et al. (2015), in the form that keeps the variance of gradients.
+# He et al. (2015), in the variant that preserves the variance of gradients.
 he_normal = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
@@ -19,10 +20,10 @@ class Conv(nn.Module):
   Attributes:
     features: Output channels.
     size: Height and width of the kernel.
-    stride: Step in both directions.
+    stride: Stride in both directions.
     dtype: Compute dtype; the kernel is stored in float32.
-    wide_kernel_gradient: Use a form of the kernel's gradient that is faster on
-      CPU, where it applies.
+    wide_kernel_gradient: Whether to compute the kernel's gradient by
+      `convolve_with_wide_kernel_gradient` where that applies (3x3, stride 1).
   """
 
   features: int
@@ -48,7 +49,7 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
   Args:
     x: `[B, H, W, C]`.
     kernel: `[size, size, C, features]`.
-    stride: Step in both directions.
+    stride: Stride in both directions.
 
   Returns:
     `[B, H / stride, W / stride, features]`.
@@ -67,12 +68,11 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
 def convolve_with_wide_kernel_gradient(
   x: jax.Array, kernel: jax.Array
 ) -> jax.Array:
-  """Convolves 3x3 with stride 1; XLA's CPU backend runs its gradient faster.
+  """Convolves 3x3 with stride 1, with a kernel gradient that is fast on CPU.
 
-  JAX writes the gradient of the kernel as a convolution whose output is an
-  image of 3x3 pixels, of which that backend computes three rows of a matrix
-  product at a time. The same sums, with output channels as rows, are one
-  product with many rows and columns.
+  JAX computes the gradient of the kernel as a convolution whose output has 3x3
+  pixels. XLA's CPU backend turns this into matrix products of only three rows.
+  Here the same sums are one product, whose rows are the output channels.
 
   Args:
     x: `[B, H, W, C]`.
@@ -93,8 +93,8 @@ def _backward(saved, g):
   (x_gradient,) = jax.vjp(lambda x: convolve(x, kernel), x)[1](g)
   B, H, W, C = x.shape
   features = g.shape[-1]
-  # The three shifts along the width lie side by side as channels; those along
-  # the height are the window of a convolution whose sum runs over B and W.
+  # The three shifts along the width become channels. The three shifts along the
+  # height are the window of a convolution that sums over B and W.
   padded = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (0, 0)))
   shifts = jnp.concatenate([padded[:, :, j : j + W] for j in range(3)], -1)
   shifts = shifts.transpose(1, 0, 2, 3).reshape(H, 1, B * W, 3 * C)
@@ -114,20 +114,21 @@ convolve_with_wide_kernel_gradient.defvjp(_forward, _backward)
 
 
 class BatchNorm(nn.Module):
-  """Batch norm without running statistics (the paper's).
+  """Batch norm without running statistics, as in the paper.
 
-  What the caller passes in the collection `batch_stats` decides:
+  The collection `batch_stats` that the caller passes selects one of three
+  modes:
 
-  - nothing: normalise with the statistics of this batch (training);
-  - nothing, but mutable: the same, and return this batch's mean and mean
-    square in that collection, to be averaged over batches;
-  - `mean` and `mean_square`: normalise with these (a deployed model).
+  - absent: normalise with the statistics of this batch (training);
+  - absent and mutable: the same, and also return the batch's mean and mean
+    square in this collection, so that the caller can average them over batches;
+  - with `mean` and `mean_square`: normalise with these (a deployed model).
 
   Attributes:
     epsilon: Added to the variance.
     dtype: Dtype of the output; statistics are computed in float32.
-    axis_name: A mesh axis over which the batch is spread in equal parts; the
-      statistics are of all of them.
+    axis_name: The mesh axis that splits the batch into equal parts, if any;
+      statistics are taken over all parts.
   """
 
   epsilon: float = 1e-5
@@ -149,7 +150,8 @@ class BatchNorm(nn.Module):
       mean = x.mean(axes)
       mean_square = jnp.square(x).mean(axes)
       if self.axis_name is not None:
-        # One collective forward and, by the cast, one backward.
+        # Stacked, they take one collective; pcast makes it one in the backward
+        # pass too.
         both = lax.pmean(jnp.stack([mean, mean_square]), self.axis_name)
         mean, mean_square = lax.pcast(both, self.axis_name, to='varying')
       if self.is_mutable_collection('batch_stats') and (
@@ -162,3 +164,20 @@ class BatchNorm(nn.Module):
     shape = (1,) * (x.ndim - 1) + channels
     y = x * factor.reshape(shape) + (bias - mean * factor).reshape(shape)
     return y.astype(self.dtype)
+
+
+class GroupNorm16(nn.Module):
+  """Group norm with groups of 16 channels, or fewer for narrow layers.
+
+  Attributes:
+    dtype: Dtype of the output; statistics are computed in float32.
+  """
+
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps `[..., C]` to the same shape."""
+    size = math.gcd(16, x.shape[-1])
+    norm = nn.GroupNorm(num_groups=None, group_size=size, dtype=self.dtype)
+    return norm(x)

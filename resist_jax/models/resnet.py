@@ -1,14 +1,15 @@
 """Residual networks whose stages are a head and a chain of identical blocks.
 
-The parameters of a network are a plain dictionary: `stem`, then for every
-stage `stageN_head` (its first block, where stride and channels change) and
+The parameters of a network are a plain dictionary: `stem`, then for each stage
+`stageN_head` (its first block, where stride and channels change) and
 `stageN_chain` (the blocks after it, stacked on a leading axis by `nn.scan`),
-then `classifier`. Slicing that leading axis is the whole of decomposition, and
-a sub-network is the same module with a shorter chain (`with_chain_lengths`).
+then `classifier`. To decompose a network is to slice that leading axis; a
+sub-network is the same module with a shorter chain (`with_chain_lengths`).
 
-With `cut_heads`, the residual branch of a head is apart: `stageN_branch`, a
-chain of one, for what no sub-network can do without stays in `stageN_head`. A
-head whose shortcut is the identity has nothing of that kind.
+With `cut_heads`, a head is split in two. Its residual branch becomes
+`stageN_branch`, a chain of one block, which can be partitioned. Its projection
+shortcut stays in `stageN_head`, because every sub-network needs it. A head
+whose shortcut is the identity has no `stageN_head`.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,41 +19,41 @@ from typing import Any
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from resist_jax.models.blocks import (
-  Block,
-  Branch,
-  Classifier,
-  GroupNorm16,
-  Shortcut,
-  Stem,
-)
-from resist_jax.models.layers import BatchNorm, Conv
+from resist_jax.models.blocks import Block, Branch, Classifier, Shortcut, Stem
+from resist_jax.models.layers import BatchNorm, Conv, GroupNorm16
+
+PyTree = Any
 
 STEMS = ('small', 'strided', 'imagenet')
 
 
 class ResNet(nn.Module):
-  """A residual network; the families below are this module with data.
+  """A residual network; `FAMILY` lists the members with names.
 
   Attributes:
-    num_classes: Width of the classifier.
-    stage_sizes: Blocks in each stage, the head included.
-    widths: Channels of each stage (a bottleneck ends in four times as many).
-    bottleneck: See `Block`.
-    pre_activation: See `Block`.
-    norm: `batch` (statistics of the batch, none kept) or `group`.
+    num_classes: Number of classes, the width of the classifier.
+    stage_sizes: Number of blocks in each stage, including the head.
+    widths: Channels of each stage; bottleneck blocks end in 4 times as many.
+    bottleneck: Whether blocks have 1x1, 3x3 and 1x1 convolutions instead of two
+      3x3 convolutions.
+    pre_activation: Whether norm and ReLU come before each convolution (He et
+      al. 2016) instead of after it (He et al. 2015).
+    norm: `batch` (without running statistics) or `group`.
     stem: `small` (3x3, for images of 32 pixels), `strided` (3x3, stride 2, for
-      64 pixels, or a quarter of the work) or `imagenet` (7x7, stride 2, then
-      max pooling).
+      images of 64 pixels or a quarter of the work) or `imagenet` (7x7, stride
+      2, then max pooling).
     dtype: Compute dtype; parameters and statistics are float32.
-    for_cpu: Lay the blocks of a chain out one after another instead of looping
-      over them (XLA's CPU backend runs convolutions in loops some 10 to 40
-      times slower; elsewhere a loop compiles faster and costs nothing), and
-      use `layers.convolve_with_wide_kernel_gradient`. The result is the same.
-    cut_heads: Keep the residual branches of heads apart, so that they can be
-      partitioned, too (the first column of the paper's ablation).
-    norm_axis: The mesh axis that batches are spread over, for batch norm.
+    for_cpu: Whether to choose the form that XLA's CPU backend runs fast: the
+      chain is unrolled, because that backend runs convolutions inside a loop 10
+      to 40 times slower, and `layers.convolve_with_wide_kernel_gradient` is
+      used. Elsewhere a loop compiles faster and runs as fast. The result is the
+      same up to rounding.
+    cut_heads: Whether to separate the residual branches of heads, so that they
+      can be partitioned too (first column of the paper's ablation).
+    norm_axis: The mesh axis that splits batches, for batch norm; None if none
+      does.
   """
 
   num_classes: int
@@ -76,17 +77,17 @@ class ResNet(nn.Module):
     """Classifies images.
 
     Args:
-      x: `float32[B, H, W, C]`, normalised.
-      residual_scale: For chains by name, `float32[L]`: what multiplies each
-        block's residual branch; 1 for every block of a chain not named. The
-        paper tests with 1/S on the partitioned chain (section 3). A branch of
-        a head is a chain with L = 1.
+      x: Normalised images, `float32[B, H, W, C]`.
+      residual_scale: For each chain by name, `float32[L]`, the factors that
+        multiply the residual branches of its blocks; 1 for chains that are not
+        named. The paper tests with 1/S on the partitioned chain (section 3).
+        The branch of a head is a chain with L = 1.
 
     Returns:
       Logits, `float32[B, num_classes]`.
     """
     scales = dict(residual_scale or {})
-    # Parameters and statistics of the blocks of a chain are stacked.
+    # Stack the parameters and statistics of a chain's blocks on axis 0.
     stacked: dict[str, Any] = {
       'variable_axes': {'params': 0, 'batch_stats': 0},
       'split_rngs': {'params': True},
@@ -113,42 +114,45 @@ class ResNet(nn.Module):
 
   @nn.nowrap
   def pieces(self) -> list[tuple[str, int | None]]:
-    """Returns what an image passes, in order.
+    """Lists the pieces of the network in the order in which they are applied.
 
     Returns:
-      For every piece, the name of its parameters, and for a block of a chain
-      its number in that chain.
+      For each piece, the name of its parameters and, if it is a block of a
+      chain, its index in that chain, else None.
     """
-    passed: list[tuple[str, int | None]] = [('stem', None)]
+    pieces: list[tuple[str, int | None]] = [('stem', None)]
     for stage, size in enumerate(self.stage_sizes, start=1):
       if not self.cut_heads or self.has_projection(stage):
-        passed.append((head_name(stage), None))
+        pieces.append((head_name(stage), None))
       if self.cut_heads:
-        passed.append((branch_name(stage), 0))
-      passed += [(chain_name(stage), i) for i in range(size - 1)]
-    return [*passed, ('classifier', None)]
+        pieces.append((branch_name(stage), 0))
+      pieces += [(chain_name(stage), i) for i in range(size - 1)]
+    return [*pieces, ('classifier', None)]
 
   @nn.nowrap
   def has_projection(self, stage: int) -> bool:
     """Returns whether a stage's first block changes stride or channels."""
     return stage > 1 or self.bottleneck
 
-  # Unwrapped, so that a piece belongs to the network inside its `__call__`, and
-  # to nobody outside: there it is applied alone, with its own parameters.
+  # `nowrap`: a piece made inside `__call__` becomes a submodule of the network,
+  # and one made outside stands alone and is applied with its own parameters.
   @nn.nowrap
   def make_piece(
     self, name: str, stack: Callable[[Any], Any] = lambda block: block
   ) -> Any:
-    """Makes a part of the network that can run alone.
+    """Makes the module of one piece, which can also be applied alone.
 
     Args:
-      name: Of its parameters; see `pieces`.
-      stack: What makes the module of a chain from that of one of its blocks;
-        without, the piece is one block.
+      name: Name of its parameters; see `pieces`.
+      stack: Transforms the class of a block into that of a whole chain, as
+        `nn.scan` does; by default the piece is a single block.
 
     Returns:
-      `Stem`, `Classifier`, or of a stage, `Block`; where a head is cut,
-      `Shortcut` or `Branch`.
+      A `Stem`, `Classifier` or `Block`; for a head that is cut, a `Shortcut` or
+      `Branch`.
+
+    Raises:
+      ValueError: If the fields `norm` or `stem` have unknown values.
     """
     if self.norm not in ('batch', 'group'):
       raise ValueError(f'unknown norm {self.norm!r}: use batch or group.')
@@ -188,11 +192,11 @@ class ResNet(nn.Module):
     )
 
   def with_chain_lengths(self, lengths: Mapping[str, int]) -> 'ResNet':
-    """Returns the network whose named chains have other lengths.
+    """Returns the same network with chains of other lengths.
 
     Args:
-      lengths: Blocks in each named chain, e.g. K for a worker's sub-network;
-        1 in that of a branch.
+      lengths: For some chains by name, the number of blocks, such as K for a
+        worker's sub-network. Branches of heads keep their length of 1.
 
     Returns:
       A module that takes the parameters of the sub-network.
@@ -207,16 +211,19 @@ class ResNet(nn.Module):
 def rescale_branches(
   params: Mapping[str, Any], factors: Mapping[str, float], network: ResNet
 ) -> dict[str, Any]:
-  """Multiplies the residual branches of chains by factors.
+  """Multiplies the residual branches of chains by constant factors.
+
+  The last layer of a branch is linear in its parameters, so only these are
+  scaled.
 
   Args:
     params: Global parameters by name.
-    factors: For some chains by name.
-    network: Whose parameters they are.
+    factors: The factor of each chain to scale, by name.
+    network: The network to which the parameters belong.
 
   Returns:
-    Parameters whose named branches give `factor` times what they gave, since
-    the last layer of a branch is linear in its parameters.
+    New parameters, with which the branches of the named chains compute `factor`
+    times their previous output.
   """
   kind = 'conv' if network.pre_activation else 'norm'
   last = f'{kind}{3 if network.bottleneck else 2}'
@@ -227,47 +234,96 @@ def rescale_branches(
   return params
 
 
+def initial_params(
+  network: ResNet, image_shape: tuple[int, ...], seed: int
+) -> dict[str, PyTree]:
+  """Initialises the global parameters one piece at a time.
+
+  No device ever holds the whole network, each kind of block compiles once, and
+  the parameters of a piece depend only on the seed and its position.
+
+  Args:
+    network: The global network.
+    image_shape: `(H, W, C)`.
+    seed: Seed of the run.
+
+  Returns:
+    Global parameters by name, chains stacked to `[L, ...]`, on the host.
+  """
+  x: Any = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  by_name: dict[str, list[PyTree]] = {}
+  stacked = set()
+  # One module per name: JAX would compile again for another, equal module.
+  modules = {name: network.make_piece(name) for name, _ in network.pieces()}
+  # This program runs once: on CPU, compile it fast rather than well.
+  options = {'xla_backend_optimization_level': 0} if network.for_cpu else None
+  init = jax.jit(_init, static_argnums=0, compiler_options=options)
+  for position, (name, block) in enumerate(network.pieces()):
+    module = modules[name]
+    scale = (jnp.ones(()),) if isinstance(module, Block | Branch) else ()
+    key = jax.random.fold_in(jax.random.key(seed), position)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), x)
+    variables = init(module, key, zeros, *scale)
+    x = jax.eval_shape(module.apply, variables, x, *scale)
+    x = x[0] if scale else x
+    by_name.setdefault(name, []).append(jax.device_get(variables['params']))
+    if block is not None:
+      stacked.add(name)
+  return {
+    name: (
+      jax.tree.map(lambda *blocks: np.stack(blocks), *blocks)
+      if name in stacked
+      else blocks[0]
+    )
+    for name, blocks in by_name.items()
+  }
+
+
+def _init(module, key, *args):
+  return module.init(key, *args)
+
+
 def head_name(stage: int) -> str:
-  """Returns the parameters' name of a stage's head; stages count from 1."""
+  """Returns the name of the parameters of a stage's head; the first is 1."""
   return f'stage{stage}_head'
 
 
 def branch_name(stage: int) -> str:
-  """Returns the parameters' name of the branch of a head that is cut."""
+  """Returns the name of the parameters of the branch of a stage's cut head."""
   return f'stage{stage}_branch'
 
 
 def is_branch(chain: str) -> bool:
-  """Returns whether a chain is the branch of a head."""
+  """Returns whether the chain of this name is the branch of a head."""
   return chain.endswith('_branch')
 
 
 def chain_name(stage: int) -> str:
-  """Returns the parameters' name of a stage's chain."""
+  """Returns the name of the parameters of a stage's chain."""
   return f'stage{stage}_chain'
 
 
 def stage_of(chain: str) -> int:
-  """Undoes `chain_name`."""
+  """Returns the stage of a chain: the inverse of `chain_name`."""
   return int(chain.removeprefix('stage').removesuffix('_chain'))
 
 
-# The paper's family: pre-activation, basic blocks throughout. Its "ResNet101"
-# has the stage sizes of He et al.'s 101 without their bottlenecks.
+# The paper's family has pre-activation basic blocks throughout. Its "ResNet101"
+# has the stage sizes of He et al.'s ResNet-101, but no bottlenecks.
 PreActResNet18 = partial(ResNet, stage_sizes=(2, 2, 2, 2))
 PreActResNet34 = partial(ResNet, stage_sizes=(3, 4, 6, 3))
 PreActResNet101 = partial(ResNet, stage_sizes=(3, 4, 23, 3))
 PreActResNet152 = partial(ResNet, stage_sizes=(3, 4, 36, 3))
 PreActResNet200 = partial(ResNet, stage_sizes=(3, 4, 50, 3))
 
-# The same depths as in the literature, with bottleneck blocks.
+# Bottleneck blocks and the depths usual in the literature.
 PreActBottleneckResNet50 = partial(PreActResNet34, bottleneck=True)
 PreActBottleneckResNet101 = partial(PreActResNet101, bottleneck=True)
 PreActBottleneckResNet152 = partial(
   ResNet, stage_sizes=(3, 8, 36, 3), bottleneck=True
 )
 
-# Small and deep, for 8x8 digits and quick tests of other small images.
+# A narrow network with a long chain, for 8x8 digits and quick tests.
 PreActResNetTiny = partial(
   ResNet, stage_sizes=(1, 1, 13, 1), widths=(16, 16, 32, 32)
 )

@@ -1,4 +1,4 @@
-"""The report of a run, or of several side by side: a table, plots and a page.
+"""A report of one run, or of several side by side, as an HTML page.
 
 Run it as `python -m resist_jax.report DIR... [--out=OUT]`.
 """
@@ -11,10 +11,12 @@ from pathlib import Path
 import sys
 from typing import Any
 
-from resist_jax.report import plots
-from resist_jax.report.records import DASH, Run, RunError, Summary, load_runs
+from resist_jax.errors import ConfigError
+from resist_jax.report import plots, tables
+from resist_jax.report.records import DASH, Run, Summary, load_runs
 
-# Names and cells of the table; a field that a summary lacks makes a dash.
+# For each row of the summary table, its name and the format of its cells. A
+# cell becomes a dash if the summary lacks one of its fields.
 TABLE = (
   ('data', '{dataset}'),
   ('model', '{model}'),
@@ -48,11 +50,12 @@ PROVENANCE = (
   ('seconds, with tests', '{seconds_total:,.1f}'),
   ('versions', '{versions_text}'),
 )
-NOTE = """As deployed: with fixed norm statistics, measured anew for the global
-model. As in the paper: with the statistics of each test batch. Communication:
-the paper's count, the parameters of all workers, there and back every round. On
-the wire: what all devices together send each other, local SGD and data parallel
-by exact ring all-reduces. Memory: as compiled, of a round's largest program."""
+NOTE = """As deployed: with fixed norm statistics, measured for the global model
+after training. As in the paper: with the statistics of each test batch.
+Communication: the paper's count, in which every worker fetches and returns its
+parameters in each round. On the wire: the bytes that all devices together send
+to each other; local SGD and data parallel are counted with exact ring
+all-reduces. Peak memory: that of the largest compiled program of a round."""
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff;
   max-width: 72rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
@@ -67,10 +70,10 @@ figure { margin: 0 0 1rem; } img { max-width: min(100%, 48rem); }
 """
 
 
-def _cells(
+def _rows(
   table: Sequence[tuple[str, str]], summaries: Sequence[Summary]
 ) -> list[list[str]]:
-  """Returns a table's rows: a name, then a cell per run."""
+  """Returns the rows of a table: a name, then one cell for each run."""
   readable = []
   for summary in summaries:
     fields: dict[str, Any] = {'of_rounds': '', **summary}
@@ -96,17 +99,17 @@ def _cells(
 
 
 def _memory(memory: Any) -> dict[str, int]:
-  """Returns what a device holds of parameters, and needs at most."""
+  """Returns the bytes of parameters on a device, and its peak memory."""
   try:
     peaks = [program['peak'] for program in memory['compiled'].values()]
-    held = memory['predicted']['parameters']
-    return {'parameter_memory': held, 'peak_memory': max(peaks)}
+    parameters = memory['predicted']['parameters']
+    return {'parameter_memory': parameters, 'peak_memory': max(peaks)}
   except (AttributeError, KeyError, TypeError, ValueError):
     return {}
 
 
 def _cell(form: str, fields: Summary) -> str:
-  """Returns a cell, or a dash if its fields are not all there."""
+  """Returns a formatted cell, or a dash if a field is missing."""
   try:
     text = form.format_map(fields)
   except (KeyError, TypeError, ValueError):
@@ -117,41 +120,36 @@ def _cell(form: str, fields: Summary) -> str:
 def summary_table(
   summaries: Sequence[Summary], labels: Sequence[str] = ()
 ) -> str:
-  """Returns runs side by side as plain text for a terminal.
+  """Returns the summaries of runs side by side, as text for a terminal.
 
   Args:
-    summaries: The fields of `summary.json`; what is missing becomes a dash.
-    labels: The heads of the columns, if wanted.
+    summaries: The content of each run's `summary.json`; a missing field
+      becomes a dash.
+    labels: Heads of the columns; empty for a table without a head.
 
   Returns:
-    A line per field, a column per run; two runs fit in 100 characters.
+    One line for each field and one column for each run. Two runs fit in 100
+    characters.
   """
   rows = [['', *labels]] if labels else []
-  rows += _cells(TABLE, summaries)
-  # The names take 26 characters, and two spaces part the columns.
-  room = max(26, 74 // max(len(summaries), 1) - 2)
-  rows = [
-    [c if len(c) <= room else f'{c[: room - 1]}…' for c in row] for row in rows
-  ]
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  return '\n'.join(
-    '  '.join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
-    for row in rows
-  )
+  rows += _rows(TABLE, summaries)
+  # The names take 26 of 100 characters, and 2 spaces separate the columns.
+  width = max(26, 74 // max(len(summaries), 1) - 2)
+  return tables.text_table(rows, max_width=width)
 
 
 def write_report(run_dirs: Sequence[Path], out_dir: Path) -> Path:
   """Writes `report.html` and its pictures.
 
   Args:
-    run_dirs: Directories that a training run wrote, shown side by side.
-    out_dir: Where to write; made if need be.
+    run_dirs: Workdirs of the runs to show side by side.
+    out_dir: The folder to write to, which is created if it does not exist.
 
   Returns:
     The path of the page.
 
   Raises:
-    RunError: If a run cannot be shown; nothing is written then.
+    ConfigError: If a run cannot be read; then nothing is written.
     OSError: If a file cannot be read or written.
   """
   runs = load_runs(run_dirs)
@@ -165,7 +163,7 @@ def write_report(run_dirs: Sequence[Path], out_dir: Path) -> Path:
     name = f'decomposition_{number}.png' if runs[1:] else 'decomposition.png'
     if figure := plots.decomposition_figure(run.label, run.rows):
       figures[name] = figure
-      captions[name] = f'{run.label}. Striped blocks have several workers.'
+      captions[name] = f'{run.label}. Several workers train a striped block.'
   files = {name: plots.render_png(f) for name, f in figures.items()}
   files['report.html'] = _page(runs, captions).encode('utf-8', 'replace')
   out_dir.mkdir(parents=True, exist_ok=True)
@@ -175,7 +173,15 @@ def write_report(run_dirs: Sequence[Path], out_dir: Path) -> Path:
 
 
 def _page(runs: Sequence[Run], captions: Mapping[str, str]) -> str:
-  """Returns the page; `captions` are per file of a picture."""
+  """Returns the HTML page.
+
+  Args:
+    runs: The runs to show.
+    captions: The caption of each picture, by the name of its file.
+
+  Returns:
+    A page that shows the pictures from its own folder.
+  """
   title = f'{len(runs)} runs side by side' if runs[1:] else runs[0].label
   title = escape(f'ResIST: {title}')
   figures = [
@@ -195,7 +201,7 @@ def _page(runs: Sequence[Run], captions: Mapping[str, str]) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{STYLE}</style></head><body>
 <h1>{title}</h1>
-{_html_table(runs, _cells(TABLE, summaries))}
+{_html_table(runs, _rows(TABLE, summaries))}
 <p>{NOTE}</p>
 <h2>Accuracy</h2>
 <div class="plots">{''.join(figures[:3])}</div>
@@ -204,34 +210,44 @@ def _page(runs: Sequence[Run], captions: Mapping[str, str]) -> str:
 <h2>{'Settings that differ' if runs[1:] else 'Settings'}</h2>
 {_html_table(runs, settings) if settings else '<p>None.</p>'}
 <h2>Provenance</h2>
-{_html_table(runs, _cells(PROVENANCE, summaries))}
+{_html_table(runs, _rows(PROVENANCE, summaries))}
 </body></html>
 """
 
 
 def _html_table(runs: Sequence[Run], rows: Sequence[Sequence[str]]) -> str:
-  """Returns a table with a column per run, in a box that scrolls sideways."""
-
-  def tag(name, texts):
-    return ''.join(f'<{name}>{escape(text)}</{name}>' for text in texts)
-
-  head = f'<thead><tr>{tag("th", ["", *(run.label for run in runs)])}</thead>'
-  body = [f'<tr>{tag("th", row[:1])}{tag("td", row[1:])}</tr>' for row in rows]
-  lines = [head if runs[1:] else '', '<tbody>', *body, '</tbody>']
-  return '<div class="wide"><table>{}</table></div>'.format('\n'.join(lines))
+  """Returns a table with one column for each run; one run needs no head."""
+  head = ['', *(run.label for run in runs)] if runs[1:] else []
+  return tables.html_table(head, rows, row_heads=True)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-  """Writes the report that a command line asks for; 2 is bad input."""
-  parser = argparse.ArgumentParser('python -m resist_jax.report')
-  parser.add_argument('dirs', metavar='DIR', nargs='+', type=Path)
-  parser.add_argument('--out', type=Path, help='DIR of one run, else ./report')
+  """Writes a report and prints the path of its page.
+
+  Args:
+    args: The command line; that of this process if None.
+
+  Returns:
+    The exit code: 0, or 2 if the input is bad.
+  """
+  parser = argparse.ArgumentParser(
+    'python -m resist_jax.report',
+    description='Writes a report of one run, or of several side by side.',
+  )
+  parser.add_argument(
+    'dirs', metavar='DIR', nargs='+', type=Path, help='workdir of a run'
+  )
+  parser.add_argument(
+    '--out',
+    type=Path,
+    help='folder to write to (default: DIR, or ./report for several runs)',
+  )
   flags = parser.parse_args(args)
   out = flags.out or (Path('report') if flags.dirs[1:] else flags.dirs[0])
   try:
     print(write_report(flags.dirs, out))
-  except (RunError, OSError) as error:
-    hint = '' if isinstance(error, RunError) else '; try another --out.'
+  except (ConfigError, OSError) as error:
+    hint = '' if isinstance(error, ConfigError) else '; try another --out.'
     print(f'error: {error}{hint}', file=sys.stderr)
     return 2
   return 0

@@ -1,4 +1,4 @@
-"""Pictures of runs: accuracy against its cost, and who trained which block."""
+"""Figures of runs: accuracy by cost, and which worker trained which block."""
 
 from collections.abc import Mapping, Sequence
 import io
@@ -15,10 +15,10 @@ from matplotlib.ticker import MaxNLocator
 import numpy as np
 
 Rows = Sequence[Mapping[str, Any]]  # metrics.jsonl: one mapping per round
-Slots = Sequence[Sequence[int]]  # per worker, the blocks that it trained
+Slots = Sequence[Sequence[int]]  # For each worker, the blocks that it trained.
 
-# Okabe and Ito's colours, told apart by colour-blind readers; the pale yellow
-# stands late because it is weak as a line on white.
+# Okabe and Ito's colours, which colour-blind readers can tell apart. The pale
+# yellow comes late, because a yellow line on white is hard to see.
 PALETTE = (
   '#0072b2',
   '#e69f00',
@@ -29,9 +29,9 @@ PALETTE = (
   '#f0e442',
   '#222222',
 )
-EVERYONE, NOBODY = -1, -2  # in place of a worker in a decomposition image
-MAX_ROUNDS = 60  # of a decomposition picture: more columns cannot be told apart
-_MAX_STRIPS = 120  # rows per block: finer than the pixels of any picture
+EVERYONE, NOBODY = -1, -2  # Stand for a worker in a decomposition image.
+MAX_ROUNDS = 60  # Columns of a decomposition figure that can be told apart.
+_MAX_STRIPS = 120  # Rows for each block: finer than the pixels of any figure.
 _EVERYONE_COLOUR, _NOBODY_COLOUR = '#c9c9c9', '#ffffff'
 
 AXES = {
@@ -40,7 +40,7 @@ AXES = {
   'seconds_training': 'seconds of training',
 }
 CURVES: tuple[tuple[str, str, dict[str, Any]], ...] = (
-  # metric, its name for readers, and the style of its line
+  # Metric, its name in the legend, and the style of its line.
   (
     'test_accuracy',
     'fixed statistics, recalibrated (as deployed)',
@@ -55,13 +55,14 @@ CURVES: tuple[tuple[str, str, dict[str, Any]], ...] = (
 
 
 def colours(count: int) -> list[str]:
-  """Returns one colour each for runs or workers.
+  """Returns distinct colours for runs or workers.
 
   Args:
-    count: How many are needed.
+    count: Number of colours.
 
   Returns:
-    The fixed palette while it lasts, else steps of a continuous map.
+    The first colours of `PALETTE` if they suffice, else equal steps of a
+    continuous colour map, in hexadecimal.
   """
   if count <= len(PALETTE):
     return list(PALETTE[:count])
@@ -69,10 +70,10 @@ def colours(count: int) -> list[str]:
 
 
 def byte_unit(num_bytes: float) -> tuple[float, str]:
-  """Returns the decimal unit in which a number of bytes reads well.
+  """Returns the largest decimal unit that does not exceed a number of bytes.
 
   Args:
-    num_bytes: The largest number to show.
+    num_bytes: The largest number of bytes to show.
 
   Returns:
     The size of the unit in bytes, and its name.
@@ -87,14 +88,14 @@ def byte_unit(num_bytes: float) -> tuple[float, str]:
 
 
 def accuracy_figure(runs: Mapping[str, Rows], x: str) -> Figure:
-  """Draws test accuracy under both protocols against a cost.
+  """Draws test accuracy against a cost, with both kinds of norm statistics.
 
   Args:
-    runs: Per label of a run, its rounds.
-    x: A key of `AXES`.
+    runs: The rounds of each run, by its label.
+    x: The cost, a key of `AXES`.
 
   Returns:
-    A figure; it says so if no round has an evaluation.
+    A figure. If no round was evaluated, it says so instead of drawing a curve.
   """
   points = {
     (label, metric): [
@@ -106,8 +107,8 @@ def accuracy_figure(runs: Mapping[str, Rows], x: str) -> Figure:
     for metric, _, _ in CURVES
   }
   ends = [max(p)[0] for p in points.values() if p]
-  # Data parallel training sends T times as much as local SGD: on a linear axis
-  # the cheap run would be a wall at the left edge.
+  # Data parallel sends T times as much as local SGD. On a linear axis, the
+  # curve of local SGD would be a vertical line at the left edge.
   log = x == 'bytes_total' and bool(ends) and max(ends) > 20 * min(ends) > 0
   unit, axis = 1.0, AXES[x]
   if x == 'bytes_total':
@@ -138,14 +139,15 @@ def accuracy_figure(runs: Mapping[str, Rows], x: str) -> Figure:
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=x == 'round'))
   low, high = axes.get_ylim()
-  missing = max(2 - (high - low), 0)  # No drama about a tenth of a percent.
+  # Show at least two points, or a difference of 0.1 points would look large.
+  missing = max(2 - (high - low), 0)
   axes.set_ylim(low - missing / 2, high + missing / 2)
   _accuracy_legend(figure, list(runs))
   return figure
 
 
 def _accuracy_legend(figure: Figure, labels: list[str]) -> None:
-  """Names the runs by colour, if there are several, and the line styles."""
+  """Adds a legend of the line styles and, for several runs, their colours."""
   several = len(labels) > 1
   lines = [
     Line2D([], [], color='#555555' if several else PALETTE[0], **style)
@@ -162,7 +164,7 @@ def _accuracy_legend(figure: Figure, labels: list[str]) -> None:
 def _legend(
   figure: Figure, handles: Sequence[Line2D | Patch], names: Sequence[str], **kw
 ) -> None:
-  """Puts a legend under the axes, with names of runs taken literally."""
+  """Puts a legend under the axes; names are shown literally."""
   legend = figure.legend(
     handles,
     [str(i) for i in range(len(names))],
@@ -170,8 +172,8 @@ def _legend(
     frameon=False,
     **kw,
   )
-  # Names are set afterwards: matplotlib drops labels that begin with `_`, and
-  # reads `$` as mathematics.
+  # The names replace the numbers afterwards, because matplotlib drops labels
+  # that begin with `_` and typesets text between `$` as mathematics.
   for text, name in zip(legend.get_texts(), names, strict=True):
     text.set_parse_math(False)
     text.set_text(name if len(name) <= 60 else f'{name[:29]}…{name[-30:]}')
@@ -180,17 +182,18 @@ def _legend(
 def decomposition_image(
   slots_by_round: Sequence[Slots | None], num_blocks: int
 ) -> np.ndarray:
-  """Returns which worker trained which block in which round, as an image.
+  """Returns an image of which worker trained which block in which round.
 
   Args:
-    slots_by_round: Per round and worker, the blocks that it trained; None for
-      a round in which every worker holds every block.
+    slots_by_round: For each round, the blocks that each worker trained, or None
+      if every worker held every block.
     num_blocks: L, the length of the chain.
 
   Returns:
-    `int[L * H, rounds]`, H rows per block from block 0 down: the number of a
-    worker, `EVERYONE` or `NOBODY`. A block with several workers is split into
-    strips of equal height, in the order of the workers.
+    `int[L * H, rounds]`, where H rows stand for each block, block 0 at the top.
+    A value is the number of a worker, `EVERYONE` or `NOBODY`. A block that
+    several workers trained is split into strips of equal height, one for each
+    of them in ascending order.
 
   >>> decomposition_image([[[0, 1], [1]], None], num_blocks=2).tolist()
   [[0, -1], [0, -1], [0, -1], [1, -1]]
@@ -224,18 +227,18 @@ def decomposition_figure(label: str, rows: Rows) -> Figure | None:
     rows: Its rounds, ascending.
 
   Returns:
-    A figure with one panel per partitioned chain, of at most `MAX_ROUNDS`
+    A figure with one panel for each partitioned chain, of at most `MAX_ROUNDS`
     rounds; None if no round decomposes the model.
   """
-  dealt = [row for row in rows if row.get('slots')]
-  if not dealt:
+  decomposed = [row for row in rows if row.get('slots')]
+  if not decomposed:
     return None
   chains = {
-    chain: _num_blocks(chain, dealt)
-    for chain in sorted({chain for row in dealt for chain in row['slots']})
+    chain: _num_blocks(chain, decomposed)
+    for chain in sorted({chain for row in decomposed for chain in row['slots']})
   }
-  num_workers = max(len(s) for row in dealt for s in row['slots'].values())
-  shown, part = _window(rows, dealt[0]['round'])
+  num_workers = max(len(s) for row in decomposed for s in row['slots'].values())
+  shown, part = _window(rows, decomposed[0]['round'])
 
   heights = [min(max(0.2 * L, 1.0), 7.0) for L in chains.values()]
   width = min(max(0.13 * len(shown) + 1.2, 6.0), 9.0)
@@ -247,39 +250,39 @@ def decomposition_figure(label: str, rows: Rows) -> Figure | None:
   panels = figure.subplots(
     len(chains), 1, sharex=True, squeeze=False, height_ratios=heights
   )[:, 0]
-  table = [*colours(num_workers), _NOBODY_COLOUR, _EVERYONE_COLOUR]
+  # EVERYONE and NOBODY are negative, so they index this list from its end.
+  palette = [*colours(num_workers), _NOBODY_COLOUR, _EVERYONE_COLOUR]
   present = set()
   for axes, (chain, L) in zip(panels, chains.items(), strict=True):
     image = decomposition_image([_slots(row, chain) for row in shown], L)
     present |= {EVERYONE, NOBODY} & set(image.ravel().tolist())
-    # EVERYONE and NOBODY are negative: they index the table from its end.
-    pixels = np.array([to_rgb(c) for c in table])[image]
+    pixels = np.array([to_rgb(c) for c in palette])[image]
     _panel(axes, pixels, shown[0]['round'], L)
     axes.set_title(f'{chain}, {L} blocks', fontsize=9, loc='left')
   panels[-1].set_xlabel('round')
   figure.suptitle(f'{label}{part}', fontsize=10, parse_math=False)
-  _worker_legend(figure, table, num_workers, present)
+  _worker_legend(figure, palette, num_workers, present)
   return figure
 
 
-def _num_blocks(chain: str, dealt: Rows) -> int:
-  """Returns L of a chain, as recorded or as its slots show."""
+def _num_blocks(chain: str, decomposed: Rows) -> int:
+  """Returns L of a chain, as recorded or else as its largest slot shows."""
   return max(
     row.get('num_blocks', {}).get(chain)
     or max((b + 1 for s in row['slots'].get(chain, ()) for b in s), default=1)
-    for row in dealt
+    for row in decomposed
   )
 
 
-def _window(rows: Rows, first_dealt: int) -> tuple[Rows, str]:
-  """Returns the rounds to draw, without gaps, and words for a part of them."""
+def _window(rows: Rows, first_decomposed: int) -> tuple[Rows, str]:
+  """Returns the consecutive rounds to draw, and a note if some are left out."""
   by_round = {row['round']: row for row in rows}
   first, last = min(by_round), max(by_round)
   begin = first
-  if first_dealt - first > MAX_ROUNDS // 2:  # a long warm-up: nothing to see
-    begin = first_dealt - 5
+  if first_decomposed - first > MAX_ROUNDS // 2:  # Skip a long warm-up.
+    begin = first_decomposed - 5
   end = min(last, begin + MAX_ROUNDS - 1)
-  # A round without a record is one in which no worker is known to train.
+  # No worker is known to have trained in a round without a record.
   shown = [by_round.get(r, {'round': r}) for r in range(begin, end + 1)]
   if (begin, end) == (first, last):
     return shown, ''
@@ -289,14 +292,14 @@ def _window(rows: Rows, first_dealt: int) -> tuple[Rows, str]:
 
 
 def _slots(row: Mapping[str, Any], chain: str) -> Slots | None:
-  """Returns a round's slots of a chain; None if every worker holds it."""
+  """Returns the slots of a chain in a round; None if every worker holds it."""
   if 'slots' not in row:
     return []
   return (row['slots'] or {}).get(chain)
 
 
 def _panel(axes: Axes, pixels: np.ndarray, first: int, num_blocks: int) -> None:
-  """Draws one chain, block 0 at the top, with a white grid between cells."""
+  """Draws one chain, block 0 at the top, with white lines between cells."""
   left, right = first - 0.5, first + pixels.shape[1] - 0.5
   axes.imshow(
     pixels,
@@ -304,7 +307,7 @@ def _panel(axes: Axes, pixels: np.ndarray, first: int, num_blocks: int) -> None:
     interpolation='nearest',
     extent=(left, right, num_blocks - 0.5, -0.5),
   )
-  # Lines across the rounds are the stronger ones: strips share their direction.
+  # Lines between blocks are thicker, to differ from borders between strips.
   rows, columns = np.arange(0.5, num_blocks - 1), np.arange(left + 1, right)
   axes.hlines(rows, left, right, 'white', linewidth=2)
   axes.vlines(columns, -0.5, num_blocks - 0.5, 'white', linewidth=0.6)
@@ -316,17 +319,17 @@ def _panel(axes: Axes, pixels: np.ndarray, first: int, num_blocks: int) -> None:
 
 
 def _worker_legend(
-  figure: Figure, table: Sequence[str], num_workers: int, present: set[int]
+  figure: Figure, palette: Sequence[str], num_workers: int, present: set[int]
 ) -> None:
-  """Names the workers, or some of them where the map is continuous."""
+  """Adds a legend of the workers, of which at most 16 are named."""
   named = range(0, num_workers, -(-num_workers // 16))
-  patches = [Patch(color=table[worker]) for worker in named]
+  patches = [Patch(color=palette[worker]) for worker in named]
   names = [f'worker {worker}' for worker in named]
   if EVERYONE in present:
-    patches.append(Patch(color=table[EVERYONE]))
+    patches.append(Patch(color=palette[EVERYONE]))
     names.append('every worker holds every block')
   if NOBODY in present:
-    patches.append(Patch(facecolor=table[NOBODY], edgecolor='#999999'))
+    patches.append(Patch(facecolor=palette[NOBODY], edgecolor='#999999'))
     names.append('no worker recorded')
   _legend(figure, patches, names, ncols=min(len(names), 4), fontsize=8)
 
@@ -338,7 +341,7 @@ def render_png(figure: Figure) -> bytes:
     figure: The figure to draw.
 
   Returns:
-    The bytes of the file, at a resolution for dense screens.
+    The content of the file, at a resolution for high-density screens.
   """
   buffer = io.BytesIO()
   figure.savefig(buffer, format='png', dpi=200)

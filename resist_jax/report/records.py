@@ -1,52 +1,58 @@
-"""What run directories say: settings, rounds and summaries."""
+"""Readers of a run's workdir: its config, its rounds and its summary."""
 
 from collections.abc import Mapping, Sequence
+import contextlib
 import dataclasses
 import itertools
 import json
 from pathlib import Path
 from typing import Any
 
+from resist_jax.errors import ConfigError
 from resist_jax.report import plots
 
 Summary = Mapping[str, Any]
 
 DASH = '-'
+# Fields of a round that are numbers, or missing.
 NUMBERS = ('train_loss', 'test_accuracy', 'test_accuracy_paper', 'bytes_total',
            'wire_bytes_total', 'seconds_training',
            'images_per_second')  # fmt: skip
 
 
-class RunError(ValueError):
-  """A run directory that cannot be shown, in one line that says what to do."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What a run directory says; labels differ between the runs of a report."""
+  """A run as its workdir records it.
+
+  Attributes:
+    label: The shortest end of the workdir's path that is unique in a report.
+    config: The config as one level of dotted names.
+    summary: The content of `summary.json`, or what is known so far.
+    rows: Its rounds, ascending, each once.
+  """
 
   label: str
-  config: Mapping[str, Any]  # one level, dotted names
+  config: Mapping[str, Any]
   summary: Summary
   rows: plots.Rows
 
 
 def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
-  """Reads run directories.
+  """Reads the workdirs of runs.
 
   Args:
-    run_dirs: Directories that a training run wrote. One without a summary, of
-      a run that goes on or was stopped, is summarised by its rounds.
+    run_dirs: Workdirs. If one has no `summary.json`, because its run was
+      stopped or still trains, the summary is derived from its rounds.
 
   Returns:
-    The runs in the same order.
+    The runs, in the same order.
 
   Raises:
-    RunError: If one cannot be read.
+    ConfigError: If a workdir cannot be read.
   """
   paths = [Path(path).resolve() for path in run_dirs]
   if len(set(paths)) < len(paths):
-    raise RunError('a run is given twice: give every run once.')
+    raise ConfigError('a run is given twice: give every run once.')
   depth = 1
   while len({path.parts[-depth:] for path in paths}) < len(paths):
     depth += 1
@@ -54,60 +60,81 @@ def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
 
 
 def _load_run(path: Path, label: str) -> Run:
-  """Reads one run directory."""
+  """Reads one workdir."""
   for name in ('config.json', 'metrics.jsonl'):
     if not (path / name).is_file():
-      raise RunError(
-        f'{path} has no {name}: give the directory of a run that finished at '
+      raise ConfigError(
+        f'{path} has no {name}: give the workdir of a run that finished at '
         'least one round.'
       )
-  config = _flatten(_parse(path / 'config.json'))
-  rows = _read_rows(path / 'metrics.jsonl')
+  config = _flatten(_read_json(path / 'config.json'))
+  # A resumed run may repeat rounds, and continues from the last repetition.
+  by_round = {row['round']: row for row in read_rows(path / 'metrics.jsonl')}
+  if not by_round:
+    raise ConfigError(
+      f'{path / "metrics.jsonl"} has no round yet: wait until the run has '
+      'finished one, or omit this run.'
+    )
+  rows = [by_round[number] for number in sorted(by_round)]
   summary = _summary_so_far(config, rows)
   if (path / 'summary.json').is_file():
-    written = _parse(path / 'summary.json')
-    # A finished run that was given more rounds has left its summary behind.
+    written = _read_json(path / 'summary.json')
+    # It is out of date if the run finished and was then given more rounds.
     if (written.get('rounds') or 0) >= rows[-1]['round']:
       summary = written
   counts = (len(next(iter(r['slots'].values()))) for r in rows if r['slots'])
   changes = [str(count) for count, _ in itertools.groupby(counts)]
-  if len(changes) > 1:  # elastic resume
+  if len(changes) > 1:  # The run was resumed with another number of workers.
     summary['num_workers'] = ', then '.join(changes)
   return Run(label, config, {**summary, 'directory': str(path)}, rows)
 
 
-def _parse(path: Path, line: str = '', number: int = 0) -> dict[str, Any]:
-  """Returns the JSON object in a file, or in one line of it."""
-  where = f'{path}, line {number}' if number else path
+def _read_json(path: Path) -> dict[str, Any]:
   try:
-    value = json.loads(line if number else path.read_text('utf-8'))
+    value = json.loads(path.read_text('utf-8'))
   except ValueError:  # Neither text nor JSON.
     value = None
   if not isinstance(value, dict):
-    raise RunError(f'{where}: no JSON object. Repair it or omit this run.')
+    raise ConfigError(
+      f'{path} is not a JSON object: repair it, or omit this run.'
+    )
   return value
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-  """Returns the rounds of a metrics file, ascending."""
-  # A last line without its end: its writer is at work, or was killed.
-  lines = path.read_text('utf-8', 'replace').split('\n')[:-1]
-  by_round = {}
-  for number, line in enumerate(lines, 1):
-    row = _parse(path, line, number)
+def read_rows(path: Path) -> list[dict[str, Any]]:
+  """Reads the rows of a `metrics.jsonl`, one for each round.
+
+  Args:
+    path: The file, which need not exist.
+
+  Returns:
+    The rows in the order of the file; none if it does not exist. The last line
+    is ignored if it has no end: its writer was killed, or is still writing.
+
+  Raises:
+    ConfigError: If another line is damaged; names the file and the line.
+  """
+  if not path.exists():
+    return []
+  *lines, _ = path.read_text('utf-8', 'replace').split('\n')
+  rows: list[dict[str, Any]] = []
+  for number, line in enumerate(lines, start=1):
+    row: Any = None
+    with contextlib.suppress(ValueError):
+      row = json.loads(line)
     if not _is_round(row):
-      raise RunError(f'{path}, line {number}: not a round. Delete that line.')
-    # Where a resumed run repeated a round, the model went on from the last.
-    by_round[row['round']] = row
-  if not by_round:
-    raise RunError(f'{path} has no round yet: wait for it, or omit this run.')
-  return [by_round[number] for number in sorted(by_round)]
+      raise ConfigError(
+        f'{path}, line {number}, is not the record of a round: delete that '
+        'line.'
+      )
+    rows.append(row)
+  return rows
 
 
-def _is_round(row: Mapping[str, Any]) -> bool:
-  """Returns whether the fields that are read have their types."""
-  numbers = [row.get(name) or 0 for name in NUMBERS]
+def _is_round(row: Any) -> bool:
+  """Returns whether the fields of a row that reports read have their types."""
   try:
+    numbers = [row.get(name) or 0 for name in NUMBERS]
     chains = row['slots'].values()
     blocks = [b for workers in chains for worker in workers for b in worker]
     integers = [row['round'], *row.get('num_blocks', {}).values(), *blocks]
@@ -118,7 +145,7 @@ def _is_round(row: Mapping[str, Any]) -> bool:
 
 
 def _summary_so_far(config: Summary, rows: plots.Rows) -> dict[str, Any]:
-  """Returns the fields of a summary that settings and rounds tell."""
+  """Derives the fields of a summary from the config and the rounds."""
   fields = {**rows[-1], **config, 'rounds': rows[-1]['round']}
   for name in NUMBERS:
     values = [row[name] for row in rows if row.get(name) is not None]
@@ -132,7 +159,7 @@ def _summary_so_far(config: Summary, rows: plots.Rows) -> dict[str, Any]:
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Returns a nested mapping as one level of dotted names."""
+  """Returns a nested mapping as one level with dotted names."""
   flat = {}
   for name, value in tree.items():
     if isinstance(value, dict):

@@ -1,7 +1,8 @@
-"""Host arrays onto a mesh, and back, where the mesh may span processes.
+"""Arrays between the host and a mesh, which may span processes.
 
-A process reaches its own devices only. What it places there, all processes
-know; what lies elsewhere, it asks for in a small program that all of them run.
+A process can reach only its own devices. It fills them with values that every
+process has; values that lie elsewhere come by a small program that all
+processes run.
 """
 
 from functools import partial
@@ -17,13 +18,13 @@ PyTree = Any
 
 
 def place(tree: PyTree, sharding: Sharding) -> PyTree:
-  """Puts arrays that every process has on the devices.
+  """Copies arrays that every process has to the devices.
 
   `jax.device_put` would compare them between processes, over the network.
 
   Args:
     tree: Pytree of arrays, equal in all processes.
-    sharding: How each of them shall lie.
+    sharding: How each of them is to lie on the mesh.
 
   Returns:
     Pytree of `jax.Array`; each process fills its own devices.
@@ -32,6 +33,8 @@ def place(tree: PyTree, sharding: Sharding) -> PyTree:
     return jax.device_put(tree, sharding)
 
   def put(x):
+    if isinstance(x, jax.Array) and x.sharding == sharding:
+      return x
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
 
@@ -39,12 +42,12 @@ def place(tree: PyTree, sharding: Sharding) -> PyTree:
 
 
 def place_parts(tree: PyTree, sharding: Sharding, count: int) -> PyTree:
-  """Puts arrays on the devices of which each process has its own part.
+  """Copies arrays to the devices when each process has only its own rows.
 
   Args:
     tree: Pytree of arrays, the rows that belong to this process's devices.
-    sharding: How the rows of all processes shall lie.
-    count: How many rows there are.
+    sharding: How the rows of all processes are to lie on the mesh.
+    count: How many rows all processes have together.
 
   Returns:
     Pytree of `jax.Array` of `count` rows.
@@ -63,9 +66,9 @@ def to_host(tree: PyTree) -> PyTree:
   """Brings whole arrays to the host of every process.
 
   Args:
-    tree: Pytree of arrays. Where a mesh spans processes, of 32 bits or bool,
-      and sharded by rows, equally many: they travel together, for on a slow
-      link each message costs its delay.
+    tree: Pytree of arrays. Where a mesh spans processes, they have 32 bits or
+      are bool, and are sharded along equally many rows: they travel in one
+      message, because on a slow link each message costs its delay.
 
   Returns:
     Pytree of NumPy arrays.
@@ -105,16 +108,16 @@ def _one_table(sharding: Sharding, leaves: list[jax.Array]) -> jax.Array:
 
 
 def rows(x: Any, worker: np.ndarray, slot: np.ndarray) -> np.ndarray:
-  """Reads chosen blocks of workers, none of which need be near.
+  """Reads chosen blocks of workers that may belong to other processes.
 
   Args:
     x: `[S, K, ...]`.
-    worker: `int32[n]`, whose blocks.
-    slot: `int32[n]`, in which slots.
+    worker: `int32[n]`, the worker that holds each block.
+    slot: `int32[n]`, its slot there.
 
   Returns:
-    `[n, ...]`, on the host of every process. No device holds more of them at a
-    time than one besides its own.
+    `[n, ...]`, on the host of every process. Each device holds at most one
+    block besides its own at a time.
   """
   if not isinstance(x, jax.Array) or x.is_fully_addressable:
     return np.asarray(x)[worker, slot]
@@ -130,7 +133,7 @@ def rows(x: Any, worker: np.ndarray, slot: np.ndarray) -> np.ndarray:
 
 @partial(jax.jit, static_argnames='sharding')
 def _row(sharding, x, worker, slot):
-  # Added up as bits: a sum of numbers would turn -0.0 into 0.0.
+  # A sum of numbers would turn -0.0 into 0.0, so the bits are summed.
   bits = lax.bitcast_convert_type(x, jnp.uint32)
   own = jnp.arange(x.shape[0])[:, None] == worker
   here = own & (jnp.arange(x.shape[1])[None] == slot)
@@ -138,3 +141,16 @@ def _row(sharding, x, worker, slot):
   found = jnp.where(here, bits, 0).sum(axis=(0, 1), dtype=jnp.uint32)
   found = lax.with_sharding_constraint(found, sharding)
   return lax.bitcast_convert_type(found, x.dtype)
+
+
+def first_copy(x: jax.Array | np.ndarray) -> np.ndarray:
+  """Returns on the host what is equal on all workers.
+
+  Args:
+    x: `[S, ...]`, equal along S.
+
+  Returns:
+    `[...]`, read from a device of this process.
+  """
+  x = x.addressable_data(0) if isinstance(x, jax.Array) else x
+  return np.asarray(np.asarray(x)[0])  # An array, also where it is a scalar.

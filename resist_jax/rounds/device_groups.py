@@ -1,10 +1,10 @@
-"""Devices in teams: those whose workers run equally many blocks.
+"""Groups of devices whose workers run equally many blocks.
 
-Where workers are unequal, a program for all of them would give each the slots
-of the largest, and an empty slot would cost as much as a block. Local training
-talks to nobody, so each team has a program of its own instead, on its own part
-of the mesh. (On CPU, convolutions in a branch that a device takes at run time
-are up to three times slower than the same ones outside.)
+Where workers are unequal, one program for all of them would give each worker
+the slots of the largest, and an empty slot would cost as much as a block. Local
+training needs no communication, so each group has a program of its own, on its
+own part of the mesh. (On CPU, convolutions in a branch chosen at run time are
+up to three times slower than outside of one.)
 """
 
 from collections.abc import Mapping
@@ -13,20 +13,19 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from resist_jax.decomposition.assignments import Assignment
-from resist_jax.exchange.collectives import WORKER
-from resist_jax.rounds.state import Protocol
+from resist_jax.exchange import WORKER
+from resist_jax.rounds.protocol import Protocol
 
 PyTree = Any
 
 
-class Team(NamedTuple):
+class DeviceGroup(NamedTuple):
   """Devices whose workers have the same depths.
 
   Attributes:
-    mesh: Of these devices.
-    rows: Their places along the worker axis of the whole mesh.
-    depths: Blocks of each of the W workers of a device.
+    mesh: Mesh of these devices.
+    rows: Their positions along the worker axis of the whole mesh.
+    depths: How many blocks each of the W workers of a device holds.
   """
 
   mesh: Mesh
@@ -34,7 +33,9 @@ class Team(NamedTuple):
   depths: tuple[int, ...]
 
 
-def make_teams(protocol: Protocol, mesh: Mesh) -> dict[str, Team | None]:
+def make_device_groups(
+  protocol: Protocol, mesh: Mesh
+) -> dict[str, DeviceGroup | None]:
   """Groups the devices of a mesh.
 
   Args:
@@ -42,8 +43,11 @@ def make_teams(protocol: Protocol, mesh: Mesh) -> dict[str, Team | None]:
     mesh: D devices on the axis `worker`.
 
   Returns:
-    The teams that have devices in this process, by the name of their program;
-    where all workers are equal, one program for the whole mesh: None.
+    The groups with devices in this process, by the name of their program. Where
+    all workers are equal, one program serves the whole mesh: None.
+
+  Raises:
+    ValueError: If unequal workers average gradients.
   """
   depths = protocol.depths
   if not protocol.num_blocks or len(set(depths)) < 2:
@@ -56,56 +60,35 @@ def make_teams(protocol: Protocol, mesh: Mesh) -> dict[str, Team | None]:
     of_device = tuple(depths[row * here : (row + 1) * here])
     rows.setdefault(of_device, []).append(row)
   axis = mesh.axis_names.index(WORKER)
-  teams: dict[str, Team | None] = {}
+  groups: dict[str, DeviceGroup | None] = {}
   for i, (of_device, found) in enumerate(rows.items()):
     devices = Mesh(mesh.devices.take(found, axis), mesh.axis_names)
     if devices.local_devices:
-      teams[f'step_{i}'] = Team(devices, tuple(found), of_device)
-  return teams
+      groups[f'step_{i}'] = DeviceGroup(devices, tuple(found), of_device)
+  return groups
 
 
-def check(protocol: Protocol, deals: Mapping[str, Assignment]) -> None:
-  """Finds out whether slots are what the workers' programs were made for.
-
-  Args:
-    protocol: Who holds what.
-    deals: Of each partitioned chain.
-
-  Raises:
-    ValueError: If a worker has another number of blocks than its depth.
-  """
-  if not protocol.depths:
-    return
-  for name, length in protocol.num_blocks.items():
-    counts = tuple((deals[name].slots < length).sum(axis=1).tolist())
-    if counts != tuple(protocol.depths):
-      raise ValueError(
-        f'the slots of {name} hold {counts} blocks, but depths is '
-        f'{protocol.depths}: deal them with these depths.'
-      )
-
-
-def part(tree: PyTree, team: Team | None) -> PyTree:
-  """Returns what lies on the devices of a team; nothing moves.
+def part(tree: PyTree, group: DeviceGroup | None) -> PyTree:
+  """Returns the part of arrays that lies on a group's devices; nothing moves.
 
   Args:
-    tree: Pytree of arrays over the whole mesh, or of their shapes; what lies
-      elsewhere stays as it is.
-    team: Whose part; None for all.
+    tree: Pytree of arrays over the whole mesh, or of their shapes; other leaves
+      stay as they are.
+    group: The group; None for the whole mesh.
 
   Returns:
-    Pytree of arrays over the team's mesh, which share their memory.
+    Pytree of arrays over the group's mesh, which share their memory.
   """
-  if team is None:
+  if group is None:
     return tree
 
   def one(x):
     if not isinstance(getattr(x, 'sharding', None), NamedSharding):
       return x
-    sharding = NamedSharding(team.mesh, x.sharding.spec)
+    sharding = NamedSharding(group.mesh, x.sharding.spec)
     shape = x.shape
     if x.sharding.spec and x.sharding.spec[0] == WORKER:
-      workers = shape[0] // x.sharding.mesh.shape[WORKER] * len(team.rows)
+      workers = shape[0] // x.sharding.mesh.shape[WORKER] * len(group.rows)
       shape = (workers, *shape[1:])
     if isinstance(x, jax.ShapeDtypeStruct):
       return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
@@ -115,14 +98,14 @@ def part(tree: PyTree, team: Team | None) -> PyTree:
 
 
 def whole(parts: Mapping[str, PyTree], like: PyTree) -> PyTree:
-  """Undoes `part`, for all teams together.
+  """Undoes `part`, for all groups together.
 
   Args:
-    parts: Of each team, by name.
-    like: What `part` was given; its arrays may be deleted by now.
+    parts: The part of each group, by name.
+    like: The tree that `part` was given; its arrays may be deleted by now.
 
   Returns:
-    Pytree of such arrays.
+    Pytree of arrays over the whole mesh.
   """
   if 'step' in parts:  # One program for all.
     return parts['step']

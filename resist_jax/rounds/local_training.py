@@ -1,13 +1,13 @@
 """Local training of the workers of one device; runs inside `shard_map`.
 
 No collective touches the worker axis here, unless the protocol averages
-gradients. Arrays lead with W, the workers of this device. Where these have a
-group of devices, each device computes on its part of a batch, and what follows
-from the mean of their gradients is equal on all of them.
+gradients. Arrays lead with W, the workers of this device. Where a worker is a
+group of devices, each device computes on its part of the batch, and the
+gradients are averaged inside the group.
 """
 
 from collections.abc import Callable, Mapping
-from collections.abc import Callable as Schedule
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -15,142 +15,190 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from resist_jax import decomposition
-from resist_jax.exchange import collectives, participation
-from resist_jax.exchange.collectives import DATA, WORKER
-from resist_jax.rounds.state import Protocol
+from resist_jax.decomposition import join, split
+from resist_jax.exchange import DATA, WORKER, collectives, participation
+from resist_jax.rounds.device_groups import DeviceGroup
+from resist_jax.rounds.moments import Parts, put_together, set_schedule_counts
+from resist_jax.rounds.protocol import Protocol
 
 PyTree = Any
 Key = jax.Array
 
+# loss_fn(params, present, batch, key) -> (loss, {'name': scalar}), or with
+# constants as a fifth argument where there are any. The chains in `params` are
+# `[K, ...]`. `present` is float32[K] for each chain: 1 where a slot holds a
+# block, 0 where it is empty. `batch` is what one step of one worker gets; in a
+# group, it is this device's part of it, with the same key on all devices.
+LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+
 
 class Local(NamedTuple):
-  """What workers change during local training.
+  """What changes during local training.
 
   Attributes:
-    params: `{'shared': ..., 'chain': ...}`, arrays `[W, ...]`.
-    opt_state: The optimiser's, arrays `[W, ...]`.
+    params: Parameters of the sub-networks, arrays `[W, ...]`.
+    opt_state: State of the optimiser, arrays `[W, ...]`.
     metrics: `float32[W]` by name, means over the steps so far.
   """
 
-  params: PyTree
+  params: dict[str, PyTree]
   opt_state: PyTree
   metrics: dict[str, jax.Array]
 
 
-# loss_fn(params, present, constants, batch, key) -> (loss, {'name': scalar}).
-# `present` is float32[K] per chain: 1 where a slot holds a block, 0 where it is
-# empty. `constants` never changes; `batch` is what one step of one worker gets:
-# in a group, this device's part of it, with the same key on all of them.
-LossFn = Callable[
-  [PyTree, Mapping[str, jax.Array], PyTree, PyTree, Key],
-  tuple[jax.Array, dict[str, jax.Array]],
-]
+@dataclasses.dataclass(frozen=True)
+class LocalTraining:
+  """Pure functions that begin local training and take one step of it.
 
-
-def make_local_training(
-  loss_fn: LossFn,
-  optimizer: optax.GradientTransformation,
-  schedule: Schedule,
-  protocol: Protocol,
-  seed: int,
-  loop: bool,
-  metrics: tuple[str, ...],
-  grouped: bool = False,
-) -> tuple[Callable[..., Local], Callable[..., Local]]:
-  """Makes the functions that begin local training and take one step of it.
-
-  Args:
+  Attributes:
     loss_fn: See `LossFn`.
-    optimizer: A gradient transformation without its learning rate.
-    schedule: Learning rate at a step of the whole run.
-    protocol: Who holds what, and when workers talk.
+    optimizer: A complete optax transformation; `optax.apply_updates` applies
+      what it returns.
+    protocol: Who holds what, and when workers communicate.
     seed: Seed of all randomness in training.
-    loop: Loop over the workers of a device, or lay them out in a row.
     metrics: Names of the metrics that the loss function returns.
-    grouped: Whether the mesh has the axis `data`, over which batches lie.
-
-  Returns:
-    `begin(shared, chain, velocity) -> Local` and `step(local, slots, constants,
-    batch, round_index, t, team=None) -> Local`, whose `team` is that of this
-    device where workers are unequal: then each computes its own blocks alone.
+    loop: Loop over the workers of a device, or lay them out in a row.
+    grouped: Whether the mesh has the axis `data`, which batches lie along.
   """
 
-  def begin(shared, chain, velocity):
-    params = {'shared': shared, 'chain': chain}
-    opt_state = jax.vmap(optimizer.init)(params)
-    if velocity is not None:
-      opt_state = optax.tree.set(opt_state, trace=velocity)
+  loss_fn: LossFn
+  optimizer: optax.GradientTransformation
+  protocol: Protocol
+  seed: int
+  metrics: tuple[str, ...]
+  loop: bool
+  grouped: bool
+
+  def begin(
+    self,
+    shared: PyTree,
+    chain: Mapping[str, PyTree],
+    carried: Parts | None,
+    round_index: jax.Array,
+  ) -> Local:
+    """Returns what local training starts from.
+
+    Args:
+      shared: Pytree of arrays `[W, ...]`.
+      chain: For each partitioned chain, arrays `[W, K, ...]`.
+      carried: See `State.carried`, here `[W, ...]`; None restarts the moments.
+      round_index: `int32[]`; schedules count the steps of earlier rounds.
+    """
+    params = join(shared, chain)
+    opt_state = jax.vmap(self.optimizer.init)(params)
+    if carried is not None:
+      moments = [join(**moment) for moment in carried.moments]
+      parts = Parts(moments, carried.rest)
+      opt_state = put_together(self.optimizer, opt_state, parts)
+    count = round_index * self.protocol.local_steps
+    opt_state = set_schedule_counts(self.optimizer, opt_state, count)
     zeros = jnp.zeros(_workers_here(params), jnp.float32)
-    return Local(params, opt_state, dict.fromkeys(('loss', *metrics), zeros))
+    return Local(
+      params, opt_state, dict.fromkeys(('loss', *self.metrics), zeros)
+    )
 
-  def gradients(depth, worker, params, slots, constants, batch, round_index, t):
-    chains = params['chain']
-    if depth is not None:  # Blocks come first, empty slots last.
-      slots, chain = jax.tree.map(lambda x: x[:depth], (slots, chains))
-      params = {**params, 'chain': chain}
-    key = jax.random.key(seed)
-    for number in (round_index, worker, t):
-      key = jax.random.fold_in(key, number)
-    present = {
-      name: (blocks < protocol.num_blocks[name]).astype(jnp.float32)
-      for name, blocks in slots.items()
-    }
+  def step(
+    self,
+    local: Local,
+    slots: Mapping[str, jax.Array],
+    constants: PyTree,
+    batch: PyTree,
+    round_index: jax.Array,
+    t: jax.Array,
+    *,
+    group: DeviceGroup | None = None,
+  ) -> Local:
+    """Takes one step on every worker of this device.
 
-    def loss(params):
-      network = decomposition.join(params['shared'], params['chain'])
-      return loss_fn(network, present, constants, batch, key)
+    Args:
+      local: What training has come to.
+      slots: For each partitioned chain, `int32[S, K]` of all workers.
+      constants: Passed to the loss function, where there are any.
+      batch: Pytree of arrays `[W, B, ...]`.
+      round_index: `int32[]`, for randomness.
+      t: `int32[]`, the step in the round.
+      group: The devices whose workers have the same depths, where workers are
+        unequal: each then computes only as many blocks as it holds.
 
-    (value, measured), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    if depth is not None:
-      grads['chain'] = jax.tree.map(_fill_up, grads['chain'], chains)
-    return grads, {'loss': value, **measured}
-
-  def step(local, slots, constants, batch, round_index, t, team=None):
-    here = _workers_here(local.params)
+    Returns:
+      The same after the step.
+    """
+    protocol, here = self.protocol, _workers_here(local.params)
     device = lax.axis_index(WORKER)
-    if team is not None:
-      device = jnp.array(team.rows, jnp.int32)[device]
+    if group is not None:
+      device = jnp.array(group.rows, jnp.int32)[device]
     workers = device * here + jnp.arange(here, dtype=jnp.int32)
+    mine = {name: table[workers] for name, table in slots.items()}
     params = local.params
-    if grouped:
-      # Else the gradient would be the sum over the group, unseen.
+    if self.grouped:
+      # Without pcast, shard_map silently sums the gradient over the group.
       params = lax.pcast(params, DATA, to='varying')
     grads, measured = _each_worker(
-      lambda depth, worker, params, slots, batch: gradients(
-        depth, worker, params, slots, constants, batch, round_index, t
+      lambda depth, worker, params, slots, batch: self._gradients(
+        depth, (round_index, worker, t), params, slots, constants, batch
       ),
-      team.depths if team else here * (None,),
-      (workers, params, slots, batch),
-      loop,
+      group.depths if group else here * (None,),
+      (workers, params, mine, batch),
+      self.loop,
     )
-    if grouped:
+    if self.grouped:
       grads, measured = lax.pmean((grads, measured), DATA)
     if protocol.average_gradients:
-      good = None
-      if protocol.leave_out:
-        finite = participation.finite(grads, measured['loss'])
-        good = participation.agree(
-          measured['loss'], finite, protocol.num_workers
-        )
-        # Marks the worker in the mean over the steps.
-        measured['loss'] = jnp.where(finite, measured['loss'], jnp.nan)
-      grads = collectives.mean_over_workers(
-        grads, protocol.num_workers, protocol.format.values, good
-      )
-    updates, opt_state = jax.vmap(optimizer.update)(
+      grads, measured = self._average(grads, measured)
+    updates, opt_state = jax.vmap(self.optimizer.update)(
       grads, local.opt_state, local.params
-    )
-    rate = schedule(round_index * protocol.local_steps + t)
-    params = jax.tree.map(
-      lambda p, u: p - rate.astype(p.dtype) * u, local.params, updates
     )
     means = jax.tree.map(
       lambda mean, x: mean + x / protocol.local_steps, local.metrics, measured
     )
+    params: Any = optax.apply_updates(local.params, updates)
     return Local(params, opt_state, means)
 
-  return begin, step
+  def _gradients(self, depth, numbers, params, slots, constants, batch):
+    """Returns the gradient of one worker, and its loss and metrics."""
+    names = self.protocol.num_blocks
+    shared, whole = split(params, names)
+    # Where a depth is given, only so many slots can hold blocks: the first.
+    slots, chain = jax.tree.map(lambda x: x[:depth], (slots, whole))
+    key = jax.random.key(self.seed)
+    for number in numbers:
+      key = jax.random.fold_in(key, number)
+    present = {
+      name: (blocks < names[name]).astype(jnp.float32)
+      for name, blocks in slots.items()
+    }
+    extra = () if constants is None else (constants,)
+
+    def loss(params):
+      return self.loss_fn(params, present, batch, key, *extra)
+
+    (value, measured), grads = jax.value_and_grad(loss, has_aux=True)(
+      join(shared, chain)
+    )
+    if depth is not None:
+      shared, chain = split(grads, names)
+      grads = join(shared, jax.tree.map(_fill_up, chain, whole))
+    measured = {'loss': value, **measured}
+    return grads, {k: v.astype(jnp.float32) for k, v in measured.items()}
+
+  def _average(self, grads, measured):
+    """Averages gradients over all workers, the healthy ones where asked."""
+    protocol, healthy = self.protocol, None
+    if protocol.exclude_faulty:
+      finite = participation.finite(grads, measured['loss'])
+      healthy = participation.agree(
+        measured['loss'], finite, protocol.num_workers
+      )
+      # A NaN marks the worker in the mean over the steps.
+      loss = jnp.where(finite, measured['loss'], jnp.nan)
+      measured = {**measured, 'loss': loss}
+    mean = collectives.mean_over_workers(
+      collectives.widen(grads),
+      protocol.num_workers,
+      protocol.exchange.format.values,
+      healthy,
+    )
+    return collectives.narrow(mean, grads), measured
 
 
 def _workers_here(tree: PyTree) -> int:

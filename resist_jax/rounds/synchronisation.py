@@ -1,103 +1,120 @@
-"""The end of a round inside `shard_map`: who counts, means, and new blocks."""
+"""The end of a round inside `shard_map`: aggregate and assign anew."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
 
-from resist_jax.decomposition.assignments import Assignment
-from resist_jax.exchange import collectives, participation
-from resist_jax.exchange.hand_over import hand_over
+from resist_jax.decomposition import Assignment, split
+from resist_jax.exchange import Healthy, collectives, participation
 from resist_jax.rounds.local_training import Local
-from resist_jax.rounds.state import Protocol, State
+from resist_jax.rounds.moments import Parts, take_apart
+from resist_jax.rounds.protocol import Protocol
 
 PyTree = Any
 
 
+class Synchronised(NamedTuple):
+  """The fields of a `State` that a program computes; see there."""
+
+  shared: PyTree
+  chain: dict[str, PyTree]
+  carried: Parts | None
+  error: PyTree | None
+
+
 def synchronise(
   protocol: Protocol,
+  optimizer: optax.GradientTransformation,
   local: Local,
-  base: PyTree,
+  agreed: tuple[PyTree | None, PyTree | None],
   error: PyTree | None,
   before: Mapping[str, Assignment],
   after: Mapping[str, Assignment],
-) -> tuple[State, dict[str, jax.Array]]:
+) -> tuple[Synchronised, dict[str, jax.Array]]:
   """Aggregates, and hands out the blocks of the next round.
 
   Args:
     protocol: Who holds what.
-    local: What workers end local training with.
-    base: The shared part and the blocks as last agreed, see `Protocol.kept`.
-    error: What rounding left out so far.
-    before: The deal of each chain in the round.
-    after: The deals after it.
+    optimizer: Made the state in `local`.
+    local: What local training ends with.
+    agreed: The shared part and the blocks before it, see `Protocol.kept`.
+    error: What rounding removed from changes so far.
+    before: The assignment of each chain in the round.
+    after: The assignment of each chain in the next round.
 
   Returns:
-    The state without its slots, and metrics `[W]` by name.
+    What the state of the next round holds, and metrics `[W]` by name.
   """
-  S, encoding = protocol.num_workers, protocol.format.values
-  base, blocks = base
-  losses = local.metrics['loss']
-  finite, good = participation.finite(local.params, losses), None
-  if protocol.leave_out and not protocol.average_gradients:
-    good = participation.agree(losses, finite, S, protocol.loss_factor)
+  S, losses = protocol.num_workers, local.metrics['loss']
+  agreed_shared, agreed_chain = collectives.widen(agreed)
+  finite, healthy = participation.finite(local.params, losses), None
+  if protocol.exclude_faulty and not protocol.average_gradients:
+    healthy = participation.agree(losses, finite, S, protocol.loss_factor)
 
-  shared = local.params['shared']
+  shared, chain = split(collectives.widen(local.params), protocol.num_blocks)
   if protocol.sends_changes:
+    encoding = protocol.exchange.format.changes
     shared, error = collectives.add_mean_change(
-      base, shared, error, S, protocol.format.changes, good
+      agreed_shared, shared, error, S, encoding, healthy
     )
-  elif not protocol.average_gradients:  # Those never left each other.
-    shared = collectives.mean_over_workers(shared, S, good=good)
-  chain = _exchange_chains(
-    protocol, local.params['chain'], before, after, good, blocks
+  elif not protocol.average_gradients:  # With these, all are equal already.
+    shared = collectives.mean_over_workers(shared, S, healthy=healthy)
+  moves = before, after, healthy
+  chain = _exchange_chains(protocol, chain, *moves, agreed_chain)
+
+  carried = None
+  if protocol.carry:
+    carried = _exchange_moments(protocol, optimizer, local.opt_state, *moves)
+  shared, chain = collectives.narrow(
+    (shared, chain), split(local.params, protocol.num_blocks)
   )
+  here = finite if healthy is None else healthy.here
+  metrics = {**local.metrics, 'finite': finite, 'healthy': here}
+  return Synchronised(shared, chain, carried, error), metrics
 
-  velocity = None
-  if protocol.carry_velocity:
-    velocity = dict(optax.tree.get(local.opt_state, 'trace'))
-    if not protocol.average_gradients:
-      velocity['shared'] = collectives.mean_over_workers(
-        velocity['shared'], S, encoding, good
-      )
-    # A block that no good worker trained starts again from no momentum.
-    velocity['chain'] = _exchange_chains(
-      protocol, velocity['chain'], before, after, good, None
+
+def _exchange_moments(
+  protocol: Protocol,
+  optimizer: optax.GradientTransformation,
+  opt_state: PyTree,
+  before: Mapping[str, Assignment],
+  after: Mapping[str, Assignment],
+  healthy: Healthy | None,
+) -> Parts:
+  """Averages and hands over moments as the parameters that they belong to."""
+  moments, rest = take_apart(optimizer, opt_state)
+  halves = [split(moment, protocol.num_blocks) for moment in moments]
+  shared = [collectives.widen(half[0]) for half in halves]
+  if not protocol.average_gradients:
+    encoding = protocol.exchange.format.values
+    shared = collectives.mean_over_workers(
+      shared, protocol.num_workers, encoding, healthy
     )
-  state = State(shared, chain, {}, velocity, error)
-  here = finite if good is None else good.here
-  return state, {**local.metrics, 'finite': finite, 'good': here}
+  exchanged = []
+  for new, (old, chain) in zip(shared, halves, strict=True):
+    # The moments of a block without a healthy holder restart from zero.
+    moved = _exchange_chains(
+      protocol, collectives.widen(chain), before, after, healthy, None
+    )
+    pair = collectives.narrow((new, moved), (old, chain))
+    exchanged.append(dict(zip(('shared', 'chain'), pair, strict=True)))
+  return Parts(exchanged, rest)
 
 
-def _exchange_chains(protocol, chains, before, after, good, blocks):
-  """Exchanges every chain; `blocks` are theirs as last agreed, or None."""
-  blocks = blocks or dict.fromkeys(chains)
-  encoding = protocol.format.values
-  if protocol.exchange == 'hand_over':
-    return {
-      name: hand_over(
-        chain,
+def _exchange_chains(protocol, chains, before, after, healthy, agreed):
+  """Exchanges every chain; `agreed` are their blocks before, or None."""
+  agreed = agreed or dict.fromkeys(chains)
+  exchanged = {}
+  for name, blocks in chains.items():
+    with jax.named_scope(name):
+      exchanged[name] = protocol.exchange.exchange(
+        protocol.division(name),
+        blocks,
         before[name],
         after[name],
-        protocol.dealer(name),
-        name,
-        encoding,
-        good,
-        blocks[name],
+        healthy,
+        agreed[name],
       )
-      for name, chain in chains.items()
-    }
-  return {
-    name: collectives.masked_psum(
-      chain,
-      before[name].slots,
-      after[name].slots,
-      protocol.num_blocks[name],
-      protocol.num_workers,
-      encoding,
-      good,
-      blocks[name],
-    )
-    for name, chain in chains.items()
-  }
+  return exchanged

@@ -2,11 +2,12 @@
 
 import ml_collections
 
-from resist_jax import decomposition, models
-from resist_jax.decomposition.assignments import Assigner
+from resist_jax import models
+from resist_jax.decomposition import Division
 from resist_jax.errors import ConfigError
-from resist_jax.exchange import compression
+from resist_jax.exchange import FORMATS
 from resist_jax.run.config import (
+  EXCHANGES,
   PHASE_FIELDS,
   build_model,
   chosen_depths,
@@ -15,7 +16,6 @@ from resist_jax.run.config import (
 )
 
 PROTOCOLS = ('resist', 'local_sgd', 'data_parallel')
-EXCHANGES = ('hand_over', 'masked_psum')
 AUGMENTATIONS = (
   'resized_crop_flip', 'resized_crop', 'crop_flip', 'crop', 'flip', 'none',
 )  # fmt: skip
@@ -32,8 +32,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
   """
   _check_fields(config)
   _one_of(config, 'protocol', PROTOCOLS)
-  _one_of(config, 'exchange', EXCHANGES)
-  _one_of(config, 'wire_format', tuple(compression.FORMATS))
+  _one_of(config, 'exchange', tuple(EXCHANGES))
+  _one_of(config, 'wire_format', tuple(FORMATS))
   _one_of(config, 'residual_scale', ('evaluation', 'training', 'none'))
   _one_of(config.data, 'augment', ('auto', *AUGMENTATIONS))
   _one_of(config.data, 'streaming', ('auto', 'always', 'never'))
@@ -186,11 +186,6 @@ def _check_model(config) -> None:
     raise ConfigError('model.stage_sizes and model.widths must be at least 1.')
   if config.protocol != 'resist':
     return
-  if config.partition_strided and config.exchange == 'hand_over':
-    raise ConfigError(
-      'partition_strided deals single blocks, and hand_over gives each worker '
-      'a block of its own: use exchange=masked_psum.'
-    )
   if not config.partition or len(set(config.partition)) < len(config.partition):
     raise ConfigError(
       'partition must name at least one stage, each once; protocol=local_sgd '
@@ -204,12 +199,14 @@ def _check_model(config) -> None:
         f'{len(network.stage_sizes)}.'
       )
     length = network.stage_sizes[stage - 1] - 1
+    depths = chosen_depths(config)
+    divisions = [Division(length, config.num_workers, config.min_depth, depths)]
+    if config.partition_strided:
+      divisions.append(Division(1, config.num_workers, None))
+    exchange = EXCHANGES[config.exchange](config.wire_format)
     try:
-      depths = chosen_depths(config)
-      sizes = (length, config.num_workers, config.min_depth, depths)
-      decomposition.slots_per_worker(*sizes)
-      if config.exchange == 'hand_over':
-        Assigner(*sizes)
+      for division in divisions:
+        exchange.check(division)
     except ValueError as error:
       raise ConfigError(f'stage {stage}: {error}') from error
 

@@ -1,4 +1,4 @@
-"""The loss of image classification, from example numbers to cross entropy."""
+"""The loss of image classification."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from resist_jax import data
-from resist_jax.data.augmentation import augment
-from resist_jax.models.resnet import ResNet
-from resist_jax.rounds.local_training import LossFn
+from resist_jax.models import ResNet
+from resist_jax.rounds import LossFn
 
 METRICS = ('accuracy',)  # What the loss reports beside itself.
 
@@ -27,27 +26,28 @@ def make_loss(
 
   Args:
     network: The global network; sub-networks are it with shorter chains.
-    dataset: For its moments.
+    dataset: Its moments normalise images.
     branch_scale: For each chain that ResIST cuts, the factor on its residual
       branches in training.
     pad: See `augmentation.augment`.
     flip: See `augmentation.augment`.
-    axis_name: The mesh axis over which a worker's batch is spread, if it is:
-      the loss is then of a part, with batch norm and augmentation of the whole.
+    axis_name: The mesh axis over which a worker's batch is spread, if it is.
+      The loss is then that of a device's part, while batch norm and
+      augmentation are those of the whole batch.
 
   Returns:
     A `LossFn` whose constants are all training images and labels,
-    `(uint8[N, H, W, C], int32[N])`, and whose batch is `int32[B]`, examples of
-    these; where they stream, constants are None and a batch is images and
-    labels itself. It reports `accuracy`.
+    `(uint8[N, H, W, C], int32[N])`, and whose batch is `int32[B]`, the numbers
+    of examples. Where images stream there are no constants, and a batch is
+    images and labels itself. It reports `accuracy`.
   """
   network = network.clone(norm_axis=axis_name)
 
-  def loss_fn(params, present, constants, batch, key):
+  def loss_fn(params, present, batch, key, constants=None):
     if constants is not None:
       batch = jax.tree.map(lambda examples: examples[batch], constants)
     images, labels = batch
-    images = augment(key, images, pad, flip, axis_name)
+    images = data.augment(key, images, pad, flip, axis_name)
     images = data.normalise(images, dataset.mean, dataset.std)
     lengths = {n: len(jax.tree.leaves(params[n])[0]) for n in branch_scale}
     # An empty slot holds zeros; its scale of 0 also keeps NaN out of it.

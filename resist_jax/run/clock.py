@@ -1,30 +1,31 @@
-"""The time that counts as training."""
+"""A stopwatch for the seconds that count as training."""
 
 import time
 
 
 class Clock:
-  """Adds up the seconds between `start` and `stop`."""
+  """Adds up the seconds between calls of `start` and `stop`."""
 
   def __init__(self, seconds: float):
+    """Starts from a sum of seconds, such as that of a resumed run."""
     self._seconds = seconds
     self._since: float | None = None
 
   @property
   def stands(self) -> bool:
-    """Whether it has not been started, or was stopped."""
+    """Whether the clock is not running."""
     return self._since is None
 
   def start(self) -> None:
-    """Runs, if it is not running already."""
+    """Starts the clock if it is not running."""
     self._since = self._since or time.perf_counter()
 
   def stop(self) -> None:
-    """Stands still."""
+    """Stops the clock."""
     self._seconds, self._since = self.seconds(), None
 
   def seconds(self) -> float:
-    """Returns the sum so far."""
+    """Returns the seconds so far, including those since the last `start`."""
     if self._since is None:
       return self._seconds
     return self._seconds + time.perf_counter() - self._since

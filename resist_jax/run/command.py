@@ -19,7 +19,7 @@ from resist_jax.errors import ConfigError
 from resist_jax.run import cards, fields
 
 _WIDTH = 79
-# Each flag with its help; `{cards}` becomes the cards that ship.
+# Each flag, as the help writes it, with its text.
 _FLAGS = {
   'workdir=DIR': (
     'Folder of the run: required. The same command with the same folder goes '
@@ -40,7 +40,7 @@ _FLAGS = {
   'version': 'Prints the version.',
 }
 _HELP = ('-h', '-?', '-help', '-helpshort', '-helpfull')
-# Fields that `config_flags` would fill with the values of all their flags.
+# `config_flags` joins the values of all flags of a tuple; see `_arrange`.
 _TUPLES = {
   f'config.{field.name}'
   for field in fields.each()
@@ -109,6 +109,7 @@ def parse(argv: Sequence[str], values: flags.FlagValues) -> Options:
   except (AttributeError, KeyError) as error:
     # The error names the nearest field, in quotes within quotes.
     text = re.sub(r'[\\\'"]', '', str(error).replace('\\n', '. '))
+    text = text.split('Attempting to lookup: ')[-1]
     raise ConfigError(f'unknown config field {text}') from error
   if len(rest) > 1:
     raise ConfigError(f'unexpected argument {rest[1]!r}.')

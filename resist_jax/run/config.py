@@ -5,8 +5,14 @@
 
 import ml_collections
 
-from resist_jax import models
+from resist_jax import exchange, models
 from resist_jax.run.fields import get_config as get_config
+
+# Exchanges by the name that a config gives them; each takes a wire format.
+EXCHANGES = {
+  'hand_over': exchange.hand_over,
+  'masked_psum': exchange.masked_psum,
+}
 
 PHASE_FIELDS = ('full_before', 'full_after')
 
@@ -25,6 +31,7 @@ ELASTIC = frozenset(
     'exchange',
     'wire_format',
     'evaluation.batches_at_once',
+    'evaluation.stream_blocks',
     'eval_every',
     'checkpoint_every',
     'data.dir',

@@ -36,7 +36,7 @@ class Predictor:
 
   network: ResNet
   variables: dict[str, PyTree]
-  scales: dict[str, jax.Array]
+  scales: dict[str, np.ndarray]
   mean: np.ndarray
   std: np.ndarray
 

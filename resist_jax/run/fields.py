@@ -263,10 +263,16 @@ FIELDS = {
       'measured.',
     ),
     Field(
+      'evaluation.stream_blocks',
+      False,
+      'Test block by block, for a network that fits on no device. Otherwise '
+      'each device gathers the whole network.',
+    ),
+    Field(
       'evaluation.batches_at_once',
       32,
-      'Batches whose activations a device holds while it applies a divided '
-      'chain block by block. Fewer need less memory and more passes.',
+      'Batches whose activations a device holds while it tests block by '
+      'block. Fewer need less memory and more passes.',
     ),
   ),
   'Workers that fail': (

@@ -1,14 +1,14 @@
-"""SIGTERM and SIGINT end a run between two rounds, after a checkpoint."""
+"""SIGTERM and SIGINT, which end a run after its round and a checkpoint."""
 
 import signal
 import types
 
 
-class Interrupted(Exception):  # noqa: N818 - it is no error.
-  """The run was asked to stop, and has saved what it had.
+class Interrupted(Exception):  # noqa: N818 - it is not an error.
+  """A signal asked the run to stop, and the run has saved a checkpoint.
 
   Attributes:
-    signum: The signal; a process that obeys it exits with 128 + signum.
+    signum: The number of the signal; the process should exit with 128 + signum.
   """
 
   def __init__(self, signum: int, message: str):
@@ -17,10 +17,10 @@ class Interrupted(Exception):  # noqa: N818 - it is no error.
 
 
 class Interrupt:
-  """A context in which the first signal is remembered and the second ends all.
+  """A context that records the first signal; a second one kills the process.
 
   Attributes:
-    signum: The signal that came, or None.
+    signum: The number of the recorded signal, or None.
   """
 
   def __init__(self):
@@ -33,7 +33,8 @@ class Interrupt:
         self._previous[signum] = signal.signal(signum, self._remember)
       except ValueError:  # Not the main thread, as in some notebooks.
         break
-    # Whoever begins several runs has a context of its own around each of them.
+    # Contexts are nested where an experiment starts several runs in turn: a
+    # signal during one run must also reach the outer context, and vice versa.
     self.signum = next((outer.signum for outer in self._outer()), None)
     return self
 

@@ -1,4 +1,4 @@
-"""The rows of a run: a JSON line, TensorBoard scalars and a progress bar."""
+"""The log of a run: a JSON line per round, TensorBoard and a progress bar."""
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
@@ -9,9 +9,10 @@ from typing import Any
 import tensorboardX
 import tqdm
 
-from resist_jax.errors import ConfigError
+from resist_jax import report
+from resist_jax.run.workdir import replace_text
 
-# Takes a row; see `MetricsLog.write`.
+# A function that logs the row of a round; see `MetricsLog.write`.
 Log = Callable[[Mapping[str, Any]], None]
 
 
@@ -19,16 +20,17 @@ Log = Callable[[Mapping[str, Any]], None]
 def open_log(
   workdir: pathlib.Path, start_round: int, num_rounds: int, writes: bool
 ) -> Iterator[Log]:
-  """Opens the logs in the process that writes them.
+  """Opens the log in the process that writes it.
 
   Args:
-    workdir: Of the run.
-    start_round: Rounds completed.
-    num_rounds: Of the whole run.
-    writes: Whether this process does.
+    workdir: Workdir of the run.
+    start_round: Number of rounds completed.
+    num_rounds: Number of rounds in the whole run.
+    writes: Whether this process writes the log.
 
   Yields:
-    What logs a round, or does nothing.
+    A function that logs a round, or does nothing if this process does not
+    write.
   """
   if not writes:
     yield lambda row: None
@@ -38,19 +40,23 @@ def open_log(
 
 
 class MetricsLog:
-  """Appends one row a round to `metrics.jsonl` and `tensorboard/`."""
+  """Appends one row for each round to `metrics.jsonl` and `tensorboard/`."""
 
   def __init__(self, workdir: pathlib.Path, start_round: int, num_rounds: int):
-    """Opens the logs, and drops rows of rounds that will be done again.
+    """Opens the log, and drops the rows of rounds that will be repeated.
 
     Args:
-      workdir: Of the run.
-      start_round: Rounds completed.
-      num_rounds: Of the whole run.
+      workdir: Workdir of the run.
+      start_round: Number of rounds completed.
+      num_rounds: Number of rounds in the whole run.
+
+    Raises:
+      ConfigError: If `metrics.jsonl` is damaged.
     """
     self._shown_test = '-'
     path = workdir / 'metrics.jsonl'
-    rows = [row for row in read_rows(path) if row['round'] <= start_round]
+    rows = report.read_rows(path)
+    rows = [row for row in rows if row['round'] <= start_round]
     lines = ''.join(json.dumps(row) + '\n' for row in rows)
     replace_text(path, lines)
     self._file = path.open('a')
@@ -65,7 +71,7 @@ class MetricsLog:
     """Logs a round.
 
     Args:
-      row: JSON values; numbers also go to TensorBoard.
+      row: JSON values by name; numbers also go to TensorBoard.
     """
     self._file.write(json.dumps(dict(row)) + '\n')
     self._file.flush()
@@ -89,39 +95,3 @@ class MetricsLog:
     self._bar.close()
     self._board.close()
     self._file.close()
-
-
-def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Reads the rows of a run.
-
-  Args:
-    path: A `metrics.jsonl`, which need not exist.
-
-  Returns:
-    Its rows; a last line that a kill cut short is left out.
-
-  Raises:
-    ConfigError: If another line is no JSON.
-  """
-  if not path.exists():
-    return []
-  *lines, unfinished = path.read_text().split('\n')
-  del unfinished  # Empty, unless a kill cut it short.
-  try:
-    return [json.loads(line) for line in lines]
-  except json.JSONDecodeError as error:
-    raise ConfigError(
-      f'{path} is damaged ({error}): move it away to go on without it.'
-    ) from error
-
-
-def replace_text(path: pathlib.Path, text: str) -> None:
-  """Writes a file so that a reader, or a kill, sees the old one or the new.
-
-  Args:
-    path: Of the file.
-    text: Its new content.
-  """
-  part = path.with_name(path.name + '.part')
-  part.write_text(text)
-  part.replace(path)

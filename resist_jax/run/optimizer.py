@@ -1,32 +1,32 @@
 """The optimiser of local training, and its learning rate over the whole run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 
-Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
-
 
 def make_optimizer(
-  momentum: float, weight_decay: float
+  schedule: optax.Schedule, momentum: float, weight_decay: float
 ) -> optax.GradientTransformation:
-  """Returns SGD with momentum and weight decay, without its learning rate.
+  """Returns SGD with momentum and weight decay.
 
-  The rate stays outside, because the optimiser's state may start afresh every
-  round while the schedule counts the steps of the whole run. As in the paper's
-  PyTorch code, weight decay is added to the gradient of every parameter.
+  As in the paper's PyTorch code, weight decay is added to the gradient of every
+  parameter, before momentum.
 
   Args:
-    momentum: Decay of the velocity; the paper's is 0.9, without Nesterov.
+    schedule: Learning rate at a step of the whole run.
+    momentum: Decay of the momentum; the paper's is 0.9, without Nesterov.
     weight_decay: The paper's is 5e-4.
 
   Returns:
-    A gradient transformation; a step is `params - rate * updates`.
+    A complete optax transformation.
   """
   return optax.chain(
-    optax.add_decayed_weights(weight_decay), optax.trace(decay=momentum)
+    optax.add_decayed_weights(weight_decay),
+    optax.trace(decay=momentum),
+    optax.scale_by_learning_rate(schedule),
   )
 
 
@@ -36,7 +36,7 @@ def make_schedule(
   num_steps: int,
   warmup_steps: int = 0,
   drops: Sequence[float] = (0.5, 0.75),
-) -> Schedule:
+) -> optax.Schedule:
   """Returns the learning rate as a function of the step in the whole run.
 
   Args:

@@ -1,12 +1,14 @@
-"""Several processes of one run: how they meet, and how they miss each other.
+"""The processes of one run: how they start together and detect failures.
 
-JAX's distributed runtime brings them together. Each then shows that it is
-alive, every few seconds, in the key-value store of the coordinator, which is
-process 0, and looks for the others there. Clocks are never compared: what
-counts is how long a sign has not changed, on the looker's own monotonic clock.
+JAX's distributed runtime connects the processes. Each process then writes a
+heartbeat, a counter, to the coordinator's key-value store every few seconds,
+and reads those of the others. Process 0 is the coordinator. Clocks of different
+hosts are never compared: each process measures on its own monotonic clock how
+long a counter has not changed.
 
-A process that misses another one ends itself: a collective would wait forever.
-The same command starts again from the newest checkpoint.
+A process that finds another one missing exits, because its next collective
+would wait forever. The same command restarts the run from the newest
+checkpoint.
 """
 
 from collections.abc import Iterator
@@ -23,15 +25,16 @@ import warnings
 
 import jax
 
-# EX_TEMPFAIL of sysexits.h: another try may succeed. Bad input exits with 2.
+# Exit code for failures that a restart may cure: EX_TEMPFAIL of sysexits.h. Bad
+# input exits with 2.
 TRY_AGAIN = 75
 
-# Seconds that the others have to part after they have said that they end.
-_PARTING = 3
-_NEVER = 10 * 365 * 24 * 3600  # Seconds.
-_FOREVER = 7 * 24 * 3600 * 1000  # Milliseconds.
-_SLOW = 10  # Times the time-out, for what is done together and takes long.
-_FOLDER = 'resist_jax'
+# Seconds that process 0 waits for the others to disconnect at the end.
+_GRACE = 3
+_NEVER = 10 * 365 * 24 * 3600  # A time-out in seconds that never expires.
+_WEEK = 7 * 24 * 3600 * 1000  # Milliseconds.
+_SLOW = 10  # Time limit of a joint task, as a multiple of the time-out.
+_PREFIX = 'resist_jax'  # Prefix of this module's keys in the store.
 _END = 'end'
 
 
@@ -45,39 +48,42 @@ def start(
   process_id: int | None,
   timeout: float,
 ) -> int:
-  """Joins the processes of a run, before JAX is used for anything else.
+  """Connects the processes of a run, before any other use of JAX.
 
   Args:
-    coordinator: `HOST:PORT` of process 0; None: what SLURM, Open MPI,
-      Kubernetes or a TPU pod says, or no others where there is no such thing.
-    num_processes: How many; 1 for this one alone, whatever the surroundings.
-    process_id: Which of them this is.
-    timeout: Seconds without a sign of life that mean death.
+    coordinator: `HOST:PORT` of process 0. If None, JAX asks SLURM, Open MPI,
+      Kubernetes or the TPU pod; outside of all these, this process is alone.
+    num_processes: Number of processes; 1 for a process that runs alone even on
+      a cluster.
+    process_id: Number of this process, from 0.
+    timeout: Seconds without a heartbeat after which a process counts as dead.
 
   Returns:
-    How many processes there are.
+    The number of processes.
 
   Raises:
-    StartError: If the others do not come.
+    StartError: If the others cannot be reached in time.
   """
   if num_processes == 1:
     return 1
-  # Dead processes are this module's business, and SIGTERM is `interrupt`'s.
+  # This module detects dead processes, and `interrupt` handles SIGTERM.
   jax.config.update('jax_enable_recoverability', True)
   jax.config.update('jax_enable_preemption_service', False)
   wait = max(int(timeout), 30)
   try:
     with warnings.catch_warnings():
-      warnings.simplefilter('ignore')  # Of clusters that it could not ask.
+      # JAX warns about each cluster environment that it fails to query.
+      warnings.simplefilter('ignore')
       jax.distributed.initialize(
         coordinator,
         num_processes,
         process_id,
-        # Who names a coordinator does not want SLURM's.
+        # A given coordinator overrides that of SLURM.
         cluster_detection_method='deactivate' if coordinator else None,
         initialization_timeout=wait,
-        # Never: this module says it in one line. JAX's beats go by the wall
-        # clock: where it jumps back, the next one would end the process.
+        # Never, because this module reports dead processes in one line. JAX's
+        # own heartbeats use the wall clock: when it jumps back, they would end
+        # the process.
         heartbeat_timeout_seconds=_NEVER,
         shutdown_timeout_seconds=wait,
       )
@@ -89,152 +95,162 @@ def start(
     reason = ' '.join(str(error).split())[:200]
     raise StartError(
       f'the processes did not find each other within {wait} seconds '
-      f'({reason}). Start all of them, with the same --coordinator (a host and '
-      'port of process 0 that all can reach) and --num_processes; for a run of '
-      'one process, whatever the surroundings, --num_processes=1.'
+      f'({reason}). Start all of them with the same --coordinator (a host and '
+      'port of process 0 that all can reach) and --num_processes. For a run of '
+      'one process, even on a cluster, set --num_processes=1.'
     ) from error
-  from jax._src import distributed  # Its store has no public name.
+  from jax._src import distributed  # The key-value store has no public name.
 
   if distributed.global_state.num_processes > 1:
-    _Watch(distributed.global_state, timeout).begin()
+    _Monitor(distributed.global_state, timeout).begin()
   return distributed.global_state.num_processes
 
 
-class _Watch:
-  """Two threads: one gives and reads signs of life, one looks at the clock."""
+class _Monitor:
+  """Two threads: one exchanges heartbeats, one checks how old they are.
 
-  current: '_Watch | None' = None
+  Attributes:
+    current: The monitor of this process, if the run has several processes.
+    ended: For each other process that has ended, the reason; empty if it is
+      done.
+    task: The task that all processes do together, if any, and its start.
+  """
+
+  current: '_Monitor | None' = None
 
   def __init__(self, state: Any, timeout: float):
-    # Asking `jax.process_index` would start the devices, and wait for all.
+    # Not `jax.process_index()`, which would start the devices and wait for all.
     self._state = state
     self._store = state.client
     self._me = state.process_id
     self._others = [i for i in range(state.num_processes) if i != self._me]
     self._timeout = timeout
-    self._signs: dict[int, str] = {}
+    self._heartbeats: dict[int, str] = {}
     now = time.monotonic()
-    self._seen = dict.fromkeys(self._others, now)
-    self._answered = self._looked = now
+    self._last_heartbeat = dict.fromkeys(self._others, now)
+    self._last_answer = self._last_check = now
     self.ended: dict[int, str] = {}
-    self.task: tuple[str, float] | None = None  # A name, and since when.
-    self._leaving = False
-    self._meetings = 0
+    self.task: tuple[str, float] | None = None
+    self._exiting = False
+    self._num_barriers = 0
 
   def begin(self) -> None:
     """Starts both threads."""
-    _Watch.current = self
-    self._say_why_at_an_abort()
-    for loop in (self._exchange_signs, self._look):
+    _Monitor.current = self
+    self._handle_abort()
+    for loop in (self._exchange_heartbeats, self._check_repeatedly):
       threading.Thread(target=loop, daemon=True).start()
 
   @property
   def interval(self) -> float:
-    """Seconds between two signs."""
+    """Seconds between two heartbeats."""
     return min(self._timeout / 10, 5)
 
-  def _exchange_signs(self) -> None:
+  def _exchange_heartbeats(self) -> None:
     count = 0
-    while not self._leaving:
+    while not self._exiting:
       count += 1
-      try:
+      # An exception means that the store is gone or does not answer, which
+      # `check` notices.
+      with contextlib.suppress(Exception):
         self._put(f'alive/{self._me}', str(count))
         self._read()
-      except Exception:  # The store is gone, or does not answer.
-        time.sleep(self.interval)
-        continue
       time.sleep(self.interval)
 
   def _put(self, key: str, value: str) -> None:
-    self._store.key_value_set(f'{_FOLDER}/{key}', value, allow_overwrite=True)
+    self._store.key_value_set(f'{_PREFIX}/{key}', value, allow_overwrite=True)
 
   def _read(self) -> None:
-    signs = self._store.key_value_dir_get(f'{_FOLDER}/')
-    self._answered = time.monotonic()
-    for key, value in signs:
-      kind, _, process = key.removeprefix(f'{_FOLDER}/').partition('/')
+    entries = self._store.key_value_dir_get(f'{_PREFIX}/')
+    self._last_answer = time.monotonic()
+    for key, value in entries:
+      kind, _, process = key.removeprefix(f'{_PREFIX}/').partition('/')
       process = int(process)
       if process == self._me:
         continue
       if kind == _END:
         self.ended[process] = value
-      elif self._signs.get(process) != value:
-        self._signs[process] = value
-        self._seen[process] = self._answered
+      elif self._heartbeats.get(process) != value:
+        self._heartbeats[process] = value
+        self._last_heartbeat[process] = self._last_answer
 
-  def _look(self) -> None:
-    while not self._leaving:
+  def _check_repeatedly(self) -> None:
+    while not self._exiting:
       time.sleep(self.interval / 2)
       self.check(self._timeout)
 
   def check(self, timeout: float) -> None:
     """Ends this process if it or another one was silent for too long."""
     now = time.monotonic()
-    looked, self._looked = self._looked, now
-    if now - looked > self._timeout:  # The others have missed this one.
-      self.leave(f'it stood still itself for {now - looked:.0f} seconds')
-    said = {i: why for i, why in self.ended.items() if why}
-    if said:
-      # Whoever fails for the same reason should have the time to say so.
+    last_check, self._last_check = self._last_check, now
+    if now - last_check > self._timeout:  # The others take it for dead.
+      self.give_up(f'it was suspended for {now - last_check:.0f} seconds')
+    reasons = {i: reason for i, reason in self.ended.items() if reason}
+    if reasons:
+      # If this process fails for the same reason, let it report that itself.
       time.sleep(self.interval)
-      process, why = min(said.items())
-      self.leave(f'process {process} stopped: {why}')
-    if now - self._answered > timeout:
-      self.leave(f'{self._name(0)} has not answered for {timeout:.0f} seconds')
-    for process, seen in self._seen.items():
-      if process not in self.ended and now - seen > timeout:
-        silent = f'{timeout:.0f} seconds'
-        self.leave(f'{self._name(process)} has given no sign for {silent}')
+      process, reason = min(reasons.items())
+      self.give_up(f'process {process} stopped: {reason}')
+    silence = f'for {timeout:.0f} seconds'
+    if now - self._last_answer > timeout:
+      self.give_up(f'{self._name(0)} has not answered {silence}')
+    for process, last in self._last_heartbeat.items():
+      if process not in self.ended and now - last > timeout:
+        self.give_up(f'{self._name(process)} has sent no heartbeat {silence}')
     name, since = self.task or ('', now)
     if now - since > _SLOW * self._timeout:
-      self.leave(f'{name} is not done after {now - since:.0f} seconds')
+      self.give_up(f'{name} has not finished after {now - since:.0f} seconds')
 
   def _name(self, process: int) -> str:
     where = f' ({self._state.coordinator_address})' if process == 0 else ''
     return f'process {process}{where}'
 
-  def leave(self, reason: str) -> NoReturn:
-    """Ends this process at once: its collectives would wait forever."""
-    if self._leaving:
-      threading.Event().wait()  # Another thread is at it.
-    self._leaving = True
+  def give_up(self, reason: str) -> NoReturn:
+    """Prints the reason and ends this process; a restart may succeed."""
+    if self._exiting:
+      threading.Event().wait()  # Another thread is about to end the process.
+    self._exiting = True
     print(
-      '' if self._me else '\n',  # After the progress bar.
-      f'error: process {self._me} ends, for {reason}; the same command goes on '
-      'from the newest checkpoint.',
+      '' if self._me else '\n',  # Process 0 shows a progress bar.
+      f'error: process {self._me} stops because {reason}; the same command '
+      'goes on from the newest checkpoint.',
       sep='',
       file=sys.stderr,
       flush=True,
     )
-    self.go(reason, TRY_AGAIN)
+    self.exit(reason, TRY_AGAIN)
 
-  def go(self, why: str, code: int) -> NoReturn:
-    """Tells the others why, as far as they can be reached, and exits."""
-    self._leaving = True
-    told = threading.Thread(
-      target=self._put, args=(f'{_END}/{self._me}', why), daemon=True
+  def exit(self, reason: str, code: int) -> NoReturn:
+    """Tells the other processes the reason, if they can be reached, and exits.
+
+    It does not return through Python: a collective that another thread runs
+    would wait forever.
+    """
+    self._exiting = True
+    telling = threading.Thread(
+      target=self._put, args=(f'{_END}/{self._me}', reason), daemon=True
     )
-    told.start()
-    told.join(1)
-    if self._me == 0:  # The store is here: the others may still read it.
+    telling.start()
+    telling.join(1)
+    if self._me == 0:  # It holds the store: give the others time to read it.
       time.sleep(3 * self.interval)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
   def explain_failure(self) -> None:
-    """Waits until it is known who is missing, after a collective failed."""
+    """Checks with a short time-out, while all have time for a heartbeat."""
     silence = 4 * self.interval
     deadline = time.monotonic() + silence + 2 * self.interval
     while time.monotonic() < deadline:
       self.check(silence)
       time.sleep(self.interval / 2)
 
-  def _say_why_at_an_abort(self) -> None:
-    """Says it in a line where JAX aborts because the coordinator is gone.
+  def _handle_abort(self) -> None:
+    """Makes JAX's abort, when the coordinator is gone, end in one clear line.
 
-    JAX's client then logs what happened at length and calls `abort`, whatever
-    it is told; a handler in C is the last to be asked.
+    JAX's client then logs several lines and calls `abort`, which no option
+    prevents; only a C signal handler still runs.
     """
     if self._me == 0:
       return
@@ -246,81 +262,82 @@ class _Watch:
       try:
         socket.create_connection((host.strip('[]'), int(port)), 1).close()
       except OSError:
-        self.leave(f'{self._name(0)} is gone')
+        self.give_up(f'{self._name(0)} is gone')
 
-    self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)  # Kept alive.
+    # An attribute, so that the callback is not garbage-collected.
+    self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
     ctypes.CDLL(None).signal(signal.SIGABRT, self._handler)
 
-  def meet(self) -> None:
-    """Waits for all, however long they take: who dies is missed by `_look`."""
-    self._meetings += 1
-    name = f'{_FOLDER}/meeting/{self._meetings}'
-    self._store.wait_at_barrier(name, _FOREVER)
+  def barrier(self) -> None:
+    """Waits for all processes; if one dies, `check` ends this process."""
+    self._num_barriers += 1
+    name = f'{_PREFIX}/barrier/{self._num_barriers}'
+    self._store.wait_at_barrier(name, _WEEK)
 
   def end(self) -> None:
-    """Tells the others that this process is done, and parts from them."""
+    """Tells the others that this process is done, and disconnects."""
     self._put(f'{_END}/{self._me}', '')
-    if self._me == 0:  # The store goes last, or the others would miss it.
+    if self._me == 0:  # It holds the store, which the others still need.
       deadline = time.monotonic() + self._timeout
-      while time.monotonic() < deadline and self._waits():
+      while time.monotonic() < deadline and not self._others_ended():
         self._read()
         time.sleep(0.05)
-      time.sleep(_PARTING)
-    self._leaving = True
+      time.sleep(_GRACE)
+    self._exiting = True
     signal.signal(signal.SIGABRT, signal.SIG_DFL)
     jax.distributed.shutdown()
 
-  def _waits(self) -> bool:
-    return not self.ended.keys() >= set(self._others)
+  def _others_ended(self) -> bool:
+    return self.ended.keys() >= set(self._others)
 
 
 def explain_failure() -> None:
-  """Ends this process, saying who is missing, if another one is.
+  """Ends this process with a clear line if another process is missing.
 
-  A collective that fails says no more than that a connection broke. This
-  returns, after a while, if all others are alive.
+  A collective that fails only says that a connection broke. If all others are
+  alive, this function returns after some heartbeats.
   """
-  if _Watch.current:
-    _Watch.current.explain_failure()
+  if _Monitor.current:
+    _Monitor.current.explain_failure()
 
 
-def meet() -> None:
-  """Waits until all processes have come here."""
-  if _Watch.current:
-    _Watch.current.meet()
+def barrier() -> None:
+  """Waits until all processes have reached this call."""
+  if _Monitor.current:
+    _Monitor.current.barrier()
 
 
 @contextlib.contextmanager
-def together(name: str) -> Iterator[None]:
-  """Ends this process if what all do together takes ten times the time-out.
+def time_limit(name: str) -> Iterator[None]:
+  """Ends this process if a joint task takes ten times the time-out.
 
   Args:
-    name: What they do, for the line that says so.
+    name: What the processes do together, for the error message.
   """
-  watch = _Watch.current
-  if watch:
-    watch.task = (name, time.monotonic())
+  monitor = _Monitor.current
+  if monitor:
+    monitor.task = (name, time.monotonic())
   try:
     yield
   finally:
-    if watch:
-      watch.task = None
+    if monitor:
+      monitor.task = None
 
 
 def end() -> None:
-  """Parts from the other processes when all is done."""
-  if _Watch.current:
-    _Watch.current.end()
-    _Watch.current = None
+  """Disconnects from the other processes after the run is done."""
+  if _Monitor.current:
+    _Monitor.current.end()
+    _Monitor.current = None
 
 
-def fail(why: str, code: int) -> NoReturn:
-  """Exits; the other processes end, too, and repeat why.
+def fail(reason: str, code: int) -> NoReturn:
+  """Exits; the other processes then exit too, and repeat the reason.
 
   Args:
-    why: One line.
-    code: Of the exit.
+    reason: One line for their error messages.
+    code: The exit code of this process.
   """
-  if _Watch.current:
-    _Watch.current.go(why, code)
+  if _Monitor.current:
+    _Monitor.current.exit(reason, code)
   sys.exit(code)

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from resist_jax.rounds import device_groups
-from resist_jax.rounds import state as state_lib
-from resist_jax.rounds.state import mesh_sizes
+from resist_jax.rounds import device_groups, mesh_sizes
+from resist_jax.run import phases
 from resist_jax.run.setup import Setup
 
 STEPS = 3  # Of a round that is timed.
@@ -25,15 +24,15 @@ def depths_by_speed(
   block_seconds: Sequence[float],
   num_blocks: int,
 ) -> tuple[int, ...]:
-  """Deals so many blocks to each worker that the last one is done soonest.
+  """Chooses depths with which the slowest worker finishes soonest.
 
-  A step of a worker takes its shared time, and its block time for each block.
-  Block after block goes to the worker that would be done first with it, which
-  no other choice of depths can beat.
+  A step takes a worker its shared seconds, and its block seconds per block.
+  Each block goes to the worker that would finish it first; no other choice of
+  depths makes the slowest step shorter.
 
   Args:
-    shared_seconds: Of each worker, what a step takes but for blocks.
-    block_seconds: Of each worker, what a step takes for each block.
+    shared_seconds: Seconds of a step without blocks, of each worker.
+    block_seconds: Seconds of a step for each block, of each worker.
     num_blocks: L, at least S.
 
   Returns:
@@ -59,12 +58,12 @@ def depths_by_speed(
 def split_seconds(
   few: int, many: int, seconds: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Takes step times apart, by a line through two depths.
+  """Splits step times by a line through two depths.
 
   Args:
     few: The smaller depth that was timed.
     many: The larger one.
-    seconds: `float[S, 2]`, of a step of each worker at both.
+    seconds: `float[S, 2]`, of each worker's step at both depths.
 
   Returns:
     `(shared_seconds, block_seconds)`, `float[S]` each.
@@ -72,7 +71,7 @@ def split_seconds(
   >>> split_seconds(1, 3, np.array([[5.0, 9.0]]))
   (array([3.]), array([2.]))
   """
-  # Where a block drowns in noise it still costs something: a hundredth.
+  # A block lost in noise still costs something: a hundredth of the step.
   block = (seconds[:, 1] - seconds[:, 0]) / (many - few)
   block = np.maximum(block, seconds[:, 1] / 100)
   return np.maximum(seconds[:, 0] - few * block, 0), block
@@ -82,9 +81,9 @@ def with_depths(setup: Setup, measured: Sequence[int]) -> Setup:
   """Chooses depths by speed, where the config asks for that.
 
   Args:
-    setup: Of the run.
-    measured: What an earlier part of the run chose; it holds while the number
-      of workers is the same, so that a resumed run repeats bit for bit.
+    setup: Setup of the run.
+    measured: Depths that an earlier part of the run chose. They hold while the
+      number of workers is the same, so that a resumed run repeats bit for bit.
 
   Returns:
     The setup with depths.
@@ -105,13 +104,13 @@ def with_depths(setup: Setup, measured: Sequence[int]) -> Setup:
 
 
 def time_workers(setup: Setup) -> tuple[int, int, np.ndarray]:
-  """Times steps of local training at one block and at an even deal's depth.
+  """Times local steps at a depth of one and at that of an even division.
 
   Each device is timed alone, with one worker. The virtual devices of a CPU
-  share its cores and are alike: the first one of a process stands for all.
+  share its cores, so only the first one of a process is timed.
 
   Args:
-    setup: Of the run.
+    setup: Setup of the run.
 
   Returns:
     `(few, many, seconds)`: both depths, and `float[S, 2]`.
@@ -139,39 +138,35 @@ def _step_seconds(setup: Setup, row: int, depth: int) -> float:
   config.num_workers, config.exchange = 1, 'masked_psum'
   config.local_steps = min(STEPS, config.local_steps)
   config.phases.full_before = config.phases.full_after = 0
+  network = setup.network.with_chain_lengths({chain: depth})
   lone = dataclasses.replace(
-    setup, config=config, chains={chain: depth}, mesh=mesh, depths=()
+    setup, config=config, network=network, chains={chain: depth}, mesh=mesh
   )
-  phase = lone.phase(0)
-  deal = next(lone.deals(phase, 0))
+  group = device_groups.DeviceGroup(mesh, (row,), (depth,))
+  phase = phases.make_phase(lone, phases.name_at(config, 0))
+  constants = device_groups.part(setup.constants, group)
+  trainer = dataclasses.replace(phase.trainer, constants=constants)
 
   # Times do not depend on values.
-  network = setup.network.with_chain_lengths({chain: depth})
-  image = jnp.zeros((1, *setup.dataset.train.images.shape[1:]), jnp.float32)
+  image = jnp.zeros((1, *setup.image_shape), jnp.float32)
   shapes = jax.eval_shape(network.init, jax.random.key(0), image)['params']
   params = jax.tree.map(lambda s: np.full(s.shape, 0.01, s.dtype), shapes)
-  velocity = None
-  if phase.protocol.carry_velocity:
-    velocity = jax.tree.map(np.zeros_like, params)
-  state = state_lib.distribute(params, deal, phase.protocol, mesh, velocity)
-  constants = device_groups.part(
-    setup.constants, device_groups.Team(mesh, (row,), (depth,))
-  )
+  state = trainer.init(params)
   batches = _batches(setup, config.local_steps)
-
-  phase.run.compile(state, constants, batches)
+  trainer = trainer.compile(state, batches)
   best = float('inf')
-  for index in range(1 + REPEATS):  # The first one warms up.
+  for repeat in range(1 + REPEATS):  # The first one warms up.
     start = time.perf_counter()
-    state, metrics = phase.run(state, deal, constants, batches, index)
+    given = iter(batches) if isinstance(batches, list) else batches
+    state, metrics = trainer.round(state, given)
     jax.block_until_ready((state.shared, state.chain, metrics))
-    if index:
+    if repeat:
       best = min(best, time.perf_counter() - start)
   return best / config.local_steps
 
 
 def _batches(setup: Setup, steps: int):
   """Returns what a lone worker trains on: always the first example."""
-  shapes = setup.feed.batch_shapes()
+  shapes = setup.pipeline.batch_shapes()
   zeros = jax.tree.map(lambda x: np.zeros((1, *x.shape[1:]), x.dtype), shapes)
   return zeros[:steps] if setup.dataset.streamed else zeros[:, :steps]

@@ -1,21 +1,17 @@
-"""What a run is remembered by, in `summary.json`."""
+"""What is kept of a finished run, in `summary.json`."""
 
 from collections.abc import Mapping
 import dataclasses
 import importlib.metadata
-import itertools
 import os
 import platform
 from typing import Any
 
-from absl import logging
-
 from resist_jax import accounting, models
-from resist_jax.rounds.state import Protocol, mesh_sizes
-from resist_jax.run import classification
-from resist_jax.run.checkpoint import digest
-from resist_jax.run.config import cut_chains
-from resist_jax.run.phase import Phase
+from resist_jax.rounds import mesh_sizes
+from resist_jax.rounds.storage import digest_of_arrays
+from resist_jax.run import classification, phases
+from resist_jax.run.phases import Phase, Traffic
 from resist_jax.run.setup import Setup
 
 PyTree = Any
@@ -24,13 +20,13 @@ PyTree = Any
 def summarise(
   setup: Setup, phase: Phase, params: PyTree, progress: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """Returns what a run is remembered by.
+  """Returns what is kept of a run.
 
   Args:
-    setup: Of the run.
-    phase: Of its last round.
-    params: Canonical global parameters.
-    progress: What it counted; `last` is the newest row of its log.
+    setup: Setup of the run.
+    phase: Phase of its last round.
+    params: Global parameters.
+    progress: What the run counted; `last` is the newest row of its log.
 
   Returns:
     JSON values.
@@ -57,7 +53,7 @@ def summarise(
     'left_out_total': progress['left_out_total'],
     **_sizes(setup),
     **_traffic(setup, phase, progress),
-    **_footprint(setup, phase),
+    **_memory_and_flops(setup, phase),
     'seconds_training': progress['seconds_training'],
     'seconds_total': progress['seconds_total'],
     'images_per_second': (
@@ -72,16 +68,16 @@ def summarise(
         for name in ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint')
       },
     },
-    'params_hash': digest(params),
+    'params_hash': digest_of_arrays(params),
   }
 
 
 def _sizes(setup: Setup) -> dict[str, Any]:
-  config, sizes = setup.config, setup.sizes
+  sizes, name = setup.sizes, 'resist' if setup.chains else 'local_sgd'
   return {
     'params_total': sizes.total,
     'params_per_worker': accounting.params_per_worker(
-      sizes, config.num_workers, cut_chains(config), setup.depths
+      sizes, phases.protocol_named(setup, name)
     ),
     'params_shared': sizes.shared,
     # One number where one chain is cut, and 0 where none is.
@@ -92,111 +88,76 @@ def _sizes(setup: Setup) -> dict[str, Any]:
   }
 
 
-def typical_protocol(setup: Setup) -> Protocol:
-  """Returns the protocol that a run is remembered by.
-
-  Args:
-    setup: Of the run.
-
-  Returns:
-    That of the rounds between full-model phases, if there are any.
-  """
-  config = setup.config
-  last = config.num_rounds - 1 - config.phases.full_after
-  return setup.protocol(setup.phase_name(max(config.phases.full_before, last)))
-
-
 def _traffic(
   setup: Setup, phase: Phase, progress: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """Bytes of a round and of the run, and those of the baselines."""
-  (D, G), protocol = mesh_sizes(setup.mesh), typical_protocol(setup)
-  sizes = setup.sizes_for(protocol)
-  sent = round(accounting.wire_bytes(sizes, protocol, D, None, G))
-  sent_by = {
-    'bytes_per_round': accounting.paper_bytes(sizes, protocol),
+  """Returns bytes of a round and of the run, and those of the baselines."""
+  config, last = setup.config, progress['round'] - 1
+  typical = phases.describe(setup, phases.typical_name(config))
+  before = phase.protocol.assign(config.seed, last)
+  after = phase.protocol.assign(config.seed, last + 1, before)
+  sent = typical.wire_bytes()
+  traffic = {
+    'bytes_per_round': typical.bytes_per_round,
     'bytes_total': progress['bytes_total'],
     'wire_bytes_per_round': sent,
-    'wire_bytes_per_round_and_worker': sent / protocol.num_workers,
-    'wire_bytes_last_round': _last_round(setup, phase, progress['round']),
+    'wire_bytes_per_round_and_worker': sent / config.num_workers,
+    'wire_bytes_last_round': {
+      'protocol': phase.name,
+      'predicted': phase.wire_bytes(before, after),
+    },
     'wire_bytes_total': progress['wire_bytes_total'],
     'evaluation_wire_bytes_total': progress['evaluation_wire_bytes_total'],
-    'group_bytes_per_step': _group_bytes(setup, phase),
+    'group_bytes_per_step': {'predicted': _group_bytes(setup, phase)},
   }
-  # Baselines as they come: exact, and data parallel with its own momentum.
+  # Baselines in their usual form: exact, data parallel with its own momentum.
+  exact = config.copy_and_resolve_references()
+  exact.wire_format = 'float32'
+  exactly = dataclasses.replace(setup, config=exact)
   for name in ('local_sgd', 'data_parallel'):
-    protocol = dataclasses.replace(setup.protocol(name), wire_format='float32')
-    sizes = setup.sizes_for(protocol)
-    sent_by[f'bytes_per_round_{name}'] = accounting.paper_bytes(sizes, protocol)
-    sent_by[f'wire_bytes_per_round_{name}'] = round(
-      accounting.wire_bytes(sizes, protocol, D, None, G)
-    )
-  return sent_by
+    baseline = phases.describe(exactly, name)
+    traffic[f'bytes_per_round_{name}'] = baseline.bytes_per_round
+    traffic[f'wire_bytes_per_round_{name}'] = baseline.wire_bytes()
+  return traffic
 
 
-def _last_round(setup: Setup, phase: Phase, done: int) -> dict[str, Any]:
-  """Predicts what the last round sent, and reads it from its program."""
-  before, after = itertools.islice(setup.deals(phase, done - 1), 2)
-  taken = {}
-  if phase.protocol.exchange == 'hand_over':
-    for name in before:
-      taken |= accounting.branches(name, before[name], after[name])
-  return {
-    'protocol': phase.name,
-    'predicted': phase.wire_bytes(before, after),
-    'compiled': _compiled_wire_bytes(phase, taken),
-  }
-
-
-def _group_bytes(setup: Setup, phase: Phase) -> dict[str, Any]:
-  """Predicts what a step of the last round sent inside groups; reads it."""
-  protocol, T = phase.protocol, phase.protocol.local_steps
-  shape = setup.dataset.train.images.shape[1:]
-  lengths = {k: protocol.slots_per_worker(k) for k in protocol.num_blocks}
-  statistics = models.num_statistics(setup.network, shape, lengths)
+def _group_bytes(setup: Setup, phase: Phase) -> int:
+  """Predicts what a step of the last phase sends inside groups."""
+  lengths = _depths(phase)
+  statistics = models.num_statistics(setup.network, setup.image_shape, lengths)
   metrics = 1 + len(classification.METRICS)
-  sent = _compiled_wire_bytes(phase, {}, inside=True)
-  return {
-    'predicted': accounting.predicted_group_bytes(
-      phase.sizes, protocol, phase.devices_per_worker, statistics, metrics
-    ),
-    'compiled': None if sent is None else sent // T,
-  }
+  _, G = mesh_sizes(setup.mesh)
+  return accounting.predicted_group_bytes(
+    phase.sizes, phase.protocol, G, statistics, metrics
+  )
 
 
-def _compiled_wire_bytes(
-  phase: Phase, taken: Mapping[str, int], inside: bool = False
-) -> int | None:
-  try:
-    return accounting.compiled_wire_bytes(
-      phase.run, phase.protocol.local_steps, taken, inside
-    )
-  # Where XLA writes its programs in a way that we do not know.
-  except (ValueError, LookupError, StopIteration) as error:
-    logging.warning('wire bytes cannot be read: %s', error)
-    return None
+def _depths(phase: Traffic) -> dict[str, int]:
+  protocol = phase.protocol
+  return {name: protocol.slots_per_worker(name) for name in protocol.num_blocks}
 
 
-def _footprint(setup: Setup, phase: Phase) -> dict[str, Any]:
-  """Memory and arithmetic of a device: predicted, and of the last phase."""
+def _memory_and_flops(setup: Setup, phase: Phase) -> dict[str, Any]:
+  """Returns memory and arithmetic of a device: predicted, and compiled."""
   config, devices = setup.config, setup.mesh.devices.size
-  protocol = typical_protocol(setup)
-  lengths = {
-    name: protocol.slots_per_worker(name) for name in protocol.num_blocks
-  }
+  typical = phases.describe(setup, phases.typical_name(config))
   images = config.batch_size * config.num_workers // devices
-  image_shape = setup.dataset.train.images.shape[1:]
+  programs = phase.trainer.programs
+  assert programs is not None
+  D, _ = mesh_sizes(setup.mesh)
   return {
     'memory_per_device': {
       'predicted': accounting.predicted_memory(
-        setup.sizes_for(protocol), protocol, phase.num_devices
+        typical.sizes, typical.protocol, D
       ),
-      'compiled': accounting.compiled_memory(phase.run),
+      'compiled': accounting.compiled_memory(programs),
       'compiled_protocol': phase.name,
     },
     'flops_per_image': {
-      'predicted': models.predicted_flops(setup.network, image_shape, lengths),
-      'compiled': accounting.compiled_flops(phase.run, images),
+      'predicted': models.predicted_flops(
+        setup.network, setup.image_shape, _depths(typical)
+      ),
+      'compiled': accounting.compiled_flops(programs, images),
       'compiled_protocol': phase.name,
     },
   }

@@ -7,22 +7,32 @@ from typing import Any, NamedTuple
 
 from absl import logging
 import jax
+from jax.sharding import NamedSharding
 import ml_collections
 import numpy as np
 
 from resist_jax import report
-from resist_jax.decomposition.assignments import Assignment
+from resist_jax.decomposition import Assignment
 from resist_jax.errors import ConfigError
-from resist_jax.rounds import state as state_lib
-from resist_jax.rounds.arrays import to_host
-from resist_jax.rounds.state import State
-from resist_jax.run import export, metrics, processes, restore, speed
+from resist_jax.rounds import State, assemble
+from resist_jax.rounds.arrays import place_parts, to_host
+from resist_jax.rounds.mesh import SHARDED, workers_here
+from resist_jax.rounds.state import assignments_on_host
+from resist_jax.run import (
+  export,
+  metrics,
+  phases,
+  processes,
+  restore,
+  speed,
+)
 from resist_jax.run import workdir as workdir_lib
 from resist_jax.run.checkpoint import Checkpoints, Restored
 from resist_jax.run.checks import validate
 from resist_jax.run.clock import Clock
+from resist_jax.run.evaluate import Evaluator
 from resist_jax.run.interrupt import Interrupt, Interrupted
-from resist_jax.run.phase import Phase
+from resist_jax.run.phases import Phase
 from resist_jax.run.setup import Setup, prepare
 from resist_jax.run.summary import summarise
 
@@ -99,14 +109,25 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       state, phase, progress = _loop(
         setup, checkpoints, log, interrupt, restored, started
       )
-  params, _ = state_lib.assemble(state, phase.protocol.num_blocks)
-  statistics = setup.evaluator.statistics(*state.parts)
-  export.save(folder, setup.evaluator.predictor(params, statistics))
+  params = assemble(state).params
+  statistics = phases.make_evaluator(setup).statistics(state)
+  export.save(folder, _predictor(setup, params, statistics))
   summary = summarise(setup, phase, params, dataclasses.asdict(progress))
   if writes:
     workdir_lib.write_json(folder / 'summary.json', summary)
     report.write_report([folder], folder)
   return summary
+
+
+def _predictor(setup: Setup, params, statistics) -> export.Predictor:
+  """Returns the network to deploy."""
+  return export.Predictor(
+    setup.network,
+    {'params': params, 'batch_stats': statistics},
+    phases.global_scales(setup),
+    setup.dataset.mean,
+    setup.dataset.std,
+  )
 
 
 def _restore(checkpoints: Checkpoints, setup: Setup) -> Restored | None:
@@ -134,8 +155,7 @@ class _Dispatched(NamedTuple):
   phase: Phase
   before: dict[str, Assignment]
   after: dict[str, Assignment]
-  metrics: dict[str, jax.Array]
-  seconds_local: float | None
+  metrics: dict[str, Any]
 
 
 def _loop(
@@ -147,41 +167,38 @@ def _loop(
   started: float,
 ) -> tuple[State, Phase, Progress]:
   """Trains the remaining rounds and returns what they end with."""
-  config, evaluator = setup.config, setup.evaluator
+  config, evaluator = setup.config, phases.make_evaluator(setup)
   progress = Progress(**restored.progress) if restored else Progress()
   by_speed = config.depths == 'by_speed'
   progress = dataclasses.replace(
     progress,
-    residual_scale=setup.global_scale(),
+    residual_scale=phases.global_scale(setup),
     depths_by_speed=list(setup.depths) if by_speed else [],
   )
   seconds_before = progress.seconds_total
-  tested_before = progress.evaluation_wire_bytes_total
   clock = Clock(progress.seconds_training)
-  phase, state, deals = restore.enter(setup, restored)
+  phase, state = restore.start(setup, restored)
   running, asked = None, 0
   for index in range(progress.round, config.num_rounds):
     if clock.stands:
-      # To wait for who still compiles, or writes, is not to train.
-      processes.meet()
+      # Time spent waiting for other processes is not counted.
+      processes.barrier()
     clock.start()
-    before, after = state.slots, next(deals)
-    state, measured = phase.run(
-      state, after, setup.constants, setup.batches(index), index
-    )
+    before = assignments_on_host(state)
+    batches = setup.pipeline.batches(index)
+    state, measured = phase.trainer.round(state, batches)
     # This round runs while the metrics of the one before are read and logged.
     if running:
       progress, asked = _read(setup, running, progress, clock, interrupt)
       log(progress.last)
-    running = _Dispatched(
-      index, phase, before, after, measured, phase.run.seconds_local
-    )
+    after = assignments_on_host(state)
+    running = _Dispatched(index, phase, before, after, measured)
 
     done = index + 1
     last = done == config.num_rounds
     evaluates = last or done % config.eval_every == 0
     saves = last or done % config.checkpoint_every == 0
-    leaves = not last and setup.phase_name(done) != phase.name
+    leaves = not last and phases.name_at(config, done) != phase.name
     if jax.process_count() == 1:
       asked = interrupt.signum or 0
     if not (evaluates or saves or leaves or asked):
@@ -190,19 +207,14 @@ def _loop(
     running, signum = None, asked or signum
     clock.stop()
     if evaluates:
-      progress = _with_accuracies(progress, evaluator(*state.parts))
+      progress = _evaluated(progress, evaluator, state)
     log(progress.last)
     elapsed = seconds_before + time.perf_counter() - started
-    progress = dataclasses.replace(
-      progress,
-      seconds_total=elapsed,
-      evaluation_wire_bytes_total=tested_before + evaluator.wire_bytes,
-    )
+    progress = dataclasses.replace(progress, seconds_total=elapsed)
     if jax.process_count() == 1:  # It may have come during the test.
       signum = interrupt.signum or 0
     if saves or signum:
-      chains = phase.protocol.num_blocks
-      checkpoints.save(state, chains, dataclasses.asdict(progress))
+      checkpoints.save(state, dataclasses.asdict(progress))
     if signum and not last:
       raise Interrupted(
         signum,
@@ -210,10 +222,9 @@ def _loop(
         'goes on from there.',
       )
     if leaves:
-      whole = state_lib.assemble(state, phase.protocol.num_blocks)
-      phase, state, deals = restore.begin(setup, done, *whole)
+      phase, state = restore.begin_phase(setup, done, assemble(state))
   if 'test_accuracy' not in progress.last:  # Ended by a lower num_rounds.
-    progress = _with_accuracies(progress, evaluator(*state.parts))
+    progress = _evaluated(progress, evaluator, state)
   return state, phase, progress
 
 
@@ -230,36 +241,32 @@ def _read(
     `(progress, signum)`: what is done now; and the signal that some process
     got, or 0. All processes read the same, so they stop after the same round.
   """
-  told = {
-    'signum': setup.tell_all(interrupt.signum or 0),
-    'seconds_local': setup.tell_all(running.seconds_local or 0),
+  config, arrays = setup.config, dict(running.metrics)
+  here = {
+    'signum': interrupt.signum or 0,
+    'seconds_local': arrays.pop('seconds_local', 0),
   }
-  measured = to_host({**running.metrics, **told})
+  gathered = {k: _allgather_scalar(setup, v) for k, v in here.items()}
+  measured = to_host({**arrays, **gathered})
   done = running.index + 1
-  config = setup.config
-  left_out = _left_out(config, done, measured)
+  excluded = _excluded(config, done, measured)
   images = config.num_workers * config.local_steps * config.batch_size
-  seconds = clock.seconds()
+  seconds, healthy = clock.seconds(), measured['healthy']
+  sent = running.phase.wire_bytes(running.before, running.after)
   row: dict[str, Any] = {
     'round': done,
     'protocol': running.phase.name,
-    'train_loss': float(measured['loss'][measured['good']].mean()),
-    'train_accuracy': float(measured['accuracy'][measured['good']].mean()),
-    **({'left_out': left_out} if left_out else {}),
-    'lr': float(setup.schedule(done * config.local_steps - 1)),
+    'train_loss': float(measured['loss'][healthy].mean()),
+    'train_accuracy': float(measured['accuracy'][healthy].mean()),
+    **({'left_out': excluded} if excluded else {}),
+    'lr': phases.rate_at(config, done * config.local_steps - 1),
     'seconds_training': seconds,
-    # Of the slowest process: only then can an exchange begin.
+    # Those of the slowest process, which every exchange waits for.
     'seconds_local': float(measured['seconds_local'].max()) or None,
     'bytes_total': progress.bytes_total + running.phase.bytes_per_round,
-    'wire_bytes_total': progress.wire_bytes_total
-    + running.phase.wire_bytes(running.before, running.after),
+    'wire_bytes_total': progress.wire_bytes_total + sent,
     'images_per_second': images / (seconds - progress.seconds_training),
-    'slots': {
-      name: [[b for b in worker if b < setup.chains[name]] for worker in table]
-      for name, table in (
-        (name, deal.slots.tolist()) for name, deal in running.before.items()
-      )
-    },
+    'slots': _slots_held(setup, running.before),
     'num_blocks': dict(setup.chains),
   }
   return dataclasses.replace(
@@ -269,25 +276,46 @@ def _read(
     wire_bytes_total=row['wire_bytes_total'],
     images_total=progress.images_total + images,
     seconds_training=seconds,
-    left_out_total=progress.left_out_total + len(left_out),
+    left_out_total=progress.left_out_total + len(excluded),
     last=row,
   ), int(measured['signum'].max())
 
 
-def _left_out(
+def _allgather_scalar(setup: Setup, number: float) -> jax.Array:
+  """Returns `float32[S]`: each process's number, in its workers' rows."""
+  S = setup.config.num_workers
+  here = len(workers_here(setup.mesh, S))
+  mine = np.full(here, number, np.float32)
+  return place_parts(mine, NamedSharding(setup.mesh, SHARDED), S)
+
+
+def _slots_held(
+  setup: Setup, assignments: dict[str, Assignment]
+) -> dict[str, list[list[int]]]:
+  """Returns the blocks of each worker, without empty slots."""
+  return {
+    name: [
+      [block for block in worker if block < setup.chains[name]]
+      for worker in assignment.slots.tolist()
+    ]
+    for name, assignment in assignments.items()
+  }
+
+
+def _excluded(
   config: ml_collections.ConfigDict, done: int, measured: dict[str, np.ndarray]
 ) -> list[int]:
-  """Returns the workers left out of a round; where all are, there is none."""
-  finite, good = measured['finite'], measured['good']
+  """Returns the workers that the aggregate of a round excludes."""
+  finite, healthy = measured['finite'], measured['healthy']
   broken = ', '.join(map(str, np.flatnonzero(~finite)))
-  if broken and not (config.faults.leave_out and good.any()):
+  if broken and not (config.faults.leave_out and healthy.any()):
     raise NonFiniteError(
       f'round {done}: the loss or the parameters of worker {broken} are not '
       f'finite. Lower lr (now {config.lr}) or raise optimizer.warmup_rounds, '
       'and choose another workdir; the last good checkpoint of this one is '
       'kept.'
     )
-  far = ', '.join(map(str, np.flatnonzero(finite & ~good)))
+  far = ', '.join(map(str, np.flatnonzero(finite & ~healthy)))
   for workers, reason in (
     (broken, 'its loss, its parameters or a gradient is not finite'),
     (far, f'its loss is over {config.faults.loss_factor} times the median'),
@@ -296,17 +324,20 @@ def _left_out(
       logging.warning(
         'round %d goes on without worker %s: %s', done, workers, reason
       )
-  return np.flatnonzero(~good).tolist()
+  return np.flatnonzero(~healthy).tolist()
 
 
-def _with_accuracies(
-  progress: Progress, accuracies: dict[str, float]
+def _evaluated(
+  progress: Progress, evaluator: Evaluator, state: State
 ) -> Progress:
+  """Returns the progress after a test of the global network."""
+  accuracies, sent = evaluator(state)
   best = max(
     progress.best_test_accuracy_paper, accuracies['test_accuracy_paper']
   )
   return dataclasses.replace(
     progress,
     best_test_accuracy_paper=best,
+    evaluation_wire_bytes_total=progress.evaluation_wire_bytes_total + sent,
     last={**progress.last, **accuracies},
   )

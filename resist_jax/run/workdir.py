@@ -1,4 +1,4 @@
-"""The folder of a run: whether it may be used, its config and its summary."""
+"""The workdir of a run: whether the run may use it, and writing its files."""
 
 from collections.abc import Mapping
 import json
@@ -9,26 +9,26 @@ from typing import Any
 
 from resist_jax.errors import ConfigError
 from resist_jax.run.config import ELASTIC, differences
-from resist_jax.run.metrics import replace_text
 
 
 def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
-  """Finds out whether a run of this config may use the folder; writes nothing.
+  """Checks that a run of this config may use the folder; writes nothing.
 
   Args:
-    workdir: Need not exist.
-    config: As a nested dictionary.
+    workdir: The folder, which need not exist.
+    config: The config as a nested dictionary.
 
   Raises:
-    ConfigError: If it holds another run, or cannot be written.
+    ConfigError: If the folder holds a run of another config, or cannot be
+      written to.
   """
   check_writable(workdir, 'workdir')
   if not (workdir / 'config.json').exists():
-    # An empty one is what a run leaves that was killed in its first seconds.
+    # A run that was killed in its first seconds leaves `checkpoints` empty.
     if any(workdir.glob('checkpoints/*')):
       raise ConfigError(
         f'workdir {workdir} holds checkpoints but no config.json: choose '
-        'another.'
+        'another workdir.'
       )
     return
   try:
@@ -38,7 +38,7 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
       f'{workdir / "config.json"} cannot be read ({error}): choose another '
       'workdir.'
     ) from error
-  # JSON has no tuples: compare as both would be written.
+  # JSON turns tuples into lists: compare both configs as they are written.
   changed = differences(before, json.loads(json.dumps(config)))
   fixed = {
     name: values
@@ -56,21 +56,22 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
 
 
 def check_writable(folder: pathlib.Path, what: str) -> None:
-  """Finds out whether a folder can be made and written; makes nothing.
+  """Checks that a folder can be created and written to; creates nothing.
 
   Args:
-    folder: Need not exist.
-    what: For readers of the error.
+    folder: The folder, which need not exist.
+    what: What the error message calls the folder.
 
   Raises:
-    ConfigError: If not.
+    ConfigError: If it cannot.
   """
   existing = folder
   while not os.path.exists(existing) and existing != existing.parent:
     existing = existing.parent
   if not existing.is_dir():
     raise ConfigError(
-      f'{what} {folder} cannot be made: {existing} is not a folder.'
+      f'{what} {folder} cannot be created: {existing} is not a folder; choose '
+      'another.'
     )
   try:
     with tempfile.TemporaryFile(dir=existing):
@@ -82,10 +83,22 @@ def check_writable(folder: pathlib.Path, what: str) -> None:
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-  """Writes a file of JSON, whole or not at all.
+  """Replaces a file atomically by JSON.
 
   Args:
-    path: Of the file.
-    value: JSON values.
+    path: Path of the file.
+    value: JSON values by name.
   """
   replace_text(path, json.dumps(value, indent=2) + '\n')
+
+
+def replace_text(path: pathlib.Path, text: str) -> None:
+  """Replaces a file atomically: at any time it has its old or new content.
+
+  Args:
+    path: Path of the file.
+    text: Its new content.
+  """
+  part = path.with_name(path.name + '.part')
+  part.write_text(text)
+  part.replace(path)

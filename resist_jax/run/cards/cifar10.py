@@ -20,8 +20,9 @@ import ml_collections
 
 from resist_jax.run import fields
 
-# By workers. Rounds of 50 steps of 128 images: 80 epochs over both workers, 160
-# over 4 and over 8. The paper takes fewer steps a round for 8, unpublished.
+# By the number of workers. Rounds of 50 steps of 128 images: 80 epochs over two
+# workers, 160 over 4 and over 8. The paper takes fewer steps a round for 8, but
+# does not say how many.
 PAPER = {
   2: {'num_rounds': 313, 'local_steps': 50, 'min_depth': 11},
   4: {'num_rounds': 313, 'local_steps': 50, 'min_depth': 6},

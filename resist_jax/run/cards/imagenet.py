@@ -7,10 +7,9 @@ Expected: top-1 70.74 % (local SGD 72.66 %), on ImageNet-V2 57.56 / 66.46 /
 72.65 %; on two workers 71.60 % (73.32 %) and 58.92 / 67.51 / 73.56 %. Cost in
 the paper: 22 hours on four GPUs, 37 on two, and 6 TB sent (local SGD: 7.5 TB).
 
-What is not as published: momentum is carried from round to round, the nearest
-to a restart every 1300 rounds; test accuracy is that of fixed statistics,
-measured after training instead of kept while training; the weight decay is
-that of CIFAR.
+Differences from the paper: momentum is carried from round to round, which comes
+closest to its restart every 1300 rounds; test accuracy uses fixed statistics,
+which are measured after training; the weight decay is that of CIFAR.
 
 Command: python -m resist_jax --config=imagenet --workdir=runs/imagenet \
            --config.data.dir=FOLDER

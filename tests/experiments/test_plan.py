@@ -18,7 +18,7 @@ from resist_jax.decomposition.assignments import Assigner
 from resist_jax.run import config as config_lib
 from resist_jax.run.command import Options
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 WORKERS = (2, 4, 8, 16, 32, 1024)
 
 

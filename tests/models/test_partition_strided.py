@@ -15,9 +15,8 @@ from test_rounds import assert_close
 from test_train import tiny_config
 import tiny
 
-from resist_jax import decomposition
+from resist_jax import decomposition, models
 from resist_jax.errors import ConfigError
-from resist_jax.models import initial
 from resist_jax.rounds import state as state_lib
 from resist_jax.run import checks, export, train
 from resist_jax.run.evaluate import Evaluator
@@ -200,7 +199,7 @@ def test_evaluation_equals_the_assembled_network(form, monkeypatch):
 @pytest.mark.parametrize('bottleneck', [False, True])
 def test_initial_parameters_are_those_of_the_network(bottleneck):
   net, params = problem(bottleneck=bottleneck)
-  drawn = initial.initial_params(net, (4, 4, 1), seed=0)
+  drawn = models.initial_params(net, (4, 4, 1), seed=0)
   shapes = partial(jax.tree.map, jnp.shape)
   assert shapes(drawn) == shapes(params)
 

@@ -11,15 +11,15 @@ import shlex
 import sys
 
 from absl import flags
+import jax
 import jax.numpy as jnp
 import pytest
 
-import experiments
 from experiments import readme
 import resist_jax
 from resist_jax.run import command, export
 
-ROOT = pathlib.Path(experiments.__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 TEXT = (ROOT / 'README.md').read_text()
 PAGES = sorted((ROOT / 'docs').rglob('*.md'))
 FILES = [ROOT / 'README.md', *PAGES]
@@ -66,26 +66,35 @@ def test_the_readme_is_short():
   assert len(TEXT.splitlines()) < 200
 
 
-def test_the_readme_runs():
+@pytest.fixture
+def usual_promotion():
+  """Adam promotes types, as everybody's JAX does; tests are strict."""
+  with jax.numpy_dtype_promotion('standard'):
+    yield
+
+
+def test_the_readme_runs(usual_promotion):
   names = {}
   trainer, functions = blocks(TEXT, 'python')
   exec(trainer, names)
-  assert names['metrics']['loss'].shape == (names['S'],)
-  assert names['prediction'].shape == (32, 1)
+  S, L = names['S'], names['L']
+  x, y = names['x'], names['y']
+
+  def error(blocks):
+    params = {**names['params'], 'blocks': blocks}
+    outputs = names['network'](params, x, jnp.full(L, 1 / S))
+    return jnp.mean((outputs - y) ** 2)
+
+  assert names['metrics']['loss'].shape == (S,)
+  assert names['prediction'].shape == y[0, 0].shape
+  assert error(names['params']['blocks']) < 0.3 * jnp.var(y)
+  begun = names['blocks']
   exec(functions, names)
-
-  def error(chain):
-    return names['loss'](chain, names['x'][0, 0])
-
-  begun = names['chain']
-  for key in names['jax'].random.split(names['jax'].random.key(2), 20):
-    names['chain'] = names['one_round'](key, names['chain'], names['x'])
-  assert jnp.isfinite(names['chain']).all()
-  assert error(names['chain']) < error(begun)
+  assert error(names['blocks']) < 0.8 * error(begun)
 
 
 @pytest.mark.parametrize('path', PAGES, ids=lambda path: path.stem)
-def test_pages_run(path, tmp_path, monkeypatch):
+def test_pages_run(path, tmp_path, monkeypatch, usual_promotion):
   monkeypatch.chdir(tmp_path)
   # A trained run takes minutes; that `load` exists is what counts here.
   monkeypatch.setattr(export, 'load', lambda run: lambda images: images)

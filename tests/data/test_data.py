@@ -131,7 +131,7 @@ def digits_of(monkeypatch, image, labels):
   found = tfds_source.Prepared(
     'digits', image.shape, names, {'train': source, 'test': source}
   )
-  monkeypatch.setattr(data, '_digits', lambda: found)
+  monkeypatch.setattr(data.sets, '_digits', lambda: found)
   return data.load('digits')
 
 

@@ -12,7 +12,7 @@ import pytest
 import tfds_sets
 
 from experiments.configs import imagenet
-from resist_jax import data
+from resist_jax import data, report
 from resist_jax.data import pipeline, streaming
 from resist_jax.errors import ConfigError
 from resist_jax.run import config as config_lib
@@ -50,7 +50,7 @@ def finished(photos, tmp_path_factory):
 
 
 def rows(folder):
-  return metrics.read_rows(folder / 'metrics.jsonl')
+  return report.read_rows(folder / 'metrics.jsonl')
 
 
 def test_the_imagenet_card_trains_on_photographs(finished, photos):

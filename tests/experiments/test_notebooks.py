@@ -14,7 +14,7 @@ from nbclient.exceptions import CellExecutionError
 import nbformat
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 PATHS = sorted((ROOT / 'experiments' / 'notebooks').glob('*.ipynb'))
 FOLDERS = r'(?<![\w./:])/(?:home|root|tmp|var|mnt|opt|content|Users)\b'
 

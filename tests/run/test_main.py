@@ -20,7 +20,7 @@ from resist_jax.errors import ConfigError
 from resist_jax.run import command as command_lib
 from resist_jax.run import train
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 TINY = (
   '--config.model.stage_sizes=(1,5)',
   '--config.model.widths=(8,8)',
@@ -68,6 +68,7 @@ BAD = [
     'unknown config field num_wrokers. Did you mean num_workers',
   ),
   (['--config.data.nam=x'], 'unknown config field nam. Did you mean name'),
+  (['--config.num_rounds.x=1'], 'unknown config field num_rounds.x$'),
   (['--config.num_workers=many'], "invalid literal .*'many'"),
   (['--config.num_workers'], 'num_workers'),
   (['--config.partition'], '--config.partition has no value'),

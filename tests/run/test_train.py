@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from resist_jax import rounds
+from resist_jax import report, rounds
 from resist_jax.errors import ConfigError
 from resist_jax.rounds import state as state_lib
 from resist_jax.run import config as config_lib
@@ -35,7 +35,7 @@ def tiny_config(**fields):
 
 
 def rows(folder):
-  return metrics.read_rows(folder / 'metrics.jsonl')
+  return report.read_rows(folder / 'metrics.jsonl')
 
 
 @pytest.fixture(scope='module')

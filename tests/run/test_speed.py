@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from test_train import rows, stopped_at, tiny_config
 
-from resist_jax.run import metrics, speed, train
+from resist_jax import report
+from resist_jax.run import speed, train
 from resist_jax.run.checks import validate
 from resist_jax.run.setup import prepare
 
@@ -134,7 +135,7 @@ def test_depths_are_elastic(monkeypatch, tmp_path):
   config = tiny_config(depths='by_speed', num_workers=2, num_devices=2)
   summary = train.train(config, str(tmp_path))
   assert summary['depths'] == [4, 1]  # Not those of four workers.
-  log = metrics.read_rows(tmp_path / 'metrics.jsonl')
+  log = report.read_rows(tmp_path / 'metrics.jsonl')
   held = [list(map(len, row['slots']['stage2_chain'])) for row in log]
   assert held == start * [[2, 1, 1, 1]] + (4 - start) * [[4, 1]]
   assert log[start]['train_loss'] < log[0]['train_loss'] + 0.3

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from resist_jax.accounting.replica_groups import replica_groups
 from test_rounds import L, assert_close, full, hand_over, problem, resist
 from test_train import rows, tiny_config
 import tiny
@@ -199,7 +198,7 @@ def test_local_steps_talk_inside_workers_only():
 )
 def test_who_is_in_a_replica_group(text, groups):
   text = f'channel_id=1, replica_groups={text}, use_global_device_ids=true'
-  assert replica_groups(text, 4) == groups
+  assert hlo.replica_groups(text, 4) == groups
 
 
 def test_devices_of_a_group_are_neighbours():

@@ -11,7 +11,8 @@ from several import ROOT
 from train_several import RUNS, WORKERS, config_of
 
 from experiments.launch import local
-from resist_jax.run import export, metrics, processes, train
+from resist_jax import report
+from resist_jax.run import export, processes, train
 
 
 @pytest.fixture(scope='module')
@@ -62,14 +63,14 @@ def test_four_processes_are_four_virtual_devices(name, trained, tmp_path):
     got['params'],
     want['params'],
   )
-  rows = metrics.read_rows(trained / name / 'metrics.jsonl')
+  rows = report.read_rows(trained / name / 'metrics.jsonl')
   assert [row['round'] for row in rows] == [1, 2, 3]
 
 
 def test_who_meets_waits_for_the_last(tmp_path):
   code = f"""
 import pathlib, sys, time
-from resist_jax import processes
+from resist_jax.run import processes
 me = int(sys.argv[2])
 processes.start(sys.argv[1], 2, me, 30)
 for turn in range(2):
@@ -77,7 +78,7 @@ for turn in range(2):
   if me == turn:
     time.sleep(1)
     there.touch()
-  processes.meet()
+  processes.barrier()
   assert there.exists(), (me, turn)
 processes.end()
 """
@@ -93,14 +94,14 @@ def test_who_never_comes_is_not_waited_for_forever():
   """Both are alive, so only the time that it takes tells."""
   code = """
 import sys, time
-from resist_jax import processes
+from resist_jax.run import processes
 me = int(sys.argv[2])
 processes.start(sys.argv[1], 2, me, 3)
-with processes.together('what all do'):
+with processes.time_limit('what all do'):
   pass
 if me == 0:
-  with processes.together('the checkpoint of round 8'):
-    processes.meet()
+  with processes.time_limit('the checkpoint of round 8'):
+    processes.barrier()
 time.sleep(1000)
 """
   coordinator = f'127.0.0.1:{local.free_port()}'
@@ -114,7 +115,8 @@ time.sleep(1000)
   ]
   waiting, absent = (process.communicate(timeout=200)[1] for process in started)
   assert [p.returncode for p in started] == [processes.TRY_AGAIN] * 2
-  assert 'ends, for the checkpoint of round 8 is not done after 3' in waiting
+  says = 'stops because the checkpoint of round 8 has not finished after 3'
+  assert says in waiting
   assert 'process 0 stopped: the checkpoint of round 8' in absent
 
 

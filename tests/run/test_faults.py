@@ -9,7 +9,8 @@ import time
 import pytest
 from several import FOREVER, ROOT, TIMEOUT, TINY, Several
 
-from resist_jax.run import export, metrics
+from resist_jax import report
+from resist_jax.run import export
 from resist_jax.run.processes import TRY_AGAIN
 
 # On a busy machine JAX itself takes long to do what it is asked for.
@@ -26,12 +27,12 @@ def newest_checkpoint(folder):
 def go_on(folder, rounds, count=1):
   """The same command again, up to a round; returns the first round it did."""
   before = folder / 'metrics.jsonl'
-  done = len(metrics.read_rows(before))
+  done = len(report.read_rows(before))
   with Several(
     folder, f'--config.num_rounds={done + rounds}', count=count
   ) as again:
     assert [again.wait(i) for i in range(count)] == [0] * count, again.output(0)
-  rows = metrics.read_rows(before)
+  rows = report.read_rows(before)
   assert [row['round'] for row in rows] == list(range(1, done + rounds + 1))
   export.load(folder)
 
@@ -50,7 +51,7 @@ def test_a_process_that_is_killed_is_named_and_the_run_goes_on(
     assert run.wait(other) == TRY_AGAIN, run.output(other)
     assert time.monotonic() - killed < TIMEOUT + PATIENCE
     (line,) = run.errors(other)
-    assert f'process {other} ends, for process {victim}' in line
+    assert f'process {other} stops because process {victim}' in line
     assert 'the same command goes on' in line
     done = run.rounds()
   # All rounds since the newest checkpoint are done again, and no others.
@@ -73,7 +74,7 @@ def test_a_process_that_stands_still_is_named_and_all_end(tmp_path, victim):
     run.processes[victim].send_signal(signal.SIGCONT)
     assert run.wait(victim) == TRY_AGAIN, run.output(victim)
     (line,) = run.errors(victim)
-    assert f'process {victim} ends, for it stood still itself' in line
+    assert f'process {victim} stops because it was suspended' in line
 
 
 def test_all_are_killed_and_the_run_goes_on_from_a_checkpoint(tmp_path):
@@ -223,7 +224,8 @@ def test_a_clock_that_jumps_is_not_noticed(tmp_path):
 BAD_WORKER = """
 import sys
 from absl import app
-from resist_jax import __main__ as program, classification
+from resist_jax import __main__ as program
+from resist_jax.run import classification
 
 make_loss = classification.make_loss
 
@@ -247,7 +249,7 @@ def test_a_bad_worker_on_its_process_is_left_out(tmp_path):
   prefix = ['env', 'PYTHONPATH=.', sys.executable, str(script)]
   with Several(folder, '--config.num_rounds=3', prefix=prefix) as run:
     assert [run.wait(0), run.wait(1)] == [0, 0], run.output(0)
-  rows = metrics.read_rows(folder / 'metrics.jsonl')
+  rows = report.read_rows(folder / 'metrics.jsonl')
   assert [row['left_out'] for row in rows] == [[1], [1], [1]]
   assert 'worker 1' in run.output(0)
 

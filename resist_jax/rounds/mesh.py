@@ -1,0 +1,84 @@
+"""The mesh that workers live on, and how arrays lie on it."""
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+import numpy as np
+
+from resist_jax.exchange import DATA, WORKER
+
+SHARDED = PartitionSpec(WORKER)
+REPLICATED = PartitionSpec()
+
+
+def make_mesh(
+  num_devices: int | None = None, devices_per_worker: int = 1
+) -> Mesh:
+  """Returns a mesh of the first devices, equally many of each process.
+
+  Args:
+    num_devices: D * G; None for all devices.
+    devices_per_worker: G, a divisor of it.
+
+  Returns:
+    D devices on the axis `worker`. Where G > 1: D groups of neighbours, on the
+    same host where possible, and G devices on the axis `data`.
+
+  Raises:
+    ValueError: If there are fewer devices, or the groups do not come out even.
+  """
+  # Explicit axes, the default of make_mesh, would insist on input specs.
+  auto = jax.sharding.AxisType.Auto
+  processes = jax.process_count()
+  num_devices = jax.device_count() if num_devices is None else num_devices
+  if not 1 <= num_devices <= jax.device_count() or num_devices % processes:
+    raise ValueError(
+      f'num_devices is {num_devices}; use a multiple of {processes} (the '
+      f'processes), at most {jax.device_count()} (the devices).'
+    )
+  if devices_per_worker < 1 or num_devices // processes % devices_per_worker:
+    raise ValueError(
+      f'devices_per_worker is {devices_per_worker}; it must divide the '
+      f'{num_devices // processes} devices of a process.'
+    )
+  by_process = [
+    [d for d in jax.devices() if d.process_index == process]
+    for process in range(processes)
+  ]
+  each = num_devices // processes
+  devices = [d for found in by_process for d in found[:each]]
+  if devices_per_worker > 1:
+    groups = np.array(devices).reshape(-1, devices_per_worker)
+    return Mesh(groups, (WORKER, DATA), axis_types=(auto, auto))
+  if processes > 1:  # make_mesh may order devices by links, across hosts.
+    return Mesh(np.array(devices), (WORKER,), axis_types=(auto,))
+  return jax.make_mesh((num_devices,), (WORKER,), (auto,), devices=devices)
+
+
+def mesh_sizes(mesh: Mesh) -> tuple[int, int]:
+  """Returns D and G: how many groups of devices, and how many in each."""
+  return mesh.shape[WORKER], mesh.shape.get(DATA, 1)
+
+
+def batch_specs(mesh: Mesh) -> tuple[PartitionSpec, PartitionSpec]:
+  """Returns how a round's batches `[S, T, B]`, and a step's `[S, B]`, lie."""
+  if DATA not in mesh.shape:
+    return SHARDED, SHARDED
+  return PartitionSpec(WORKER, None, DATA), PartitionSpec(WORKER, DATA)
+
+
+def spread(mesh: Mesh) -> PartitionSpec:
+  """Returns how rows lie when each device, in groups too, has its own."""
+  return PartitionSpec(mesh.axis_names)
+
+
+def workers_here(mesh: Mesh, num_workers: int) -> range:
+  """Returns the workers on this process's devices; they are neighbours."""
+  groups, size = mesh_sizes(mesh)
+  each = num_workers // groups
+  firsts = mesh.devices.reshape(groups, size)[:, 0]
+  mine = [
+    d
+    for d, device in enumerate(firsts)
+    if device.process_index == jax.process_index()
+  ]
+  return range(mine[0] * each, (mine[-1] + 1) * each)

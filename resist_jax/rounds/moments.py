@@ -1,0 +1,116 @@
+"""An optimiser's state, taken apart by its structure.
+
+*Moments* are the parts of the state that are shaped as the parameters, such as
+momentum or Adam's mu and nu; the rest are counts and the like. optax itself
+tells which are which (`optax.tree_utils.tree_map_params`), so this holds for
+any optax optimiser.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+PyTree = Any
+
+
+class _Moment:
+  """Wraps a moment, so that `jax.tree` sees one leaf."""
+
+  def __init__(self, tree: PyTree):
+    self.tree = tree
+
+
+class Parts(NamedTuple):
+  """The state of an optimiser in parts.
+
+  Attributes:
+    moments: Pytrees like the parameters.
+    rest: All other leaves.
+  """
+
+  moments: list[PyTree]
+  rest: list[Any]
+
+
+def _marked(optimizer: optax.GradientTransformation, state: PyTree) -> PyTree:
+  initable: Any = optimizer
+  return optax.tree_utils.tree_map_params(
+    initable, _Moment, state, is_leaf=lambda _: True
+  )
+
+
+def take_apart(optimizer: optax.GradientTransformation, state: PyTree) -> Parts:
+  """Separates the moments of an optimiser's state from the rest.
+
+  Args:
+    optimizer: Made the state.
+    state: Its state.
+
+  Returns:
+    The parts, in the order of `jax.tree.leaves`.
+  """
+  leaves = jax.tree.leaves(_marked(optimizer, state))
+  return Parts(
+    [leaf.tree for leaf in leaves if isinstance(leaf, _Moment)],
+    [leaf for leaf in leaves if not isinstance(leaf, _Moment)],
+  )
+
+
+def put_together(
+  optimizer: optax.GradientTransformation, like: PyTree, parts: Parts
+) -> PyTree:
+  """Undoes `take_apart`.
+
+  Args:
+    optimizer: Made the state.
+    like: A state of the same structure.
+    parts: The parts of the new state.
+
+  Returns:
+    The state.
+  """
+  leaves, structure = jax.tree.flatten(_marked(optimizer, like))
+  moments, rest = iter(parts.moments), iter(parts.rest)
+  return structure.unflatten(
+    next(moments if isinstance(leaf, _Moment) else rest) for leaf in leaves
+  )
+
+
+def set_schedule_counts(
+  optimizer: optax.GradientTransformation, state: PyTree, count: jax.Array
+) -> PyTree:
+  """Sets the counts of an optimiser's schedules, and no others.
+
+  A count beside a moment, as in Adam, corrects the bias of that moment and
+  restarts with it. A `count` without a moment beside it belongs to a schedule.
+
+  Args:
+    optimizer: Made the state.
+    state: Its state.
+    count: `int32[]`, steps of the whole run so far.
+
+  Returns:
+    The state.
+  """
+  marked = _marked(optimizer, state)
+
+  def walk(node, mark):
+    if isinstance(mark, _Moment):
+      return node
+    if isinstance(node, dict):
+      return {key: walk(node[key], mark[key]) for key in node}
+    if not isinstance(node, tuple | list):
+      return node
+    walked = [walk(*pair) for pair in zip(node, mark, strict=True)]
+    if not hasattr(node, '_fields'):
+      return type(node)(walked)
+    new: Any = type(node)(*walked)
+    moments = any(isinstance(field, _Moment) for field in mark)
+    if 'count' not in new._fields or moments:
+      return new
+    value = jnp.broadcast_to(count, new.count.shape).astype(new.count.dtype)
+    return new._replace(count=value)
+
+  return walk(state, marked)

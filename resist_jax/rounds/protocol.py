@@ -1,0 +1,170 @@
+"""Who holds what, and when and how workers communicate."""
+
+from collections.abc import Iterable, Mapping
+import dataclasses
+from typing import Any
+
+from resist_jax.decomposition import Assignment, Division, slots_per_worker
+from resist_jax.exchange import Exchange, hand_over
+
+PyTree = Any
+# The same for all partitioned chains, or by name; see `slots_per_worker`.
+MinDepth = int | None | Mapping[str, int | None]
+
+ASSIGNING = 2**31 - 1  # No round has this number, so no other draw repeats.
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+  """Who holds what, and when and how workers communicate.
+
+  ResIST, local SGD and data parallel are values of this class. Local SGD
+  partitions no chain, so every worker holds every block; data parallel is local
+  SGD that averages its gradients at every step.
+
+  Attributes:
+    num_workers: S.
+    local_steps: T, steps of each worker in a round.
+    num_blocks: L of each partitioned chain, by name; empty for full models.
+    exchange: How blocks travel, and in which format.
+    min_depth: Blocks of each partitioned chain that a worker runs at least.
+    depths: See `decomposition.slots_per_worker`; for every partitioned chain.
+    average_gradients: Average gradients over the workers at each step.
+    carry: Exchange the optimiser's moments with the parameters and keep them;
+      otherwise they restart in every round (the paper).
+    exclude_faulty: Exclude workers whose update is not finite from aggregates,
+      see `exchange.participation`.
+    loss_factor: See `participation.healthy_workers`.
+  """
+
+  num_workers: int
+  local_steps: int
+  num_blocks: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  exchange: Exchange = dataclasses.field(default_factory=hand_over)
+  min_depth: MinDepth = 0
+  depths: tuple[int, ...] = ()
+  average_gradients: bool = False
+  carry: bool = False
+  exclude_faulty: bool = False
+  loss_factor: float = 0.0
+
+  @property
+  def sends_changes(self) -> bool:
+    """Whether the exchange needs the shared part before local training."""
+    return not (self.exchange.format.exact or self.average_gradients)
+
+  @property
+  def keeps_blocks(self) -> bool:
+    """Whether it needs the blocks, for those without a healthy holder."""
+    return self.exclude_faulty and bool(self.num_blocks)
+
+  @property
+  def keeps_error(self) -> bool:
+    """Whether senders keep what rounding removes from changes."""
+    return self.sends_changes and self.exchange.format.feedback
+
+  def kept(
+    self, shared: PyTree, chain: PyTree
+  ) -> tuple[PyTree | None, PyTree | None]:
+    """Returns what the exchange needs of both, None for what it does not."""
+    return (
+      shared if self.sends_changes else None,
+      chain if self.keeps_blocks else None,
+    )
+
+  def division(self, chain: str) -> Division:
+    """Returns how a chain is divided among the workers."""
+    min_depth = self.min_depth
+    if isinstance(min_depth, Mapping):
+      min_depth = min_depth[chain]
+    length = self.num_blocks[chain]
+    return Division(length, self.num_workers, min_depth, tuple(self.depths))
+
+  @property
+  def divisions(self) -> dict[str, Division]:
+    """How each partitioned chain is divided among the workers."""
+    return {name: self.division(name) for name in self.num_blocks}
+
+  def slots_per_worker(self, chain: str) -> int:
+    """Returns K of a chain."""
+    return slots_per_worker(*self.division(chain))
+
+  def assign(
+    self,
+    seed: int,
+    round_index: int,
+    before: Mapping[str, Assignment] | None = None,
+  ) -> dict[str, Assignment]:
+    """Assigns the blocks of a round; a pure function of seed and round.
+
+    Args:
+      seed: Seed of the run.
+      round_index: The round, from 0.
+      before: The assignment of each chain in the round before, on the host. It
+        saves computing the rounds from 0.
+
+    Returns:
+      The assignment of each partitioned chain, on the host.
+    """
+    return {
+      name: self.exchange.assign(
+        self.division(name),
+        [seed, ASSIGNING, i],
+        round_index,
+        before[name] if before else None,
+      )
+      for i, name in enumerate(self.num_blocks)
+    }
+
+  def check(self) -> None:
+    """Raises a ValueError if the exchange cannot serve a chain."""
+    for division in self.divisions.values():
+      self.exchange.check(division)
+
+  def check_moves(
+    self,
+    before: Mapping[str, Assignment],
+    after: Mapping[str, Assignment],
+  ) -> None:
+    """Checks assignments that somebody else made.
+
+    Args:
+      before: The assignment of each chain in a round, on the host.
+      after: The assignment meant for the next round.
+
+    Raises:
+      ValueError: If the exchange cannot get from one to the other, or if a
+        worker has another number of blocks than its depth.
+    """
+    for name, division in self.divisions.items():
+      self.exchange.check(division, before[name], after[name])
+      for assignment in (before[name], after[name]) if self.depths else ():
+        _check_depths(name, division, assignment)
+
+
+def _check_depths(
+  name: str, division: Division, assignment: Assignment
+) -> None:
+  held = assignment.slots < division.num_blocks
+  counts = tuple(held.sum(axis=1).tolist())
+  if counts != division.depths:
+    raise ValueError(
+      f'the slots of {name} hold {counts} blocks, but depths is '
+      f'{division.depths}: assign them with these depths.'
+    )
+
+
+def hold_the_same(
+  ours: Mapping[str, Assignment], theirs: Mapping[str, Assignment]
+) -> bool:
+  """Returns whether two assignments have the same slots in every chain."""
+
+  def tables(assignments: Mapping[str, Assignment]) -> dict[str, list]:
+    return {name: a.slots.tolist() for name, a in assignments.items()}
+
+  return tables(ours) == tables(theirs)
+
+
+def chain_names(chains: Iterable[str]) -> str:
+  """Returns names of chains for a message."""
+  return ', '.join(repr(name) for name in chains) or 'none'

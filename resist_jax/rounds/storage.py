@@ -1,0 +1,252 @@
+"""A state in files, each part written by the process that holds it.
+
+The files hold the blocks of each worker as they lie on the devices, and the
+slots that say which blocks they are, so any number of workers and devices can
+continue from them.
+"""
+
+from collections.abc import Mapping
+import hashlib
+import pathlib
+import shutil
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+import numpy as np
+
+from resist_jax.decomposition import Assignment
+from resist_jax.exchange import WORKER
+from resist_jax.rounds.arrays import first_copy
+from resist_jax.rounds.mesh import SHARDED
+from resist_jax.rounds.moments import Parts
+from resist_jax.rounds.protocol import Protocol, hold_the_same
+from resist_jax.rounds.state import (
+  State,
+  Whole,
+  assemble,
+  assignments_on_host,
+  place_assignments,
+  replicate,
+)
+
+PyTree = Any
+
+
+class Stored(NamedTuple):
+  """What the files of a state hold.
+
+  Attributes:
+    state: As it was saved, but what is equal on all workers is without the axis
+      S and on the host. Assignments hold slots only.
+    record: JSON values that were saved with it.
+  """
+
+  state: State
+  record: dict[str, Any]
+
+
+def write(
+  folder: pathlib.Path, state: State, record: Mapping[str, Any]
+) -> None:
+  """Writes a state; the folder is whole or not there at all.
+
+  Args:
+    folder: Absolute path; one that exists is replaced.
+    state: A state between two rounds.
+    record: JSON values to save with it.
+  """
+  from orbax.checkpoint import v1 as ocp  # Slow to import.
+
+  arrays: Any = {'params': _parts(state.shared, state.chain)}
+  if state.carried is not None:
+    moments, rest = state.carried
+    arrays['moments'] = [_parts(**moment) for moment in moments]
+    arrays['rest'] = jax.tree.map(first_copy, rest)
+  if state.error is not None:
+    arrays['error'] = {'workers': state.error}
+  assignments = assignments_on_host(state)
+  description: Any = {
+    'round': int(state.round),
+    'num_blocks': {k: int(n) for k, n in state.num_blocks.items()},
+    'slots': {name: a.slots.tolist() for name, a in assignments.items()},
+    'carried': state.carried is not None,
+    'record': dict(record),
+  }
+  ocp.save(str(folder), arrays, overwrite=True, custom_metadata=description)
+
+
+def read(folder: pathlib.Path, mesh: Mesh) -> Stored:
+  """Reads a state; what workers hold goes straight to their devices.
+
+  Args:
+    folder: Absolute path.
+    mesh: Where the workers live.
+
+  Returns:
+    What the files hold.
+  """
+  from orbax.checkpoint import v1 as ocp  # Slow to import.
+
+  saved: Any = ocp.metadata(str(folder))
+  description = saved.custom_metadata
+  sharding = NamedSharding(mesh, SHARDED)
+
+  def target(path, leaf):
+    workers = any(getattr(key, 'key', None) == 'workers' for key in path)
+    if workers and leaf.shape[0] % mesh.shape[WORKER] == 0:
+      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return np.zeros(leaf.shape, leaf.dtype)
+
+  targets = jax.tree_util.tree_map_with_path(target, saved.metadata)
+  arrays: Any = ocp.load(str(folder), targets)
+  shared, chain = _from_parts(arrays['params'])
+  carried = None
+  if description['carried']:
+    moments = [_from_parts(parts) for parts in arrays.get('moments', ())]
+    names = ('shared', 'chain')
+    carried = Parts(
+      [dict(zip(names, moment, strict=True)) for moment in moments],
+      list(arrays.get('rest', ())),
+    )
+  state = State(
+    shared,
+    chain,
+    {
+      name: Assignment(np.array(table, np.int32))
+      for name, table in description['slots'].items()
+    },
+    np.int32(description['round']),
+    description['num_blocks'],
+    carried,
+    arrays.get('error', {}).get('workers'),
+  )
+  return Stored(state, description['record'])
+
+
+def as_state(
+  stored: Stored,
+  protocol: Protocol,
+  mesh: Mesh,
+  assignments: Mapping[str, Assignment],
+) -> State | None:
+  """Returns the state that workers can continue with as they are.
+
+  Args:
+    stored: What the files hold.
+    protocol: Who holds what from now on.
+    mesh: Where the workers live.
+    assignments: What the protocol assigns in the next round, on the host.
+
+  Returns:
+    The state; None if the protocol assigns other blocks, or keeps other things
+    besides the parameters.
+  """
+  state, S = stored.state, protocol.num_workers
+  feedback = _num_rows(state.error)
+  if (
+    not hold_the_same(state.assignments, assignments)
+    or (state.carried is not None) != protocol.carry
+    or feedback != (S if protocol.keeps_error else None)
+  ):
+    return None
+  state = _map_equal(state, lambda x: replicate(x, S, mesh))
+  return state._replace(assignments=place_assignments(assignments, mesh))
+
+
+def as_whole(stored: Stored) -> Whole:
+  """Returns the global network, and frees the devices of its parts.
+
+  Args:
+    stored: What the files hold; its arrays are deleted.
+
+  Returns:
+    The global network, on the host.
+  """
+  one_row = _map_equal(
+    stored.state, lambda tree: jax.tree.map(lambda x: x[None], tree)
+  )
+  whole = assemble(one_row)
+  for leaf in jax.tree.leaves((stored.state.chain, stored.state.carried)):
+    if isinstance(leaf, jax.Array):
+      leaf.delete()  # The old parts would lie beside the new ones.
+  return whole
+
+
+def _map_equal(state: State, function) -> State:
+  """Applies a function to what is equal on all workers."""
+  carried = state.carried
+  if carried is not None:
+    moments = [
+      {**moment, 'shared': function(moment['shared'])}
+      for moment in carried.moments
+    ]
+    carried = Parts(moments, function(carried.rest))
+  return state._replace(shared=function(state.shared), carried=carried)
+
+
+def _num_rows(tree: PyTree) -> int | None:
+  leaves = jax.tree.leaves(tree)
+  return leaves[0].shape[0] if leaves else None
+
+
+def _parts(shared: PyTree, chain: PyTree) -> dict[str, PyTree]:
+  """Returns what to save: once what is equal, and what each worker holds."""
+  equal = jax.tree.map(first_copy, shared)
+  return {'whole': equal, **({'workers': chain} if chain else {})}
+
+
+def _from_parts(parts: PyTree) -> tuple[PyTree, PyTree]:
+  return parts['whole'], parts.get('workers', {})
+
+
+def digest_of_files(folder: pathlib.Path) -> str:
+  """Returns a digest of the names and bytes of a folder's files.
+
+  Args:
+    folder: Any folder.
+
+  Returns:
+    SHA-256, as hexadecimal digits.
+  """
+  sha = hashlib.sha256()
+  for path in sorted(p for p in folder.rglob('*') if p.is_file()):
+    with path.open('rb') as file:
+      content = hashlib.file_digest(file, 'sha256').hexdigest()
+    sha.update(f'{path.relative_to(folder)} {content}\n'.encode())
+  return sha.hexdigest()
+
+
+def digest_of_arrays(tree: PyTree) -> str:
+  """Returns a digest of the bytes of a pytree's arrays.
+
+  Args:
+    tree: Pytree of arrays, read in the order of `jax.tree.leaves`.
+
+  Returns:
+    SHA-256, as hexadecimal digits; equal for equal values wherever they lie.
+
+  >>> digest_of_arrays([np.zeros(2)]) == digest_of_arrays([np.zeros(2)])
+  True
+  >>> digest_of_arrays([np.zeros(2)]) == digest_of_arrays([np.ones(2)])
+  False
+  """
+  sha = hashlib.sha256()
+  for leaf in jax.tree.leaves(tree):
+    sha.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+  return sha.hexdigest()
+
+
+def point_to(pointer: pathlib.Path, folder: pathlib.Path) -> None:
+  """Makes a folder beside a pointer the newest whole one, and drops the others.
+
+  Args:
+    pointer: A file that names the newest whole folder and its digest.
+    folder: A folder beside it that was written.
+  """
+  earlier = pointer.read_text().split(' ')[0] if pointer.is_file() else ''
+  part = pointer.with_name(pointer.name + '.part')
+  part.write_text(f'{folder.name} {digest_of_files(folder)}\n')
+  part.replace(pointer)
+  if earlier and earlier != folder.name:
+    shutil.rmtree(folder.with_name(earlier), ignore_errors=True)

@@ -1,0 +1,242 @@
+"""Phases, rounds of one protocol: resist may begin and end with local SGD.
+
+A phase trains by a `Trainer`, made from the config of the run.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+from functools import partial
+from typing import Any
+
+from jax.sharding import Mesh
+import ml_collections
+import numpy as np
+import optax
+
+from resist_jax import accounting
+from resist_jax.decomposition import Assignment
+from resist_jax.exchange import DATA
+from resist_jax.rounds import Protocol, mesh_sizes
+from resist_jax.run import classification, optimizer
+from resist_jax.run.block_walk import BlockWalk
+from resist_jax.run.config import EXCHANGES, cut_chains
+from resist_jax.run.evaluate import Evaluator, WholeNetwork
+from resist_jax.run.setup import Setup
+from resist_jax.trainer import Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+  """What rounds of a protocol send.
+
+  Attributes:
+    protocol: Who holds what.
+    sizes: Parameter counts, as the protocol cuts the network.
+    mesh: Where the workers live.
+  """
+
+  protocol: Protocol
+  sizes: accounting.Sizes
+  mesh: Mesh
+
+  @property
+  def bytes_per_round(self) -> int:
+    """Bytes of a round by the paper's count."""
+    return accounting.paper_bytes(self.sizes, self.protocol)
+
+  def wire_bytes(
+    self,
+    before: Mapping[str, Assignment] | None = None,
+    after: Mapping[str, Assignment] | None = None,
+  ) -> int:
+    """Predicts what a round sends from device to device.
+
+    Args:
+      before: The assignment of each chain in the round, on the host.
+      after: The assignments after it; without both, the mean of all.
+
+    Returns:
+      Bytes that all devices together send.
+    """
+    moves = None
+    if before is not None and after is not None:
+      moves = {name: (before[name], after[name]) for name in before}
+    D, G = mesh_sizes(self.mesh)
+    return round(accounting.wire_bytes(self.sizes, self.protocol, D, moves, G))
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase(Traffic):
+  """Rounds of one protocol.
+
+  Attributes:
+    name: Name of the protocol.
+    trainer: What trains.
+  """
+
+  name: str
+  trainer: Trainer
+
+
+def name_at(config: ml_collections.ConfigDict, round_index: int) -> str:
+  """Returns the protocol of a round.
+
+  Args:
+    config: Config of the run.
+    round_index: The round; past the last one, that of the last.
+  """
+  round_index = min(round_index, config.num_rounds - 1)
+  before = round_index < config.phases.full_before
+  after = round_index >= config.num_rounds - config.phases.full_after
+  if config.protocol == 'resist' and (before or after):
+    return 'local_sgd'
+  return config.protocol
+
+
+def typical_name(config: ml_collections.ConfigDict) -> str:
+  """Returns the protocol of the rounds between full-model phases, if any."""
+  last = config.num_rounds - 1 - config.phases.full_after
+  return name_at(config, max(config.phases.full_before, last))
+
+
+def schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
+  """Returns the learning rate at a step of the whole run."""
+  return optimizer.make_schedule(
+    config.optimizer.schedule,
+    config.lr,
+    config.num_rounds * config.local_steps,
+    config.optimizer.warmup_rounds * config.local_steps,
+    config.optimizer.drops,
+  )
+
+
+def rate_at(config: ml_collections.ConfigDict, step: int) -> float:
+  """Returns the learning rate of a step of the whole run."""
+  rate: Any = schedule(config)(step)
+  return float(rate)
+
+
+def make_phase(setup: Setup, name: str) -> Phase:
+  """Builds the rounds of a protocol; nothing is compiled yet.
+
+  Args:
+    setup: Setup of the run.
+    name: resist, local_sgd or data_parallel.
+
+  Returns:
+    The phase.
+  """
+  config, cuts = setup.config, name == 'resist'
+  pad, flip, _ = setup.augmentation
+  _, G = mesh_sizes(setup.mesh)
+  scale, axis = training_scale(setup, name), DATA if G > 1 else None
+  loss_fn = classification.make_loss(
+    setup.network, setup.dataset, scale, pad, flip, axis
+  )
+  momentum, decay = config.optimizer.momentum, config.optimizer.weight_decay
+  trainer = Trainer(
+    loss_fn,
+    optimizer.make_optimizer(schedule(config), momentum, decay),
+    chains=tuple(setup.chains) if cuts else (),
+    mesh=setup.mesh,
+    seed=config.seed,
+    constants=setup.constants,
+    on_device=not setup.on_cpu,
+    **_protocol_fields(setup, name),
+  )
+  traffic = describe(setup, name)
+  return Phase(traffic.protocol, traffic.sizes, setup.mesh, name, trainer)
+
+
+def describe(setup: Setup, name: str) -> Traffic:
+  """Returns what rounds of a protocol would send in this run."""
+  total = setup.sizes.total
+  sizes = accounting.Sizes(total, total, {}, {})
+  if name == 'resist':
+    sizes = setup.sizes
+  return Traffic(protocol_named(setup, name), sizes, setup.mesh)
+
+
+def _protocol_fields(setup: Setup, name: str) -> dict:
+  """Returns what a protocol's name means for this config."""
+  config, parallel = setup.config, name == 'data_parallel'
+  return {
+    'num_workers': config.num_workers,
+    'local_steps': config.local_steps,
+    'exchange': EXCHANGES[config.exchange](config.wire_format),
+    'min_depth': cut_chains(config),
+    'depths': setup.depths if name == 'resist' else (),
+    'average_gradients': parallel,
+    'carry': config.optimizer.carry_momentum or parallel,
+    'exclude_faulty': config.faults.leave_out,
+    'loss_factor': config.faults.loss_factor,
+  }
+
+
+def protocol_named(setup: Setup, name: str) -> Protocol:
+  """Returns what a protocol means for rounds of this run."""
+  num_blocks = setup.chains if name == 'resist' else {}
+  return Protocol(num_blocks=num_blocks, **_protocol_fields(setup, name))
+
+
+def global_scale(setup: Setup) -> dict[str, float]:
+  """Returns the residual scale of the global network's cut chains."""
+  scaled = setup.config.residual_scale == 'evaluation'
+  return {
+    chain: _share(setup, chain) if scaled else 1.0 for chain in setup.chains
+  }
+
+
+def _share(setup: Setup, chain: str) -> float:
+  return accounting.expected_share(protocol_named(setup, 'resist'), chain)
+
+
+def training_scale(setup: Setup, name: str) -> dict[str, float]:
+  """Returns the factor on residual branches of cut chains in training.
+
+  The global network must mean the same in all phases. Scaled at evaluation,
+  sub-networks train at 1 and full models at the share (as the paper's warm-up
+  does); scaled in training, sub-networks train at 1 / share.
+
+  Args:
+    setup: Setup of the run.
+    name: Protocol of the phase.
+
+  Returns:
+    The factor for each chain.
+  """
+  where = setup.config.residual_scale
+  scale = {}
+  for chain in setup.chains:
+    share = _share(setup, chain)
+    if where == 'evaluation' and name != 'resist':
+      scale[chain] = share
+    elif where == 'training' and name == 'resist':
+      scale[chain] = 1 / share
+    else:
+      scale[chain] = 1.0
+  return scale
+
+
+def make_evaluator(setup: Setup) -> Evaluator:
+  """Returns what tests the global network, at its residual scale."""
+  evaluation = setup.config.evaluation
+  make = WholeNetwork
+  if evaluation.stream_blocks:
+    at_once = evaluation.batches_at_once
+    make = partial(BlockWalk, batches_at_once=at_once)
+  return Evaluator(
+    make(setup.network, setup.dataset, global_scales(setup), setup.mesh),
+    setup.dataset,
+    setup.mesh.size,
+    evaluation.batch_size,
+    evaluation.statistics_images,
+  )
+
+
+def global_scales(setup: Setup) -> dict[str, np.ndarray]:
+  """Returns `global_scale` for each block, `float32[L]` by chain."""
+  return {
+    name: np.full(setup.chains[name], scale, np.float32)
+    for name, scale in global_scale(setup).items()
+  }

@@ -1,0 +1,529 @@
+"""A training by ResIST, local SGD or data parallel, of anybody's network.
+
+`Trainer` is a frozen value around the pure functions of `rounds` and
+`exchange`; all that changes in training is in a `State`, a pytree.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+import dataclasses
+from functools import lru_cache
+import itertools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+import numpy as np
+import optax
+
+from resist_jax import accounting
+from resist_jax.decomposition import Assignment
+from resist_jax.exchange import Exchange, hand_over
+from resist_jax.rounds import (
+  LossFn,
+  MinDepth,
+  Protocol,
+  Round,
+  State,
+  Whole,
+  assemble,
+  checks,
+  distribute,
+  make_mesh,
+  make_round,
+  mesh_sizes,
+  storage,
+)
+from resist_jax.rounds import state as states
+from resist_jax.rounds.arrays import place
+from resist_jax.rounds.mesh import REPLICATED, workers_here
+
+PyTree = Any
+
+_POINTER = 'state.txt'  # Names the newest whole folder, and its digest.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trainer:
+  """Trains a network whose chains of blocks are cut among workers.
+
+  ResIST (Algorithm 1 of the paper) cuts the named chains. With
+  `chains=()` every worker holds the whole network, which is local SGD;
+  `average_gradients` makes it data parallel.
+
+  Attributes:
+    loss_fn: `loss_fn(params, present, batch, key) -> (loss, metrics)`. `params`
+      is a sub-network: its chains are `[K, ...]`, everything else is whole.
+      `present[chain]` is `float32[K]`: 1 where a slot holds a block, 0 where it
+      is empty, and then the block must change nothing. `batch` is what one
+      worker gets in one step. `metrics` is a dictionary of scalars. Constants,
+      where there are any, come as a fifth argument.
+    optimizer: A complete optax transformation, learning rate included. Its
+      moments restart in every round, or are carried; its schedules count the
+      steps of the whole training.
+    chains: Names of the chains to cut, keys of `params`; `decoder/blocks` names
+      a chain in the dictionary `decoder`. Every leaf of a chain stacks its L
+      blocks on the leading axis.
+    num_workers: S, a multiple of the devices (or groups) of the mesh.
+    local_steps: T, steps between synchronisations; the paper's l.
+    exchange: How blocks travel: `exchange.hand_over()` or
+      `exchange.masked_psum()`, each with a wire format.
+    mesh: Where the workers live, see `make_mesh`; None for as many devices as
+      divide the workers evenly.
+    seed: Seed of the assignments and of the keys that the loss gets.
+    constants: Pytree that all steps get, such as data that live on the devices;
+      None for none.
+    min_depth: Blocks of each chain that a worker runs at least.
+    depths: Blocks of each worker, where workers are unequal; empty for an even
+      division.
+    average_gradients: Average gradients at every step (data parallel); for
+      `chains=()` only.
+    carry: Carry the optimiser's moments from round to round, exchanged as the
+      parameters are; otherwise they restart (the paper).
+    exclude_faulty: Exclude workers whose update is not finite from the round's
+      aggregate. Costs memory for the blocks as last agreed.
+    loss_factor: Also exclude workers whose loss is more than so many times the
+      median; 0 for none.
+    on_device: See `rounds.make_round`.
+    programs: Set by `compile`.
+
+  Raises:
+    ValueError: On the first field that does not fit; nothing is compiled.
+
+  >>> import jax, jax.numpy as jnp, optax
+  >>> from resist_jax import Trainer
+  >>> params = {'blocks': {'w': 0.1 * jnp.ones((4, 3, 3))}, 'out': jnp.ones(3)}
+  >>> def loss_fn(params, present, batch, key):
+  ...   x = batch
+  ...   for w, p in zip(params['blocks']['w'], present['blocks']):
+  ...     x = x + p * jnp.tanh(x @ w)
+  ...   return ((x @ params['out']) ** 2).mean(), {}
+  >>> trainer = Trainer(
+  ...   loss_fn, optax.sgd(0.1), chains=('blocks',), num_workers=2,
+  ...   local_steps=3)
+  >>> state = trainer.init(params)
+  >>> state, metrics = trainer.round(state, jnp.ones((2, 3, 8, 3)))
+  >>> trainer.params(state)['blocks']['w'].shape
+  (4, 3, 3)
+  """
+
+  loss_fn: LossFn
+  optimizer: optax.GradientTransformation
+  _: dataclasses.KW_ONLY
+  num_workers: int
+  local_steps: int
+  chains: Sequence[str] = ()
+  exchange: Exchange = dataclasses.field(default_factory=hand_over)
+  mesh: Mesh | None = None
+  seed: int = 0
+  constants: PyTree = None
+  min_depth: MinDepth = 0
+  depths: Sequence[int] = ()
+  average_gradients: bool = False
+  carry: bool = False
+  exclude_faulty: bool = True
+  loss_factor: float = 0.0
+  on_device: bool | None = None
+  programs: Round | None = dataclasses.field(default=None, repr=False)
+
+  def __post_init__(self):
+    _check_fields(self)
+    if self.mesh is None:
+      devices = range(1, jax.device_count() + 1)
+      count = max(d for d in devices if self.num_workers % d == 0)
+      count = count if jax.process_count() == 1 else None
+      object.__setattr__(self, 'mesh', make_mesh(count))
+    D, _ = mesh_sizes(self.devices)
+    if self.num_workers % D:
+      raise ValueError(
+        f'num_workers is {self.num_workers}, not a multiple of the {D} devices '
+        'of the mesh: change one, or pass mesh=make_mesh(num_devices).'
+      )
+
+  @property
+  def devices(self) -> Mesh:
+    """The mesh; never None."""
+    assert self.mesh is not None
+    return self.mesh
+
+  def protocol(self, params: Mapping[str, PyTree]) -> Protocol:
+    """Returns who holds what of a network.
+
+    Args:
+      params: Global parameters, or their shapes.
+
+    Returns:
+      The protocol.
+
+    Raises:
+      ValueError: If a chain is not in the parameters or is not one, or if the
+        exchange cannot serve its length.
+    """
+    return self._protocol(checks.chain_lengths(params, self.chains))
+
+  def _protocol(self, num_blocks: Mapping[str, int]) -> Protocol:
+    protocol = Protocol(
+      self.num_workers,
+      self.local_steps,
+      {name: int(length) for name, length in num_blocks.items()},
+      self.exchange,
+      self.min_depth,
+      tuple(self.depths),
+      self.average_gradients,
+      self.carry,
+      self.exclude_faulty,
+      self.loss_factor,
+    )
+    protocol.check()
+    return protocol
+
+  def init(self, params: Mapping[str, PyTree]) -> State:
+    """Hands a network out to the workers, before round 0.
+
+    Args:
+      params: Global parameters: a dictionary whose named chains are stacked,
+        `[L, ...]`.
+
+    Returns:
+      The state.
+
+    Raises:
+      ValueError: See `protocol`.
+    """
+    return self.distribute(Whole(dict(params)))
+
+  def distribute(self, whole: Whole, round_index: int = 0) -> State:
+    """Hands a network out to the workers, before any round.
+
+    Args:
+      whole: The global network, with the optimiser's state where it is carried.
+      round_index: How many rounds are done.
+
+    Returns:
+      The state.
+
+    Raises:
+      ValueError: See `protocol`.
+    """
+    protocol = self.protocol(whole.params)
+    whole = states.with_carried(whole, self.optimizer, protocol)
+    assignments = protocol.assign(self.seed, round_index)
+    return distribute(whole, protocol, self.devices, assignments, round_index)
+
+  def round(
+    self,
+    state: State,
+    batches: PyTree | Iterator[PyTree],
+    assignments: Mapping[str, Assignment] | None = None,
+  ) -> tuple[State, dict[str, Any]]:
+    """Trains every worker for T steps, and exchanges.
+
+    Args:
+      state: The state before the round. Its arrays are donated: do not use it
+        again.
+      batches: A pytree of arrays `[S, T, ...]`, or an iterator of T pytrees
+        `[S, ...]`; in several processes, an iterator gives the rows of this
+        process's workers.
+      assignments: The next assignment of each chain; None lets the exchange
+        assign the blocks.
+
+    Returns:
+      `(state, metrics)`, see `rounds.Round`.
+
+    Raises:
+      ValueError: If the state is another trainer's, if batches have other
+        sizes, or if the loss function does not return `(loss, metrics)`.
+    """
+    streamed = isinstance(batches, Iterator)
+    if streamed:
+      batches = _exactly(batches, self.local_steps)
+      first = next(batches)
+      batches = itertools.chain([first], batches)
+      run = self.programs or self._round(state, first, streamed)
+    else:
+      run = self.programs or self._round(state, batches, streamed)
+    return run(state, _on_devices(self), batches, assignments)
+
+  def compile(self, state: State, batches: PyTree) -> 'Trainer':
+    """Compiles the round ahead of the first one.
+
+    Args:
+      state: As for `round`; only shapes are used.
+      batches: As for `round`, or a list of T pytrees of shapes in place of an
+        iterator.
+
+    Returns:
+      A trainer that runs these programs.
+    """
+    streamed = isinstance(batches, list)
+    first = batches[0] if streamed else batches
+    run = self._round(state, first, streamed)
+    run = run.compile(state, _on_devices(self), batches)
+    return dataclasses.replace(self, programs=run, constants=_on_devices(self))
+
+  def _round(self, state: State, batch: PyTree, streamed: bool) -> Round:
+    _check_state(self, state)
+    S = self.num_workers
+    here = len(workers_here(self.devices, S)) if streamed else S
+    checks.check_batch(batch, here, None if streamed else self.local_steps)
+    held = (state.shared, state.chain)
+    leaves, structure = jax.tree.flatten((held, batch))
+    shapes = tuple((x.shape, jnp.dtype(x.dtype)) for x in leaves)
+    lengths = tuple((k, int(n)) for k, n in state.num_blocks.items())
+    return _make_round(self, structure, shapes, lengths, streamed)
+
+  def whole(self, state: State) -> Whole:
+    """Returns the global network, and the optimiser's state if carried.
+
+    Args:
+      state: A state between two rounds.
+
+    Returns:
+      Both, on the host.
+    """
+    return assemble(state)
+
+  def params(self, state: State) -> dict[str, PyTree]:
+    """Returns the global network.
+
+    Args:
+      state: A state between two rounds.
+
+    Returns:
+      Global parameters, NumPy arrays, shaped as `init` took them.
+    """
+    return assemble(state).params
+
+  def bytes_per_round(self, state: State) -> int:
+    """Predicts the bytes that all devices together send in a round.
+
+    Args:
+      state: A state of this trainer; only shapes are used.
+
+    Returns:
+      Wire bytes, the mean over all assignments.
+    """
+    sizes = _sizes(state.shared, state.chain, state.num_blocks)
+    moments = None
+    if state.carried is not None:
+      moments = [
+        _sizes(m['shared'], m['chain'], state.num_blocks)
+        for m in state.carried.moments
+      ]
+    D, G = mesh_sizes(self.devices)
+    protocol = self._protocol(state.num_blocks)
+    return round(accounting.wire_bytes(sizes, protocol, D, None, G, moments))
+
+  def save(self, folder: str | pathlib.Path, state: State) -> None:
+    """Saves a state; a kill leaves the one saved before, or this one.
+
+    Args:
+      folder: Any folder; it may hold an earlier state. In several processes,
+        all of them see it.
+      state: A state between two rounds.
+    """
+    folder = pathlib.Path(folder).absolute()
+    name = f'round_{int(state.round)}'
+    if _pointer(folder)[0] == name:
+      name = f'{name}_again'  # The one that is there stays whole meanwhile.
+    storage.write(folder / name, state, {})
+    if jax.process_index() == 0:
+      storage.point_to(folder / _POINTER, folder / name)
+
+  def restore(self, folder: str | pathlib.Path) -> State:
+    """Reads the state that `save` wrote.
+
+    Another number of workers or devices, another exchange or wire format may
+    continue from it: then the blocks are assigned anew.
+
+    Args:
+      folder: As for `save`.
+
+    Returns:
+      The state. With the settings it was saved with, training repeats to the
+      bit.
+
+    Raises:
+      ValueError: If there is no state, or if it is damaged.
+    """
+    folder = pathlib.Path(folder).absolute()
+    name, digest = _pointer(folder)
+    if not name:
+      raise ValueError(f'folder {folder} holds no state: save one there first.')
+    if not (folder / name).is_dir() or (
+      storage.digest_of_files(folder / name) != digest
+    ):
+      raise ValueError(
+        f'the state in {folder / name} is damaged: its files are not those '
+        'that were saved. Restore another folder.'
+      )
+    return self.resume(storage.read(folder / name, self.devices))
+
+  def resume(self, stored: storage.Stored) -> State:
+    """Continues from what the files of a state hold.
+
+    Args:
+      stored: See `storage.read`.
+
+    Returns:
+      The state.
+    """
+    done = int(stored.state.round)
+    protocol = self._protocol(stored.state.num_blocks)
+    if tuple(protocol.num_blocks) == tuple(self.chains):
+      assignments = protocol.assign(self.seed, done)
+      state = storage.as_state(stored, protocol, self.devices, assignments)
+      if state is not None:
+        return state
+    return self.distribute(storage.as_whole(stored), done)
+
+
+def _pointer(folder: pathlib.Path) -> tuple[str, str]:
+  """Returns the name of the newest whole state and its digest, or ''."""
+  if not (folder / _POINTER).is_file():
+    return '', ''
+  name, _, digest = (folder / _POINTER).read_text().strip().partition(' ')
+  return name, digest
+
+
+def _exactly(batches: Iterable[PyTree], steps: int) -> Iterator[PyTree]:
+  """Yields so many batches; fewer are an error, more stay where they are."""
+  count = 0
+  for batch in itertools.islice(batches, steps):
+    count += 1
+    yield batch
+  if count < steps:
+    raise ValueError(
+      f'batches ended after {count} of {steps} local steps: give an '
+      f'iterator of {steps} pytrees [S, ...] for every round.'
+    )
+
+
+@lru_cache(maxsize=8)
+def _on_devices(trainer: Trainer) -> PyTree:
+  """Copies a trainer's constants to the devices, once."""
+  if trainer.constants is None:
+    return None
+  everywhere = NamedSharding(trainer.devices, REPLICATED)
+  return place(trainer.constants, everywhere)
+
+
+@lru_cache(maxsize=8)
+def _make_round(trainer, structure, shapes, lengths, streamed) -> Round:
+  """Makes the programs of a round for a state and batches of these shapes."""
+  leaves = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+  (shared, chain), batch = structure.unflatten(leaves)
+
+  def one_worker(tree, axes=1):
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape[axes:], x.dtype), tree
+    )
+
+  names = checks.metric_names(
+    trainer.loss_fn,
+    one_worker(shared),
+    one_worker(chain),
+    one_worker(batch, 1 if streamed else 2),
+    trainer.constants,
+    trainer.devices,
+  )
+  return make_round(
+    trainer.loss_fn,
+    trainer.optimizer,
+    trainer._protocol(dict(lengths)),
+    trainer.devices,
+    seed=trainer.seed,
+    metrics=names,
+    on_device=trainer.on_device,
+    streamed=streamed,
+  )
+
+
+def _sizes(shared, chain, num_blocks) -> accounting.Sizes:
+  """Counts parameters from arrays `[S, ...]`."""
+
+  def numbers(tree, axes):
+    return sum(int(np.prod(x.shape[axes:])) for x in jax.tree.leaves(tree))
+
+  lengths = {name: int(length) for name, length in num_blocks.items()}
+  blocks = {name: numbers(chain[name], 2) for name in lengths}
+  outside = numbers(shared, 1)
+  inside = sum(lengths[name] * blocks[name] for name in lengths)
+  return accounting.Sizes(outside + inside, outside, blocks, lengths)
+
+
+def _check_fields(trainer: Trainer) -> None:
+  """Finds mistakes that need no parameters."""
+  if not callable(trainer.loss_fn):
+    raise ValueError('loss_fn must be a function, see Trainer.')
+  for method in ('init', 'update'):
+    if not callable(getattr(trainer.optimizer, method, None)):
+      raise ValueError(
+        f'optimizer is {trainer.optimizer!r}; it must be an optax optimiser, '
+        'such as optax.sgd(0.1).'
+      )
+  if isinstance(trainer.chains, str):
+    raise ValueError(
+      f'chains is the string {trainer.chains!r}; it must hold names: '
+      f'chains=({trainer.chains!r},).'
+    )
+  if len(set(trainer.chains)) < len(trainer.chains):
+    raise ValueError(f'chains is {trainer.chains}; name each chain once.')
+  if not isinstance(trainer.exchange, Exchange):
+    raise ValueError(
+      f'exchange is {trainer.exchange!r}; it must be a value such as '
+      'exchange.hand_over() or exchange.masked_psum(wire_format="int8").'
+    )
+  for name in ('num_workers', 'local_steps'):
+    value = getattr(trainer, name)
+    if not isinstance(value, int | np.integer) or value < 1:
+      raise ValueError(
+        f'{name} is {value!r}; it must be an integer of 1 or more.'
+      )
+  if trainer.loss_factor and not trainer.loss_factor > 1:
+    raise ValueError(
+      f'loss_factor is {trainer.loss_factor}; it must be greater than 1, or 0.'
+    )
+  if trainer.loss_factor and not trainer.exclude_faulty:
+    raise ValueError(
+      'loss_factor excludes workers, but exclude_faulty is off: turn it on, or '
+      'set loss_factor to 0.'
+    )
+  if trainer.average_gradients and trainer.chains:
+    raise ValueError(
+      'average_gradients averages whole networks, but chains cuts '
+      f'{tuple(trainer.chains)}: use chains=().'
+    )
+  if trainer.average_gradients and trainer.exchange.format.feedback:
+    raise ValueError(
+      'wire_format int8 sends changes between rounds, and average_gradients '
+      'has none: use bfloat16 or float32.'
+    )
+
+
+def _check_state(trainer: Trainer, state: State) -> None:
+  """Refuses the state of another trainer."""
+  if not isinstance(state, State):
+    raise ValueError(
+      f'state is a {type(state).__name__}; it must come from init, round or '
+      'restore of this trainer.'
+    )
+  workers = {x.shape[0] for x in jax.tree.leaves((state.shared, state.chain))}
+  differ = {
+    'chains': (tuple(state.num_blocks), tuple(trainer.chains)),
+    'num_workers': (max(workers, default=None), trainer.num_workers),
+    'carry': (state.carried is not None, trainer.carry),
+  }
+  for name, (theirs, ours) in differ.items():
+    if theirs != ours:
+      raise ValueError(
+        f'the state is of a trainer with {name}={theirs!r}, but this one has '
+        f'{ours!r}: use that trainer, or save and restore the state.'
+      )
+  for leaf in jax.tree.leaves((state.shared, state.chain)):
+    if isinstance(leaf, jax.Array) and leaf.is_deleted():
+      raise ValueError(
+        'the state was given to round before, which consumed it: use the state '
+        'that round returned.'
+      )
