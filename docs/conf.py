@@ -101,14 +101,16 @@ def mend_lines(app, what, name, obj, options, lines):
   """Changes lines of a docstring that Sphinx would not show well.
 
   reStructuredText takes 'S.' for item S of a list. The types of fields name the
-  private modules in which other packages define them.
+  private modules in which other packages define them. A name in the docstring
+  of a class is more often an argument than a method of that name.
   """
-  del app, what, name, obj, options
+  del app, name, options
+  methods = '|'.join(vars(obj)) if what == 'class' else '-'
   for i, line in enumerate(lines):
     line = re.sub(r'(^\s*|: )([A-Z]\.)(?=\s|$)', r'\1\\\2', line)
     if line.startswith(':vartype'):
-      line = re.sub(r'\b(?!resist_jax)(?:\w+\.)+(\w+)', r'\1', line)
-    lines[i] = line
+      line = re.sub(r'(?<![\w.])(?!resist_jax)(?:\w+\.)+(\w+)', r'\1', line)
+    lines[i] = re.sub(rf'(?<!`)`({methods})`(?!`)', r'``\1``', line)
 
 
 def find_public_name(app, env, node, contnode):
@@ -120,7 +122,7 @@ def find_public_name(app, env, node, contnode):
   ):
     return None
   found = domain.find_obj(env, None, None, target, node['reftype'], 1)
-  if len(found) != 1:
+  if len(found) != 1 or found[0][1].objtype == 'module':
     return None
   node['reftarget'] = found[0][0]
   return domain.resolve_xref(

@@ -175,25 +175,23 @@ def headline() -> Table:
 def _accelerator() -> Iterator[Table]:
   """Rounds on an accelerator beside the same rounds on a CPU."""
   for record in _load('accelerator/*.json'):
+    device = machine(record['provenance'])
+    names = {'cpu': 'CPU', 'accelerator': device.split(',')[0]}
     rows = [
-      [
-        r['case'].replace('_', ' '),
-        f'{r["largest"]:.1e}',
-        f'{r["of_norm"]:.1e}',
-      ]
+      [names[r['platform']], r['case'].replace('_', ' ')]
+      + [f'{r["largest"]:.1e}', f'{r["of_norm"]:.1e}']
       for r in record['results']
-      if r['platform'] == 'accelerator'
     ]
     config = record['config']
     caption = (
       f'The parameters after {config["rounds"]} rounds of '
       f'{config["local_steps"]} steps, compared with those of the same rounds '
-      f'on a CPU in float64. {config["workers"]} workers share one device, '
-      f'{machine(record["provenance"])}. "Largest" is the largest difference '
+      f'on a CPU in float64. {config["workers"]} workers share one device '
+      f'({device}). "Largest" is the largest difference '
       'in a parameter array divided by the largest value of that array; "norm" '
       'is the norm of all differences divided by the norm of all parameters.'
     )
-    head = ['protocol, precision and program', 'largest', 'norm']
+    head = ['device', 'protocol, precision, program', 'largest', 'norm']
     yield Table(caption, record['command'], head, rows)
 
 
