@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from resist_jax import decomposition, models, rounds
-from resist_jax.decomposition import assignments
-from resist_jax.rounds import state as state_lib
+from resist_jax import decomposition, exchange, models, rounds
+from resist_jax.decomposition import Assigner, Assignment
+from resist_jax.rounds.state import with_carried
 from resist_jax.run import optimizer
 
 CHAIN = 'stage2_chain'
@@ -44,7 +44,7 @@ def examples(count=24):
 def make_loss(net):
   """A rounds.LossFn; constants are `examples`, a batch is their numbers."""
 
-  def loss_fn(params, present, constants, batch, key):
+  def loss_fn(params, present, batch, key, constants):
     del key
     images, labels = constants
     lengths = {k: len(jax.tree.leaves(params[k])[0]) for k in present}
@@ -58,19 +58,38 @@ def make_loss(net):
   return loss_fn
 
 
+def rate(step):
+  return RATE / (1 + jnp.float32(step))
+
+
 def make_optimizer():
-  return optimizer.make_optimizer(MOMENTUM, WEIGHT_DECAY)
+  return optimizer.make_optimizer(rate, MOMENTUM, WEIGHT_DECAY)
+
+
+def protocol(
+  num_workers, local_steps=2, num_blocks=None, wire_format='float32', **fields
+):
+  """A protocol; its exchange is named, or masked_psum."""
+  make = getattr(exchange, fields.pop('exchange', 'masked_psum'))
+  num_blocks = num_blocks or {}
+  return rounds.Protocol(
+    num_workers, local_steps, num_blocks, make(wire_format), **fields
+  )
+
+
+def hands_over(protocol):
+  """Whether its exchange is hand_over, which chooses among routes."""
+  return protocol.exchange.branches is not exchange.masked_psum().branches
 
 
 def make_round(
   loss_fn, protocol, num_devices, on_device=False, group=1, **kwargs
 ):
   """A mesh and a round on it; a worker has `group` of the devices."""
-  mesh = state_lib.make_mesh(num_devices, group)
+  mesh = rounds.make_mesh(num_devices, group)
   run = rounds.make_round(
     loss_fn,
     make_optimizer(),
-    lambda step: RATE / (1 + jnp.float32(step)),
     protocol,
     mesh,
     seed=0,
@@ -80,35 +99,54 @@ def make_round(
   return mesh, run
 
 
-def deal(round_index, num_blocks, num_workers, min_depth=0, depths=()):
+def assign(round_index, num_blocks, num_workers, min_depth=0, depths=()):
   """Fresh round-robin slots."""
   key = jax.random.fold_in(jax.random.key(7), round_index)
   slots = decomposition.sample_slots(
     key, num_blocks, num_workers, min_depth, depths
   )
-  return assignments.Assignment(np.asarray(slots))
+  return Assignment(np.asarray(slots))
 
 
-def deals(protocol, start=0):
-  """What an exchange can carry: rounds of deals, by chain."""
-  if protocol.exchange == 'hand_over':
-    streams = {
-      name: protocol.dealer(name).deals([7, i], start)
-      for i, name in enumerate(protocol.num_blocks)
-    }
-    while True:
-      yield {name: next(stream) for name, stream in streams.items()}
-  for r in itertools.count(start):
-    yield {
-      name: deal(
-        r,
-        length,
-        protocol.num_workers,
-        state_lib.min_depth_of(name, protocol.min_depth),
-        protocol.depths,
-      )
-      for name, length in protocol.num_blocks.items()
-    }
+def assigner(protocol, chain=CHAIN):
+  return Assigner(*protocol.division(chain))
+
+
+def in_turn(assigner, seed, count):
+  """The first assignments of a chain."""
+  found = [assigner.first(seed)]
+  for r in range(1, count):
+    found.append(assigner.following(found[-1].owned, seed, r))
+  return found
+
+
+def assignments(protocol, start=0):
+  """What an exchange can carry: assignments of rounds, by chain."""
+  before = None
+  for r in itertools.count():
+    if hands_over(protocol):
+      before = {
+        name: (
+          assigner(protocol, name).following(before[name].owned, [7, i], r)
+          if before
+          else assigner(protocol, name).first([7, i])
+        )
+        for i, name in enumerate(protocol.num_blocks)
+      }
+    else:
+      before = {
+        name: assign(r, *division)
+        for name, division in protocol.divisions.items()
+      }
+    if r >= start:
+      yield before
+
+
+def distribute(params, protocol, mesh, assigned=None):
+  """A state before round 0, with the optimiser's state if it is carried."""
+  whole = with_carried(rounds.Whole(params), make_optimizer(), protocol)
+  assigned = assigned or next(assignments(protocol))
+  return rounds.distribute(whole, protocol, mesh, assigned)
 
 
 def batches(round_index, num_workers, local_steps, batch_size=6):
@@ -128,14 +166,11 @@ def run_rounds(
 ):
   """Runs compiled rounds and returns the last state, and metrics of each."""
   mesh, run = make_round(loss_fn, protocol, num_devices, on_device, group)
-  velocity = None
-  if protocol.carry_velocity:
-    velocity = jax.tree.map(jnp.zeros_like, params)
-  dealt = deals(protocol)
-  state = state_lib.distribute(params, next(dealt), protocol, mesh, velocity)
+  assigned = assignments(protocol)
+  state = distribute(params, protocol, mesh, next(assigned))
   measured = []
-  for r, numbers in enumerate(batches_of_rounds):
-    state, metrics = run(state, next(dealt), examples(), numbers, r)
+  for numbers in batches_of_rounds:
+    state, metrics = run(state, examples(), numbers, next(assigned))
     measured.append(metrics)
   return state, measured
 
@@ -151,7 +186,7 @@ def train_compiled(
   state, measured = run_rounds(
     loss_fn, params, protocol, num_devices, numbers, on_device, group
   )
-  return state_lib.assemble(state, protocol.num_blocks)[0], measured[-1]
+  return rounds.assemble(state).params, measured[-1]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -159,7 +194,7 @@ def gradient(loss_fn, params, present, batch):
   """The gradient of the loss on the examples numbered `batch`."""
 
   def loss(p):
-    return loss_fn(p, present, examples(), batch, None)[0]
+    return loss_fn(p, present, batch, None, examples())[0]
 
   return jax.grad(loss)(params)
 
@@ -177,11 +212,13 @@ def algorithm_1(loss_fn, params, protocol, num_rounds, left_out=()):
   S = protocol.num_workers
   velocity = jax.tree.map(jnp.zeros_like, params)
   at_rest = velocity
-  for r, dealt in zip(range(num_rounds), deals(protocol), strict=False):
+  for r, assigned in zip(
+    range(num_rounds), assignments(protocol), strict=False
+  ):
     lost = left_out[r] if left_out else ()
     hands = [
       {
-        chain: [b for b in dealt[chain].slots[s].tolist() if b < length]
+        chain: [b for b in assigned[chain].slots[s].tolist() if b < length]
         for chain, length in num_blocks.items()
       }
       for s in range(S)
@@ -190,7 +227,7 @@ def algorithm_1(loss_fn, params, protocol, num_rounds, left_out=()):
     hands = [mine for s, mine in enumerate(hands) if s not in lost]
     for s, mine in zip(sorted({*range(S)} - {*lost}), hands, strict=True):
       sub, momentum = cut(params, mine), cut(velocity, mine)
-      if not protocol.carry_velocity:
+      if not protocol.carry:
         momentum = jax.tree.map(jnp.zeros_like, momentum)
       present = {
         chain: jnp.ones(len(blocks), jnp.float32)

@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 import tiny
 
-from resist_jax import decomposition, rounds
-from resist_jax.decomposition.assignments import Assigner
-from resist_jax.exchange import collectives, compression, hand_over
-from resist_jax.rounds import state as state_lib
+from resist_jax import decomposition
+from resist_jax.decomposition import Assigner, Division
+from resist_jax.exchange import collectives, compression
+from resist_jax.exchange.hand_over import exchange as hand_over
+from resist_jax.exchange.masked_psum import exchange as masked_psum
+from resist_jax.rounds import make_mesh
 
 ON_WORKERS = PartitionSpec(collectives.WORKER)
+EVERYWHERE = PartitionSpec()
 
 
 def on_mesh(function, num_devices, in_specs=ON_WORKERS):
-  mesh = state_lib.make_mesh(num_devices)
+  mesh = make_mesh(num_devices)
   return jax.jit(
     jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=ON_WORKERS)
   )
@@ -57,45 +60,39 @@ CASES = [(S, D, depth, 'float32') for S, D in SIZES for depth in (0, 3)] + [
 @pytest.mark.parametrize(('S', 'D', 'min_depth', 'encoding'), CASES)
 def test_masked_psum_aggregates_and_deals_again(S, D, min_depth, encoding):
   L = 9
-  slots, next_slots = (tiny.deal(r, L, S, min_depth).slots for r in (0, 1))
-  chain = random_chain(slots)
-  run = on_mesh(
-    partial(
-      collectives.masked_psum, num_blocks=L, num_workers=S, encoding=encoding
-    ),
-    D,
+  before, after = (tiny.assign(r, L, S, min_depth) for r in (0, 1))
+  chain = random_chain(before.slots)
+  division = Division(L, S, min_depth)
+  got = exchange_on_mesh(masked_psum, division, D, encoding)(
+    chain, before, after
   )
-  got = run(chain, slots, next_slots)
   tolerance = {'float32': 1e-6, 'bfloat16': 1e-2, 'int16': 2e-4}[encoding]
-  assert_dealt(got, chain, slots, next_slots, L, tolerance)
+  assert_dealt(got, chain, before.slots, after.slots, L, tolerance)
 
 
-def hand_over_on_mesh(dealer, num_devices, encoding):
-  deal = rounds.deal_specs(dealt=True)
-  run = on_mesh(
-    partial(hand_over.hand_over, dealer=dealer, name='c', encoding=encoding),
+def exchange_on_mesh(exchange, division, num_devices, encoding):
+  return on_mesh(
+    partial(exchange, division, encoding=encoding),
     num_devices,
-    in_specs=(ON_WORKERS, deal, deal),
+    in_specs=(ON_WORKERS, EVERYWHERE, EVERYWHERE),
   )
 
-  def exchange_chain(chain, before, after):
-    return run(chain, before._replace(own=None), after._replace(own=None))
 
-  return exchange_chain
+def hand_over_on_mesh(assigner, num_devices, encoding):
+  return exchange_on_mesh(hand_over, assigner.division, num_devices, encoding)
 
 
 @pytest.mark.parametrize(
   ('S', 'D', 'min_depth', 'encoding'), [*CASES, (4, 2, 7, 'float32')]
 )
 def test_a_hand_over_aggregates_and_deals_again(S, D, min_depth, encoding):
-  """Over several rounds, so that columns, guests and shifts vary."""
+  """Over several rounds, so that columns, replicas and shifts vary."""
   L = 9
-  dealer = Assigner(L, S, min_depth)
-  run = hand_over_on_mesh(dealer, D, encoding)
+  assigner = Assigner(L, S, min_depth)
+  run = hand_over_on_mesh(assigner, D, encoding)
   tolerance = {'float32': 1e-6, 'bfloat16': 1e-2, 'int16': 2e-4}[encoding]
-  deals = dealer.deals([3])
-  before = next(deals)
-  for after in (next(deals) for _ in range(3)):
+  before, *others = tiny.in_turn(assigner, [3], 4)
+  for after in others:
     chain = random_chain(before.slots)
     got = run(chain, before, after)
     assert_dealt(got, chain, before.slots, after.slots, L, tolerance)
@@ -105,12 +102,11 @@ def test_a_hand_over_aggregates_and_deals_again(S, D, min_depth, encoding):
 @pytest.mark.parametrize('D', [1, 2, 4])
 @pytest.mark.parametrize('depths', [(4, 3, 1, 1), (7, 3, 1, 4)])
 def test_a_hand_over_between_unequal_workers(depths, D):
-  """Without guests and with them; some columns belong to one worker alone."""
-  dealer = Assigner(9, 4, depths=depths)
-  run = hand_over_on_mesh(dealer, D, 'float32')
-  deals = dealer.deals([3])
-  before = next(deals)
-  for after in (next(deals) for _ in range(4)):
+  """Without replicas and with them; some columns belong to one worker alone."""
+  assigner = Assigner(9, 4, depths=depths)
+  run = hand_over_on_mesh(assigner, D, 'float32')
+  before, *others = tiny.in_turn(assigner, [3], 5)
+  for after in others:
     chain = random_chain(before.slots)
     got = run(chain, before, after)
     assert_dealt(got, chain, before.slots, after.slots, 9)
@@ -121,12 +117,11 @@ def test_a_hand_over_between_unequal_workers(depths, D):
 def test_blocks_are_rounded_alike_however_many_devices(encoding):
   """Workers that share a device round as others do."""
   L, S = 9, 4
-  dealer = Assigner(L, S, 3)
-  deals = dealer.deals([3])
-  before, after = next(deals), next(deals)
+  assigner = Assigner(L, S, 3)
+  before, after = tiny.in_turn(assigner, [3], 2)
   chain = random_chain(before.slots)
   one, *others = (
-    hand_over_on_mesh(dealer, D, encoding)(chain, before, after)
+    hand_over_on_mesh(assigner, D, encoding)(chain, before, after)
     for D in (1, 2, 4)
   )
   for other in others:

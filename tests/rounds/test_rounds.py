@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import tiny
 
-from resist_jax import decomposition
-from resist_jax.rounds import state as state_lib
+from resist_jax import decomposition, rounds
+from resist_jax.rounds.moments import Parts
 
 L = 5
 
 
 def resist(S, T=2, **kwargs):
-  return state_lib.Protocol(S, T, {tiny.CHAIN: L}, **kwargs)
+  return tiny.protocol(S, T, {tiny.CHAIN: L}, **kwargs)
 
 
 def full(S, T=2, **kwargs):
-  return state_lib.Protocol(S, T, {}, **kwargs)
+  return tiny.protocol(S, T, **kwargs)
 
 
 @functools.cache
@@ -87,20 +87,20 @@ def test_the_loop_on_the_device_equals_algorithm_1(exchange, S, D):
 
 
 @pytest.mark.parametrize(
-  ('protocol', 'wire_format'),
+  ('make', 'wire_format'),
   [
-    (full(4), 'int8'),
-    (resist(4), 'int8'),
-    (hand_over(4, min_depth=2), 'bfloat16'),
-    (hand_over(4, carry_velocity=True), 'int8'),
+    (full, 'int8'),
+    (resist, 'int8'),
+    (functools.partial(hand_over, min_depth=2), 'bfloat16'),
+    (functools.partial(hand_over, carry=True), 'int8'),
   ],
-  ids=['local_sgd', 'masked_psum', 'copies', 'carried'],
+  ids=['local_sgd', 'masked_psum', 'replicas', 'carried'],
 )
-def test_rounding_costs_little_and_the_same_on_all_paths(protocol, wire_format):
+def test_rounding_costs_little_and_the_same_on_all_paths(make, wire_format):
   """Near the exact round, and alike on any devices and in both loops."""
   loss_fn, params = problem()
-  exact, _ = tiny.train_compiled(loss_fn, params, protocol, 4, 2)
-  protocol = dataclasses.replace(protocol, wire_format=wire_format)
+  exact, _ = tiny.train_compiled(loss_fn, params, make(4), 4, 2)
+  protocol = make(4, wire_format=wire_format)
   got, *others = (
     tiny.train_compiled(loss_fn, params, protocol, D, 2, on_device)[0]
     for D, on_device in ((4, False), (2, False), (4, True))
@@ -117,19 +117,19 @@ def test_one_local_step_equals_the_step_of_a_lone_worker():
   loss_fn, params = problem()
   S, protocol = 4, full(4, 1)
   mesh, run = tiny.make_round(loss_fn, protocol, S)
-  state = state_lib.distribute(params, {}, protocol, mesh)
+  state = tiny.distribute(params, protocol, mesh)
   batches = tiny.batches(0, S, 1)
   batches[:] = batches[0]  # All the same: then so is their mean.
-  state, _ = run(state, {}, tiny.examples(), batches, 0)
+  state, _ = run(state, tiny.examples(), batches)
   grads = jax.grad(
-    lambda p: loss_fn(p, {}, tiny.examples(), batches[0, 0], 0)[0]
+    lambda p: loss_fn(p, {}, batches[0, 0], 0, tiny.examples())[0]
   )
   want = jax.tree.map(
     lambda p, g: p - tiny.RATE * (g + tiny.WEIGHT_DECAY * p),
     params,
     grads(params),
   )
-  assert_close(state_lib.assemble(state, {})[0], want)
+  assert_close(rounds.assemble(state).params, want)
 
 
 def test_one_worker_of_resist_is_one_worker_of_local_sgd():
@@ -144,7 +144,7 @@ def test_data_parallel_is_one_worker_with_a_larger_batch(on_device):
   """Where the norm allows it: group norm knows no other image of the batch."""
   loss_fn, params = problem('group')
   S, T = 4, 2
-  protocol = full(S, T, average_gradients=True, carry_velocity=True)
+  protocol = full(S, T, average_gradients=True, carry=True)
   got, _ = tiny.train_compiled(loss_fn, params, protocol, 2, 2, on_device)
 
   velocity = jax.tree.map(jnp.zeros_like, params)
@@ -169,11 +169,11 @@ def test_data_parallel_is_one_worker_with_a_larger_batch(on_device):
 def test_carried_velocity_is_exchanged_like_the_parameters(on_device, exchange):
   """Against the plain loop, with new slots, copies and an uneven deal."""
   loss_fn, params = problem()
-  protocol = resist(4, min_depth=2, carry_velocity=True, exchange=exchange)
+  protocol = resist(4, min_depth=2, carry=True, exchange=exchange)
   got, _ = tiny.train_compiled(loss_fn, params, protocol, 2, 3, on_device)
   want = tiny.algorithm_1(loss_fn, params, protocol, num_rounds=3)
   assert_close(got, want)
-  restarts = dataclasses.replace(protocol, carry_velocity=False)
+  restarts = dataclasses.replace(protocol, carry=False)
   restarted = tiny.algorithm_1(loss_fn, params, restarts, num_rounds=3)
   difference = want['stem']['kernel'] - restarted['stem']['kernel']
   assert np.abs(difference).max() > 1e-3
@@ -184,22 +184,19 @@ def test_carried_velocity_makes_rounds_seamless():
   loss_fn, params = problem()
 
   def run(carry, T, num_rounds):
-    protocol = resist(1, T, carry_velocity=carry)
+    protocol = resist(1, T, carry=carry)
     mesh, call = tiny.make_round(loss_fn, protocol, 1)
-    slots = {tiny.CHAIN: tiny.deal(0, L, 1)}
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    state = state_lib.distribute(
-      params, slots, protocol, mesh, zeros if carry else None
-    )
+    slots = {tiny.CHAIN: tiny.assign(0, L, 1)}
+    state = tiny.distribute(params, protocol, mesh, slots)
     batches = tiny.batches(0, 1, 4).reshape(1, num_rounds, T, -1)
     for r in range(num_rounds):
-      state, _ = call(state, slots, tiny.examples(), batches[:, r], r)
-    return state_lib.assemble(state, {tiny.CHAIN: L})
+      state, _ = call(state, tiny.examples(), batches[:, r], slots)
+    return rounds.assemble(state)
 
-  carried, velocity = run(True, 2, 2)
+  carried, carried_state = run(True, 2, 2)
   whole, _ = run(True, 4, 1)
   assert_close(carried, whole)
-  assert velocity is not None
+  (velocity,) = carried_state.moments
   assert jax.tree.map(jnp.shape, velocity) == jax.tree.map(jnp.shape, params)
   restarted, nothing = run(False, 2, 2)
   assert nothing is None
@@ -212,9 +209,9 @@ def test_a_block_that_nobody_trains_keeps_its_value():
   loss_fn, params = problem()
   S, protocol = 2, resist(2)
   mesh, run = tiny.make_round(loss_fn, protocol, 2)
-  slots = {tiny.CHAIN: tiny.deal(0, L, S)}
-  state = state_lib.distribute(params, slots, protocol, mesh)
-  state, _ = run(state, slots, tiny.examples(), tiny.batches(0, S, 2), 0)
+  slots = {tiny.CHAIN: tiny.assign(0, L, S)}
+  state = tiny.distribute(params, protocol, mesh, slots)
+  state, _ = run(state, tiny.examples(), tiny.batches(0, S, 2), slots)
   empty = slots[tiny.CHAIN].slots == L
   assert empty.sum() == 1
   for leaf in jax.tree.leaves(state.chain[tiny.CHAIN]):
@@ -224,19 +221,21 @@ def test_a_block_that_nobody_trains_keeps_its_value():
 @pytest.mark.parametrize(('S', 'D'), [(4, 4), (8, 2)])
 def test_assemble_undoes_distribute_bit_for_bit(S, D):
   _, params = problem()
-  slots = {tiny.CHAIN: tiny.deal(0, L, S, min_depth=2)}
-  mesh = state_lib.make_mesh(D)
-  state = state_lib.distribute(params, slots, resist(S), mesh, params)
-  for tree in state_lib.assemble(state, {tiny.CHAIN: L}):
-    jax.tree.map(np.testing.assert_array_equal, tree, params)
+  slots = {tiny.CHAIN: tiny.assign(0, L, S, min_depth=2)}
+  mesh = rounds.make_mesh(D)
+  carried = Parts([params], [np.zeros((), np.int32)])
+  whole = rounds.Whole(params, carried)
+  state = rounds.distribute(whole, resist(S), mesh, slots)
+  again = rounds.assemble(state)
+  jax.tree.map(np.testing.assert_array_equal, again, whole)
 
 
 def test_a_device_holds_shared_parameters_and_its_own_blocks_only():
   _, params = problem()
   S = 4
-  slots = {tiny.CHAIN: tiny.deal(0, L, S)}
-  mesh = state_lib.make_mesh(S)
-  state = state_lib.distribute(params, slots, resist(S), mesh)
+  slots = {tiny.CHAIN: tiny.assign(0, L, S)}
+  mesh = rounds.make_mesh(S)
+  state = tiny.distribute(params, resist(S), mesh, slots)
   held = sum(
     leaf.addressable_shards[0].data.size
     for leaf in jax.tree.leaves((state.shared, state.chain))
@@ -252,30 +251,31 @@ def test_a_device_holds_shared_parameters_and_its_own_blocks_only():
 def test_a_worker_that_diverges_is_named():
   loss_fn, params = problem()
 
-  def explodes(params, present, constants, batch, key):
-    loss, metrics = loss_fn(params, present, constants, batch, key)
+  def explodes(params, present, batch, key, constants):
+    loss, metrics = loss_fn(params, present, batch, key, constants)
     return loss * jnp.where(batch[0] == 0, jnp.inf, 1.0), metrics
 
   mesh, run = tiny.make_round(explodes, full(4, 1), 4)
-  state = state_lib.distribute(params, {}, full(4, 1), mesh)
+  state = tiny.distribute(params, full(4, 1), mesh)
   batches = np.ones_like(tiny.batches(0, 4, 1))
   batches[2] = 0
-  _, metrics = run(state, {}, tiny.examples(), batches, 0)
+  _, metrics = run(state, tiny.examples(), batches)
   assert np.asarray(metrics['finite']).tolist() == [True, True, False, True]
 
 
 def test_randomness_follows_seed_round_worker_and_step():
   _, params = problem()
 
-  def draws(params, present, constants, batch, key):
+  def draws(params, present, batch, key, constants):
     number = jax.random.uniform(key)
     return number + 0 * params['classifier']['bias'].sum(), {}
 
   def losses(round_index, T=1):
     mesh, run = tiny.make_round(draws, full(4, T), 2)
-    state = state_lib.distribute(params, {}, full(4, T), mesh)
+    state = tiny.distribute(params, full(4, T), mesh)
+    state = state._replace(round=np.int32(round_index))
     batches = tiny.batches(0, 4, T)
-    _, metrics = run(state, {}, tiny.examples(), batches, round_index)
+    _, metrics = run(state, tiny.examples(), batches)
     return np.asarray(metrics['loss'])
 
   first = losses(0)
