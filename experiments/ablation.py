@@ -165,10 +165,10 @@ def tables(results: Results) -> list[Table]:
   if not rows:
     return []
   caption = (
-    f'Ablation on CIFAR-10, {results.scale} scale, test accuracy in %; each '
-    'row has what the rows of the same number of workers above it brought, but '
-    'another l replaces the one before (the paper: tuned, unpublished); '
-    f'{of_runs(found)}'
+    f'Test accuracy in % on CIFAR-10, {results.scale} scale. Each row keeps '
+    'the changes of the rows above it with the same number of workers; a row '
+    'that sets l, the steps in a round, replaces the l above it. The paper '
+    f'tuned l and does not give its value. {of_runs(found)}'
   )
   head = ['workers', 'what is added', 'l', 'deployed', 'test-batch statistics']
   head += ['best of the run', 'the paper, at its scale']

@@ -80,9 +80,9 @@ def tables(results: Results) -> list[Table]:
   if not rows:
     return []
   caption = (
-    f'Deeper networks, {results.scale} scale: test accuracy in % of the last '
-    'round with fixed statistics, and how many times faster ResIST trains, '
-    f'without a link; {of_runs(found)}'
+    f'Deployed test accuracy in % after the last round, {results.scale} scale, '
+    'and the training time of local SGD divided by that of ResIST, with no '
+    f'link between the workers. {of_runs(found)}'
   )
   head = ['data', 'network', 'chain', 'workers', 'local SGD', 'ResIST']
   head += ['faster', 'paper: local SGD', 'paper: ResIST', 'paper: faster']

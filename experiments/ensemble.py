@@ -138,9 +138,9 @@ def tables(results: Results) -> list[Table]:
   if not rows:
     return []
   caption = (
-    f'Sub-ResNets never synchronised, {results.scale} scale: test accuracy in '
-    '% with fixed statistics, of the members alone (mean), of their ensemble, '
-    f'which runs all of them, and of ResIST; {of_runs(found)}'
+    f'Deployed test accuracy in %, {results.scale} scale: the mean of the '
+    'members, each alone; their ensemble, which runs all of them; and ResIST. '
+    f'{of_runs(found)}'
   )
   head = ['data', 'members', 'alone', 'ensemble', 'ResIST']
   head += ['paper: ensemble', 'paper: ResIST']

@@ -139,9 +139,9 @@ def spread(values: Sequence[float]) -> str:
 
 
 def of_runs(
-  records: Sequence[Record], shown: str = 'mean and standard deviation'
+  records: Sequence[Record], shown: str = 'Mean and standard deviation'
 ) -> str:
-  """Returns what the reader of a table must know of its runs.
+  """Returns what the reader of a table must know about its runs.
 
   Args:
     records: Of all of its runs.
@@ -153,11 +153,11 @@ def of_runs(
   if not records:
     return ''
   seeds = {record['summary']['seed'] for record in records}
-  count = 'one seed'
+  count = 'One seed'
   if len(seeds) > 1:
     count = f'{shown} of up to {len(seeds)} seeds'
   kinds = sorted({machine(record['provenance']) for record in records})
-  return f'{count}, {" and ".join(kinds)}.'
+  return f'{count}. Measured on {" and on ".join(kinds)}.'
 
 
 def seconds(records: Sequence[Record]) -> float | None:

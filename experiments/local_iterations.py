@@ -83,8 +83,8 @@ def tables(results: Results) -> list[Table]:
   if not rows:
     return []
   caption = (
-    f'Local iterations on CIFAR-100, {scale} scale: test accuracy in % of the '
-    'last round with fixed statistics, for the same number of steps in all; '
+    f'Deployed test accuracy in % on CIFAR-100 after the last round, {scale} '
+    'scale, for l steps in a round and the same number of steps in all. '
     f'{of_runs(found)}'
   )
   head = ['workers', 'l', 'rounds']

@@ -83,12 +83,12 @@ def tables(results: Results) -> list[Table]:
   if not rows:
     return []
   caption = (
-    f'Wire formats, four workers, {results.scale} scale: test accuracy in % of '
-    'the last round with fixed statistics, points against float32 of the same '
-    'seeds, bytes on the wire in a round, and as a share of what exact local '
-    f'SGD sends; {of_runs(found)}'
+    f'Four workers, {results.scale} scale. "Deployed" is the test accuracy in '
+    '% after the last round; "points" is its distance from ResIST in float32 '
+    'with the same seeds. "Of local SGD" is the share of the bytes that exact '
+    f'local SGD sends. {of_runs(found)}'
   )
-  head = ['data', 'protocol', 'format', 'deployed', 'points', 'a round']
+  head = ['data', 'protocol', 'format', 'deployed', 'points', 'sent in a round']
   head += ['of local SGD', 'the paper, 8 bits']
   return [Table(caption, EXPERIMENT.command, head, rows)]
 

@@ -92,14 +92,15 @@ def _exchange_table() -> list[Table]:
     head.append(f'{link}: s')
     if link != 'no limit':
       head.append('of local SGD')
-  head += ['MB a round, by the kernel', 'accounted', 'differ by']
+  head += ['MB a round, by the kernel', 'predicted', 'difference']
   some = next(iter(records.values()))
   caption = (
     'Seconds of an exchange between four processes in network namespaces, and '
-    'what all of them sent in a round, headers left out; a network of '
-    f'{some["summary"]["params_total"] / 1e6:.1f} million parameters whose '
-    "shared part and blocks have the paper's shares; one run each, "
-    f'{machine(some["provenance"])}.'
+    'the megabytes that all four sent in a round, without packet headers: as '
+    'the kernel counted them, and as the accounting predicts them. The network '
+    f'has {some["summary"]["params_total"] / 1e6:.1f} million parameters, '
+    'divided between blocks and the shared part as in the paper. One run each, '
+    f'on {machine(some["provenance"])}.'
   )
   return [Table(caption, some['command'], head, rows)]
 
@@ -121,10 +122,10 @@ def _learning_table() -> list[Table]:
     )
   some = next(iter(records.values()))
   caption = (
-    f'Handwritten digits on links of {some["link"]}: seconds of a round and of '
-    f'{some["rounds"]} rounds, of training until the first test at '
-    f'{some["target"]:.0%}, and the last accuracy; four processes on '
-    f'{machine(some["provenance"])}, one run each.'
+    f'Handwritten digits on links of {some["link"]}: seconds of a round, of '
+    f'{some["rounds"]} rounds, and of training until the first test that '
+    f'reaches {some["target"]:.0%}; and the accuracy after the last round. One '
+    f'run each, four processes on {machine(some["provenance"])}.'
   )
   head = ['method', 'a round', 'all', f'to {some["target"]:.0%}', 'accuracy']
   return [Table(caption, some['command'], head, rows)]

@@ -77,9 +77,10 @@ def tables(results: Results) -> list[Table]:
   if not rows:
     return []
   caption = (
-    f'Test accuracy in %, {results.scale} scale: of the last round with fixed '
-    'statistics (deployed) and with those of each test batch, and the best '
-    f'test with the latter, which is what the paper reports; {of_runs(found)}'
+    f'Test accuracy in %, {results.scale} scale. "Deployed" and "test-batch '
+    'statistics" are the accuracies after the last round. "Best of the run" is '
+    'the highest accuracy of any test with test-batch statistics, which is '
+    f'what the paper reports. {of_runs(found)}'
   )
   head = ['data', 'protocol', 'workers', 'deployed', 'test-batch statistics']
   head += ['best of the run', 'the paper, at its scale']

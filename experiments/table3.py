@@ -65,10 +65,11 @@ def tables(results: Results) -> list[Table]:
   target = TARGETS[results.scale]
   found = [r for group in groups for runs in group.runs.values() for r in runs]
   caption = (
-    f'Seconds of training, {results.scale} scale: without compilation, tests '
-    'and checkpoints, all workers on one machine and no link between them; and '
-    f'until the first test with fixed statistics at {target:.0%} of what local '
-    f'SGD ends with; {of_runs(found, "median")}'
+    f'Seconds of training, {results.scale} scale, without compilation, tests '
+    'and checkpoints. All workers share one machine, and no link lies between '
+    f'them. The target is {target:.0%} of the deployed accuracy that local SGD '
+    'reaches in the end; "seconds to it" is the training time until the first '
+    f'test that reaches it. {of_runs(found, "Median")}'
   )
   head = ['data', 'protocol', 'workers', 'seconds', 'faster than local SGD']
   head += ['target', 'seconds to it', 'the paper, its GPUs']
