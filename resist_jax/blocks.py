@@ -12,7 +12,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from resist_jax.layers import Conv
+from resist_jax.layers import Conv, widen
 
 Layer = Callable[..., Any]
 
@@ -138,8 +138,8 @@ class Classifier(nn.Dense):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps `[B, H, W, C]` to logits, `float32[B, features]`."""
-    return super().__call__(x.astype(jnp.float32).mean(axis=(1, 2)))
+    """Maps `[B, H, W, C]` to logits in float32, or float64."""
+    return super().__call__(widen(x).mean(axis=(1, 2)))
 
 
 class GroupNorm16(nn.Module):

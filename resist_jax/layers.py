@@ -113,6 +113,11 @@ def _backward(saved, g):
 convolve_with_wide_kernel_gradient.defvjp(_forward, _backward)
 
 
+def widen(x: jax.Array) -> jax.Array:
+  """Returns float64 as it is, and anything else as float32."""
+  return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
 class BatchNorm(nn.Module):
   """Batch norm without running statistics (the paper's).
 
@@ -125,7 +130,7 @@ class BatchNorm(nn.Module):
 
   Attributes:
     epsilon: Added to the variance.
-    dtype: Dtype of the output; statistics are computed in float32.
+    dtype: Dtype of the output; statistics are computed in float32, or float64.
     axis_name: A mesh axis over which the batch is spread in equal parts; the
       statistics are of all of them.
   """
@@ -140,7 +145,7 @@ class BatchNorm(nn.Module):
     channels = (x.shape[-1],)
     scale = self.param('scale', nn.initializers.ones, channels, jnp.float32)
     bias = self.param('bias', nn.initializers.zeros, channels, jnp.float32)
-    x = x.astype(jnp.float32)
+    x = widen(x)
     if self.has_variable('batch_stats', 'mean'):
       mean = self.get_variable('batch_stats', 'mean')
       mean_square = self.get_variable('batch_stats', 'mean_square')
