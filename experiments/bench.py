@@ -8,6 +8,8 @@ formats (in turn), their share of a round, compile times and memory.
   python -m experiments.bench                            # both networks
   python -m experiments.bench --network=paper --batch_size=128 --dtype=bfloat16
 
+On an accelerator, `--steps=20` hides the time that the host takes to dispatch
+one; `--workers=1 --only_step` measures the full network.
 Results go to experiments/results/bench/ with their provenance.
 """
 
@@ -70,6 +72,8 @@ NETWORKS = {
 def main() -> None:
   """Measures, prints and writes."""
   args = _arguments()
+  if args.precision:
+    jax.config.update('jax_default_matmul_precision', args.precision)
   if args.workers > 1 and not args.only_step:  # A lone worker has all cores.
     jax.config.update('jax_num_cpu_devices', args.workers)
   results = []
@@ -100,7 +104,11 @@ def _arguments() -> argparse.Namespace:
   parser.add_argument(
     '--dtype', default='float32', choices=['float32', 'bfloat16']
   )
+  parser.add_argument(
+    '--precision', help='of float32 products: highest, tensorfloat32'
+  )
   parser.add_argument('--only_step', action='store_true', help='no rounds')
+  parser.add_argument('--steps', type=int, default=1, help='of a timed call')
   parser.add_argument('--out', type=pathlib.Path)
   return parser.parse_args()
 
@@ -126,15 +134,23 @@ def measure(spec: Network, args: argparse.Namespace) -> dict[str, Any]:
   problem = (network, dataset, params, B)
 
   S = args.workers
-  step = _one_worker(*problem, S, args.repeats)
+  step = _one_worker(*problem, S, args.repeats, args.steps)
   whole = {}
   if not args.only_step:
     whole = _whole_round(*problem, S, T, args.repeats, not on_cpu)
+  blocks = slots_per_worker(_length(params), S)
+  flop = B * footprint.predicted_flops(
+    network, image.shape[1:], {CHAIN: blocks}
+  )
   return {
     'dtype': args.dtype,
+    'precision': args.precision,
     'batch_size': B,
-    'blocks': slots_per_worker(_length(params), S),
+    'blocks': blocks,
     **step,
+    'flop_of_a_step': flop,
+    'flop_per_second': flop / step['step_seconds'],
+    **({} if on_cpu else {'flop_per_second_of_matmul': _matmul_rate(args)}),
     **whole,
     'peak_memory_of_process_bytes': 1024
     * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
@@ -181,7 +197,18 @@ def _make_round(network, dataset, protocol, D, on_device):
   return mesh, run, loss_fn
 
 
-def _one_worker(network, dataset, params, B, S, repeats) -> dict[str, Any]:
+def _matmul_rate(args) -> float:
+  """Measures what large products of matrices reach."""
+  n = 8192
+  x = jax.random.normal(jax.random.key(0), (n, n), args.dtype)
+  product = jax.jit(jnp.matmul)
+  (seconds,) = _in_turn((lambda: product(x, x),), args.repeats, 20)
+  return 2 * n**3 / seconds
+
+
+def _one_worker(
+  network, dataset, params, B, S, repeats, steps
+) -> dict[str, Any]:
   """Times a worker's step inside the round beside a bare jitted step."""
   length = _length(params)
   # The slots of worker 0 of S, as the only worker of a mesh of one device.
@@ -230,7 +257,7 @@ def _one_worker(network, dataset, params, B, S, repeats) -> dict[str, Any]:
     *carry, metrics = bare_step(*carry, batch[0])
     return carry, metrics
 
-  ours_seconds, bare_seconds = _in_turn((ours, bare), repeats)
+  ours_seconds, bare_seconds = _in_turn((ours, bare), repeats, steps)
   return {
     'step_seconds': ours_seconds,
     'bare_step_seconds': bare_seconds,
@@ -319,15 +346,17 @@ def _exchange(
   return run_exchange
 
 
-def _in_turn(functions, repeats: int) -> list[float]:
-  """Returns each function's median seconds, called in turn after a warm-up."""
+def _in_turn(functions, repeats: int, calls: int = 1) -> list[float]:
+  """Returns each function's median seconds a call, in turn after a warm-up."""
   times: list[list[float]] = [[] for _ in functions]
   for turn in range(repeats + 1):
     for function, mine in zip(functions, times, strict=True):
       started = time.perf_counter()
+      for _ in range(calls - 1):
+        function()
       jax.block_until_ready(function())
       if turn:
-        mine.append(time.perf_counter() - started)
+        mine.append((time.perf_counter() - started) / calls)
   return [statistics.median(mine) for mine in times]
 
 
