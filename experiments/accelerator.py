@@ -202,7 +202,8 @@ def run_all(platform: str, folder: pathlib.Path) -> None:
     jax.config.update('jax_enable_x64', case.dtype == 'float64')
     started = time.perf_counter()
     try:
-      np.savez(folder / f'{platform}_{i}.npz', **run(case))
+      params = run(case)
+      np.savez(folder / f'{platform}_{i}.npz', allow_pickle=False, **params)
     except Exception:  # The others are worth having.
       errors[case.name] = traceback.format_exc()
       print(errors[case.name], file=sys.stderr)

@@ -20,7 +20,8 @@ def provenance(device: str = '') -> dict[str, Any]:
       take an accelerator from the next one.
 
   Returns:
-    JSON values; the commit ends in `+` where code differs from it.
+    JSON values; the commit ends in `+` where code differs from it. Where the
+    code came without its repository, RESIST_JAX_COMMIT says which it is.
   """
   return {
     'commit': _commit(),
@@ -51,7 +52,7 @@ def _commit() -> str:
     dirty = '+' if changes else ''
     return git('rev-parse', '--short=12', 'HEAD') + dirty
   except (OSError, subprocess.CalledProcessError):
-    return 'unknown'
+    return os.environ.get('RESIST_JAX_COMMIT', 'unknown')
 
 
 def _processor() -> str:
