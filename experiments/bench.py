@@ -9,7 +9,9 @@ medians; what is compared is timed in turn.
   python -m experiments.bench                            # both networks
   python -m experiments.bench --network=paper --batch_size=128 --dtype=bfloat16
 
-The result is written to experiments/results/bench/ with its provenance.
+On an accelerator, `--steps=20` hides the time that the host takes to dispatch
+one step; `--workers=1 --only_step` measures the full network. The result is
+written to experiments/results/bench/ with its provenance.
 """
 
 import argparse
@@ -64,6 +66,8 @@ NETWORKS = {
 def main() -> None:
   """Measures, prints and writes the results."""
   args = _arguments()
+  if args.precision:
+    jax.config.update('jax_default_matmul_precision', args.precision)
   # Without virtual devices, a single worker uses all cores.
   if args.workers > 1 and not args.only_step:
     jax.config.update('jax_num_cpu_devices', args.workers)
@@ -98,7 +102,14 @@ def _arguments() -> argparse.Namespace:
     '--dtype', default='float32', choices=['float32', 'bfloat16']
   )
   parser.add_argument(
+    '--precision',
+    help='precision of float32 products: highest, or tensorfloat32',
+  )
+  parser.add_argument(
     '--only_step', action='store_true', help='measure no rounds'
+  )
+  parser.add_argument(
+    '--steps', type=int, default=1, help='steps of a timed call'
   )
   parser.add_argument('--out', type=pathlib.Path, help='JSON file to write')
   return parser.parse_args()
@@ -125,15 +136,21 @@ def measure(spec: Network, args: argparse.Namespace) -> dict[str, Any]:
   problem = (network, dataset, params, B)
 
   S = args.workers
-  step = _one_worker(*problem, S, args.repeats)
+  step = _one_worker(*problem, S, args.repeats, args.steps)
   whole = {}
   if not args.only_step:
     whole = _whole_round(*problem, S, T, args.repeats, not on_cpu)
+  blocks = slots_per_worker(_length(params), S)
+  flop = B * models.predicted_flops(network, image.shape[1:], {CHAIN: blocks})
   return {
     'dtype': args.dtype,
+    'precision': args.precision,
     'batch_size': B,
-    'blocks': slots_per_worker(_length(params), S),
+    'blocks': blocks,
     **step,
+    'flop_of_a_step': flop,
+    'flop_per_second': flop / step['step_seconds'],
+    **({} if on_cpu else {'flop_per_second_of_matmul': _matmul_rate(args)}),
     **whole,
     'peak_memory_of_process_bytes': 1024
     * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
@@ -180,7 +197,18 @@ def _make_round(network, dataset, protocol, D, on_device):
   return mesh, run, loss_fn
 
 
-def _one_worker(network, dataset, params, B, S, repeats) -> dict[str, Any]:
+def _matmul_rate(args) -> float:
+  """Returns the FLOP/s that a large product of matrices reaches."""
+  n = 8192
+  x = jax.random.normal(jax.random.key(0), (n, n), args.dtype)
+  product = jax.jit(jnp.matmul)
+  (seconds,) = _in_turn((lambda: product(x, x),), args.repeats, 20)
+  return 2 * n**3 / seconds
+
+
+def _one_worker(
+  network, dataset, params, B, S, repeats, steps
+) -> dict[str, Any]:
   """Times a worker's step as a round runs it, and a plain jitted step."""
   length = _length(params)
   # The slots of worker 0 of S, the only worker on a mesh of one device.
@@ -229,7 +257,7 @@ def _one_worker(network, dataset, params, B, S, repeats) -> dict[str, Any]:
     *carry, metrics = bare_step(*carry, batch[0])
     return carry, metrics
 
-  ours_seconds, bare_seconds = _in_turn((ours, bare), repeats)
+  ours_seconds, bare_seconds = _in_turn((ours, bare), repeats, steps)
   return {
     'step_seconds': ours_seconds,
     'bare_step_seconds': bare_seconds,
@@ -320,7 +348,7 @@ def _exchange(
   return run_exchange
 
 
-def _in_turn(functions, repeats: int) -> list[float]:
+def _in_turn(functions, repeats: int, calls: int = 1) -> list[float]:
   """Calls functions in turn, and returns the median seconds of each.
 
   The first call of each function, which may compile, is not counted.
@@ -329,9 +357,11 @@ def _in_turn(functions, repeats: int) -> list[float]:
   for turn in range(repeats + 1):
     for function, seconds in zip(functions, times, strict=True):
       started = time.perf_counter()
+      for _ in range(calls - 1):
+        function()
       jax.block_until_ready(function())
       if turn:
-        seconds.append(time.perf_counter() - started)
+        seconds.append((time.perf_counter() - started) / calls)
   return [statistics.median(seconds) for seconds in times]
 
 

@@ -135,6 +135,7 @@ def provenance(device: str = '') -> dict[str, Any]:
 
   Returns:
     JSON values by name. The commit ends in `+` if the code has been changed.
+    Without a repository, the environment's RESIST_JAX_COMMIT names it.
   """
   return {
     'commit': _commit(),
@@ -165,7 +166,7 @@ def _commit() -> str:
     dirty = '+' if changes else ''
     return git('rev-parse', '--short=12', 'HEAD') + dirty
   except (OSError, subprocess.CalledProcessError):
-    return 'unknown'
+    return os.environ.get('RESIST_JAX_COMMIT', 'unknown')
 
 
 def _processor() -> str:
