@@ -1,18 +1,18 @@
-"""Whether a round on an accelerator is the same round on the CPU beside it.
+"""Compares rounds on an accelerator with the same rounds on a CPU.
 
-Runs rounds of four workers on one device, from the same parameters and the same
-batches: as one program and step by step, under every protocol, in float64, and
-ResIST in the precisions that people train in. The reference is the CPU's round,
-step by step, in float64: in float32 a ReLU that flips makes two exact
-implementations part. Each platform has a process of its own.
+Four workers train on one device, from the same parameters and batches: as one
+program and step by step, under every protocol, in float64, and ResIST in the
+precisions that people train in. The reference is the CPU, step by step, in
+float64, because in float32 a ReLU that flips makes two exact implementations
+differ. Each platform runs in a process of its own.
 
   python -m experiments.accelerator
 
-Results go to experiments/results/accelerator/ with their provenance.
+The result is written to experiments/results/accelerator/ with its provenance.
 """
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import json
 import os
 import pathlib
@@ -27,32 +27,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from resist_jax.dealing import Deal
 
-from experiments.provenance import provenance
-from resist_jax import model, optimizer, rounds
-from resist_jax import state as state_lib
+from experiments.runs import RESULTS, provenance, write_record
+from resist_jax import Trainer, exchange, make_mesh, models
+from resist_jax.run import optimizer
 
-RESULTS = pathlib.Path(__file__).parent / 'results' / 'accelerator'
+FOLDER = RESULTS / 'accelerator'
 SEED, CHAIN, LENGTH, CLASSES = 0, 'stage3_chain', 7, 10
 S, T, B, ROUNDS, IMAGES = 4, 3, 16, 2, 64
-# Seven blocks over four workers, each with three: slots are empty, guests come.
+# Seven blocks over four workers of three slots: some are empty, some hold
+# replicas.
 PROTOCOLS = {
   'resist_hand_over': {'exchange': 'hand_over', 'min_depth': 3},
   'resist_masked_psum': {'exchange': 'masked_psum', 'min_depth': 3},
   'local_sgd': {},
-  'data_parallel': {'average_gradients': True, 'carry_velocity': True},
+  'data_parallel': {'average_gradients': True, 'carry': True},
 }
 
 
 class Case(NamedTuple):
-  """What is run.
+  """One way to run the rounds.
 
   Attributes:
-    protocol: One of `PROTOCOLS`.
-    dtype: Of compute; parameters are float64 where it is, else float32.
-    precision: Of products of matrices, `jax_default_matmul_precision`.
-    on_device: As one program, or step by step from the host.
+    protocol: A key of `PROTOCOLS`.
+    dtype: Compute dtype; parameters are float64 with it, otherwise float32.
+    precision: Value of `jax_default_matmul_precision`.
+    on_device: One program, or steps dispatched from the host.
   """
 
   protocol: str
@@ -68,7 +68,7 @@ class Case(NamedTuple):
 
 
 FIRST = next(iter(PROTOCOLS))
-# Products in float32 may be of fewer bits (TF32) where highest is not asked.
+# By default a product in float32 may use fewer bits (TF32).
 LOW = [
   Case(FIRST, 'float32', 'highest', True),
   Case(FIRST, 'float32', 'default', True),
@@ -96,7 +96,7 @@ def run(case: Case) -> dict[str, np.ndarray]:
   """
   on_cpu = jax.devices()[0].platform == 'cpu'
   wide = 'float64' if case.dtype == 'float64' else 'float32'
-  network = model.ResNet(
+  network = models.ResNet(
     num_classes=CLASSES,
     stage_sizes=(1, 1, 1 + LENGTH, 1),
     widths=(16, 16, 32, 32),
@@ -113,7 +113,7 @@ def run(case: Case) -> dict[str, np.ndarray]:
     shapes['params'],
   )
 
-  def loss_fn(params, present, constants, batch, key):
+  def loss_fn(params, present, batch, key, constants):
     del key
     images, labels = constants
     lengths = {k: len(jax.tree.leaves(params[k])[0]) for k in present}
@@ -124,49 +124,40 @@ def run(case: Case) -> dict[str, np.ndarray]:
     )
     return losses.mean().astype(jnp.float32), {}
 
-  settings: dict[str, Any] = PROTOCOLS[case.protocol]
-  chains = {CHAIN: LENGTH} if 'exchange' in settings else {}
-  protocol = state_lib.Protocol(S, T, chains, leave_out=True, **settings)
-  mesh = state_lib.make_mesh(1)
   with jax.default_matmul_precision(case.precision):
-    compiled = rounds.make_round(
-      loss_fn,
-      optimizer.make_optimizer(0.9, 5e-4),
-      optimizer.make_schedule('constant', 0.05, 1),
-      protocol,
-      mesh,
-      SEED,
-      case.on_device,
-    )
-    velocity = None
-    if protocol.carry_velocity:
-      velocity = jax.tree.map(np.zeros_like, params)
-    deals = _deals(protocol)
-    state = state_lib.distribute(params, next(deals), protocol, mesh, velocity)
-    for r in range(ROUNDS):
+    trainer = _trainer(case, loss_fn, (images, labels))
+    state = trainer.init(params)
+    for _ in range(ROUNDS):
       batches = rng.integers(0, IMAGES, (S, T, B)).astype(np.int32)
-      state, _ = compiled(state, next(deals), (images, labels), batches, r)
-  params, _ = state_lib.assemble(state, chains)
-  leaves = jax.tree_util.tree_leaves_with_path(params)
+      state, _ = trainer.round(state, batches)
+  leaves = jax.tree_util.tree_leaves_with_path(trainer.params(state))
   return {jax.tree_util.keystr(path): np.asarray(x) for path, x in leaves}
 
 
 def _draw(rng, name: str, shape: tuple[int, ...]) -> np.ndarray:
-  """Draws a parameter on the host, where all platforms draw alike."""
+  """Draws a parameter on the host, so that it is the same on all platforms."""
   values = rng.normal(size=shape)
   if name == 'kernel':
     return values * np.sqrt(2 / np.prod(shape[-4:-1]))
   return 0.1 * values + (name == 'scale')
 
 
-def _deals(protocol: state_lib.Protocol) -> Iterator[dict[str, Deal]]:
-  """Deals round after round, the same blocks under either exchange."""
-  dealers = {k: protocol.dealer(k).deals([SEED]) for k in protocol.num_blocks}
-  while True:
-    deals = {name: next(stream) for name, stream in dealers.items()}
-    if protocol.exchange != 'hand_over':
-      deals = {name: Deal(deal.slots) for name, deal in deals.items()}
-    yield deals
+def _trainer(case: Case, loss_fn, constants) -> Trainer:
+  settings: dict[str, Any] = dict(PROTOCOLS[case.protocol])
+  name = settings.pop('exchange', '')
+  return Trainer(
+    loss_fn,
+    optimizer.make_optimizer(lambda _: jnp.float32(0.05), 0.9, 5e-4),
+    num_workers=S,
+    local_steps=T,
+    chains=(CHAIN,) if name else (),
+    exchange=getattr(exchange, name or 'hand_over')(),
+    mesh=make_mesh(1),
+    seed=SEED,
+    constants=constants,
+    on_device=case.on_device,
+    **settings,
+  )
 
 
 def difference(
@@ -175,12 +166,13 @@ def difference(
   """Compares parameters.
 
   Args:
-    ours: By path.
-    reference: Likewise.
+    ours: Parameters by path.
+    reference: Parameters to compare with, by path.
 
   Returns:
-    The largest difference in a parameter over that parameter's largest value,
-    of all parameters; and the norm of all differences over that of all values.
+    `largest`: the largest difference in an array, divided by the largest value
+    in it, of all arrays; `of_norm`: the norm of all differences, divided by
+    that of all values.
   """
   wide = {k: np.asarray(x, np.float64) for k, x in ours.items()}
   apart = {k: np.abs(wide[k] - reference[k]) for k in reference}
@@ -191,11 +183,11 @@ def difference(
 
 
 def run_all(platform: str, folder: pathlib.Path) -> None:
-  """Runs the cases of a platform; one that fails leaves its traceback.
+  """Runs the cases of a platform; the traceback of a failure is kept.
 
   Args:
     platform: A key of `CASES`.
-    folder: For parameters, one file a case, and a description.
+    folder: Where to write the parameters of each case, and a description.
   """
   seconds, errors = {}, {}
   for i, case in enumerate(CASES[platform]):
@@ -204,7 +196,7 @@ def run_all(platform: str, folder: pathlib.Path) -> None:
     try:
       params = run(case)
       np.savez(folder / f'{platform}_{i}.npz', allow_pickle=False, **params)
-    except Exception:  # The others are worth having.
+    except Exception:  # The other cases still run.
       errors[case.name] = traceback.format_exc()
       print(errors[case.name], file=sys.stderr)
     seconds[case.name] = time.perf_counter() - started
@@ -215,7 +207,7 @@ def run_all(platform: str, folder: pathlib.Path) -> None:
 
 
 def main() -> None:
-  """Compares, prints and writes."""
+  """Compares, prints and writes the result."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--timeout', type=float, default=600, help='seconds')
   parser.add_argument('--out', type=pathlib.Path)
@@ -251,15 +243,14 @@ def main() -> None:
     'platforms': about,
   }
   kind = about['accelerator']['device'].split(' x ')[1].replace(' ', '_')
-  path = args.out or RESULTS / f'{kind}.json'
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(record, indent=2) + '\n')
+  path = args.out or FOLDER / f'{kind}.json'
+  write_record(path, record)
   print('written to', path)
   return None
 
 
 def _run_platforms(folder: pathlib.Path, timeout: float) -> None:
-  """Runs all platforms side by side; what is late is left out."""
+  """Runs all platforms at once, and ends those that take too long."""
   command = [sys.executable, '-m', 'experiments.accelerator']
   children = []
   for platform in CASES:
@@ -278,7 +269,7 @@ def _run_platforms(folder: pathlib.Path, timeout: float) -> None:
 
 
 def _compare(folder: pathlib.Path) -> list[dict[str, Any]]:
-  """Compares what is there with the references."""
+  """Compares the parameters that were written with the references."""
 
   def read(platform, case):
     path = folder / f'{platform}_{CASES[platform].index(case)}.npz'
