@@ -18,6 +18,7 @@ ARROWS = {
   'exchange': {'decomposition'},
   'rounds': {'exchange', 'decomposition'},
   'accounting': {'rounds', 'exchange', 'decomposition'},
+  'trainer': {'rounds', 'exchange', 'decomposition', 'accounting'},
   'run': {
     'rounds', 'exchange', 'decomposition', 'accounting', 'models',
     'data', 'report',
