@@ -20,7 +20,7 @@ ARROWS = {
   'accounting': {'rounds', 'exchange', 'decomposition'},
   'trainer': {'rounds', 'exchange', 'decomposition', 'accounting'},
   'run': {
-    'rounds', 'exchange', 'decomposition', 'accounting', 'models',
+    'trainer', 'rounds', 'exchange', 'decomposition', 'accounting', 'models',
     'data', 'report',
   },
   '__main__': {'run'},
