@@ -4,8 +4,9 @@ SCALE ?=
 RUNS ?= runs$(subst :,/,$(SCALE))
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal --durations=10
 
-.PHONY: demo test check docs clean
+.PHONY: demo test test-all check docs clean
 
 $(VENV)/installed: requirements.txt setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -24,8 +25,13 @@ demo: $(VENV)/installed
 	  --out=$(RUNS)/report
 	@echo 'both side by side: $(RUNS)/report/report.html'
 
+# Every theorem, each by the cheapest cases that cover it.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -n auto
+	$(PYTEST) -m 'not slow and not faults and not notebooks'
+
+# Every case, and processes that die, notebooks and experiments.
+test-all: $(VENV)/installed
+	$(PYTEST)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
