@@ -15,7 +15,6 @@ written to experiments/results/bench/ with its provenance.
 """
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import resource
@@ -27,13 +26,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from experiments.runs import RESULTS, provenance, write_record
-from resist_jax import accounting, data, models, rounds
-from resist_jax.decomposition.assignments import Assignment
-from resist_jax.decomposition.slots import join, sample_slots, slots_per_worker
-from resist_jax.rounds import state as state_lib
+from resist_jax import Trainer, accounting, data, models
+from resist_jax.decomposition import (
+  Assignment,
+  join,
+  sample_slots,
+  slots_per_worker,
+)
+from resist_jax.exchange import masked_psum
+from resist_jax.rounds import (
+  Protocol,
+  Whole,
+  distribute,
+  make_mesh,
+  make_round,
+)
 from resist_jax.run import classification, optimizer
+from resist_jax.run.config import EXCHANGES
 
 CHAIN = 'stage3_chain'
 
@@ -173,7 +185,7 @@ def _random_images(spec: Network, count: int, classes: int) -> data.Dataset:
   return data.Dataset('random', split, {'test': split}, classes, half, half / 2)
 
 
-EXCHANGES = (
+EXCHANGES_TIMED = (
   ('hand_over', 'float32'),
   ('masked_psum', 'float32'),
   ('hand_over', 'bfloat16'),
@@ -181,20 +193,13 @@ EXCHANGES = (
 )
 
 
-def _make_round(network, dataset, protocol, D, on_device):
-  mesh = state_lib.make_mesh(D)
-  loss_fn = classification.make_loss(network, dataset, {CHAIN: 1.0}, 0, False)
-  run = rounds.make_round(
-    loss_fn,
-    optimizer.make_optimizer(0.9, 5e-4),
-    optimizer.make_schedule('constant', 0.01, 100),
-    protocol,
-    mesh,
-    seed=0,
-    on_device=on_device,
-    metrics=('accuracy',),
-  )
-  return mesh, run, loss_fn
+def _loss(network, dataset):
+  return classification.make_loss(network, dataset, {CHAIN: 1.0}, 0, False)
+
+
+def _sgd() -> optax.GradientTransformation:
+  rate = optimizer.make_schedule('constant', 0.01, 100)
+  return optimizer.make_optimizer(rate, 0.9, 5e-4)
 
 
 def _matmul_rate(args) -> float:
@@ -211,44 +216,51 @@ def _one_worker(
 ) -> dict[str, Any]:
   """Times a worker's step as a round runs it, and a plain jitted step."""
   length = _length(params)
-  # The slots of worker 0 of S, the only worker on a mesh of one device.
-  dealt = np.asarray(sample_slots(jax.random.key(0), length, S))
-  slots = {CHAIN: Assignment(dealt[:1])}
-  protocol = state_lib.Protocol(1, 1, {CHAIN: length})
-  mesh, run, loss_fn = _make_round(network, dataset, protocol, 1, False)
+  # The slots of worker 0 of S, as the only worker of a mesh of one device.
+  slots = np.asarray(sample_slots(jax.random.key(0), length, S))[:1]
+  protocol = Protocol(1, 1, {CHAIN: length}, masked_psum())
+  loss_fn, sgd, mesh = _loss(network, dataset), _sgd(), make_mesh(1)
+  run = make_round(
+    loss_fn,
+    sgd,
+    protocol,
+    mesh,
+    seed=0,
+    metrics=classification.METRICS,
+    on_device=False,
+  )
   constants = jax.device_put((dataset.train.images, dataset.train.labels))
   batches = np.arange(B, dtype=np.int32).reshape(1, 1, B)
-  state = state_lib.distribute(params, slots, protocol, mesh)
+  assignments = {CHAIN: Assignment(slots)}
+  state = distribute(Whole(params), protocol, mesh, assignments)
   started = time.perf_counter()
-  run.compile(state, constants, batches)
+  run = run.compile(state, constants, batches)
   compiled_in = time.perf_counter() - started
 
   sub = join(
     jax.tree.map(lambda x: x[0] + 0, state.shared),
     jax.tree.map(lambda x: x[0] + 0, state.chain),
   )
-  local = run.compiled['begin'](state.shared, state.chain, state.velocity)
   index, batch = np.int32(0), jnp.asarray(batches[:, 0])
+  local = run.programs['begin'](state.shared, state.chain, state.carried, index)
 
   def ours():
     nonlocal local
-    local = run.compiled['step'](
-      local, {CHAIN: dealt[:1]}, constants, batch, index, index
+    local = run.programs['step'](
+      local, {CHAIN: slots}, constants, batch, index, index
     )
     return local
 
-  sgd = optimizer.make_optimizer(0.9, 5e-4)
-  present = {CHAIN: jnp.ones(dealt.shape[1], jnp.float32)}
+  present = {CHAIN: jnp.ones(slots.shape[1], jnp.float32)}
 
   @jax.jit(donate_argnums=(0, 1))
   def bare_step(params, opt_state, batch):
     def loss(params):
-      return loss_fn(params, present, constants, batch, jax.random.key(0))
+      return loss_fn(params, present, batch, jax.random.key(0), constants)
 
     grads, metrics = jax.grad(loss, has_aux=True)(params)
     updates, opt_state = sgd.update(grads, opt_state, params)
-    params = jax.tree.map(lambda p, u: p - 0.01 * u, params, updates)
-    return params, opt_state, metrics
+    return optax.apply_updates(params, updates), opt_state, metrics
 
   carry = sub, jax.jit(sgd.init)(sub)
 
@@ -271,78 +283,68 @@ def _one_worker(
 def _whole_round(
   network, dataset, params, B, S, T, repeats, on_device
 ) -> dict[str, Any]:
-  """Times whole rounds of S workers, and each exchange alone."""
-  D = max(d for d in range(1, len(jax.devices()) + 1) if S % d == 0)
-  protocol = state_lib.Protocol(
-    S, T, {CHAIN: _length(params)}, exchange='hand_over'
+  """Times whole rounds of S workers, and every exchange alone."""
+  trainer = Trainer(
+    _loss(network, dataset),
+    _sgd(),
+    chains=(CHAIN,),
+    num_workers=S,
+    local_steps=T,
+    constants=(dataset.train.images, dataset.train.labels),
+    exclude_faulty=False,
+    on_device=on_device,
   )
-  mesh, run, _ = _make_round(network, dataset, protocol, D, on_device)
-  everywhere = jax.sharding.NamedSharding(mesh, state_lib.REPLICATED)
-  train = dataset.train
-  constants = jax.device_put((train.images, train.labels), everywhere)
   batches = np.tile(np.arange(B, dtype=np.int32), (S, T, 1))
-
-  deals = protocol.dealer(CHAIN).deals([0])
-  state = state_lib.distribute(params, {CHAIN: next(deals)}, protocol, mesh)
+  state = trainer.init(params)
   started = time.perf_counter()
-  run.compile(state, constants, batches)
+  trainer = trainer.compile(state, batches)
   compiled_in = time.perf_counter() - started
-  memory = accounting.compiled_memory(run)
+  assert trainer.programs is not None
+  memory = accounting.compiled_memory(trainer.programs)
 
   def one_round():
     nonlocal state
-    state, _ = run(state, {CHAIN: next(deals)}, constants, batches, 0)
+    state, _ = trainer.round(state, batches)
     return state.shared, state.chain
 
   (seconds,) = _in_turn((one_round,), max(3, repeats // 2))
   del state
-  exchanges = [
-    _exchange(network, dataset, params, protocol, D, constants, batches, *kind)
-    for kind in EXCHANGES
-  ]
+  exchanges = [_exchange(trainer, params, *kind) for kind in EXCHANGES_TIMED]
   times = _in_turn(exchanges, repeats)
   training = seconds - times[0]  # The timed round hands over in float32.
   return {
     'workers': S,
-    'devices': D,
+    'devices': trainer.devices.size,
     'local_steps': T,
     'round_seconds': seconds,
     'images_per_second': S * T * B / seconds,
     'exchange_seconds': {
-      ' '.join(kind): t for kind, t in zip(EXCHANGES, times, strict=True)
+      ' '.join(kind): t for kind, t in zip(EXCHANGES_TIMED, times, strict=True)
     },
     'exchange_share_of_round_at_T_50': {
       ' '.join(kind): t / (t + 50 * training / T)
-      for kind, t in zip(EXCHANGES, times, strict=True)
+      for kind, t in zip(EXCHANGES_TIMED, times, strict=True)
     },
     'compile_seconds_of_round': compiled_in,
     'compiled_memory': memory,
   }
 
 
-def _exchange(
-  network, dataset, params, protocol, D, constants, batches, exchange, wire
-):
-  """Returns a function that runs a round without local steps."""
-  protocol = dataclasses.replace(
-    protocol, local_steps=0, exchange=exchange, wire_format=wire
+def _exchange(trainer: Trainer, params, exchange: str, wire_format: str):
+  """Returns a function that begins a round and ends it, without a step."""
+  S, mesh = trainer.num_workers, trainer.devices
+  protocol = Protocol(
+    S, 0, {CHAIN: _length(params)}, EXCHANGES[exchange](wire_format)
   )
-  mesh, run, _ = _make_round(network, dataset, protocol, D, False)
-  # All exchanges accept the slots that a hand-over needs.
-  dealer = protocol.dealer(CHAIN)
-  deals = dealer.deals([0])
-
-  def deal():
-    dealt = next(deals)
-    return {
-      CHAIN: dealt if exchange == 'hand_over' else Assignment(dealt.slots)
-    }
-
-  state = state_lib.distribute(params, deal(), protocol, mesh)
+  run = make_round(
+    trainer.loss_fn, trainer.optimizer, protocol, mesh, seed=0, on_device=False
+  )
+  state = distribute(Whole(params), protocol, mesh, protocol.assign(0, 0))
+  batches = np.zeros((S, 0, 1), np.int32)
 
   def run_exchange():
     nonlocal state
-    state, _ = run(state, deal(), constants, batches[:, :0], 0)
+    state, _ = run(state, None, batches)
     return state.shared, state.chain
 
   return run_exchange

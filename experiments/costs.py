@@ -18,11 +18,13 @@ import jax
 import numpy as np
 
 from resist_jax import accounting, models
-from resist_jax.decomposition.assignments import Assigner
-from resist_jax.exchange import compression
-from resist_jax.rounds import state as state_lib
-from resist_jax.run import checks
+from resist_jax.decomposition import Assigner
+from resist_jax.exchange import compression, hand_over
+from resist_jax.exchange.hand_over import expected_messages
+from resist_jax.run import checks, phases
 from resist_jax.run import config as config_lib
+from resist_jax.run.config import EXCHANGES
+from resist_jax.run.phases import Traffic
 from resist_jax.run.setup import Setup
 
 NAMES = 'local_sgd', 'data_parallel', 'resist'
@@ -88,38 +90,56 @@ class Plan:
     none: Any = None  # Predictions need neither data nor devices.
     self.setup = Setup(config, none, network, blocks, sizes, none)
 
-  def protocol(self, name: str, num_workers: int) -> state_lib.Protocol:
-    """Returns a protocol, with a masked psum if a hand-over is impossible."""
-    protocol = self.setup.protocol(name)
-    protocol = dataclasses.replace(protocol, num_workers=num_workers)
-    if name != 'resist':
-      return dataclasses.replace(protocol, wire_format='float32')
-    for chain in protocol.num_blocks:
-      protocol.slots_per_worker(chain)
-      try:
-        protocol.dealer(chain)
-      except ValueError:
-        protocol = dataclasses.replace(protocol, exchange='masked_psum')
-    return protocol
+  def traffic(self, name: str, num_workers: int) -> tuple[Traffic, str]:
+    """Returns what a protocol sends, and the name of its exchange.
 
-  def cost(self, protocol: state_lib.Protocol) -> Cost:
-    """Returns the mean cost over all assignments, one worker on each device."""
+    Args:
+      name: One of `NAMES`.
+      num_workers: S.
+
+    Returns:
+      `(traffic, exchange)`; a masked psum where a hand-over is impossible.
+
+    Raises:
+      ValueError: If the workers cannot share the blocks in any way.
+    """
+    config = self.setup.config
+    found = phases.describe(self.setup, name)
+
+    def sending(exchange, wire_format):
+      value = EXCHANGES[exchange](wire_format)
+      protocol = dataclasses.replace(
+        found.protocol, num_workers=num_workers, exchange=value
+      )
+      protocol.check()
+      return dataclasses.replace(found, protocol=protocol)
+
+    if name != 'resist':
+      return sending(config.exchange, 'float32'), 'all_reduce'
+    try:
+      return sending(config.exchange, config.wire_format), config.exchange
+    except ValueError:
+      return sending('masked_psum', config.wire_format), 'masked_psum'
+
+  def cost(self, traffic: Traffic, exchange: str) -> Cost:
+    """Returns the mean over all assignments, with a device for each worker."""
+    protocol, sizes = traffic.protocol, traffic.sizes
     S, T = protocol.num_workers, protocol.local_steps
     lengths = {k: protocol.slots_per_worker(k) for k in protocol.num_blocks}
     flops = models.predicted_flops(self.setup.network, self.image, lengths)
-    sizes = self.setup.sizes_for(protocol)
-    exact = dataclasses.replace(protocol, leave_out=False)
-    sent = accounting.wire_bytes(sizes, exact, S) / S
-    times = T if protocol.average_gradients else 1 + protocol.carry_velocity
+    without_losses = dataclasses.replace(protocol, exclude_faulty=False)
+    sent = accounting.wire_bytes(sizes, without_losses, S) / S
+    times = T if protocol.average_gradients else 1 + protocol.carry
     messages = times * 2 * (S - 1)
-    for name in lengths if protocol.exchange == 'hand_over' else ():
-      dealer = protocol.dealer(name)
-      mean = accounting.expected_messages(dealer, S) / S
+    # Only a hand-over sends blocks one by one, and not equally many from all.
+    for name in lengths if EXCHANGES.get(exchange) is hand_over else ():
+      assigns = Assigner(*protocol.division(name))
+      mean = expected_messages(assigns, S) / S
       block = compression.message_bytes(
-        sizes.block[name], protocol.format.values
+        sizes.block[name], protocol.exchange.format.values
       )
-      sent += times * (max(blocks_sent(dealer)) - mean) * block
-      messages += times * (dealer.num_columns + 2 * len(dealer.borrowers))
+      sent += times * (max(blocks_sent(assigns)) - mean) * block
+      messages += times * (assigns.num_columns + 2 * assigns.num_replicas)
     return Cost(T * self.setup.config.batch_size * flops, sent, messages)
 
   def predict(self, num_workers: int, machine: Machine) -> dict[str, Any]:
@@ -137,14 +157,16 @@ class Plan:
     row: dict[str, Any] = {'workers': num_workers, **machine._asdict()}
     for name in NAMES:
       try:
-        protocol = self.protocol(name, num_workers)
+        traffic, exchange = self.traffic(name, num_workers)
       except ValueError as error:
         return row | {name: {'why_not': str(error)}, 'speedup': {}}
-      cost, sizes = self.cost(protocol), self.setup.sizes_for(protocol)
+      cost, protocol = self.cost(traffic, exchange), traffic.protocol
       row[name] = {
-        'exchange': protocol.exchange if protocol.num_blocks else 'all_reduce',
+        'exchange': exchange,
         'blocks': [protocol.slots_per_worker(k) for k in protocol.num_blocks],
-        'memory': accounting.predicted_memory(sizes, protocol, num_workers),
+        'memory': accounting.predicted_memory(
+          traffic.sizes, protocol, num_workers
+        ),
         **cost._asdict(),
         'seconds': cost.seconds(machine),
       }
@@ -152,12 +174,12 @@ class Plan:
     return row | {'speedup': {name: s[name] / s['resist'] for name in NAMES}}
 
 
-def blocks_sent(dealer: Assigner) -> list[float]:
-  """Returns the mean number of blocks that each worker sends in a hand-over."""
-  sent = [0.0] * dealer.num_workers
-  ways = [dealer.moves(j) for j in range(dealer.num_columns)]
-  for g in range(len(dealer.borrowers)):
-    lend = dealer.lendings(g)[1:]  # Offset 0 would lend to the owner itself.
+def blocks_sent(assigns: Assigner) -> list[float]:
+  """Returns how many blocks each worker sends in a hand-over, on average."""
+  sent = [0.0] * assigns.num_workers
+  ways = [assigns.column_routes(j) for j in range(assigns.num_columns)]
+  for r in range(assigns.num_replicas):
+    lend = assigns.replica_routes(r)[1:]  # No worker lends to itself.
     ways += [lend, [tuple((t, s) for s, t in route) for route in lend]]
   for routes in ways:
     for source, target in (pair for route in routes for pair in route):

@@ -38,6 +38,7 @@ def get_config():
   config.eval_every = config.checkpoint_every = 2
   config.evaluation.batch_size = 60
   config.evaluation.statistics_images = 480
+  config.evaluation.stream_blocks = True  # No device can hold the chain.
   config.evaluation.batches_at_once = 4
   return config
 

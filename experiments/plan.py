@@ -27,12 +27,14 @@ from experiments.costs import NAMES, Cost, Machine, Plan
 from experiments.runs import provenance, write_record
 from resist_jax import __main__ as cli
 from resist_jax import report
-from resist_jax.exchange.collectives import WORKER
+from resist_jax.exchange import WORKER
 from resist_jax.report import plots
-from resist_jax.rounds import state as state_lib
+from resist_jax.rounds import State
+from resist_jax.rounds.mesh import REPLICATED, SHARDED
 from resist_jax.run import config as config_lib
 from resist_jax.run import restore
 from resist_jax.run.command import Options
+from resist_jax.run.phases import Phase
 from resist_jax.run.setup import Setup, prepare
 
 BANDWIDTH = flags.DEFINE_string(
@@ -125,14 +127,14 @@ def _check(config: Any, workers: Sequence[int]) -> list[dict[str, Any]]:
       config = config.copy_and_resolve_references()
       config.update({'protocol': name, 'num_workers': S, 'num_devices': S})
       setup = prepare(config)
-      image = setup.dataset.train.images.shape[1:]
-      plan = Plan(config, image, setup.dataset.num_classes)
-      phase, state, deals = restore.enter(setup, None)
-      cost, batches = plan.cost(phase.protocol), setup.batches(0)
+      plan = Plan(config, setup.image_shape, setup.dataset.num_classes)
+      phase, state = restore.start(setup, None)
+      exchange = config.exchange if setup.chains else 'all_reduce'
+      cost, batches = plan.cost(phase, exchange), setup.pipeline.batches(0)
       seconds = []
       for _ in range(6):
         began = time.perf_counter()
-        state, _ = phase.run(state, next(deals), setup.constants, batches, 0)
+        state, _ = phase.trainer.round(state, batches)
         jax.block_until_ready(state.shared)
         seconds.append(time.perf_counter() - began)
       machine = machine or _measure(setup, phase, state, cost)
@@ -153,12 +155,14 @@ def _check(config: Any, workers: Sequence[int]) -> list[dict[str, Any]]:
   return rows
 
 
-def _measure(setup: Setup, phase, state, cost: Cost) -> Machine:
-  """Times steps of local SGD and an all-reduce on all workers at once."""
-  run, index = phase.run.compiled, np.int32(0)
-  on_workers = jax.sharding.NamedSharding(setup.mesh, state_lib.SHARDED)
-  batch = jax.device_put(setup.batches(0)[:, 0], on_workers)
-  local = run['begin'](state.shared, state.chain, state.velocity)
+def _measure(setup: Setup, phase: Phase, state: State, cost: Cost) -> Machine:
+  """Times steps of local SGD and an all-reduce, all workers at once."""
+  assert phase.trainer.programs is not None
+  run, index = phase.trainer.programs.programs, np.int32(0)
+  on_workers = jax.sharding.NamedSharding(setup.mesh, SHARDED)
+  numbers: Any = setup.pipeline.batches(0)  # Of all examples of the round.
+  batch = jax.device_put(numbers[:, 0], on_workers)
+  local = run['begin'](state.shared, state.chain, state.carried, index)
 
   def steps():
     nonlocal local
@@ -168,7 +172,7 @@ def _measure(setup: Setup, phase, state, cost: Cost) -> Machine:
 
   vectors = np.ones((setup.config.num_workers, setup.sizes.total), np.float32)
   vectors = jax.device_put(vectors, on_workers)
-  specs = {'in_specs': state_lib.SHARDED, 'out_specs': state_lib.REPLICATED}
+  specs = {'in_specs': SHARDED, 'out_specs': REPLICATED}
   add_up = jax.jit(
     jax.shard_map(
       partial(jax.lax.psum, axis_name=WORKER), mesh=setup.mesh, **specs

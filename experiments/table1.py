@@ -20,19 +20,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 import numpy as np
+import optax
 
 from experiments.runs import provenance, write_record
-from resist_jax import models, report, rounds
-from resist_jax.accounting import hlo, traffic
-from resist_jax.accounting.traffic import Sizes
-from resist_jax.decomposition.assignments import Assignment
-from resist_jax.decomposition.slots import split
-from resist_jax.exchange import collectives, compression
-from resist_jax.rounds import compiled
-from resist_jax.rounds import state as state_lib
-from resist_jax.rounds.state import Protocol
-from resist_jax.run import optimizer
+from resist_jax import accounting, models, report
+from resist_jax.accounting import Sizes
+from resist_jax.decomposition import Assigner, Assignment, split
+from resist_jax.exchange import FORMATS, collectives, hand_over
+from resist_jax.exchange.hand_over import messages
+from resist_jax.rounds import Protocol, State, make_mesh, make_round
+from resist_jax.rounds.mesh import REPLICATED, SHARDED
+from resist_jax.rounds.moments import Parts
+from resist_jax.run.config import EXCHANGES
 
 PyTree = Any
 
@@ -66,14 +67,14 @@ class Variant(NamedTuple):
 
 BASELINE = Variant('local_sgd', 'all_reduce', 'float32')
 VARIANTS = [
-  *(Variant('local_sgd', 'all_reduce', f) for f in compression.FORMATS),
+  *(Variant('local_sgd', 'all_reduce', f) for f in FORMATS),
   # Not int8, which encodes the change of parameters over a round.
   *(Variant('data_parallel', 'all_reduce', f) for f in ('float32', 'bfloat16')),
   *(
     Variant(protocol, exchange, f)
     for protocol in ('resist', 'resist_without_min_depth')
     for exchange in ('masked_psum', 'hand_over')
-    for f in compression.FORMATS
+    for f in FORMATS
   ),
 ]
 
@@ -91,7 +92,7 @@ def main() -> None:
   args = parser.parse_args()
   jax.config.update('jax_num_cpu_devices', max(MIN_DEPTH))
   params = network_shapes()
-  sizes = traffic.measure(params, [CHAIN])
+  sizes = accounting.measure(params, [CHAIN])
   result = figures(sizes)
   if args.compiled:
     result['compiled'] = list(compiled_rows(params, sizes))
@@ -114,15 +115,16 @@ def network_shapes() -> dict[str, PyTree]:
 
 def _protocol(variant: Variant, num_workers: int, length: int) -> Protocol:
   name, resist = variant.protocol, variant.protocol.startswith('resist')
+  # Where no chain is cut, only the format of the exchange matters.
+  exchange = EXCHANGES.get(variant.exchange, hand_over)
   return Protocol(
     num_workers,
     STEPS,
     {CHAIN: length} if resist else {},
+    exchange(variant.wire_format),
     MIN_DEPTH[num_workers] if name == 'resist' else 0,
     average_gradients=name == 'data_parallel',
-    carry_velocity=name == 'data_parallel',
-    exchange=variant.exchange if resist else 'masked_psum',
-    wire_format=variant.wire_format,
+    carry=name == 'data_parallel',
   )
 
 
@@ -152,10 +154,10 @@ def figures(sizes: Sizes) -> dict[str, Any]:
       exchanges = sent.setdefault(variant.protocol, {})
       formats = exchanges.setdefault(variant.exchange, {})
       formats.setdefault(variant.wire_format, {})[str(S)] = (
-        traffic.wire_bytes(cut, protocol, S) / GB
+        accounting.wire_bytes(cut, protocol, S) / GB
       )
       if variant.protocol in PAPER:
-        gigabytes = traffic.paper_bytes(cut, protocol) / GB
+        gigabytes = accounting.paper_bytes(cut, protocol) / GB
         ours[variant.protocol][str(S)] = gigabytes
   return {'paper': PAPER, 'ours': ours, 'wire': sent}
 
@@ -185,44 +187,36 @@ def compiled_rows(
   for S in workers:
     for variant in variants:
       protocol = _protocol(variant, S, length)
-      deals = _two_deals(protocol)
+      before = protocol.assign(0, 0)
+      after = protocol.assign(0, 1, before)
+      moves = {name: (before[name], after[name]) for name in before}
+      branches = accounting.branches(protocol, moves)
       row: dict[str, Any] = {**variant._asdict(), 'workers': S}
-      branches, pairs = {}, None
-      if deals and protocol.exchange == 'hand_over':
-        branches, pairs = traffic.branches(CHAIN, *deals), {CHAIN: deals}
-        row['blocks_sent'] = traffic.messages(protocol.dealer(CHAIN), *deals, S)
-        row['blocks_that_change_workers'] = _changes(*deals, length)
+      if branches:  # Blocks are sent one by one.
+        assigns = Assigner(*protocol.division(CHAIN))
+        row['blocks_sent'] = messages(assigns, *moves[CHAIN], S)
+        row['blocks_that_change_workers'] = _changes(*moves[CHAIN], length)
       cut = _cut(sizes, protocol)
       print(*row.values(), file=sys.stderr)
       yield {
         **row,
-        'predicted': traffic.wire_bytes(cut, protocol, S, pairs),
-        'read': _read_bytes(params, protocol, deals, branches),
+        'predicted': accounting.wire_bytes(cut, protocol, S, moves),
+        'read': _read_bytes(params, protocol, before, branches),
       }
 
 
 def _changes(before: Assignment, after: Assignment, length: int) -> int:
   """Counts the blocks that a worker receives without having held them."""
   held, wanted = (
-    (deal.slots[:, :, None] == np.arange(length)).any(axis=1)
-    for deal in (before, after)
+    (assignment.slots[:, :, None] == np.arange(length)).any(axis=1)
+    for assignment in (before, after)
   )
   return int((wanted & ~held).sum())
 
 
-def _two_deals(protocol: Protocol) -> tuple[Assignment, Assignment] | None:
-  if not protocol.num_blocks:
-    return None
-  if protocol.exchange == 'hand_over':
-    deals = protocol.dealer(CHAIN).deals([0])
-    return next(deals), next(deals)
-  slots = protocol.sample_slots(jax.random.key(0), CHAIN)
-  return (Assignment(np.asarray(slots)),) * 2
-
-
-def _loss(params, present, constants, batch, key):
+def _loss(params, present, batch, key):
   """Replaces the network's loss: the bytes depend only on the shapes."""
-  del present, constants, batch, key
+  del present, batch, key
   total = sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
   return jnp.asarray(total), {}
 
@@ -230,27 +224,34 @@ def _loss(params, present, constants, batch, key):
 def _read_bytes(
   params: Mapping[str, PyTree],
   protocol: Protocol,
-  deals: tuple[Assignment, Assignment] | None,
+  assignments: Mapping[str, Assignment],
   branches: Mapping[str, int],
 ) -> int:
-  """Compiles the program that sends, for abstract arrays, and counts bytes."""
-  S, mesh = protocol.num_workers, state_lib.make_mesh(protocol.num_workers)
-  run = rounds.make_round(
-    _loss,
-    optimizer.make_optimizer(0.9, 5e-4),
-    optimizer.make_schedule('constant', 0.01, 1),
-    protocol,
-    mesh,
-    seed=0,
-    on_device=False,
-  ).compiled
+  """Compiles a round for arrays that never exist, and reads what it sends."""
+  S = protocol.num_workers
+  mesh, sgd = make_mesh(S), optax.sgd(0.01, momentum=0.9)
+  run = make_round(_loss, sgd, protocol, mesh, seed=0, on_device=False)
+  batches = jax.ShapeDtypeStruct((S, STEPS, 1), jnp.int32)
+  state = _shapes_of_state(params, protocol, mesh, assignments)
+  compiled = run.compile(state, None, batches)
+  return accounting.compiled_wire_bytes(compiled, branches)
 
-  def array(shape, dtype, spec=state_lib.SHARDED):
-    sharding = jax.sharding.NamedSharding(mesh, spec)
+
+def _shapes_of_state(
+  params: Mapping[str, PyTree],
+  protocol: Protocol,
+  mesh: Mesh,
+  assignments: Mapping[str, Assignment],
+) -> State:
+  """Returns the shapes of a state, whose momentum is carried if any is."""
+  S = protocol.num_workers
+
+  def array(shape, dtype, spec=SHARDED):
+    sharding = NamedSharding(mesh, spec)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
   shared, chain = split(params, protocol.num_blocks)
-  size = traffic.measure(shared, []).total
+  size = accounting.measure(shared, []).total
   shared = jax.tree.map(lambda x: array((S, *x.shape), x.dtype), shared)
   chain = {
     name: jax.tree.map(
@@ -259,30 +260,20 @@ def _read_bytes(
     for name in protocol.num_blocks
     for k in [protocol.slots_per_worker(name)]
   }
-  velocity = {'shared': shared, 'chain': chain}
-  local = jax.eval_shape(
-    run['begin'], shared, chain, velocity if protocol.carry_velocity else None
+  momentum = Parts([{'shared': shared, 'chain': chain}], [])
+  error = {
+    name: array(shape, jnp.float32)
+    for name, shape in collectives.error_shapes(size, S).items()
+  }
+  return State(
+    shared,
+    chain,
+    jax.tree.map(lambda x: array(x.shape, x.dtype, REPLICATED), assignments),
+    np.int32(0),
+    dict(protocol.num_blocks),
+    momentum if protocol.carry else None,
+    error if protocol.keeps_error else None,
   )
-  local = jax.tree.map(lambda x: array(x.shape, x.dtype), local)
-  if protocol.average_gradients:  # Data parallel sends only in its steps.
-    index = np.int32(0)
-    args = local, {}, (), array((S, 1), jnp.int32), index, index
-    text = run['step'].lower(*args).compile().as_text()
-    return protocol.local_steps * hlo.wire_bytes(text, branches)
-  base = protocol.kept(shared, chain)
-  error = None
-  if protocol.keeps_error:
-    shapes = collectives.error_shapes(size, S)
-    error = {k: array(shape, jnp.float32) for k, shape in shapes.items()}
-
-  def on_mesh(deal):
-    specs = compiled.deal_specs(protocol.exchange == 'hand_over')
-    deal = deal._replace(own=None)
-    return jax.tree.map(lambda x, s: array(x.shape, x.dtype, s), deal, specs)
-
-  before, after = [{CHAIN: on_mesh(d)} for d in deals or ()] or [{}, {}]
-  program = run['finish'].lower(local, base, error, before, after).compile()
-  return hlo.wire_bytes(program.as_text(), branches)
 
 
 def text(result: Mapping[str, Any]) -> str:
