@@ -255,11 +255,12 @@ def test_a_moment_that_mixes_blocks_is_refused():
 def test_parameters_in_bfloat16_work_with_every_format(
   make_exchange, wire_format
 ):
-  exchange = getattr(resist.exchange, make_exchange)(wire_format)
+  kind = getattr(resist.exchange, make_exchange)
   small = jax.tree.map(lambda x: x.astype(jnp.bfloat16), network())
   optimizer = optax.sgd(RATE)
-  got, *_, state, metrics = run(make(optimizer, exchange=exchange), 2, small)
-  want, *_ = run(make(optimizer), 2)
+  trainer = make(optimizer, exchange=kind(wire_format))
+  got, *_, state, metrics = run(trainer, 2, small)
+  want, *_ = run(make(optimizer, exchange=kind()), 2)
   for tree in (got, state.shared):
     assert {x.dtype.name for x in jax.tree.leaves(tree)} == {'bfloat16'}
   assert_close(jax.tree.map(np.float32, got), want, 0.1)
