@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+from covering import rest_is_slow
 import jax
 import numpy as np
 import pytest
@@ -59,8 +60,11 @@ CASES = [
 ]
 
 
+INDICES = rest_is_slow(range(len(CASES)), (0, 3, 6, 8, 10, 11, 14, 15, 18, 21))
+
+
 @functools.cache
-def compiled(protocol_index, on_device=False):
+def compiled(protocol_index, on_device):
   protocol, num_devices = CASES[protocol_index]
   _, loss_fn, params = problem()
   mesh, run = tiny.make_round(loss_fn, protocol, num_devices, on_device)
@@ -78,7 +82,7 @@ def compiled(protocol_index, on_device=False):
 
 def assert_predicted_equals_read(index, on_device=False):
   protocol, num_devices = CASES[index]
-  run, sizes, _, deals = compiled(index, on_device)
+  run, sizes, _, deals = compiled(index, on_device=on_device)
   read = []
   for before, after in itertools.pairwise(deals):
     pairs = {name: (before[name], after[name]) for name in before}
@@ -92,20 +96,20 @@ def assert_predicted_equals_read(index, on_device=False):
   assert (sum(read) > 0) == (num_devices > 1)
 
 
-@pytest.mark.parametrize('index', range(len(CASES)))
+@pytest.mark.parametrize('index', INDICES)
 def test_predicted_wire_bytes_are_those_of_the_compiled_program(index):
   assert_predicted_equals_read(index)
 
 
-@pytest.mark.parametrize('index', [5, 10, 17, 20])
+@pytest.mark.parametrize('index', rest_is_slow([5, 10, 17, 20], [10]))
 def test_so_are_those_of_a_program_that_loops_over_steps(index):
   assert_predicted_equals_read(index, on_device=True)
 
 
-@pytest.mark.parametrize('index', range(len(CASES)))
+@pytest.mark.parametrize('index', INDICES)
 def test_parameters_and_momentum_on_a_device_are_as_predicted(index):
   protocol, num_devices = CASES[index]
-  run, sizes, state, _ = compiled(index)
+  run, sizes, state, _ = compiled(index, on_device=False)
   want = accounting.predicted_memory(sizes, protocol, num_devices)
   read = accounting.compiled_memory(run)
   given = want['parameters']
@@ -134,7 +138,7 @@ def test_parameters_and_momentum_on_a_device_are_as_predicted(index):
 def test_parameters_per_device_are_those_of_the_sub_network():
   """The goal is 1.02 times; without a minimum depth it is 1 exactly."""
   protocol, num_devices = CASES[10]
-  _, sizes, state, _ = compiled(10)
+  _, sizes, state, _ = compiled(10, on_device=False)
   held = sum(
     leaf.addressable_shards[0].data.nbytes
     for leaf in jax.tree.leaves((state.shared, state.chain))

@@ -68,6 +68,7 @@ def test_the_imagenet_card_trains_on_photographs(finished, photos):
   }
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_bit_equal(finished, photos, tmp_path, monkeypatch):
   write = metrics.MetricsLog.write
 
@@ -110,7 +111,7 @@ def cifar(tmp_path_factory):
 @pytest.mark.parametrize(
   'fields',
   [
-    {},
+    pytest.param({}, marks=pytest.mark.slow),
     {'data.validation': 0.2, 'num_workers': 2, 'num_devices': 1},
     {'protocol': 'data_parallel', 'data.sharded': True, 'batch_size': 4},
   ],

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from covering import checkerboard, rest_is_slow
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -55,9 +56,21 @@ CASES = [(S, D, depth, 'float32') for S, D in SIZES for depth in (0, 3)] + [
   for S, D in ((4, 1), (4, 4), (8, 4))
   for encoding in ('bfloat16', 'int16')
 ]
+QUICK = [
+  (1, 1, 0, 'float32'),
+  (2, 1, 3, 'float32'),
+  (2, 2, 0, 'float32'),
+  (4, 2, 3, 'float32'),
+  (4, 4, 0, 'float32'),
+  (8, 2, 3, 'float32'),
+  (4, 4, 3, 'int16'),
+  (8, 4, 3, 'bfloat16'),
+]
 
 
-@pytest.mark.parametrize(('S', 'D', 'min_depth', 'encoding'), CASES)
+@pytest.mark.parametrize(
+  ('S', 'D', 'min_depth', 'encoding'), rest_is_slow(CASES, QUICK)
+)
 def test_masked_psum_aggregates_and_deals_again(S, D, min_depth, encoding):
   L = 9
   before, after = (tiny.assign(r, L, S, min_depth) for r in (0, 1))
@@ -83,7 +96,8 @@ def hand_over_on_mesh(assigner, num_devices, encoding):
 
 
 @pytest.mark.parametrize(
-  ('S', 'D', 'min_depth', 'encoding'), [*CASES, (4, 2, 7, 'float32')]
+  ('S', 'D', 'min_depth', 'encoding'),
+  rest_is_slow([*CASES, (4, 2, 7, 'float32')], QUICK),
 )
 def test_a_hand_over_aggregates_and_deals_again(S, D, min_depth, encoding):
   """Over several rounds, so that columns, replicas and shifts vary."""
@@ -99,8 +113,9 @@ def test_a_hand_over_aggregates_and_deals_again(S, D, min_depth, encoding):
     before = after
 
 
-@pytest.mark.parametrize('D', [1, 2, 4])
-@pytest.mark.parametrize('depths', [(4, 3, 1, 1), (7, 3, 1, 4)])
+@pytest.mark.parametrize(
+  ('depths', 'D'), checkerboard([(4, 3, 1, 1), (7, 3, 1, 4)], [1, 2, 4])
+)
 def test_a_hand_over_between_unequal_workers(depths, D):
   """Without replicas and with them; some columns belong to one worker alone."""
   assigner = Assigner(9, 4, depths=depths)

@@ -93,6 +93,7 @@ def test_what_is_committed_was_run(path):
   assert any('image/png' in kind for cell in kinds(nb) for kind in cell)
 
 
+@pytest.mark.notebooks
 @pytest.mark.parametrize('path', PATHS, ids=lambda path: path.stem)
 def test_it_runs_and_its_claims_hold(path, tmp_path):
   committed = nbformat.read(path, as_version=4)
@@ -103,6 +104,7 @@ def test_it_runs_and_its_claims_hold(path, tmp_path):
   assert printed(code(nb)[-1]) == printed(code(committed)[-1])
 
 
+@pytest.mark.notebooks
 @pytest.mark.parametrize('path', PATHS, ids=lambda path: path.stem)
 def test_without_the_package_it_asks_where_to_get_it(path, tmp_path):
   install = code(nbformat.read(path, as_version=4))[0].source
@@ -111,6 +113,7 @@ def test_without_the_package_it_asks_where_to_get_it(path, tmp_path):
     execute(notebook(missing, install), tmp_path)
 
 
+@pytest.mark.notebooks
 def test_the_kernel_is_this_python_and_a_raising_cell_fails(tmp_path):
   nb = notebook('import sys\nprint(sys.executable)', '1 / 0')
   with pytest.raises(CellExecutionError, match='ZeroDivisionError'):

@@ -3,6 +3,7 @@
 import functools
 import re
 
+from covering import checkerboard, rest_is_slow
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,8 +26,9 @@ def unequal(depths=DEPTHS, **kwargs):
   return resist(len(depths), depths=depths, **kwargs)
 
 
-@pytest.mark.parametrize('exchange', ['masked_psum', 'hand_over'])
-@pytest.mark.parametrize('D', [1, 2, 4])
+@pytest.mark.parametrize(
+  ('exchange', 'D'), checkerboard(['masked_psum', 'hand_over'], [4, 2, 1])
+)
 def test_a_round_of_unequal_workers_equals_algorithm_1(exchange, D):
   loss_fn, params = problem()
   protocol = unequal(exchange=exchange, carry=True)
@@ -37,7 +39,11 @@ def test_a_round_of_unequal_workers_equals_algorithm_1(exchange, D):
 
 
 @pytest.mark.parametrize(
-  ('depths', 'D'), [((3, 3, 1, 1), 2), ((4, 1, 1, 4), 2), ((3, 2, 1, 1), 4)]
+  ('depths', 'D'),
+  rest_is_slow(
+    [((3, 3, 1, 1), 2), ((4, 1, 1, 4), 2), ((3, 2, 1, 1), 4)],
+    quick=[((4, 1, 1, 4), 2)],
+  ),
 )
 def test_the_loop_over_workers_equals_algorithm_1(depths, D):
   loss_fn, params = problem()

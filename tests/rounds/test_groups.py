@@ -3,6 +3,7 @@
 from functools import partial
 import itertools
 
+from covering import rest_is_slow
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +40,7 @@ CASES = {
   'psum, int8': (resist(2, wire_format='int8'), 'group', 2, True),
   'heads': (STRIDED, 'batch', 2, False),
 }
+QUICK = ('turns', 'one group', 'data_parallel', 'psum, int8', 'heads')
 DEVICES = {2: 4, 3: 3}
 
 
@@ -47,7 +49,7 @@ def network(norm, protocol, axis):
   return tiny.network(L, norm=norm, cut_heads=cut_heads, norm_axis=axis)
 
 
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('case', rest_is_slow(CASES, QUICK))
 def test_groups_train_as_lone_devices_do(case):
   protocol, norm, G, on_device = CASES[case]
   params = tiny.init(network(norm, protocol, None))
@@ -129,7 +131,7 @@ def test_what_happens_to_images_does_not_depend_on_the_group():
   assert (want != images).any()
 
 
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('case', rest_is_slow(CASES, QUICK))
 def test_predicted_bytes_between_and_inside_workers_are_the_programs(case):
   protocol, norm, G, on_device = CASES[case]
   net = network(norm, protocol, DATA)

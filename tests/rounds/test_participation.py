@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+from covering import checkerboard, rest_is_slow
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,8 +85,11 @@ PROTOCOLS = [
 
 @pytest.mark.parametrize(
   ('index', 'D'),
-  [(i, D) for i in (2, 4) for D in (1, 2, 4)]
-  + [(0, 4), (1, 4), (3, 4), (5, 2), (6, 2)],
+  rest_is_slow(
+    [(i, D) for i in (2, 4) for D in (1, 2, 4)]
+    + [(0, 4), (1, 4), (3, 4), (5, 2), (6, 2)],
+    quick=[(2, 2), (4, 1), (4, 4), (0, 4), (5, 2), (6, 2)],
+  ),
 )
 def test_a_round_is_algorithm_1_without_the_bad_workers(index, D):
   protocol = PROTOCOLS[index]
@@ -100,7 +104,7 @@ def test_a_round_is_algorithm_1_without_the_bad_workers(index, D):
     assert np.asarray(metrics['healthy']).tolist() == want
 
 
-@pytest.mark.parametrize('index', [2, 6])
+@pytest.mark.parametrize('index', rest_is_slow([2, 6], [6]))
 def test_so_is_the_loop_on_the_device(index):
   protocol = PROTOCOLS[index]
   loss_fn, params = poisoned()
@@ -112,7 +116,10 @@ def test_so_is_the_loop_on_the_device(index):
 
 @pytest.mark.parametrize(
   ('index', 'wire_format'),
-  [(0, 'int8'), (2, 'int8'), (4, 'bfloat16'), (6, 'int8')],
+  rest_is_slow(
+    [(0, 'int8'), (2, 'int8'), (4, 'bfloat16'), (6, 'int8')],
+    quick=[(2, 'int8'), (4, 'bfloat16')],
+  ),
 )
 def test_and_the_round_in_fewer_bits(index, wire_format):
   exact = PROTOCOLS[index]
@@ -142,8 +149,13 @@ def mean_as_sent(trees, encoding):
   return jax.tree.map(one, *trees)
 
 
-@pytest.mark.parametrize('wire_format', ['float32', 'bfloat16'])
-@pytest.mark.parametrize(('D', 'on_device'), [(4, False), (2, True)])
+@pytest.mark.parametrize(
+  ('D', 'on_device', 'wire_format'),
+  rest_is_slow(
+    [(D, D == 2, form) for D in (4, 2) for form in ('float32', 'bfloat16')],
+    quick=[(4, False, 'float32'), (2, True, 'bfloat16')],
+  ),
+)
 def test_a_step_of_data_parallel_goes_without_a_bad_gradient(
   D, on_device, wire_format
 ):
@@ -203,21 +215,27 @@ def test_a_gradient_alone_can_be_bad():
 
 
 @pytest.mark.parametrize(
-  'protocol',
-  [
-    full(3),
-    full(4, wire_format='int8'),
-    full(3, wire_format='int8'),
-    data_parallel(3),
-    resist(3, min_depth=3, carry=True),
-    resist(4, min_depth=3, wire_format='bfloat16'),
-    hand_over(3),
-    hand_over(4, min_depth=3, carry=True),
-    hand_over(4, min_depth=3, wire_format='int8'),
-  ],
-  ids=lambda p: f'{tiny.hands_over(p)}-{p.num_workers}-{p.exchange.format}',
+  ('protocol', 'on_device'),
+  checkerboard(
+    [
+      full(3),
+      full(4, wire_format='int8'),
+      full(3, wire_format='int8'),
+      data_parallel(3),
+      resist(3, min_depth=3, carry=True),
+      resist(4, min_depth=3, wire_format='bfloat16'),
+      hand_over(3),
+      hand_over(4, min_depth=3, carry=True),
+      hand_over(4, min_depth=3, wire_format='int8'),
+    ],
+    [False, True],
+  ),
+  ids=lambda p: (
+    f'{tiny.hands_over(p)}-{p.num_workers}-{p.exchange.format}'
+    if hasattr(p, 'exchange')
+    else None
+  ),
 )
-@pytest.mark.parametrize('on_device', [False, True])
 def test_with_all_workers_good_every_bit_is_as_without_the_guard(
   protocol, on_device
 ):

@@ -3,6 +3,7 @@
 import math
 import re
 
+from covering import checkerboard, rest_is_slow
 import jax
 import pytest
 from test_rounds import L, hand_over, problem, resist
@@ -27,7 +28,9 @@ COLLECTIVE = (
 )
 
 
-@pytest.mark.parametrize('wire_format', list(FORMATS))
+@pytest.mark.parametrize(
+  'wire_format', rest_is_slow(list(FORMATS), ['float32', 'int8'])
+)
 def test_local_training_has_no_collective_and_never_the_chain(wire_format):
   _, run, _ = programs(resist(4, wire_format=wire_format))
   text = run.programs['step'].as_text()
@@ -66,8 +69,9 @@ PROTOCOLS = [
 ]
 
 
-@pytest.mark.parametrize('on_device', [False, True])
-@pytest.mark.parametrize('protocol', PROTOCOLS)
+@pytest.mark.parametrize(
+  ('protocol', 'on_device'), checkerboard(PROTOCOLS, [False, True])
+)
 def test_one_compilation_serves_all_decompositions(protocol, on_device):
   state, run, assigned = programs(protocol, on_device=on_device, ahead=False)
   for r in range(3):
@@ -77,8 +81,9 @@ def test_one_compilation_serves_all_decompositions(protocol, on_device):
   assert set(sizes.values()) == {1}, sizes
 
 
-@pytest.mark.parametrize('on_device', [False, True])
-@pytest.mark.parametrize('protocol', PROTOCOLS)
+@pytest.mark.parametrize(
+  ('protocol', 'on_device'), checkerboard(PROTOCOLS, [False, True])
+)
 def test_the_state_is_donated(protocol, on_device):
   state, run, assigned = programs(protocol, on_device=on_device)
   run(state, tiny.examples(), tiny.batches(0, 4, 2), next(assigned))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+from covering import checkerboard, rest_is_slow
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,21 +51,33 @@ def assert_close(got, want, tolerance=3e-5):
 
 @pytest.mark.parametrize(
   ('exchange', 'norm', 'S', 'D', 'min_depth'),
-  [
-    ('masked_psum', 'batch', 1, 1, 0),
-    ('masked_psum', 'batch', 2, 2, 0),  # 3 and 2 blocks: one slot is empty.
-    ('masked_psum', 'batch', 4, 2, 3),
-    ('masked_psum', 'batch', 4, 4, 0),
-    ('masked_psum', 'batch', 8, 4, 1),  # More workers than blocks.
-    ('masked_psum', 'group', 4, 1, 0),
-    ('masked_psum', 'group', 8, 4, 2),
-    ('hand_over', 'batch', 1, 1, 0),
-    ('hand_over', 'batch', 2, 1, 0),
-    ('hand_over', 'batch', 2, 2, 4),
-    ('hand_over', 'batch', 4, 4, 0),
-    ('hand_over', 'batch', 4, 4, 3),
-    ('hand_over', 'group', 4, 2, 3),
-  ],
+  rest_is_slow(
+    [
+      ('masked_psum', 'batch', 1, 1, 0),
+      ('masked_psum', 'batch', 2, 2, 0),  # 3 and 2 blocks: one slot is empty.
+      ('masked_psum', 'batch', 4, 2, 3),
+      ('masked_psum', 'batch', 4, 4, 0),
+      ('masked_psum', 'batch', 8, 4, 1),  # More workers than blocks.
+      ('masked_psum', 'group', 4, 1, 0),
+      ('masked_psum', 'group', 8, 4, 2),
+      ('hand_over', 'batch', 1, 1, 0),
+      ('hand_over', 'batch', 2, 1, 0),
+      ('hand_over', 'batch', 2, 2, 4),
+      ('hand_over', 'batch', 4, 4, 0),
+      ('hand_over', 'batch', 4, 4, 3),
+      ('hand_over', 'group', 4, 2, 3),
+    ],
+    quick=[
+      ('masked_psum', 'batch', 1, 1, 0),
+      ('masked_psum', 'batch', 2, 2, 0),
+      ('masked_psum', 'batch', 4, 2, 3),
+      ('masked_psum', 'batch', 8, 4, 1),
+      ('masked_psum', 'group', 8, 4, 2),
+      ('hand_over', 'batch', 2, 1, 0),
+      ('hand_over', 'batch', 4, 4, 3),
+      ('hand_over', 'group', 4, 2, 3),
+    ],
+  ),
 )
 def test_a_compiled_round_equals_algorithm_1(exchange, norm, S, D, min_depth):
   loss_fn, params = problem(norm)
@@ -77,7 +90,10 @@ def test_a_compiled_round_equals_algorithm_1(exchange, norm, S, D, min_depth):
 
 @pytest.mark.parametrize(
   ('exchange', 'S', 'D'),
-  [('masked_psum', 4, 2), ('hand_over', 4, 4), ('hand_over', 4, 1)],
+  rest_is_slow(
+    [('masked_psum', 4, 2), ('hand_over', 4, 4), ('hand_over', 4, 1)],
+    quick=[('masked_psum', 4, 2), ('hand_over', 4, 4)],
+  ),
 )
 def test_the_loop_on_the_device_equals_algorithm_1(exchange, S, D):
   loss_fn, params = problem()
@@ -89,9 +105,13 @@ def test_the_loop_on_the_device_equals_algorithm_1(exchange, S, D):
 @pytest.mark.parametrize(
   ('make', 'wire_format'),
   [
-    (full, 'int8'),
+    pytest.param(full, 'int8', marks=pytest.mark.slow),
     (resist, 'int8'),
-    (functools.partial(hand_over, min_depth=2), 'bfloat16'),
+    pytest.param(
+      functools.partial(hand_over, min_depth=2),
+      'bfloat16',
+      marks=pytest.mark.slow,
+    ),
     (functools.partial(hand_over, carry=True), 'int8'),
   ],
   ids=['local_sgd', 'masked_psum', 'replicas', 'carried'],
@@ -164,8 +184,10 @@ def test_data_parallel_is_one_worker_with_a_larger_batch(on_device):
   assert_close(got, params)
 
 
-@pytest.mark.parametrize('exchange', ['masked_psum', 'hand_over'])
-@pytest.mark.parametrize('on_device', [False, True])
+@pytest.mark.parametrize(
+  ('on_device', 'exchange'),
+  checkerboard([False, True], ['masked_psum', 'hand_over']),
+)
 def test_carried_velocity_is_exchanged_like_the_parameters(on_device, exchange):
   """Against the plain loop, with new slots, copies and an uneven deal."""
   loss_fn, params = problem()

@@ -13,6 +13,7 @@ from resist_jax import report
 from resist_jax.run import export
 from resist_jax.run.processes import TRY_AGAIN
 
+pytestmark = pytest.mark.faults
 # On a busy machine JAX itself takes long to do what it is asked for.
 PATIENCE = 60
 

@@ -2,6 +2,7 @@
 
 import itertools
 
+from covering import rest_is_slow
 import jax
 import numpy as np
 import pytest
@@ -73,7 +74,9 @@ def test_each_device_is_timed_where_they_are_not_alike(monkeypatch):
   assert found.tolist() == [[1, 2], [1, 2], [2, 3], [2, 3]]
 
 
-@pytest.mark.parametrize('exchange', ['hand_over', 'masked_psum'])
+@pytest.mark.parametrize(
+  'exchange', rest_is_slow(['hand_over', 'masked_psum'], ['hand_over'])
+)
 def test_a_run_of_unequal_workers(exchange, tmp_path):
   depths = (3, 1, 2, 1)
   config = tiny_config(depths=depths, exchange=exchange)
@@ -100,7 +103,10 @@ def test_a_run_of_unequal_workers(exchange, tmp_path):
 @pytest.mark.parametrize(
   'fields',
   [
-    {'depths': (3, 1, 2, 1), 'optimizer.carry_momentum': True},
+    pytest.param(
+      {'depths': (3, 1, 2, 1), 'optimizer.carry_momentum': True},
+      marks=pytest.mark.slow,
+    ),
     {'depths': 'by_speed', 'num_devices': 2},
     {'depths': (2, 1, 1, 1), 'phases.full_before': 1, 'wire_format': 'int8'},
   ],

@@ -124,11 +124,13 @@ def stopped_at(round_index, monkeypatch, folder, config, signum=signal.SIGTERM):
 @pytest.mark.parametrize(
   'fields',
   [
-    {},
+    pytest.param({}, marks=pytest.mark.slow),
     {'optimizer.carry_momentum': True, 'min_depth': 3},
-    {'exchange': 'masked_psum', 'min_depth': 3},
+    pytest.param(
+      {'exchange': 'masked_psum', 'min_depth': 3}, marks=pytest.mark.slow
+    ),
     {'wire_format': 'int8'},
-    {'protocol': 'data_parallel'},
+    pytest.param({'protocol': 'data_parallel'}, marks=pytest.mark.slow),
     {'protocol': 'local_sgd', 'data.sharded': True},
     {'phases.full_before': 1, 'phases.full_after': 1},
   ],
@@ -179,11 +181,11 @@ def test_the_number_of_devices_changes_rounding_only(finished, tmp_path):
   [
     {'num_workers': 2, 'num_devices': 2},
     {'num_workers': 8, 'min_depth': 1, 'exchange': 'masked_psum'},
-    {'num_devices': 2},
-    {'min_depth': 3},
-    {'wire_format': 'int8'},
+    pytest.param({'num_devices': 2}, marks=pytest.mark.slow),
+    pytest.param({'min_depth': 3}, marks=pytest.mark.slow),
+    pytest.param({'wire_format': 'int8'}, marks=pytest.mark.slow),
     {'protocol': 'local_sgd'},
-    {'protocol': 'data_parallel'},
+    pytest.param({'protocol': 'data_parallel'}, marks=pytest.mark.slow),
   ],
   ids=['S=2', 'S=8', 'D=2', 'copies', 'int8', 'local_sgd', 'data_parallel'],
 )

@@ -3,6 +3,7 @@
 import dataclasses
 import operator
 
+from covering import checkerboard
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -250,8 +251,10 @@ def test_a_moment_that_mixes_blocks_is_refused():
   run(make(factored), rounds=1)  # Restarted moments may have any shape.
 
 
-@pytest.mark.parametrize('make_exchange', ['hand_over', 'masked_psum'])
-@pytest.mark.parametrize('wire_format', ['float32', 'bfloat16', 'int8'])
+@pytest.mark.parametrize(
+  ('make_exchange', 'wire_format'),
+  checkerboard(['hand_over', 'masked_psum'], ['float32', 'bfloat16', 'int8']),
+)
 def test_parameters_in_bfloat16_work_with_every_format(
   make_exchange, wire_format
 ):
@@ -273,7 +276,10 @@ def test_parameters_in_bfloat16_work_with_every_format(
     {},
     {'carry': True, 'min_depth': 2},
     {'exchange': resist.exchange.hand_over('int8'), 'min_depth': 2},
-    {'exchange': resist.exchange.masked_psum('bfloat16'), 'carry': True},
+    pytest.param(
+      {'exchange': resist.exchange.masked_psum('bfloat16'), 'carry': True},
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_a_restored_training_repeats_to_the_bit(fields, tmp_path):
