@@ -46,10 +46,8 @@ class ResNet(nn.Module):
       64 pixels, or a quarter of the work) or `imagenet` (7x7, stride 2, then
       max pooling).
     dtype: Compute dtype; parameters and statistics are float32.
-    for_cpu: Lay the blocks of a chain out one after another instead of looping
-      over them (XLA's CPU backend runs convolutions in loops some 10 to 40
-      times slower; elsewhere a loop compiles faster and costs nothing), and
-      use `layers.convolve_with_wide_kernel_gradient`. The result is the same.
+    for_cpu: Use `layers.convolve_with_wide_kernel_gradient`. The result is the
+      same.
     cut_heads: Keep the residual branches of heads apart, so that they can be
       partitioned, too (the first column of the paper's ablation).
     norm_axis: The mesh axis that batches are spread over, for batch norm.
@@ -105,8 +103,9 @@ class ResNet(nn.Module):
         x = x[0]
       if size > 1:
         name = chain_name(stage)
-        unroll = size - 1 if self.for_cpu else 1
-        chain = partial(nn.scan, length=size - 1, unroll=unroll, **stacked)
+        # Laid out: XLA's CPU backend runs convolutions in loops some 10 to 40
+        # times slower, and a GPU copies what a loop keeps for the way back.
+        chain = partial(nn.scan, length=size - 1, unroll=size - 1, **stacked)
         ones = jnp.ones((size - 1,), jnp.float32)
         x, _ = self.make_piece(name, chain)(x, scales.get(name, ones))
     return self.make_piece('classifier')(x)
