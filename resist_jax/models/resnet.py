@@ -45,11 +45,8 @@ class ResNet(nn.Module):
       images of 64 pixels or a quarter of the work) or `imagenet` (7x7, stride
       2, then max pooling).
     dtype: Compute dtype; parameters and statistics are float32.
-    for_cpu: Whether to choose the form that XLA's CPU backend runs fast: the
-      chain is unrolled, because that backend runs convolutions inside a loop 10
-      to 40 times slower, and `layers.convolve_with_wide_kernel_gradient` is
-      used. Elsewhere a loop compiles faster and runs as fast. The result is the
-      same up to rounding.
+    for_cpu: Whether to use `layers.convolve_with_wide_kernel_gradient`, a form
+      that XLA's CPU backend runs faster. The result is the same up to rounding.
     cut_heads: Whether to separate the residual branches of heads, so that they
       can be partitioned too (first column of the paper's ablation).
     norm_axis: The mesh axis that splits batches, for batch norm; None if none
@@ -106,8 +103,9 @@ class ResNet(nn.Module):
         x = x[0]
       if size > 1:
         name = chain_name(stage)
-        unroll = size - 1 if self.for_cpu else 1
-        chain = partial(nn.scan, length=size - 1, unroll=unroll, **stacked)
+        # Unrolled: XLA's CPU backend runs convolutions inside a loop 10 to 40
+        # times slower, and a GPU copies what the loop keeps for the gradient.
+        chain = partial(nn.scan, length=size - 1, unroll=size - 1, **stacked)
         ones = jnp.ones((size - 1,), jnp.float32)
         x, _ = self.make_piece(name, chain)(x, scales.get(name, ones))
     return self.make_piece('classifier')(x)

@@ -114,7 +114,7 @@ def test_an_empty_slot_computes_nothing():
   assert two - one == pytest.approx(block, rel=0.1)
   _, even, _ = programs(resist(1, min_depth=1), 1)
   assert five == pytest.approx(
-    even.compiled['step'].cost_analysis()['flops'], rel=1e-3
+    even.programs['step'].cost_analysis()['flops'], rel=1e-3
   )
   assert accounting.compiled_flops(run, 1) == five
   taking_turns, _ = cost((5, 3, 2, 1), D=1)
