@@ -181,6 +181,9 @@ def difference(
   Returns:
     The largest difference in a parameter over that parameter's largest value,
     of all parameters; and the norm of all differences over that of all values.
+
+  >>> difference({'w': np.array([1.0, 3.0])}, {'w': np.array([0.0, 4.0])})
+  {'largest': 0.25, 'of_norm': 0.3535533905932738}
   """
   wide = {k: np.asarray(x, np.float64) for k, x in ours.items()}
   apart = {k: np.abs(wide[k] - reference[k]) for k in reference}
