@@ -30,7 +30,7 @@ def network(num_blocks=5, **kwargs):
 
 
 def init(net):
-  return net.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))['params']
+  return jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))['params']
 
 
 def examples(count=24):
@@ -211,7 +211,9 @@ def algorithm_1(loss_fn, params, protocol, num_rounds, left_out=()):
   """
   num_blocks, steps = protocol.num_blocks, protocol.local_steps
   S = protocol.num_workers
-  velocity = jax.tree.map(jnp.zeros_like, params)
+  # NumPy computes it: JAX would compile each line for every shape.
+  params = jax.tree.map(np.asarray, params)
+  velocity = jax.tree.map(np.zeros_like, params)
   at_rest = velocity
   for r, assigned in zip(
     range(num_rounds), assignments(protocol), strict=False
@@ -229,14 +231,14 @@ def algorithm_1(loss_fn, params, protocol, num_rounds, left_out=()):
     for s, mine in zip(sorted({*range(S)} - {*lost}), hands, strict=True):
       sub, momentum = cut(params, mine), cut(velocity, mine)
       if not protocol.carry:
-        momentum = jax.tree.map(jnp.zeros_like, momentum)
+        momentum = jax.tree.map(np.zeros_like, momentum)
       present = {
-        chain: jnp.ones(len(blocks), jnp.float32)
+        chain: np.ones(len(blocks), np.float32)
         for chain, blocks in mine.items()
       }
       for t in range(steps):
         batch = batches(r, S, steps)[s, t]
-        grads = gradient(loss_fn, sub, present, batch)
+        grads = jax.tree.map(np.asarray, gradient(loss_fn, sub, present, batch))
         momentum = jax.tree.map(
           lambda v, g, p: MOMENTUM * v + g + WEIGHT_DECAY * p,
           momentum, grads, sub,
@@ -271,7 +273,7 @@ def merge(parts, hands, num_blocks, old):
       ]
       kept = jax.tree.map(operator.itemgetter(block), old[chain])
       blocks.append(mean(held) if held else kept)
-    chains[chain] = jax.tree.map(lambda *xs: jnp.stack(xs), *blocks)
+    chains[chain] = jax.tree.map(lambda *xs: np.stack(xs), *blocks)
   shared = [
     {k: v for k, v in part.items() if k not in chains} for part in parts
   ]
