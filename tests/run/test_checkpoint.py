@@ -198,7 +198,7 @@ def test_a_save_that_fails_says_whether_to_try_again(
   monkeypatch.setattr(jax, 'process_count', lambda: count)
   with pytest.raises(SaveError, match='the checkpoint of round 2') as caught:
     save(tmp_path, 2)
-  assert caught.value.again == again
+  assert caught.value.retryable == again
   assert ('make room' in str(caught.value)) != again
   monkeypatch.undo()
   assert restore(tmp_path).progress['round'] == 1
