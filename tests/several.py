@@ -9,7 +9,8 @@ from experiments.launch import local
 from resist_jax import report
 
 ROOT = pathlib.Path(__file__).parent.parent
-TIMEOUT = 10  # Seconds without a sign that mean death, in these tests.
+TIMEOUT = 20  # Seconds without a sign that mean death, in these tests.
+LIMIT = 1000  # Seconds after which a process hangs, however busy the machine.
 TINY = (
   '--config=experiments/configs/digits.py:smoke',
   '--config.model.name=PreActResNet18',
@@ -64,18 +65,18 @@ class Several:
     """Returns how many rounds are in the log."""
     return len(report.read_rows(self.workdir / 'metrics.jsonl'))
 
-  def wait_for_rounds(self, count, limit=400):
+  def wait_for_rounds(self, count):
     """Waits until the log has rounds; all processes must be alive."""
-    deadline = time.monotonic() + limit
+    deadline = time.monotonic() + LIMIT
     while self.rounds() < count:
       dead = [i for i, p in enumerate(self.processes) if p.poll() is not None]
       assert not dead, self.output(dead[0])
       assert time.monotonic() < deadline, self.output(0)
       time.sleep(0.1)
 
-  def wait(self, number, limit=400):
+  def wait(self, number):
     """Waits for the end of a process and returns its exit code."""
-    return self.processes[number].wait(limit)
+    return self.processes[number].wait(LIMIT)
 
   def output(self, number):
     """Returns what a process has printed."""

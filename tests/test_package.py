@@ -61,7 +61,7 @@ def test_a_wheel_trains_on_digits_in_an_empty_folder(wheel, tmp_path):
       env=environment,
       capture_output=True,
       text=True,
-      timeout=240,
+      timeout=1000,
     )
 
   where = run('-c', 'import resist_jax; print(resist_jax.__file__)').stdout

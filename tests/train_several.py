@@ -1,6 +1,6 @@
 """Trains tiny runs, one after another; the test starts it in each process.
 
-python tests/train_several.py FOLDER COORDINATOR NUM_PROCESSES PROCESS_ID
+python tests/train_several.py FOLDER COORDINATOR NUM_PROCESSES PROCESS_ID RUN...
 """
 
 import pathlib
@@ -41,12 +41,10 @@ def config_of(name):
 
 
 def main():
-  folder, coordinator, count, process = sys.argv[1:]
+  folder, coordinator, count, process, *names = sys.argv[1:]
   processes.start(coordinator, int(count), int(process), timeout=300)
   jax.config.update('jax_num_cpu_devices', WORKERS // int(count))
-  # As in the process of the test.
-  jax.config.update('jax_disable_most_optimizations', True)
-  for name in RUNS:
+  for name in names:
     train.train(config_of(name), f'{folder}/{name}')
   processes.end()
 

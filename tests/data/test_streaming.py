@@ -201,8 +201,11 @@ def test_no_more_is_read_ahead_than_agreed():
   steps = itertools.chain.from_iterable(map(feed.batches, range(5)))
   for taken in range(1, 4):
     next(steps)
-    time.sleep(0.2)  # As much as the threads will read by themselves.
-    assert len(source.read) == 8 * (taken + pipeline.PREFETCHED)
+    agreed = 8 * (taken + pipeline.PREFETCHED)
+    while len(source.read) < agreed:
+      time.sleep(0.01)
+    time.sleep(0.2)  # Threads that read more would do it now.
+    assert len(source.read) == agreed
 
 
 def test_pixels_are_a_function_of_round_worker_step_and_place():

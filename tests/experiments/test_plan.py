@@ -139,7 +139,7 @@ def test_too_many_workers_have_a_dash_and_a_reason():
 def run(*args):
   return subprocess.run(
     [sys.executable, '-m', 'experiments.plan', *args],
-    cwd=ROOT, capture_output=True, text=True, timeout=240,
+    cwd=ROOT, capture_output=True, text=True, timeout=1000,
   )  # fmt: skip
 
 

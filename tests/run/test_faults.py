@@ -14,8 +14,6 @@ from resist_jax.run import export
 from resist_jax.run.processes import TRY_AGAIN
 
 pytestmark = pytest.mark.faults
-# On a busy machine JAX itself takes long to do what it is asked for.
-PATIENCE = 60
 
 
 def newest_checkpoint(folder):
@@ -47,10 +45,8 @@ def test_a_process_that_is_killed_is_named_and_the_run_goes_on(
   with Several(folder, FOREVER) as run:
     run.wait_for_rounds(7)
     run.processes[victim].kill()
-    killed = time.monotonic()
     other = 1 - victim
     assert run.wait(other) == TRY_AGAIN, run.output(other)
-    assert time.monotonic() - killed < TIMEOUT + PATIENCE
     (line,) = run.errors(other)
     assert f'process {other} stops because process {victim}' in line
     assert 'the same command goes on' in line
@@ -67,9 +63,7 @@ def test_a_process_that_stands_still_is_named_and_all_end(tmp_path, victim):
   with Several(tmp_path / 'run', FOREVER) as run:
     run.wait_for_rounds(7)
     run.processes[victim].send_signal(signal.SIGSTOP)
-    stopped = time.monotonic()
     assert run.wait(other) == TRY_AGAIN, run.output(other)
-    assert time.monotonic() - stopped < TIMEOUT + PATIENCE
     (line,) = run.errors(other)
     assert f'process {victim} ' in line
     run.processes[victim].send_signal(signal.SIGCONT)
