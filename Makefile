@@ -4,14 +4,15 @@ SCALE ?=
 RUNS ?= runs$(subst :,/,$(SCALE))
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal --durations=10
 
-.PHONY: demo test check clean
+.PHONY: demo test test-all check docs clean
 
 $(VENV)/installed: requirements.txt setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'Python 3.11 or newer is needed: make PYTHON=python3.12 ...'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --editable '.[docs,test]'
 	touch $@
 
 # ResIST on four workers, then local SGD on the same budget, then both at once.
@@ -24,13 +25,24 @@ demo: $(VENV)/installed
 	  --out=$(RUNS)/report
 	@echo 'both side by side: $(RUNS)/report/report.html'
 
+# Every theorem, each by the cheapest cases that cover it.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -n auto
+	$(PYTEST) -m 'not slow and not faults and not notebooks'
+
+# Every case, and processes that die, notebooks and experiments.
+test-all: $(VENV)/installed
+	$(PYTEST)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
+
+# Any warning is an error; nothing is fetched from the network.
+docs: $(VENV)/installed
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet \
+	  docs build/docs
+	@echo 'build/docs/index.html'
 
 clean:
 	rm -rf $(VENV) $(RUNS) build *.egg-info

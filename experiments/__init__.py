@@ -1,1 +1,1 @@
-"""Experiments with resist_jax: configs, benchmarks and their results."""
+"""Experiments with resist_jax: cards, tables, figures and their results."""

@@ -1,13 +1,14 @@
-"""What each ingredient brings: the paper's ablation on CIFAR-10.
+"""The effect of each ingredient: the paper's ablation on CIFAR-10.
 
   python -m experiments.ablation --scale=cpu --data_dir=FOLDER
 
-Each column has what the ones before it brought. With two workers: every block
-of every section is dealt, strided ones included; strided blocks are shared;
-only section 3 is cut; residual branches are scaled at test time; norm and ReLU
-come before each convolution; another l. With eight: without and with a minimum
-depth; another l; and at cpu scale both again, for four times the rounds and
-with as long a chain as the paper's.
+Each column keeps the changes of the columns before it. With two workers: all
+blocks of all sections are partitioned, strided ones included; strided blocks
+are shared; only section 3 is partitioned; residual branches are scaled at test
+time; norm and ReLU come before each convolution; another l. With eight workers:
+no minimum depth; a minimum depth; another l. At the cpu scale, the first two of
+these run again with four times as many rounds, and with a chain as long as the
+paper's.
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,8 @@ from experiments import paper, pictures, table2
 from experiments.experiment import Cell, Experiment, Results, main, of_runs
 from experiments.table import Table
 
-# All blocks of all sections, tested as they were trained; norms come last.
+# All blocks of all sections are partitioned, branches are not scaled at test
+# time, and norms come after convolutions.
 NAIVE = {
   'exchange': 'masked_psum',
   'min_depth': 0,
@@ -37,7 +39,7 @@ COLUMNS: dict[int, dict[str, Mapping[str, Any] | None]] = {
       'model.pre_activation': False,
     },
     'scale': {'model.pre_activation': False},
-    'pre_activation': None,  # The card as it is.
+    'pre_activation': None,  # None: the card without changes.
   },
   8: {'pre_activation': {'min_depth': 0}, 'min_depth': None},
 }
@@ -49,7 +51,7 @@ TITLES = {
   'pre_activation': '+ pre-activation',
   'min_depth': '+ minimum depth',
 }
-# Other l than the card's; the paper's tuned ones are unpublished.
+# Values of l other than the card's. The paper does not give its tuned values.
 TRIED = {
   'smoke': {2: (1,), 8: (1,)},
   'cpu': {2: (16,), 8: (4, 24)},
@@ -58,18 +60,18 @@ TRIED = {
 
 
 def columns(workers: int, scale: str) -> dict[str, Cell]:
-  """Returns the runs of a number of workers.
+  """Returns the cells for a number of workers.
 
   Args:
     workers: 2 or 8.
     scale: See `experiment.SCALES`.
 
   Returns:
-    Cells by title, in the order of the table; the card as it is belongs to
-    Table 2.
+    Cells by title, in the order of the table. For the card without changes, it
+    is the cell of Table 2.
   """
   card = table2.cell('cifar10', 'resist', workers)
-  found = {
+  listed = {
     TITLES[column]: Cell(
       f's{workers}_{column}', card.card, card.argument, overrides
     )
@@ -88,12 +90,21 @@ def columns(workers: int, scale: str) -> dict[str, Cell]:
       'checkpoint_every': every,
     }
     name = f's{workers}_l{steps}'
-    found[f'+ l = {steps}'] = Cell(name, card.card, card.argument, fields)
-  return found
+    listed[f'+ l = {steps}'] = Cell(name, card.card, card.argument, fields)
+  return listed
 
 
-def again(workers: int, scale: str) -> dict[str, Cell]:
-  """Returns columns nearer to the paper's setting, likewise."""
+def closer(workers: int, scale: str) -> dict[str, Cell]:
+  """Returns the cells of settings that are closer to the paper's.
+
+  Args:
+    workers: 2 or 8.
+    scale: See `experiment.SCALES`.
+
+  Returns:
+    Cells by title, in the order of the table; none except for 8 workers at the
+    cpu scale.
+  """
   if (workers, scale) != (8, 'cpu'):
     return {}
   card = table2.cell('cifar10', 'resist', workers)
@@ -102,7 +113,7 @@ def again(workers: int, scale: str) -> dict[str, Cell]:
   nearer = {
     '4 x the rounds': ('x4', {name: 4 * config[name] for name in lengths}),
     'a chain of 22': (
-      'chain22',  # And the depth that fits the paper's Table 1.
+      'chain22',  # With the minimum depth that fits the paper's Table 1.
       {'model.stage_sizes': (3, 4, 23, 3), 'min_depth': 4},
     ),
   }
@@ -119,28 +130,28 @@ def again(workers: int, scale: str) -> dict[str, Cell]:
 
 
 def theirs(workers: int, title: str) -> float:
-  """Returns the paper's accuracy in a column."""
-  title = title.split(',')[0]  # However long it is.
+  """Returns the paper's accuracy in % in the column of a title."""
+  title = title.split(',')[0]  # Without the setting, which the paper lacks.
   column = {title: name for name, title in TITLES.items()}.get(title, 'tuned_l')
   return paper.ABLATION[workers][column]
 
 
 def cells(scale: str) -> list[Cell]:
-  """Returns every column, that of most consequence last to first."""
+  """Returns the cells to train, the last columns first."""
   return [
     cell
     for workers in COLUMNS
-    for found in (columns(workers, scale), again(workers, scale))
-    for cell in reversed(found.values())
+    for listed in (columns(workers, scale), closer(workers, scale))
+    for cell in reversed(listed.values())
   ]
 
 
 def tables(results: Results) -> list[Table]:
-  """Returns ours beside the paper's."""
+  """Compares our accuracies with the paper's."""
   rows, found = [], []
   for workers in COLUMNS:
     listed = columns(workers, results.scale)
-    for title, cell in (listed | again(workers, results.scale)).items():
+    for title, cell in (listed | closer(workers, results.scale)).items():
       records = results.of(cell)
       if not records:
         continue
@@ -154,10 +165,10 @@ def tables(results: Results) -> list[Table]:
   if not rows:
     return []
   caption = (
-    f'Ablation on CIFAR-10, {results.scale} scale, test accuracy in %; each '
-    'row has what the rows of the same number of workers above it brought, but '
-    'another l replaces the one before (the paper: tuned, unpublished); '
-    f'{of_runs(found)}'
+    f'Test accuracy in % on CIFAR-10, {results.scale} scale. Each row keeps '
+    'the changes of the rows above it with the same number of workers; a row '
+    'that sets l, the steps in a round, replaces the l above it. The paper '
+    f'tuned l and does not give its value. {of_runs(found)}'
   )
   head = ['workers', 'what is added', 'l', 'deployed', 'test-batch statistics']
   head += ['best of the run', 'the paper, at its scale']
@@ -165,8 +176,8 @@ def tables(results: Results) -> list[Table]:
 
 
 def figures(results: Results) -> Mapping[str, Figure | None]:
-  """Returns our columns beside the paper's."""
-  found = {}
+  """Draws our columns and the paper's."""
+  drawn = {}
   for workers in COLUMNS:
     ours, papers = {}, {}
     for title, cell in columns(workers, results.scale).items():
@@ -179,8 +190,8 @@ def figures(results: Results) -> Mapping[str, Figure | None]:
       f'ours, {workers} workers': {'ours': ours},
       f'the paper, {workers} workers': {'the paper': papers},
     }
-    found[f'workers{workers}'] = pictures.steps(panels, alike=False)
-  return found
+    drawn[f'workers{workers}'] = pictures.steps(panels, sharey=False)
+  return drawn
 
 
 EXPERIMENT = Experiment('ablation', 'Ablation', cells, tables, figures)

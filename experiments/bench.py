@@ -1,18 +1,20 @@
-"""How fast a round is, in parts, beside a bare jitted step.
+"""Times the parts of a round, and compares a local step with a plain one.
 
-For each network, on random images: seconds of a worker's local step as
-`resist_jax.rounds` runs it, beside `jax.jit` of the same sub-network's gradient
-and update (in turn, medians); then a round of S workers, the exchanges and wire
-formats (in turn), their share of a round, compile times and memory.
+For each network, on random images, it measures a worker's local step as
+`resist_jax.rounds` runs it, and a plain `jax.jit` of the same sub-network's
+gradient and update. Then it measures a round of S workers, each exchange and
+wire format and its share of a round, compile times and memory. Seconds are
+medians; what is compared is timed in turn.
 
   python -m experiments.bench                            # both networks
   python -m experiments.bench --network=paper --batch_size=128 --dtype=bfloat16
 
-Results go to experiments/results/bench/ with their provenance.
+On an accelerator, `--steps=20` hides the time that the host takes to dispatch
+one step; `--workers=1 --only_step` measures the full network. The result is
+written to experiments/results/bench/ with its provenance.
 """
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import resource
@@ -24,27 +26,39 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from experiments.provenance import provenance
-from resist_jax import accounting, data, models, rounds
-from resist_jax.decomposition.assignments import Assignment
-from resist_jax.decomposition.slots import join, sample_slots, slots_per_worker
-from resist_jax.rounds import state as state_lib
+from experiments.runs import RESULTS, provenance, write_record
+from resist_jax import Trainer, accounting, data, models
+from resist_jax.decomposition import (
+  Assignment,
+  join,
+  sample_slots,
+  slots_per_worker,
+)
+from resist_jax.exchange import masked_psum
+from resist_jax.rounds import (
+  Protocol,
+  Whole,
+  distribute,
+  make_mesh,
+  make_round,
+)
 from resist_jax.run import classification, optimizer
+from resist_jax.run.config import EXCHANGES
 
 CHAIN = 'stage3_chain'
-RESULTS = pathlib.Path(__file__).parent / 'results' / 'bench'
 
 
 class Network(NamedTuple):
-  """What is measured.
+  """A network to measure.
 
   Attributes:
     network: The global network.
-    size: Height and width of its images.
-    channels: Of its images.
-    batch_size: B, unless another is asked for.
-    local_steps: T, unless another is asked for.
+    size: Height and width of its images, in pixels.
+    channels: Channels of its images.
+    batch_size: Default of B, the batch size of a worker.
+    local_steps: Default of T, the local steps in a round.
   """
 
   network: models.ResNet
@@ -56,15 +70,18 @@ class Network(NamedTuple):
 
 NETWORKS = {
   'digits': Network(models.PreActResNetTiny(num_classes=10), 8, 1, 32, 20),
-  # The paper's setting is B = 128, T = 50: for accelerators.
+  # The paper's B = 128 and T = 50 would take too long on a CPU.
   'paper': Network(models.PreActResNet101(num_classes=100), 32, 3, 16, 2),
 }
 
 
 def main() -> None:
-  """Measures, prints and writes."""
+  """Measures, prints and writes the results."""
   args = _arguments()
-  if args.workers > 1 and not args.only_step:  # A lone worker has all cores.
+  if args.precision:
+    jax.config.update('jax_default_matmul_precision', args.precision)
+  # Without virtual devices, a single worker uses all cores.
+  if args.workers > 1 and not args.only_step:
     jax.config.update('jax_num_cpu_devices', args.workers)
   results = []
   for name in NETWORKS if args.network == 'both' else [args.network]:
@@ -72,30 +89,41 @@ def main() -> None:
     results.append({'network': name, **result})
     print(json.dumps(results[-1], indent=2))
   kind = jax.devices()[0].device_kind.replace(' ', '_')
-  path = args.out or RESULTS / f'{kind}_{args.dtype}_{args.network}.json'
-  path.parent.mkdir(parents=True, exist_ok=True)
+  name = f'{kind}_{args.dtype}_{args.network}.json'
+  path = args.out or RESULTS / 'bench' / name
   record = {
     'command': ' '.join(['python -m experiments.bench', *sys.argv[1:]]),
     'provenance': provenance(),
     'seed': 0,
     'results': results,
   }
-  path.write_text(json.dumps(record, indent=2) + '\n')
+  write_record(path, record)
   print('written to', path)
 
 
 def _arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--network', choices=[*NETWORKS, 'both'], default='both')
-  parser.add_argument('--workers', type=int, default=4, help='S')
-  parser.add_argument('--batch_size', type=int, help='B, per worker')
-  parser.add_argument('--local_steps', type=int, help='T')
-  parser.add_argument('--repeats', type=int, default=7, help='timed calls')
+  parser.add_argument('--workers', type=int, default=4, help='S, the workers')
+  parser.add_argument('--batch_size', type=int, help='B, of a worker')
+  parser.add_argument('--local_steps', type=int, help='T, in a round')
+  parser.add_argument(
+    '--repeats', type=int, default=7, help='timed calls of each function'
+  )
   parser.add_argument(
     '--dtype', default='float32', choices=['float32', 'bfloat16']
   )
-  parser.add_argument('--only_step', action='store_true', help='no rounds')
-  parser.add_argument('--out', type=pathlib.Path)
+  parser.add_argument(
+    '--precision',
+    help='precision of float32 products: highest, or tensorfloat32',
+  )
+  parser.add_argument(
+    '--only_step', action='store_true', help='measure no rounds'
+  )
+  parser.add_argument(
+    '--steps', type=int, default=1, help='steps of a timed call'
+  )
+  parser.add_argument('--out', type=pathlib.Path, help='JSON file to write')
   return parser.parse_args()
 
 
@@ -104,10 +132,10 @@ def measure(spec: Network, args: argparse.Namespace) -> dict[str, Any]:
 
   Args:
     spec: The network.
-    args: Of the command line.
+    args: The arguments of the command line.
 
   Returns:
-    Seconds, images per second, shares and bytes by name.
+    Seconds, images per second, shares and bytes, by name.
   """
   on_cpu = jax.devices()[0].platform == 'cpu'
   network = spec.network.clone(dtype=args.dtype, for_cpu=on_cpu)
@@ -120,15 +148,21 @@ def measure(spec: Network, args: argparse.Namespace) -> dict[str, Any]:
   problem = (network, dataset, params, B)
 
   S = args.workers
-  step = _one_worker(*problem, S, args.repeats)
+  step = _one_worker(*problem, S, args.repeats, args.steps)
   whole = {}
   if not args.only_step:
     whole = _whole_round(*problem, S, T, args.repeats, not on_cpu)
+  blocks = slots_per_worker(_length(params), S)
+  flop = B * models.predicted_flops(network, image.shape[1:], {CHAIN: blocks})
   return {
     'dtype': args.dtype,
+    'precision': args.precision,
     'batch_size': B,
-    'blocks': slots_per_worker(_length(params), S),
+    'blocks': blocks,
     **step,
+    'flop_of_a_step': flop,
+    'flop_per_second': flop / step['step_seconds'],
+    **({} if on_cpu else {'flop_per_second_of_matmul': _matmul_rate(args)}),
     **whole,
     'peak_memory_of_process_bytes': 1024
     * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
@@ -151,7 +185,7 @@ def _random_images(spec: Network, count: int, classes: int) -> data.Dataset:
   return data.Dataset('random', split, {'test': split}, classes, half, half / 2)
 
 
-EXCHANGES = (
+EXCHANGES_TIMED = (
   ('hand_over', 'float32'),
   ('masked_psum', 'float32'),
   ('hand_over', 'bfloat16'),
@@ -159,63 +193,74 @@ EXCHANGES = (
 )
 
 
-def _make_round(network, dataset, protocol, D, on_device):
-  mesh = state_lib.make_mesh(D)
-  loss_fn = classification.make_loss(network, dataset, {CHAIN: 1.0}, 0, False)
-  run = rounds.make_round(
+def _loss(network, dataset):
+  return classification.make_loss(network, dataset, {CHAIN: 1.0}, 0, False)
+
+
+def _sgd() -> optax.GradientTransformation:
+  rate = optimizer.make_schedule('constant', 0.01, 100)
+  return optimizer.make_optimizer(rate, 0.9, 5e-4)
+
+
+def _matmul_rate(args) -> float:
+  """Returns the FLOP/s that a large product of matrices reaches."""
+  n = 8192
+  x = jax.random.normal(jax.random.key(0), (n, n), args.dtype)
+  product = jax.jit(jnp.matmul)
+  (seconds,) = _in_turn((lambda: product(x, x),), args.repeats, 20)
+  return 2 * n**3 / seconds
+
+
+def _one_worker(
+  network, dataset, params, B, S, repeats, steps
+) -> dict[str, Any]:
+  """Times a worker's step as a round runs it, and a plain jitted step."""
+  length = _length(params)
+  # The slots of worker 0 of S, as the only worker of a mesh of one device.
+  slots = np.asarray(sample_slots(jax.random.key(0), length, S))[:1]
+  protocol = Protocol(1, 1, {CHAIN: length}, masked_psum())
+  loss_fn, sgd, mesh = _loss(network, dataset), _sgd(), make_mesh(1)
+  run = make_round(
     loss_fn,
-    optimizer.make_optimizer(0.9, 5e-4),
-    optimizer.make_schedule('constant', 0.01, 100),
+    sgd,
     protocol,
     mesh,
     seed=0,
-    on_device=on_device,
-    metrics=('accuracy',),
+    metrics=classification.METRICS,
+    on_device=False,
   )
-  return mesh, run, loss_fn
-
-
-def _one_worker(network, dataset, params, B, S, repeats) -> dict[str, Any]:
-  """Times a worker's step inside the round beside a bare jitted step."""
-  length = _length(params)
-  # The slots of worker 0 of S, as the only worker of a mesh of one device.
-  dealt = np.asarray(sample_slots(jax.random.key(0), length, S))
-  slots = {CHAIN: Assignment(dealt[:1])}
-  protocol = state_lib.Protocol(1, 1, {CHAIN: length})
-  mesh, run, loss_fn = _make_round(network, dataset, protocol, 1, False)
   constants = jax.device_put((dataset.train.images, dataset.train.labels))
   batches = np.arange(B, dtype=np.int32).reshape(1, 1, B)
-  state = state_lib.distribute(params, slots, protocol, mesh)
+  assignments = {CHAIN: Assignment(slots)}
+  state = distribute(Whole(params), protocol, mesh, assignments)
   started = time.perf_counter()
-  run.compile(state, constants, batches)
+  run = run.compile(state, constants, batches)
   compiled_in = time.perf_counter() - started
 
   sub = join(
     jax.tree.map(lambda x: x[0] + 0, state.shared),
     jax.tree.map(lambda x: x[0] + 0, state.chain),
   )
-  local = run.compiled['begin'](state.shared, state.chain, state.velocity)
   index, batch = np.int32(0), jnp.asarray(batches[:, 0])
+  local = run.programs['begin'](state.shared, state.chain, state.carried, index)
 
   def ours():
     nonlocal local
-    local = run.compiled['step'](
-      local, {CHAIN: dealt[:1]}, constants, batch, index, index
+    local = run.programs['step'](
+      local, {CHAIN: slots}, constants, batch, index, index
     )
     return local
 
-  sgd = optimizer.make_optimizer(0.9, 5e-4)
-  present = {CHAIN: jnp.ones(dealt.shape[1], jnp.float32)}
+  present = {CHAIN: jnp.ones(slots.shape[1], jnp.float32)}
 
   @jax.jit(donate_argnums=(0, 1))
   def bare_step(params, opt_state, batch):
     def loss(params):
-      return loss_fn(params, present, constants, batch, jax.random.key(0))
+      return loss_fn(params, present, batch, jax.random.key(0), constants)
 
     grads, metrics = jax.grad(loss, has_aux=True)(params)
     updates, opt_state = sgd.update(grads, opt_state, params)
-    params = jax.tree.map(lambda p, u: p - 0.01 * u, params, updates)
-    return params, opt_state, metrics
+    return optax.apply_updates(params, updates), opt_state, metrics
 
   carry = sub, jax.jit(sgd.init)(sub)
 
@@ -224,7 +269,7 @@ def _one_worker(network, dataset, params, B, S, repeats) -> dict[str, Any]:
     *carry, metrics = bare_step(*carry, batch[0])
     return carry, metrics
 
-  ours_seconds, bare_seconds = _in_turn((ours, bare), repeats)
+  ours_seconds, bare_seconds = _in_turn((ours, bare), repeats, steps)
   return {
     'step_seconds': ours_seconds,
     'bare_step_seconds': bare_seconds,
@@ -239,92 +284,87 @@ def _whole_round(
   network, dataset, params, B, S, T, repeats, on_device
 ) -> dict[str, Any]:
   """Times whole rounds of S workers, and every exchange alone."""
-  D = max(d for d in range(1, len(jax.devices()) + 1) if S % d == 0)
-  protocol = state_lib.Protocol(
-    S, T, {CHAIN: _length(params)}, exchange='hand_over'
+  trainer = Trainer(
+    _loss(network, dataset),
+    _sgd(),
+    chains=(CHAIN,),
+    num_workers=S,
+    local_steps=T,
+    constants=(dataset.train.images, dataset.train.labels),
+    exclude_faulty=False,
+    on_device=on_device,
   )
-  mesh, run, _ = _make_round(network, dataset, protocol, D, on_device)
-  everywhere = jax.sharding.NamedSharding(mesh, state_lib.REPLICATED)
-  train = dataset.train
-  constants = jax.device_put((train.images, train.labels), everywhere)
   batches = np.tile(np.arange(B, dtype=np.int32), (S, T, 1))
-
-  deals = protocol.dealer(CHAIN).deals([0])
-  state = state_lib.distribute(params, {CHAIN: next(deals)}, protocol, mesh)
+  state = trainer.init(params)
   started = time.perf_counter()
-  run.compile(state, constants, batches)
+  trainer = trainer.compile(state, batches)
   compiled_in = time.perf_counter() - started
-  memory = accounting.compiled_memory(run)
+  assert trainer.programs is not None
+  memory = accounting.compiled_memory(trainer.programs)
 
   def one_round():
     nonlocal state
-    state, _ = run(state, {CHAIN: next(deals)}, constants, batches, 0)
+    state, _ = trainer.round(state, batches)
     return state.shared, state.chain
 
   (seconds,) = _in_turn((one_round,), max(3, repeats // 2))
   del state
-  exchanges = [
-    _exchange(network, dataset, params, protocol, D, constants, batches, *kind)
-    for kind in EXCHANGES
-  ]
+  exchanges = [_exchange(trainer, params, *kind) for kind in EXCHANGES_TIMED]
   times = _in_turn(exchanges, repeats)
-  training = seconds - times[0]  # The round hands over in float32.
+  training = seconds - times[0]  # The timed round hands over in float32.
   return {
     'workers': S,
-    'devices': D,
+    'devices': trainer.devices.size,
     'local_steps': T,
     'round_seconds': seconds,
     'images_per_second': S * T * B / seconds,
     'exchange_seconds': {
-      ' '.join(kind): t for kind, t in zip(EXCHANGES, times, strict=True)
+      ' '.join(kind): t for kind, t in zip(EXCHANGES_TIMED, times, strict=True)
     },
     'exchange_share_of_round_at_T_50': {
       ' '.join(kind): t / (t + 50 * training / T)
-      for kind, t in zip(EXCHANGES, times, strict=True)
+      for kind, t in zip(EXCHANGES_TIMED, times, strict=True)
     },
     'compile_seconds_of_round': compiled_in,
     'compiled_memory': memory,
   }
 
 
-def _exchange(
-  network, dataset, params, protocol, D, constants, batches, exchange, wire
-):
+def _exchange(trainer: Trainer, params, exchange: str, wire_format: str):
   """Returns a function that begins a round and ends it, without a step."""
-  protocol = dataclasses.replace(
-    protocol, local_steps=0, exchange=exchange, wire_format=wire
+  S, mesh = trainer.num_workers, trainer.devices
+  protocol = Protocol(
+    S, 0, {CHAIN: _length(params)}, EXCHANGES[exchange](wire_format)
   )
-  mesh, run, _ = _make_round(network, dataset, protocol, D, False)
-  # The deals of a dealer suit every exchange.
-  dealer = protocol.dealer(CHAIN)
-  deals = dealer.deals([0])
-
-  def deal():
-    dealt = next(deals)
-    return {
-      CHAIN: dealt if exchange == 'hand_over' else Assignment(dealt.slots)
-    }
-
-  state = state_lib.distribute(params, deal(), protocol, mesh)
+  run = make_round(
+    trainer.loss_fn, trainer.optimizer, protocol, mesh, seed=0, on_device=False
+  )
+  state = distribute(Whole(params), protocol, mesh, protocol.assign(0, 0))
+  batches = np.zeros((S, 0, 1), np.int32)
 
   def run_exchange():
     nonlocal state
-    state, _ = run(state, deal(), constants, batches[:, :0], 0)
+    state, _ = run(state, None, batches)
     return state.shared, state.chain
 
   return run_exchange
 
 
-def _in_turn(functions, repeats: int) -> list[float]:
-  """Returns each function's median seconds, called in turn after a warm-up."""
+def _in_turn(functions, repeats: int, calls: int = 1) -> list[float]:
+  """Calls functions in turn, and returns the median seconds of each.
+
+  The first call of each function, which may compile, is not counted.
+  """
   times: list[list[float]] = [[] for _ in functions]
   for turn in range(repeats + 1):
-    for function, mine in zip(functions, times, strict=True):
+    for function, seconds in zip(functions, times, strict=True):
       started = time.perf_counter()
+      for _ in range(calls - 1):
+        function()
       jax.block_until_ready(function())
       if turn:
-        mine.append(time.perf_counter() - started)
-  return [statistics.median(mine) for mine in times]
+        seconds.append((time.perf_counter() - started) / calls)
+  return [statistics.median(seconds) for seconds in times]
 
 
 if __name__ == '__main__':

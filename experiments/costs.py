@@ -1,13 +1,14 @@
-"""What a round costs on given machines and links, predicted.
+"""A model of the seconds of a round on given machines and links.
 
-The model: every worker has a device and a full-duplex link of its own. Compute
-takes T * batch * operations on an image / flops; nothing else takes time, and
-nothing overlaps. An exchange takes the bytes that the busiest worker sends /
-bandwidth, and latency * messages that wait for each other: 2 (S - 1) in a ring
-all-reduce, one a column and two a guest in a hand-over. Data parallel has T
-all-reduces a round. Baselines send float32. Where a hand-over is impossible, a
-masked psum stands in. What workers tell each other of their losses is too small
-to count. Memory is a worker's, without activations.
+Every worker has a device and a full-duplex link of its own. Local training
+takes T * batch size * operations per image / flops seconds. An exchange takes
+the bytes that the busiest worker sends / bandwidth, plus latency * the number
+of messages that wait for each other: 2 (S - 1) in a ring all-reduce; in a
+hand-over, one for each slot of a worker and two for each replica. Data parallel
+has T all-reduces in a round. The baselines send float32. A masked psum replaces
+a hand-over where that is impossible. Nothing overlaps, nothing else takes time,
+and the losses that workers exchange are too small to count. Memory is that of a
+worker, without activations.
 """
 
 import dataclasses
@@ -17,18 +18,26 @@ import jax
 import numpy as np
 
 from resist_jax import accounting, models
-from resist_jax.decomposition.assignments import Assigner
-from resist_jax.exchange import compression
-from resist_jax.rounds import state as state_lib
-from resist_jax.run import checks
+from resist_jax.decomposition import Assigner
+from resist_jax.exchange import compression, hand_over
+from resist_jax.exchange.hand_over import expected_messages
+from resist_jax.run import checks, phases
 from resist_jax.run import config as config_lib
+from resist_jax.run.config import EXCHANGES
+from resist_jax.run.phases import Traffic
 from resist_jax.run.setup import Setup
 
 NAMES = 'local_sgd', 'data_parallel', 'resist'
 
 
 class Machine(NamedTuple):
-  """A worker's operations and bits per second, and seconds a message."""
+  """The device and the link of a worker.
+
+  Attributes:
+    flops: Floating-point operations per second.
+    bandwidth: Bits per second.
+    latency: Seconds of a message without content.
+  """
 
   flops: float
   bandwidth: float
@@ -36,14 +45,20 @@ class Machine(NamedTuple):
 
 
 class Cost(NamedTuple):
-  """Operations of a worker in a round, bytes and messages of the busiest."""
+  """What a worker does in a round.
+
+  Attributes:
+    flops: Floating-point operations.
+    bytes: Bytes that the busiest worker sends.
+    messages: Messages of the busiest worker that wait for each other.
+  """
 
   flops: float
   bytes: float
   messages: int
 
   def seconds(self, machine: Machine) -> dict[str, float]:
-    """Returns those of a round, by what they are spent on."""
+    """Returns the seconds of `compute`, `exchange` and the whole `round`."""
     compute = self.flops / machine.flops
     exchange = 8 * self.bytes / machine.bandwidth
     exchange += self.messages * machine.latency
@@ -52,9 +67,16 @@ class Cost(NamedTuple):
 
 
 class Plan:
-  """Predictions for a config whose protocol and num_workers are free."""
+  """Predictions for a config with any protocol and number of workers."""
 
   def __init__(self, config: Any, image: tuple[int, ...], classes: int):
+    """Validates the config.
+
+    Args:
+      config: The config; its fields `protocol` and `num_workers` are ignored.
+      image: `(H, W, C)`.
+      classes: Number of classes.
+    """
     config = config.copy_and_resolve_references()
     config.update({'protocol': 'resist', 'num_workers': 2, 'num_devices': 0})
     checks.validate(config)
@@ -65,69 +87,99 @@ class Plan:
     chains = list(config_lib.cut_chains(config))
     sizes = accounting.measure(params, chains)
     self.image, blocks = image, sizes.num_blocks
-    none: Any = None  # Neither data nor devices.
+    none: Any = None  # Predictions need neither data nor devices.
     self.setup = Setup(config, none, network, blocks, sizes, none)
 
-  def protocol(self, name: str, num_workers: int) -> state_lib.Protocol:
-    """Returns a protocol; a masked psum where a hand-over is impossible."""
-    protocol = self.setup.protocol(name)
-    protocol = dataclasses.replace(protocol, num_workers=num_workers)
-    if name != 'resist':
-      return dataclasses.replace(protocol, wire_format='float32')
-    for chain in protocol.num_blocks:
-      protocol.slots_per_worker(chain)
-      try:
-        protocol.dealer(chain)
-      except ValueError:
-        protocol = dataclasses.replace(protocol, exchange='masked_psum')
-    return protocol
+  def traffic(self, name: str, num_workers: int) -> tuple[Traffic, str]:
+    """Returns what a protocol sends, and the name of its exchange.
 
-  def cost(self, protocol: state_lib.Protocol) -> Cost:
-    """Returns the mean over all deals, with a device for each worker."""
+    Args:
+      name: One of `NAMES`.
+      num_workers: S.
+
+    Returns:
+      `(traffic, exchange)`; a masked psum where a hand-over is impossible.
+
+    Raises:
+      ValueError: If the workers cannot share the blocks in any way.
+    """
+    config = self.setup.config
+    found = phases.describe(self.setup, name)
+
+    def sending(exchange, wire_format):
+      value = EXCHANGES[exchange](wire_format)
+      protocol = dataclasses.replace(
+        found.protocol, num_workers=num_workers, exchange=value
+      )
+      protocol.check()
+      return dataclasses.replace(found, protocol=protocol)
+
+    if name != 'resist':
+      return sending(config.exchange, 'float32'), 'all_reduce'
+    try:
+      return sending(config.exchange, config.wire_format), config.exchange
+    except ValueError:
+      return sending('masked_psum', config.wire_format), 'masked_psum'
+
+  def cost(self, traffic: Traffic, exchange: str) -> Cost:
+    """Returns the mean over all assignments, with a device for each worker."""
+    protocol, sizes = traffic.protocol, traffic.sizes
     S, T = protocol.num_workers, protocol.local_steps
     lengths = {k: protocol.slots_per_worker(k) for k in protocol.num_blocks}
     flops = models.predicted_flops(self.setup.network, self.image, lengths)
-    sizes = self.setup.sizes_for(protocol)
-    exact = dataclasses.replace(protocol, leave_out=False)
-    sent = accounting.wire_bytes(sizes, exact, S) / S
-    times = T if protocol.average_gradients else 1 + protocol.carry_velocity
+    without_losses = dataclasses.replace(protocol, exclude_faulty=False)
+    sent = accounting.wire_bytes(sizes, without_losses, S) / S
+    times = T if protocol.average_gradients else 1 + protocol.carry
     messages = times * 2 * (S - 1)
-    for name in lengths if protocol.exchange == 'hand_over' else ():
-      dealer = protocol.dealer(name)
-      mean = accounting.expected_messages(dealer, S) / S
+    # Only a hand-over sends blocks one by one, and not equally many from all.
+    for name in lengths if EXCHANGES.get(exchange) is hand_over else ():
+      assigns = Assigner(*protocol.division(name))
+      mean = expected_messages(assigns, S) / S
       block = compression.message_bytes(
-        sizes.block[name], protocol.format.values
+        sizes.block[name], protocol.exchange.format.values
       )
-      sent += times * (max(blocks_sent(dealer)) - mean) * block
-      messages += times * (dealer.num_columns + 2 * len(dealer.borrowers))
+      sent += times * (max(blocks_sent(assigns)) - mean) * block
+      messages += times * (assigns.num_columns + 2 * assigns.num_replicas)
     return Cost(T * self.setup.config.batch_size * flops, sent, messages)
 
   def predict(self, num_workers: int, machine: Machine) -> dict[str, Any]:
-    """Returns a round of each protocol, or why not, and ResIST's speed-up."""
-    found: dict[str, Any] = {'workers': num_workers, **machine._asdict()}
+    """Predicts a round of each protocol, and the speed-up by ResIST.
+
+    Args:
+      num_workers: S.
+      machine: The device and the link of a worker.
+
+    Returns:
+      JSON values by name. For each protocol: exchange, blocks of a worker,
+      memory in bytes, cost and seconds; or `why_not` if it is impossible.
+      `speedup`: how many times faster ResIST is than each protocol.
+    """
+    row: dict[str, Any] = {'workers': num_workers, **machine._asdict()}
     for name in NAMES:
       try:
-        protocol = self.protocol(name, num_workers)
+        traffic, exchange = self.traffic(name, num_workers)
       except ValueError as error:
-        return found | {name: {'why_not': str(error)}, 'speedup': {}}
-      cost, sizes = self.cost(protocol), self.setup.sizes_for(protocol)
-      found[name] = {
-        'exchange': protocol.exchange if protocol.num_blocks else 'all_reduce',
+        return row | {name: {'why_not': str(error)}, 'speedup': {}}
+      cost, protocol = self.cost(traffic, exchange), traffic.protocol
+      row[name] = {
+        'exchange': exchange,
         'blocks': [protocol.slots_per_worker(k) for k in protocol.num_blocks],
-        'memory': accounting.predicted_memory(sizes, protocol, num_workers),
+        'memory': accounting.predicted_memory(
+          traffic.sizes, protocol, num_workers
+        ),
         **cost._asdict(),
         'seconds': cost.seconds(machine),
       }
-    s = {name: found[name]['seconds']['round'] for name in NAMES}
-    return found | {'speedup': {name: s[name] / s['resist'] for name in NAMES}}
+    s = {name: row[name]['seconds']['round'] for name in NAMES}
+    return row | {'speedup': {name: s[name] / s['resist'] for name in NAMES}}
 
 
-def blocks_sent(dealer: Assigner) -> list[float]:
-  """Returns how many blocks each worker sends in a hand-over, mean of deals."""
-  sent = [0.0] * dealer.num_workers
-  ways = [dealer.moves(j) for j in range(dealer.num_columns)]
-  for g in range(len(dealer.borrowers)):
-    lend = dealer.lendings(g)[1:]  # Nobody lends to itself.
+def blocks_sent(assigns: Assigner) -> list[float]:
+  """Returns how many blocks each worker sends in a hand-over, on average."""
+  sent = [0.0] * assigns.num_workers
+  ways = [assigns.column_routes(j) for j in range(assigns.num_columns)]
+  for r in range(assigns.num_replicas):
+    lend = assigns.replica_routes(r)[1:]  # No worker lends to itself.
     ways += [lend, [tuple((t, s) for s, t in route) for route in lend]]
   for routes in ways:
     for source, target in (pair for route in routes for pair in route):

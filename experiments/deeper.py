@@ -20,7 +20,7 @@ from experiments.table import Table
 
 DEPTHS = ('152', '200')
 PROTOCOLS = ('local_sgd', 'resist')
-# What two cores train in well under an hour.
+# At the cpu scale, two cores train each run in well under an hour.
 RUNS = {
   'smoke': (('cifar10', 4),),
   'cpu': (('cifar10', 4),),
@@ -29,13 +29,13 @@ RUNS = {
 
 
 def cell(data: str, depth: str, protocol: str, workers: int) -> Cell:
-  """Returns a run of the table.
+  """Returns a cell of the table.
 
   Args:
     data: `cifar10` or `cifar100`.
     depth: `152` or `200`.
     protocol: See `config.protocol`.
-    workers: Of the run.
+    workers: Number of workers.
 
   Returns:
     The cell.
@@ -49,7 +49,7 @@ def cell(data: str, depth: str, protocol: str, workers: int) -> Cell:
 
 
 def cells(scale: str) -> list[Cell]:
-  """Returns what is trained."""
+  """Returns the cells to train."""
   return [
     cell(data, depth, protocol, workers)
     for data, workers in RUNS[scale]
@@ -59,7 +59,7 @@ def cells(scale: str) -> list[Cell]:
 
 
 def tables(results: Results) -> list[Table]:
-  """Returns ours beside the paper's."""
+  """Compares our accuracies and speed-ups with the paper's."""
   rows, found = [], []
   for data, workers in RUNS[results.scale]:
     for depth in DEPTHS:
@@ -80,9 +80,9 @@ def tables(results: Results) -> list[Table]:
   if not rows:
     return []
   caption = (
-    f'Deeper networks, {results.scale} scale: test accuracy in % of the last '
-    'round with fixed statistics, and how many times faster ResIST trains, '
-    f'without a link; {of_runs(found)}'
+    f'Deployed test accuracy in % after the last round, {results.scale} scale, '
+    'and the training time of local SGD divided by that of ResIST, with no '
+    f'link between the workers. {of_runs(found)}'
   )
   head = ['data', 'network', 'chain', 'workers', 'local SGD', 'ResIST']
   head += ['faster', 'paper: local SGD', 'paper: ResIST', 'paper: faster']
@@ -90,7 +90,7 @@ def tables(results: Results) -> list[Table]:
 
 
 def figures(results: Results) -> Mapping[str, Figure | None]:
-  """Returns learning curves by what was sent."""
+  """Draws learning curves by the bytes sent."""
   panels = {
     f'{table2.DATA[data]}, ResNet{depth}, {workers} workers': {
       table2.NAMES[protocol]: results.of(cell(data, depth, protocol, workers))

@@ -1,8 +1,8 @@
-"""ResIST and its baselines on handwritten digits: the README's first table.
+"""ResIST and its baselines on handwritten digits.
 
   python -m experiments.digits --seeds=3
 
-Needs no data besides what is installed, and some minutes.
+It takes some minutes, and needs no data that is not installed.
 """
 
 from collections.abc import Mapping
@@ -16,19 +16,19 @@ from resist_jax.report import plots
 
 
 def cell(protocol: str) -> Cell:
-  """Returns the run of a protocol; the exact ones serve `quantised` too."""
+  """Returns the cell of a protocol; `quantised` shares two of them."""
   home = '' if protocol == 'data_parallel' else 'quantised'
   name = f'digits_{protocol}_float32'
   return Cell(name, 'digits', '', {'protocol': protocol}, home=home)
 
 
 def cells(scale: str) -> list[Cell]:
-  """Returns the protocols; at the paper's scale there are no digits."""
+  """Returns the cells to train; the paper's scale has no digits."""
   return [cell(p) for p in table2.NAMES] if scale != 'paper' else []
 
 
 def tables(results: Results) -> list[Table]:
-  """Returns what a reader wants to know first."""
+  """Compares accuracy, bytes and parameters of the protocols."""
   rows, found = [], []
   for protocol, name in table2.NAMES.items():
     run = cell(protocol)
@@ -46,26 +46,27 @@ def tables(results: Results) -> list[Table]:
     return []
   config = found[0]['config']
   caption = (
-    f'Handwritten digits (360 test images), {config["num_workers"]} workers, '
-    f'{config["num_rounds"]} rounds of {config["local_steps"]} steps, a chain '
-    f'of 12 blocks; {of_runs(found)}'
+    f'{config["num_workers"]} workers train for {config["num_rounds"]} rounds '
+    f'of {config["local_steps"]} steps. ResIST cuts a chain of 12 blocks. The '
+    'accuracy is measured on 360 test images. "Weights on a worker" is the '
+    f'share of the parameters that one worker holds. {of_runs(found)}'
   )
-  head = ['', 'test accuracy %, deployed', "the paper's protocol"]
-  head += ['on the wire a round', 'weights on a worker']
+  head = ['protocol', 'accuracy %, deployed', 'test-batch statistics']
+  head += ['sent in a round', 'weights on a worker']
   return [Table(caption, EXPERIMENT.command, head, rows)]
 
 
 def figures(results: Results) -> Mapping[str, Figure | None]:
-  """Returns learning curves."""
+  """Draws learning curves, and the decomposition of a ResIST run."""
   panel = {
     name: results.of(cell(protocol)) for protocol, name in table2.NAMES.items()
   }
-  found: dict[str, Figure | None] = {}
-  found['digits'] = pictures.curves({'digits': panel}, 'round')
+  drawn: dict[str, Figure | None] = {}
+  drawn['digits'] = pictures.curves({'digits': panel}, 'round')
   for record in results.of(cell('resist'))[:1]:
     rows = record.get('curve', [])
-    found['decomposition'] = plots.decomposition_figure('digits', rows)
-  return found
+    drawn['decomposition'] = plots.decomposition_figure('digits', rows)
+  return drawn
 
 
 EXPERIMENT = Experiment('digits', 'Handwritten digits', cells, tables, figures)

@@ -2,9 +2,9 @@
 
   python -m experiments.ensemble --scale=cpu --data_dir=FOLDER
 
-Each of S networks as deep as a worker's sub-ResNet is trained alone for as many
-steps as a worker of Table 2 takes; their probabilities are averaged. Unlike the
-paper's, the members begin from initial values of their own.
+Each of S networks is as deep as a worker's sub-ResNet and trains alone, for as
+many steps as a worker of Table 2. The ensemble averages their probabilities.
+Unlike in the paper, each member has its own initial parameters.
 """
 
 from collections.abc import Mapping
@@ -19,8 +19,7 @@ import numpy as np
 
 from experiments import paper, pictures, table2
 from experiments.experiment import Cell, Experiment, Results, main, of_runs
-from experiments.provenance import provenance
-from experiments.runs import begin, write_record
+from experiments.runs import begin, provenance, write_record
 from experiments.table import Table
 from resist_jax import data, decomposition
 from resist_jax.run import export, train
@@ -30,7 +29,15 @@ WORKERS = {'smoke': (2,), 'cpu': (2, 4), 'paper': (2, 4, 8)}
 
 
 def cell(name: str, workers: int) -> Cell:
-  """Returns an ensemble: a data set and its number of members."""
+  """Returns the cell of an ensemble.
+
+  Args:
+    name: A card, `cifar10` or `cifar100`.
+    workers: Number of members.
+
+  Returns:
+    The cell.
+  """
   return Cell(f'{name}_s{workers}', name, f's{workers}')
 
 
@@ -45,11 +52,11 @@ def member(
   """Returns the config of one network of an ensemble.
 
   Args:
-    config: Of the ResIST run whose worker it is.
-    number: 0 to S - 1.
+    config: Config of the ResIST run, in which the member would be a worker.
+    number: Number of the member, 0 to S - 1.
 
   Returns:
-    A run of one worker, which nobody talks to, without tests on its way.
+    The config of a run of one worker, which is tested at its end only.
   """
   S = config.num_workers
   stage_sizes = list(build_model(config, num_classes=2).stage_sizes)
@@ -68,17 +75,17 @@ def member(
 def train_ensemble(
   config: ml_collections.ConfigDict, target: pathlib.Path, folder: pathlib.Path
 ) -> None:
-  """Trains the members and keeps what they do together.
+  """Trains the members of an ensemble, tests it, and writes its result file.
 
   Args:
-    config: Of the ResIST run whose workers they are.
+    config: Config of the ResIST run, in which the members would be the workers.
     target: The result file.
-    folder: Of the members' workdirs; it is removed at the end.
+    folder: Folder of the members' workdirs, which is deleted at the end.
   """
   begin(target)
   members = [member(config, number) for number in range(config.num_workers)]
   names = [f'member{number}' for number in range(len(members))]
-  found = [
+  summaries = [
     train.train(alone, str(folder / name))
     for alone, name in zip(members, names, strict=True)
   ]
@@ -86,30 +93,29 @@ def train_ensemble(
     config.data.name, config.data.dir, config.data.validation
   ).tests['test']
   predictors = [export.load(folder / name) for name in names]
-  hits = 0
+  num_correct = 0
   for rows in np.array_split(np.arange(len(test)), -(-len(test) // 500)):
     batch = test.take(rows)
     images = jnp.asarray(batch.images)
     mean = np.mean([predict(images) for predict in predictors], axis=0)
-    hits += int((mean.argmax(axis=-1) == batch.labels).sum())
-  kind = found[0]['device'].split(',')[0]
+    num_correct += int((mean.argmax(axis=-1) == batch.labels).sum())
+  kind = summaries[0]['device'].split(',')[0]
   record = {
-    'provenance': provenance(f'{found[0]["num_devices"]} x {kind}'),
+    'provenance': provenance(f'{summaries[0]["num_devices"]} x {kind}'),
     'config': json.loads(json.dumps(config.to_dict())),
     'summary': {
       'seed': config.seed,
-      'test_accuracy': hits / len(test),
-      'members': found,
+      'test_accuracy': num_correct / len(test),
+      'members': summaries,
     },
   }
-  record['config']['data']['dir'] = ''  # A place on one machine.
-  target.parent.mkdir(parents=True, exist_ok=True)
+  record['config']['data']['dir'] = ''  # It depends on the machine.
   write_record(target, record)
   shutil.rmtree(folder)
 
 
 def tables(results: Results) -> list[Table]:
-  """Returns ensembles beside their members, ResIST and the paper's."""
+  """Compares ensembles with their members, ResIST and the paper's ensembles."""
   rows, found = [], []
   for name, title in table2.DATA.items():
     for workers in WORKERS[results.scale]:
@@ -132,9 +138,9 @@ def tables(results: Results) -> list[Table]:
   if not rows:
     return []
   caption = (
-    f'Sub-ResNets never synchronised, {results.scale} scale: test accuracy in '
-    '% with fixed statistics, of the members alone (mean), of their ensemble, '
-    f'which runs all of them, and of ResIST; {of_runs(found)}'
+    f'Deployed test accuracy in %, {results.scale} scale: the mean of the '
+    'members, each alone; their ensemble, which runs all of them; and ResIST. '
+    f'{of_runs(found)}'
   )
   head = ['data', 'members', 'alone', 'ensemble', 'ResIST']
   head += ['paper: ensemble', 'paper: ResIST']
@@ -142,10 +148,10 @@ def tables(results: Results) -> list[Table]:
 
 
 def figures(results: Results) -> Mapping[str, Figure | None]:
-  """Returns the ensembles and ResIST by the number of workers."""
+  """Draws the accuracy of ensembles and ResIST by the number of workers."""
   panels = {}
   for name, title in table2.DATA.items():
-    # ResIST without an ensemble beside it is Table 2's.
+    # Only numbers of workers for which there is an ensemble.
     counts = [w for w in WORKERS[results.scale] if results.of(cell(name, w))]
     lines = {
       'ensemble': lambda workers, n=name: cell(n, workers),

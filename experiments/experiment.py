@@ -25,15 +25,15 @@ Record = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """What is trained once for each seed.
+  """A setting of an experiment, which is trained once for each seed.
 
   Attributes:
-    name: Of its result files.
-    card: One of `resist_jax.run.cards.names`.
+    name: Name of its result files, without the seed.
+    card: Name of a card, one of `resist_jax.run.cards.names`.
     argument: Words for the card, without the scale.
-    overrides: Values by dotted name of the field.
-    home: Name of the experiment whose results hold it, where several need it;
-      empty for the experiment that lists it.
+    overrides: Values of other fields, by dotted name.
+    home: Name of the experiment in whose folder its results are kept, if
+      several experiments share them; empty for the experiment that lists it.
   """
 
   name: str
@@ -43,7 +43,7 @@ class Cell:
   home: str = ''
 
   def config(self, scale: str) -> ConfigDict:
-    """Returns the config of seed 0, as the card gives it."""
+    """Returns the config, with the seed of the card."""
     words = [self.argument, scale if scale != 'paper' else '']
     argument = ','.join(filter(None, words))
     return load_card(self.card, argument, dict(self.overrides))
@@ -53,11 +53,17 @@ class Results:
   """The result files of an experiment at a scale."""
 
   def __init__(self, name: str, scale: str, root: pathlib.Path = RESULTS):
-    """Reads nothing yet; `root` is the folder of all experiments."""
+    """Names the files without reading them.
+
+    Args:
+      name: Name of the experiment.
+      scale: See `SCALES`.
+      root: The folder that holds the results of all experiments.
+    """
     self.name, self.scale, self._root = name, scale, root
 
   def folder(self, cell: Cell | None = None) -> pathlib.Path:
-    """Returns where results are, those of a cell or the experiment's own."""
+    """Returns the folder of a cell's results, or of the experiment's own."""
     home = cell.home if cell else ''
     return self._root / (home or self.name) / self.scale
 
@@ -66,16 +72,16 @@ class Results:
     return self.folder(cell) / f'{cell.name}_seed{seed}.json'
 
   def of(self, cell: Cell) -> list[Record]:
-    """Returns the results of a cell, a record for each seed that is there."""
+    """Returns the results of a cell, one for each seed that has been run."""
     paths = self.folder(cell).glob(f'{cell.name}_seed*.json')
     return [json.loads(path.read_text()) for path in sorted(paths)]
 
   def values(self, cell: Cell, field: str) -> list[float]:
-    """Returns a number of the summaries, for each seed that is there."""
+    """Returns a field of the summaries, for each seed that has been run."""
     return [record['summary'][field] for record in self.of(cell)]
 
   def percent(self, cell: Cell, field: str = 'test_accuracy') -> str:
-    """Returns the mean and deviation of an accuracy; empty where none is."""
+    """Returns mean and deviation of an accuracy in %, empty without results."""
     return spread([100 * value for value in self.values(cell, field)])
 
 
@@ -84,13 +90,14 @@ class Experiment:
   """A table or figure of the paper.
 
   Attributes:
-    name: Of its folder of results, and its command.
-    title: For readers.
-    cells: What it trains at a scale.
-    tables: What the results say; none where there are none.
-    figures: Pictures of them by name of the file, without its suffix; None
-      where there is nothing to see.
-    train: Trains a config into a result file, in a folder for the time being.
+    name: Name of its module and of its folder of results.
+    title: Title for readers.
+    cells: Returns what is trained at a scale.
+    tables: Returns tables of the results; none without results.
+    figures: Returns figures of the results by name of the file, without its
+      suffix; None for a figure without results.
+    train: Trains a config, writes the result file and deletes the workdir:
+      `train(config, target, folder)`.
   """
 
   name: str
@@ -102,23 +109,23 @@ class Experiment:
 
   @property
   def command(self) -> str:
-    """What a reader types."""
+    """The command that runs the experiment."""
     return f'python -m experiments.{self.name}'
 
   def pictures(self, results: Results) -> dict[str, Figure]:
-    """Returns the pictures that there are."""
+    """Returns the figures that have results."""
     drawn = self.figures(results)
     return {name: figure for name, figure in drawn.items() if figure}
 
 
 def spread(values: Sequence[float]) -> str:
-  """Returns the mean and, of several values, the standard deviation.
+  """Formats the mean and, for several values, the standard deviation.
 
   Args:
-    values: Of the seeds.
+    values: One value for each seed.
 
   Returns:
-    Text; empty without values.
+    Text, empty without values.
 
   >>> spread([90.0, 92.0]), spread([90.0]), spread([])
   ('91.0 ± 1.4', '90.0', '')
@@ -132,9 +139,9 @@ def spread(values: Sequence[float]) -> str:
 
 
 def of_runs(
-  records: Sequence[Record], shown: str = 'mean and standard deviation'
+  records: Sequence[Record], shown: str = 'Mean and standard deviation'
 ) -> str:
-  """Returns what the reader of a table must know of its runs.
+  """Returns what the reader of a table must know about its runs.
 
   Args:
     records: Of all of its runs.
@@ -146,33 +153,33 @@ def of_runs(
   if not records:
     return ''
   seeds = {record['summary']['seed'] for record in records}
-  count = 'one seed'
+  count = 'One seed'
   if len(seeds) > 1:
     count = f'{shown} of up to {len(seeds)} seeds'
   kinds = sorted({machine(record['provenance']) for record in records})
-  return f'{count}, {" and ".join(kinds)}.'
+  return f'{count}. Measured on {" and on ".join(kinds)}.'
 
 
 def seconds(records: Sequence[Record]) -> float | None:
   """Returns the median seconds of training.
 
   Args:
-    records: Of a cell; those of a busy machine do not count.
+    records: Results of a cell; those of busy machines are ignored.
 
   Returns:
-    Seconds; None where there are none.
+    Seconds, or None without results.
   """
-  found = [r['summary']['seconds_training'] for r in quiet(records)]
-  return statistics.median(found) if found else None
+  values = [r['summary']['seconds_training'] for r in quiet(records)]
+  return statistics.median(values) if values else None
 
 
 def quiet(records: Sequence[Record]) -> list[Record]:
-  """Returns the results whose seconds mean something."""
+  """Returns the results of machines that did no other work meanwhile."""
   return [r for r in records if not r['provenance'].get('busy')]
 
 
 def machine(provenance: Mapping[str, Any]) -> str:
-  """Returns the machine and the version of JAX, for readers."""
+  """Describes the machine and the version of JAX for readers."""
   device = provenance['device'].split(' x ')[1]
   if device == 'cpu':
     device = f'{provenance["cores"]} cores of {provenance["processor"]}'
@@ -182,7 +189,7 @@ def machine(provenance: Mapping[str, Any]) -> str:
 def jobs(
   experiment: Experiment, results: Results, seeds: int, only: str
 ) -> Iterator[tuple[Cell, int, pathlib.Path]]:
-  """Yields what is not done yet, seed by seed: cell, seed and result file."""
+  """Yields what has not been run, seed by seed: cell, seed and result file."""
   for seed in range(seeds):
     for cell in experiment.cells(results.scale):
       target = results.target(cell, seed)
@@ -191,7 +198,7 @@ def jobs(
 
 
 def show(experiment: Experiment, results: Results) -> None:
-  """Prints the tables, and writes them and the pictures beside the results."""
+  """Prints the tables, and writes tables and figures beside the results."""
   tables = experiment.tables(results)
   if not tables:
     print(f'no table yet: too few results in {results.folder()}')
@@ -208,32 +215,42 @@ def show(experiment: Experiment, results: Results) -> None:
 def main(
   experiment: Experiment, doc: str | None, args: Sequence[str] | None = None
 ) -> None:
-  """Trains what is missing and shows what is there.
+  """Trains the cells without results, then shows all results.
 
   Args:
-    experiment: What to do.
-    doc: The module's docstring; its first line is the help.
-    args: Of the command line, if not this process's own.
+    experiment: The experiment.
+    doc: The docstring of its module, whose first line becomes the help.
+    args: The command line; that of this process if None.
   """
   parser = argparse.ArgumentParser(
     prog=experiment.command, description=(doc or '').split('\n')[0]
   )
   parser.add_argument('--scale', choices=SCALES, default='cpu')
-  parser.add_argument('--seeds', type=int, default=1, help='how many, from 0')
-  parser.add_argument('--data_dir', default='', help='of prepared TFDS sets')
-  parser.add_argument('--runs', default='runs', help='for unfinished runs')
-  parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
-  parser.add_argument('--only', default='', help='cells whose name has this')
+  parser.add_argument(
+    '--seeds', type=int, default=1, help='number of seeds, which start at 0'
+  )
+  parser.add_argument(
+    '--data_dir', default='', help='folder of prepared TFDS data sets'
+  )
+  parser.add_argument(
+    '--runs', default='runs', help='folder for the workdirs of unfinished runs'
+  )
+  parser.add_argument(
+    '--results', type=pathlib.Path, default=RESULTS, help='folder of results'
+  )
+  parser.add_argument(
+    '--only', default='', help='train only cells whose name contains this'
+  )
   parser.add_argument(
     '--dtype', choices=('float32', 'bfloat16'), default='float32'
   )
   parser.add_argument(
     '--busy',
     action='store_true',
-    help='other work runs on the machine: no table shows seconds of these runs',
+    help='other work runs on the machine, so no table shows these seconds',
   )
   parser.add_argument(
-    '--show', action='store_true', help='train nothing, show what is there'
+    '--show', action='store_true', help='train nothing, show all results'
   )
   options = parser.parse_args(args)
   if options.seeds < 1:
@@ -241,7 +258,7 @@ def main(
   names = [cell.name for cell in experiment.cells(options.scale)]
   if not any(options.only in name for name in names):
     parser.error(
-      f'--only is {options.only!r}, which is in no name at this scale: '
+      f'--only is {options.only!r}, but no name at this scale contains it: '
       f'{", ".join(names) or "there are no runs"}.'
     )
   logging.set_verbosity(logging.WARNING)  # orbax reports every step it takes.
@@ -268,6 +285,7 @@ def main(
         parser.exit(1, f'error: {target.stem}: {error}\n')
       except Interrupted as stop:
         print(f'{target.stem}: {stop}', file=sys.stderr)
-      if interrupt.signum:  # In a last round, too, which the run completed.
+      # A signal in the last round does not stop the run, but it stops here.
+      if interrupt.signum:
         raise SystemExit(128 + interrupt.signum)
   show(experiment, results)

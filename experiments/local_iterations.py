@@ -1,9 +1,10 @@
-"""How long workers may train alone: the paper's sweep of l on CIFAR-100.
+"""Accuracy by the number of local iterations: the paper's sweep of l.
 
   python -m experiments.local_iterations --scale=cpu --data_dir=FOLDER
 
-The steps of a worker are the same for every l, so a larger l means fewer
-synchronisations; "never" is a single round, whose end is the only average.
+Workers take the same number of steps on CIFAR-100 for every l, so a larger l
+means fewer synchronisations. "never" is a single round, which synchronises only
+at its end.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from experiments.experiment import Cell, Experiment, Results, main, of_runs
 from experiments.table import Table
 
 PROTOCOLS = ('resist', 'local_sgd')
-# 0 is never; the cpu card of four workers takes 768 steps, 24 a round.
+# 0 stands for never. A worker of the cpu card takes 768 steps, 24 in a round.
 SWEEP = {
   'smoke': (1, 0),
   'cpu': (24, 96, 384, 0),
@@ -29,12 +30,12 @@ def cell(protocol: str, workers: int, steps: int, scale: str) -> Cell:
 
   Args:
     protocol: See `config.protocol`.
-    workers: Of the run.
-    steps: The paper's l; 0 is never.
+    workers: Number of workers.
+    steps: The paper's l; 0 for never.
     scale: See `experiment.SCALES`.
 
   Returns:
-    The cell; that of the card's own l belongs to Table 2.
+    The cell. For the l of the card, it is the cell of Table 2.
   """
   base = table2.cell('cifar100', protocol, workers)
   config = base.config(scale)
@@ -46,7 +47,7 @@ def cell(protocol: str, workers: int, steps: int, scale: str) -> Cell:
     'protocol': protocol,
     'num_rounds': rounds,
     'local_steps': steps or total,
-    # As many tests as the card has, and one at the end at least.
+    # As many tests as the card has, but at least one, at the end.
     'eval_every': max(1, rounds * config.eval_every // config.num_rounds),
     'checkpoint_every': max(1, rounds * config.eval_every // config.num_rounds),
   }
@@ -55,7 +56,7 @@ def cell(protocol: str, workers: int, steps: int, scale: str) -> Cell:
 
 
 def cells(scale: str) -> list[Cell]:
-  """Returns the sweep."""
+  """Returns the cells of the sweep."""
   return [
     cell(protocol, workers, steps, scale)
     for workers in WORKERS[scale]
@@ -65,7 +66,7 @@ def cells(scale: str) -> list[Cell]:
 
 
 def tables(results: Results) -> list[Table]:
-  """Returns ours, and the paper's where it has the same l."""
+  """Compares our accuracies with the paper's for the same l."""
   scale, rows, found = results.scale, [], []
   for workers in WORKERS[scale]:
     for steps in SWEEP[scale]:
@@ -82,8 +83,8 @@ def tables(results: Results) -> list[Table]:
   if not rows:
     return []
   caption = (
-    f'Local iterations on CIFAR-100, {scale} scale: test accuracy in % of the '
-    'last round with fixed statistics, for the same number of steps in all; '
+    f'Deployed test accuracy in % on CIFAR-100 after the last round, {scale} '
+    'scale, for l steps in a round and the same number of steps in all. '
     f'{of_runs(found)}'
   )
   head = ['workers', 'l', 'rounds']
@@ -103,7 +104,7 @@ def _theirs(protocol: str, workers: int, steps: int, scale: str) -> str:
 
 
 def figures(results: Results) -> Mapping[str, Figure | None]:
-  """Returns accuracy against l, ours and the paper's."""
+  """Draws accuracy by l, ours and the paper's."""
   scale = results.scale
   panels = {}
   for workers in WORKERS[scale]:
@@ -126,7 +127,7 @@ def figures(results: Results) -> Mapping[str, Figure | None]:
       }
       for protocol in PROTOCOLS
     }
-  return {'local_iterations': pictures.steps(panels, xlabel='l', alike=False)}
+  return {'local_iterations': pictures.steps(panels, xlabel='l', sharey=False)}
 
 
 EXPERIMENT = Experiment(

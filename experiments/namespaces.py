@@ -1,8 +1,8 @@
-"""Hosts joined by slow links, on one Linux machine: network namespaces.
+"""Virtual hosts with slow links on one Linux machine, by network namespaces.
 
-Each host is a namespace with one interface. All interfaces end at a bridge, in
-a namespace of its own, so nothing of the machine itself is touched. `tc` limits
-what a host sends and what the bridge sends to it. It takes root.
+Each host is a namespace with one interface. All interfaces are connected to a
+bridge in a namespace of its own, so the network of the machine is not changed.
+`tc` limits what a host sends and what the bridge sends to it. This needs root.
 """
 
 from collections.abc import Iterator
@@ -15,22 +15,23 @@ import shutil
 import socket
 import subprocess
 
-_ETC = pathlib.Path('/etc/netns')  # Where `ip netns exec` has files from.
+# `ip netns exec` replaces files in /etc by those in a namespace's folder here.
+_ETC = pathlib.Path('/etc/netns')
 _INTERFACE = 'eth0'
 
 
 class NotPossibleError(RuntimeError):
-  """This machine cannot do it; the message says what it lacks."""
+  """The machine lacks what virtual hosts need; the message names it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-  """What lies between a host and all others.
+  """The link between a host and all others.
 
   Attributes:
-    name: For readers.
-    rate: Of `tc`, in both directions; empty for no limit.
-    delay: Of `tc`, from a host to any other; empty for none.
+    name: Name for readers.
+    rate: Rate in both directions, as `tc` writes it; empty for no limit.
+    delay: Delay of what a host sends, as `tc` writes it; empty for none.
   """
 
   name: str
@@ -51,19 +52,19 @@ class Host:
   """A network namespace.
 
   Attributes:
-    namespace: Its name.
-    address: Of its interface.
+    namespace: Name of the namespace.
+    address: IP address of its interface.
   """
 
   namespace: str
   address: str
 
   def command(self, words: list[str]) -> list[str]:
-    """Returns a command that runs there."""
+    """Returns the command that runs `words` on this host."""
     return ['ip', 'netns', 'exec', self.namespace, *words]
 
   def sent(self) -> tuple[int, int]:
-    """Returns the bytes and packets that the kernel has sent from there."""
+    """Returns the bytes and packets that this host has sent so far."""
     command = ['ip', '-n', self.namespace, '-s', '-j', 'link', 'show']
     (link,) = json.loads(_run(*command, _INTERFACE))
     return link['stats64']['tx']['bytes'], link['stats64']['tx']['packets']
@@ -71,43 +72,46 @@ class Host:
 
 @contextlib.contextmanager
 def hosts(count: int, link: Link) -> Iterator[list[Host]]:
-  """Makes hosts, and removes them whatever happens.
+  """Creates hosts, and removes them at the end, also after an exception.
 
   Args:
-    count: How many.
-    link: Between each of them and the others.
+    count: Number of hosts.
+    link: The link of each host.
 
   Yields:
     The hosts.
 
   Raises:
-    NotPossibleError: Without root, `ip` or `tc`, or what the link needs.
+    NotPossibleError: Without root, `ip` or `tc`, or if the kernel lacks what
+      the link needs.
   """
   if os.geteuid() != 0 or not (shutil.which('ip') and shutil.which('tc')):
-    raise NotPossibleError('network namespaces take Linux, root, ip and tc.')
+    raise NotPossibleError(
+      'network namespaces need Linux, root, and the commands ip and tc.'
+    )
   names = [f'resist{os.getpid()}-{i}' for i in range(count)]
   bridge = f'resist{os.getpid()}-bridge'
   try:
     _run('ip', 'netns', 'add', bridge)
     _run('ip', '-n', bridge, 'link', 'add', 'br0', 'type', 'bridge')
     _run('ip', '-n', bridge, 'link', 'set', 'br0', 'up')
-    found = [Host(name, f'10.77.0.{i + 1}') for i, name in enumerate(names)]
-    for i, host in enumerate(found):
+    created = [Host(name, f'10.77.0.{i + 1}') for i, name in enumerate(names)]
+    for i, host in enumerate(created):
       _join(host, bridge, f'port{i}', link)
-    yield found
+    yield created
   finally:
     for name in (*names, bridge):
       with contextlib.suppress(subprocess.CalledProcessError):
         _run('ip', 'netns', 'delete', name)
       shutil.rmtree(_ETC / name, ignore_errors=True)
     with contextlib.suppress(OSError):
-      _ETC.rmdir()  # Where nobody else has something there.
+      _ETC.rmdir()  # Fails if other namespaces have folders there.
 
 
 def _join(host: Host, bridge: str, port: str, link: Link) -> None:
   """Connects a new host to the bridge."""
   _run('ip', 'netns', 'add', host.namespace)
-  # The own name must mean the address that others reach.
+  # The host's own name must resolve to the address that others can reach.
   folder = _ETC / host.namespace
   folder.mkdir(parents=True)
   names = f'127.0.0.1 localhost\n{host.address} {socket.gethostname()}\n'
@@ -126,7 +130,7 @@ def _join(host: Host, bridge: str, port: str, link: Link) -> None:
 
 def _limit(namespace: str, interface: str, rate: str, delay: str) -> None:
   add = ('tc', '-n', namespace, 'qdisc', 'add', 'dev', interface, 'root')
-  # A burst of a few milliseconds, and a queue as a switch has it.
+  # A burst of a few milliseconds, and a queue as long as that of a switch.
   shaper = ('tbf', 'rate', rate, 'burst', '128kb', 'latency', '200ms')
   if delay:
     shaper = ('netem', 'delay', delay, 'rate', rate, 'limit', '10000')
@@ -134,7 +138,7 @@ def _limit(namespace: str, interface: str, rate: str, delay: str) -> None:
     _run(*add, *shaper)
   except subprocess.CalledProcessError as error:
     raise NotPossibleError(
-      f'this kernel has no {shaper[0]}, which the link needs '
+      f'this kernel lacks {shaper[0]}, which the link needs '
       f'({error.stderr.strip()}).'
     ) from error
 

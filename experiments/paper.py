@@ -1,11 +1,11 @@
-"""What the paper reports, to stand beside ours.
+"""The results that the paper reports.
 
 C. Dun, C. R. Wolfe, C. M. Jermaine, A. Kyrillidis. ResIST: Layer-Wise
 Decomposition of ResNets for Distributed Training. UAI 2022. Accuracies are in
 percent: the best test of a run, with the statistics of each test batch.
 """
 
-# Table 2: by data set, protocol and number of workers.
+# Table 2: accuracy by data set, protocol and number of workers.
 ACCURACY = {
   'cifar10': {
     'local_sgd': {2: '92.36', 4: '92.90', 8: '92.00'},
@@ -17,7 +17,7 @@ ACCURACY = {
   },
 }
 
-# Table 3: seconds of training.
+# Table 3: seconds of training by data set, protocol and number of workers.
 SECONDS = {
   'cifar10': {
     'local_sgd': {4: 5486, 8: 10072},
@@ -29,7 +29,8 @@ SECONDS = {
   },
 }
 
-# Ablation on CIFAR-10, each column with what the ones before it brought.
+# Ablation on CIFAR-10, by number of workers and column. Each column keeps the
+# changes of the columns before it.
 ABLATION = {
   2: {
     'naive': 66.3,
@@ -42,7 +43,8 @@ ABLATION = {
   8: {'pre_activation': 86.5, 'min_depth': 89.9, 'tuned_l': 91.3},
 }
 
-# Final accuracy on CIFAR-100 by local iterations; 0 is never.
+# Final accuracy on CIFAR-100 by protocol and number of workers, and by the
+# number of local iterations; 0 stands for workers that never synchronise.
 LOCAL_ITERATIONS = {
   ('local_sgd', 2): {
     50: 70.79, 100: 71.10, 250: 70.78, 500: 71.88, 1000: 71.55, 1500: 71.71,
@@ -62,7 +64,8 @@ LOCAL_ITERATIONS = {
   },
 }  # fmt: skip
 
-# By data set, network and workers: local SGD, ResIST, and its speed-up.
+# By data set, network and number of workers: the accuracies of local SGD and of
+# ResIST, and how many times faster ResIST trains.
 DEEPER = {
   ('cifar10', '152', 2): (92.27, 92.01, 1.58),
   ('cifar10', '152', 4): (91.39, 90.67, 3.41),
@@ -74,13 +77,14 @@ DEEPER = {
   ('cifar100', '200', 4): (69.05, 67.62, 3.67),
 }
 
-# Sub-ResNets never synchronised, their predictions averaged.
+# Accuracy of the averaged predictions of sub-ResNets that are never
+# synchronised, by data set and number of workers.
 ENSEMBLE = {
   'cifar10': {2: 92.27, 4: 92.56, 8: 90.67},
   'cifar100': {2: 72.08, 4: 72.12, 8: 67.98},
 }
 
-# ResIST by bits of every number sent.
+# Accuracy of ResIST by data set and the bits of each number that is sent.
 QUANTISED = {
   'cifar10': {8: 92.14, 7: 92.26, 6: 91.91, 5: 91.35, 4: 76.33},
   'cifar100': {8: 71.38, 7: 72.15, 6: 71.37, 5: 68.29, 4: 40.48},

@@ -1,4 +1,4 @@
-"""Pictures of several runs: curves with their spread, and bars."""
+"""Figures of several runs: learning curves, and accuracy by a setting."""
 
 from collections.abc import Mapping, Sequence
 import statistics
@@ -22,18 +22,20 @@ X_AXES = {
 
 
 def curves(
-  panels: Mapping[str, Panel], x: str, alike: bool = True
+  panels: Mapping[str, Panel], x: str, sharey: bool = True
 ) -> Figure | None:
-  """Draws learning curves side by side.
+  """Draws learning curves in panels side by side.
 
   Args:
-    panels: By title, the runs of each label, a record a seed.
-    x: A key of `X_AXES`.
-    alike: Whether the panels' accuracies can be compared with each other.
+    panels: For each panel by title, and each curve by label, the results of its
+      seeds.
+    x: The horizontal axis, a key of `X_AXES`.
+    sharey: Whether the accuracies of different panels can be compared, so that
+      the panels share an axis.
 
   Returns:
-    A figure: the mean of the seeds, and the range between the least and the
-    largest as a band; None where there are no runs.
+    A figure with the mean over seeds as a line, and their range as a band; None
+    without results.
   """
   panels = {
     title: {label: runs for label, runs in panel.items() if _curves(runs)}
@@ -46,7 +48,7 @@ def curves(
   colour = dict(zip(labels, plots.colours(len(labels)), strict=True))
   count = len(panels)
   figure = Figure(figsize=(1.2 + 3.3 * count, 3.4), layout='constrained')
-  every = figure.subplots(1, count, sharey=alike, squeeze=False)[0]
+  every = figure.subplots(1, count, sharey=sharey, squeeze=False)[0]
   for axes, (title, panel) in zip(every, panels.items(), strict=True):
     ends = [
       row[x]
@@ -57,10 +59,10 @@ def curves(
     log = x == 'wire_bytes_total' and max(ends) > 30 * min(ends)
     unit, name = _unit(x, min(ends) if log else max(ends))
     for label, runs in panel.items():
-      found = _curves(runs)
-      xs = np.mean([[row[x] for row in rows] for rows in found], axis=0) / unit
+      seeds = _curves(runs)
+      xs = np.mean([[row[x] for row in rows] for rows in seeds], axis=0) / unit
       ys = 100 * np.array(
-        [[row['test_accuracy'] for row in rows] for rows in found]
+        [[row['test_accuracy'] for row in rows] for rows in seeds]
       )
       line = {'color': colour[label], 'marker': 'o', 'markersize': 3.5}
       axes.plot(xs, ys.mean(axis=0), label=label, **line)
@@ -89,14 +91,14 @@ def curves(
 
 
 def _curves(runs: Sequence[Record]) -> list[list[Mapping[str, Any]]]:
-  """Returns the tested rounds of each run, where they are the same ones."""
-  found = [
+  """Returns the tested rounds of those runs that tested the same rounds."""
+  curves = [
     [row for row in run.get('curve', ()) if 'test_accuracy' in row]
     for run in runs
   ]
-  rounds = [[row['round'] for row in rows] for rows in found if rows]
+  rounds = [[row['round'] for row in rows] for rows in curves if rows]
   return [
-    rows for rows in found if rows and [r['round'] for r in rows] == rounds[0]
+    rows for rows in curves if rows and [r['round'] for r in rows] == rounds[0]
   ]
 
 
@@ -110,27 +112,28 @@ def _unit(x: str, largest: float) -> tuple[float, str]:
 def _frame(axes: Axes, title: str, xlabel: str) -> None:
   axes.set_title(title, fontsize='medium')
   axes.set_xlabel(xlabel)
-  axes.grid(color='#e4e4e4', linewidth=0.8)
-  axes.set_axisbelow(True)
-  axes.spines[['top', 'right']].set_visible(False)
+  plots.style_axes(axes)
 
 
 def steps(
   panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
   ylabel: str = 'test accuracy (%)',
   xlabel: str = '',
-  alike: bool = True,
+  sharey: bool = True,
 ) -> Figure | None:
-  """Draws a number for each of several settings in order, panels side by side.
+  """Draws a number by a setting, in panels side by side.
 
   Args:
-    panels: By title and label of a line, the values of the seeds by setting.
-    ylabel: What the numbers are.
-    xlabel: What the settings are.
-    alike: Whether the panels can be compared with each other.
+    panels: For each panel by title, and each line by label, the values of the
+      seeds by setting, in order.
+    ylabel: Name of the number.
+    xlabel: Name of the setting.
+    sharey: Whether the numbers of different panels can be compared, so that the
+      panels share an axis.
 
   Returns:
-    A figure: the means, and every seed as a dot; None without any.
+    A figure with the means as lines, and each seed as a dot; None without
+    values.
   """
   panels = {t: {k: v for k, v in p.items() if v} for t, p in panels.items()}
   panels = {title: panel for title, panel in panels.items() if panel}
@@ -143,20 +146,20 @@ def steps(
   widths = [1 + len(settings[title]) for title in panels]
   figure = Figure(figsize=(1.5 + 0.85 * sum(widths), 3.6), layout='constrained')
   every = figure.subplots(
-    1, len(widths), sharey=alike, squeeze=False, width_ratios=widths
+    1, len(widths), sharey=sharey, squeeze=False, width_ratios=widths
   )[0]
   for axes, (title, panel) in zip(every, panels.items(), strict=True):
     names = settings[title]
     colours = plots.colours(len(panel))
     for (label, line), colour in zip(panel.items(), colours, strict=True):
-      at = [names.index(name) for name in line]
+      positions = [names.index(name) for name in line]
       means = [statistics.mean(values) for values in line.values()]
-      axes.plot(at, means, color=colour, label=label, linewidth=1.5)
-      for i, values in zip(at, line.values(), strict=True):
+      axes.plot(positions, means, color=colour, label=label, linewidth=1.5)
+      for i, values in zip(positions, line.values(), strict=True):
         axes.plot([i] * len(values), values, 'o', color=colour, markersize=4)
     _frame(axes, title, xlabel)
-    turned = {} if xlabel else {'rotation': 30, 'ha': 'right'}
-    axes.set_xticks(range(len(names)), names, **turned)
+    rotation = {} if xlabel else {'rotation': 30, 'ha': 'right'}
+    axes.set_xticks(range(len(names)), names, **rotation)
     axes.margins(x=0.08)
     if len(panel) > 1:
       axes.legend(frameon=False, fontsize='small')

@@ -1,15 +1,14 @@
-"""What ResIST would gain on given machines and links, before trying it.
+"""Predicts how much faster ResIST trains on given machines and links.
 
-The model of costs is that of `experiments.costs`.
+The cost model is that of `experiments.costs`.
 
   python -m experiments.plan --bandwidth=1Gbit --flops=1e13  # paper's setting
   python -m experiments.plan --config=CARD --bandwidth=100Mbit --flops=1e12
-  python -m experiments.plan --check  # measured beside predicted, on this CPU
+  python -m experiments.plan --check  # compare with seconds on this CPU
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-import json
 import pathlib
 import re
 import statistics
@@ -25,25 +24,40 @@ import numpy as np
 
 from experiments import costs
 from experiments.costs import NAMES, Cost, Machine, Plan
-from experiments.provenance import provenance
+from experiments.runs import provenance, write_record
 from resist_jax import __main__ as cli
-from resist_jax.exchange.collectives import WORKER
+from resist_jax import report
+from resist_jax.exchange import WORKER
 from resist_jax.report import plots
-from resist_jax.rounds import state as state_lib
+from resist_jax.rounds import State
+from resist_jax.rounds.mesh import REPLICATED, SHARDED
 from resist_jax.run import config as config_lib
 from resist_jax.run import restore
 from resist_jax.run.command import Options
+from resist_jax.run.phases import Phase
 from resist_jax.run.setup import Setup, prepare
 
-BANDWIDTH = flags.DEFINE_string('bandwidth', None, 'Of a link: 1Gbit.')
-FLOPS = flags.DEFINE_string('flops', None, "A worker's in training: 1e13.")
-LATENCY = flags.DEFINE_string('latency', '0.1ms', 'Of a message.')
-WORKERS = flags.DEFINE_list('workers', None, 'Each S: 2,4,8.')
-IMAGE = flags.DEFINE_string('image', None, 'Height, width, channels: 32x32x3.')
-CLASSES = flags.DEFINE_integer('classes', None, 'Their number.', lower_bound=1)
-CHECK = flags.DEFINE_boolean('check', False, 'Measure on this CPU.')
+BANDWIDTH = flags.DEFINE_string(
+  'bandwidth', None, 'Bandwidth of a link, such as 1Gbit.'
+)
+FLOPS = flags.DEFINE_string(
+  'flops', None, 'Operations that a worker trains with per second: 1e13.'
+)
+LATENCY = flags.DEFINE_string(
+  'latency', '0.1ms', 'Latency of a message, such as 0.1ms.'
+)
+WORKERS = flags.DEFINE_list('workers', None, 'Numbers of workers: 2,4,8.')
+IMAGE = flags.DEFINE_string(
+  'image', None, 'Height, width and channels of an image: 32x32x3.'
+)
+CLASSES = flags.DEFINE_integer(
+  'classes', None, 'Number of classes.', lower_bound=1
+)
+CHECK = flags.DEFINE_boolean(
+  'check', False, 'Compare predictions with seconds measured on this CPU.'
+)
 flags.DEFINE_alias('out', 'workdir')
-# Without a card: the paper's setting, at the depth that it recommends.
+# The default is the paper's setting, at the depth that it recommends.
 PAPER = [f'--config={config_lib.__file__}']
 PAPER += ['--config.data.name=cifar100', '--config.min_depth=5']
 DIGITS = ['--config=digits']
@@ -51,43 +65,45 @@ LADDER = tuple(10 ** (k / 4) for k in range(28, 45))  # 10 Mbit to 100 Gbit
 UNITS = {'': 1, 'kbit': 1e3, 'Mbit': 1e6, 'Gbit': 1e9, 'ms': 1e-3, 'us': 1e-6}
 DATA = {'digits': ('8x8x1', 10), 'cifar10': ('32x32x3', 10)}
 DATA |= {'cifar100': ('32x32x3', 100), 'imagenet2012': ('224x224x3', 1000)}
-TITLES = 'S,blocks,exchange,compute,exchange,round s,local SGD,data par.,'
-TITLES += 'x SGD,x data,MB held,of full'
+HEAD = ['S', 'blocks', 'exchange', 'compute s', 'exchange s', 'round s']
+HEAD += ['local SGD s', 'data par. s', 'x SGD', 'x data', 'MB', 'MB full']
+LEGEND = """
+Seconds are those of a round. x: how many times faster ResIST is. MB: memory of
+a worker with ResIST and with the full network."""
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-  """Returns predictions for a terminal, with a reason for dashes."""
-  form = '{:>4}{:>9}{:>13}{:>9}{:>10}' + 3 * '{:>11}' + 4 * '{:>9}'
-  lines, why_not = list[str](), list[str]()
-  lines.append(form.format(*TITLES.split(',')))
+  """Returns predictions as text, with the reason for a row of dashes."""
+  table, why_not = [HEAD], list[str]()
   for row in rows:
-    *others, mine = (row[name] for name in NAMES)
-    full = sum(others[0]['memory'].values()) / 1e6
-    line = [str(row['workers']), *['-'] * 10, f'{full:.3g}']
-    line[6:8] = [f'{x["seconds"]["round"]:.3g}' for x in others]
-    if 'why_not' in mine:
-      why_not.append(f'No ResIST at S={row["workers"]}: {mine["why_not"]}')
+    *baselines, resist = (row[name] for name in NAMES)
+    full = sum(baselines[0]['memory'].values()) / 1e6
+    cells = [str(row['workers']), *['-'] * 10, f'{full:.3g}']
+    cells[6:8] = [f'{x["seconds"]["round"]:.3g}' for x in baselines]
+    if 'why_not' in resist:
+      reason = resist['why_not']
+      why_not.append(f'No ResIST with {row["workers"]} workers: {reason}')
     else:
-      line[1:3] = '+'.join(map(str, mine['blocks'])), mine['exchange']
-      line[3:6] = [f'{x:.3g}' for x in mine['seconds'].values()]
-      line[8:10] = [f'{row["speedup"][name]:.2f}' for name in NAMES[:2]]
-      line[10] = f'{sum(mine["memory"].values()) / 1e6:.3g}'
-    lines.append(form.format(*line))
-  return '\n'.join(lines + why_not[:1])
+      cells[1:3] = '+'.join(map(str, resist['blocks'])), resist['exchange']
+      cells[3:6] = [f'{x:.3g}' for x in resist['seconds'].values()]
+      cells[8:10] = [f'{row["speedup"][name]:.2f}' for name in NAMES[:2]]
+      cells[10] = f'{sum(resist["memory"].values()) / 1e6:.3g}'
+    table.append(cells)
+  return '\n'.join([report.text_table(table, right_from=0), *why_not[:1]])
 
 
 def _draw(rows: Sequence[Mapping[str, Any]], bandwidth: float) -> Figure:
-  """Draws ResIST's speed-up against the link, for a few S."""
+  """Draws ResIST's speed-up by bandwidth, for a few numbers of workers."""
   figure = Figure(figsize=(7, 4.8), layout='constrained')
   axes = figure.add_subplot()
   able = sorted({row['workers'] for row in rows if row['speedup']})
-  shown = [*able[:4], *able[4:][-1:]]
+  shown = [*able[:4], *able[4:][-1:]]  # More lines could not be told apart.
   for S, colour in zip(shown, plots.colours(len(shown)), strict=True):
-    mine = [row for row in rows if row['workers'] == S]
-    exchange = mine[0]['resist']['exchange'].replace('_', ' ')
+    line = [row for row in rows if row['workers'] == S]
+    exchange = line[0]['resist']['exchange'].replace('_', ' ')
     axes.plot(
-      [row['bandwidth'] for row in mine],
-      [row['speedup']['local_sgd'] for row in mine],
+      [row['bandwidth'] for row in line],
+      [row['speedup']['local_sgd'] for row in line],
       color=colour,
       linestyle='--' if exchange == 'masked psum' else '-',
       label=f'{S} workers, {exchange}',
@@ -97,34 +113,33 @@ def _draw(rows: Sequence[Mapping[str, Any]], bandwidth: float) -> Figure:
   axes.set(xscale='log', xlabel="speed of a worker's link")
   axes.set(ylabel='ResIST, times as fast as local SGD')
   axes.xaxis.set_major_formatter(EngFormatter('bit/s'))
-  axes.grid(color='#e4e4e4', linewidth=0.8)
-  axes.spines[['top', 'right']].set_visible(False)
+  plots.style_axes(axes)
   figure.legend(loc='outside lower center', frameon=False, ncols=3, fontsize=9)
   return figure
 
 
 def _check(config: Any, workers: Sequence[int]) -> list[dict[str, Any]]:
-  """Measures rounds, each worker on a virtual device, beside predictions."""
+  """Measures rounds, a virtual device for each worker, and predicts them."""
   rows = []
   for S in workers:
     machine = None
-    for name in NAMES:  # Local SGD first.
+    for name in NAMES:  # Local SGD comes first and calibrates the machine.
       config = config.copy_and_resolve_references()
       config.update({'protocol': name, 'num_workers': S, 'num_devices': S})
       setup = prepare(config)
-      image = setup.dataset.train.images.shape[1:]
-      plan = Plan(config, image, setup.dataset.num_classes)
-      phase, state, deals = restore.enter(setup, None)
-      cost, batches = plan.cost(phase.protocol), setup.batches(0)
+      plan = Plan(config, setup.image_shape, setup.dataset.num_classes)
+      phase, state = restore.start(setup, None)
+      exchange = config.exchange if setup.chains else 'all_reduce'
+      cost, batches = plan.cost(phase, exchange), setup.pipeline.batches(0)
       seconds = []
       for _ in range(6):
         began = time.perf_counter()
-        state, _ = phase.run(state, next(deals), setup.constants, batches, 0)
+        state, _ = phase.trainer.round(state, batches)
         jax.block_until_ready(state.shared)
         seconds.append(time.perf_counter() - began)
       machine = machine or _measure(setup, phase, state, cost)
       predicted = cost.seconds(machine)
-      measured = statistics.median(seconds[1:])  # The first was to warm up.
+      measured = statistics.median(seconds[1:])  # The first round compiles.
       ratio = predicted['round'] / measured
       print(
         f'S={S} {name:13} predicted {predicted["round"]:.3f} s, measured '
@@ -140,12 +155,14 @@ def _check(config: Any, workers: Sequence[int]) -> list[dict[str, Any]]:
   return rows
 
 
-def _measure(setup: Setup, phase, state, cost: Cost) -> Machine:
+def _measure(setup: Setup, phase: Phase, state: State, cost: Cost) -> Machine:
   """Times steps of local SGD and an all-reduce, all workers at once."""
-  run, index = phase.run.compiled, np.int32(0)
-  on_workers = jax.sharding.NamedSharding(setup.mesh, state_lib.SHARDED)
-  batch = jax.device_put(setup.batches(0)[:, 0], on_workers)
-  local = run['begin'](state.shared, state.chain, state.velocity)
+  assert phase.trainer.programs is not None
+  run, index = phase.trainer.programs.programs, np.int32(0)
+  on_workers = jax.sharding.NamedSharding(setup.mesh, SHARDED)
+  numbers: Any = setup.pipeline.batches(0)  # Of all examples of the round.
+  batch = jax.device_put(numbers[:, 0], on_workers)
+  local = run['begin'](state.shared, state.chain, state.carried, index)
 
   def steps():
     nonlocal local
@@ -155,7 +172,7 @@ def _measure(setup: Setup, phase, state, cost: Cost) -> Machine:
 
   vectors = np.ones((setup.config.num_workers, setup.sizes.total), np.float32)
   vectors = jax.device_put(vectors, on_workers)
-  specs = {'in_specs': state_lib.SHARDED, 'out_specs': state_lib.REPLICATED}
+  specs = {'in_specs': SHARDED, 'out_specs': REPLICATED}
   add_up = jax.jit(
     jax.shard_map(
       partial(jax.lax.psum, axis_name=WORKER), mesh=setup.mesh, **specs
@@ -194,17 +211,18 @@ def _plan(config: Any) -> Plan:
 
 
 def _predict(plan: Plan, workers: Sequence[int], bandwidth: float) -> list:
-  """Prints predictions for this link, and returns those for others too."""
+  """Prints predictions for a bandwidth; returns those of other ones, too."""
   flops, latency = _amount(FLOPS, '1e13'), _amount(LATENCY, '1ms', 0.0)
   machines = [Machine(flops, b, latency) for b in sorted({bandwidth, *LADDER})]
   rows = [plan.predict(S, machine) for S in workers for machine in machines]
   print((costs.__doc__ or '').split('\n\n', 1)[1])
   print(_table([row for row in rows if row['bandwidth'] == bandwidth]))
+  print(LEGEND)
   return rows
 
 
 def main(given: list[str], options: Options) -> None:
-  """Predicts, or measures what it would predict."""
+  """Prints and writes predictions, or their comparison with measurements."""
   out, config = pathlib.Path(options.workdir), options.config
   default = [2, 4] if CHECK.value else [2**k for k in range(1, 11)]
   try:
@@ -221,13 +239,12 @@ def main(given: list[str], options: Options) -> None:
   except ValueError as error:
     print('error:', ' '.join(str(error).split()), file=sys.stderr)
     sys.exit(2)
-  out.mkdir(parents=True, exist_ok=True)
-  if picture:
-    (out / 'plan.png').write_bytes(picture)
   command = ' '.join(['python -m experiments.plan', *given])
   record = {'command': command, 'provenance': provenance(), 'rows': rows}
   path = out / ('plan.json' if picture else 'check.json')
-  path.write_text(json.dumps(record, indent=2) + '\n')
+  write_record(path, record)
+  if picture:
+    (out / 'plan.png').write_bytes(picture)
   print('written to', path)
 
 

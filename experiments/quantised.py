@@ -1,10 +1,11 @@
-"""What is sent in fewer bits, and what it costs: the paper's table of bits.
+"""Accuracy by the format of the numbers sent: the paper's table of bits.
 
   python -m experiments.quantised --scale=cpu --data_dir=FOLDER
 
-ResIST in every wire format beside exact local SGD, on CIFAR-10, CIFAR-100 and
-handwritten digits. The paper rounds every number to 8 to 4 bits; int8 here
-sends changes in 8 bits with error feedback, and blocks that move in 16.
+ResIST in each wire format and local SGD in float32, on CIFAR-10, CIFAR-100 and
+handwritten digits. The paper rounds each number to 8 to 4 bits. int8 here sends
+changes in 8 bits with error feedback, and blocks that change their worker in
+16 bits.
 """
 
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ KINDS = (
 
 
 def cell(data: str, protocol: str, wire_format: str) -> Cell:
-  """Returns a run of the table.
+  """Returns a cell of the table.
 
   Args:
     data: `cifar10`, `cifar100` or `digits`.
@@ -33,7 +34,7 @@ def cell(data: str, protocol: str, wire_format: str) -> Cell:
     wire_format: See `config.wire_format`.
 
   Returns:
-    The cell; exact runs of CIFAR belong to Table 2.
+    The cell. In float32 on CIFAR, it is the cell of Table 2.
   """
   if data in table2.DATA and wire_format == 'float32':
     return table2.cell(data, protocol, 4)
@@ -46,7 +47,7 @@ def cell(data: str, protocol: str, wire_format: str) -> Cell:
 
 
 def cells(scale: str) -> list[Cell]:
-  """Returns every data set in every format; digits have no paper scale."""
+  """Returns the cells to train; the paper's scale has no digits."""
   return [
     cell(data, *kind)
     for data in DATA
@@ -56,7 +57,7 @@ def cells(scale: str) -> list[Cell]:
 
 
 def tables(results: Results) -> list[Table]:
-  """Returns ours, and the paper's 8 bits."""
+  """Compares our formats with each other, and int8 with the paper's 8 bits."""
   rows, found = [], []
   for data, title in DATA.items():
     exact = _accuracies(results, data, 'resist', 'float32')
@@ -82,12 +83,12 @@ def tables(results: Results) -> list[Table]:
   if not rows:
     return []
   caption = (
-    f'Wire formats, four workers, {results.scale} scale: test accuracy in % of '
-    'the last round with fixed statistics, points against float32 of the same '
-    'seeds, bytes on the wire in a round, and as a share of what exact local '
-    f'SGD sends; {of_runs(found)}'
+    f'Four workers, {results.scale} scale. "Deployed" is the test accuracy in '
+    '% after the last round; "points" is its distance from ResIST in float32 '
+    'with the same seeds. "Of local SGD" is the share of the bytes that exact '
+    f'local SGD sends. {of_runs(found)}'
   )
-  head = ['data', 'protocol', 'format', 'deployed', 'points', 'a round']
+  head = ['data', 'protocol', 'format', 'deployed', 'points', 'sent in a round']
   head += ['of local SGD', 'the paper, 8 bits']
   return [Table(caption, EXPERIMENT.command, head, rows)]
 
@@ -95,6 +96,7 @@ def tables(results: Results) -> list[Table]:
 def _accuracies(
   results: Results, data: str, protocol: str, wire_format: str
 ) -> dict[int, float]:
+  """Returns the accuracy in % of each seed."""
   return {
     record['summary']['seed']: 100 * record['summary']['test_accuracy']
     for record in results.of(cell(data, protocol, wire_format))
@@ -102,7 +104,7 @@ def _accuracies(
 
 
 def figures(results: Results) -> Mapping[str, Figure | None]:
-  """Returns accuracy against what was sent."""
+  """Draws learning curves by the bytes sent."""
   panels = {
     title: {
       f'{table2.NAMES[protocol]}, {wire_format}': results.of(
@@ -112,7 +114,9 @@ def figures(results: Results) -> Mapping[str, Figure | None]:
     }
     for data, title in DATA.items()
   }
-  return {'quantised': pictures.curves(panels, 'wire_bytes_total', alike=False)}
+  return {
+    'quantised': pictures.curves(panels, 'wire_bytes_total', sharey=False)
+  }
 
 
 EXPERIMENT = Experiment('quantised', 'Fewer bits', cells, tables, figures)

@@ -1,40 +1,80 @@
-"""Makes the README's results from the committed result files.
+"""Writes RESULTS.md, and the README's table, from the committed result files.
 
-python -m experiments.readme
+  python -m experiments.readme
+
+A test compares both files with what this command would write.
 """
 
+import os
 import pathlib
 
-from experiments.sections import sections
+from experiments.sections import INTRODUCTION, Section, headline, sections
 from experiments.table import Table
 
-README = pathlib.Path(__file__).parent.parent / 'README.md'
-BEGIN = '<!-- results: made by python -m experiments.readme -->\n'
-END = '<!-- end of results -->\n'
+ROOT = pathlib.Path(__file__).parent.parent
+README = ROOT / 'README.md'
+RESULTS = ROOT / 'RESULTS.md'
+BEGIN = '<!-- headline: written by python -m experiments.readme -->\n'
+END = '<!-- end of headline -->\n'
 
 
 def main() -> None:
-  """Rewrites the results section of the README."""
-  README.write_text(with_results(README.read_text()))
+  """Writes both files."""
+  README.write_text(with_headline(README.read_text()))
+  RESULTS.write_text(results())
 
 
-def with_results(text: str) -> str:
-  """Returns a README with the results of today's files.
+def with_headline(text: str) -> str:
+  """Returns the README with the headline table of today's result files.
 
   Args:
     text: The README.
 
   Returns:
-    It, with all between the two markers replaced.
+    The README, in which the table replaces all text between the two markers.
   """
   before, rest = text.split(BEGIN)
   _, after = rest.split(END)
-  parts = [
-    part
-    for section in sections()
-    for part in (f'### {section.title}\n', *map(Table.markdown, section.tables))
+  table = headline()
+  return f'{before}{BEGIN}\n{table.grid()}\n{table.caption}\n\n{END}{after}'
+
+
+def results() -> str:
+  """Returns the text of RESULTS.md."""
+  parts = list(sections())
+  links = [f'- [{part.title}](#{anchor(part.title)})' for part in parts]
+  introduction = '\n\n'.join(INTRODUCTION)
+  body = '\n'.join(map(_section, parts))
+  return (
+    '<!-- written by python -m experiments.readme: do not edit -->\n\n'
+    f'# Results\n\n{introduction}\n\n' + '\n'.join(links) + f'\n\n{body}'
+  )
+
+
+def anchor(title: str) -> str:
+  """Returns the name that GitHub and Sphinx give to a heading.
+
+  Args:
+    title: The heading.
+
+  Returns:
+    What stands behind the # of a link to it.
+
+  >>> anchor("The paper's count of bytes (Table 1)")
+  'the-papers-count-of-bytes-table-1'
+  """
+  kept = [c for c in title.lower() if c.isalnum() or c in ' -']
+  return ''.join(kept).replace(' ', '-')
+
+
+def _section(section: Section) -> str:
+  pictures = [
+    f'![{section.title}: {path.stem.replace("_", " ")}]'
+    f'({os.path.relpath(path, ROOT)})\n'
+    for path in section.pictures
   ]
-  return before + BEGIN + '\n' + '\n'.join(parts) + '\n' + END + after
+  tables = map(Table.markdown, section.tables)
+  return '\n'.join([f'## {section.title}\n', *tables, *pictures])
 
 
 if __name__ == '__main__':

@@ -1,22 +1,26 @@
-"""A training run that leaves a result file with its provenance."""
+"""Result files with their provenance, and the training runs that make them."""
 
 import contextlib
 import functools
+import importlib.metadata
 import json
+import os
 import pathlib
+import platform
 import shutil
+import subprocess
 import sys
 from typing import Any
 
 import jax
 import ml_collections
 
-from experiments.provenance import provenance
 from resist_jax import report
 from resist_jax.run import cards, train, workdir
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
-# Of a row of the log, what a curve shows.
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
+# The fields of a round that a result file keeps.
 CURVE = ('round', 'protocol', 'train_loss', 'train_accuracy', 'test_accuracy',
          'test_accuracy_paper', 'seconds_training', 'bytes_total',
          'wire_bytes_total', 'slots', 'num_blocks')  # fmt: skip
@@ -28,9 +32,9 @@ def load_card(
   """Returns the config of an experiment card.
 
   Args:
-    card: One of `cards.names`.
-    argument: Its words, with commas between.
-    overrides: Values by dotted name of the field.
+    card: Name of a card, one of `cards.names`.
+    argument: Words for the card, separated by commas.
+    overrides: Values of other fields, by dotted name.
 
   Returns:
     The config.
@@ -45,16 +49,16 @@ def run(
   target: pathlib.Path,
   folder: pathlib.Path,
 ) -> None:
-  """Trains once, or goes on, and keeps what a reader needs to check it.
+  """Trains a run, or resumes it, and writes its result file.
 
   Args:
-    config: Of the run.
-    target: The result file; where it exists, nothing is done.
-    folder: Workdir of the run. Stopped, it goes on from there; it is removed
-      when the result is written.
+    config: Config of the run.
+    target: The result file. If it exists, nothing is done.
+    folder: Workdir of the run, from which a stopped run resumes. It is deleted
+      after the result file is written.
 
   Raises:
-    ConfigError: If the config, the data or the workdir will not do.
+    ConfigError: If the config, the data or the workdir cannot be used.
     train.NonFiniteError: If training diverges.
     interrupt.Interrupted: On SIGTERM or SIGINT, after a checkpoint.
   """
@@ -70,19 +74,19 @@ def run(
     'summary': summary,
     'curve': [{k: row[k] for k in CURVE if k in row} for row in rows],
   }
-  record['config']['data']['dir'] = ''  # A place on one machine.
-  target.parent.mkdir(parents=True, exist_ok=True)
+  record['config']['data']['dir'] = ''  # It depends on the machine.
   write_record(target, record)
   shutil.rmtree(folder)
 
 
 def write_record(target: pathlib.Path, record: dict[str, Any]) -> None:
-  """Writes a result file, whole or not at all, a round of its curve a line.
+  """Writes a result file atomically, with one line for each round.
 
   Args:
-    target: The file.
-    record: JSON values; `curve`, if there, is a list of rows.
+    target: The file; its folder is created if it does not exist.
+    record: JSON values by name. `curve`, if present, is a list of rounds.
   """
+  target.parent.mkdir(parents=True, exist_ok=True)
   curve = record.get('curve', [])
   rows = ',\n    '.join(json.dumps(row) for row in curve)
   text = json.dumps({**record, 'curve': []} if curve else record, indent=2)
@@ -91,7 +95,7 @@ def write_record(target: pathlib.Path, record: dict[str, Any]) -> None:
 
 
 def mark_busy(target: pathlib.Path) -> None:
-  """Keeps with a result that its machine did other work at the same time.
+  """Records that other work ran on the machine, so its seconds do not count.
 
   Args:
     target: The result file.
@@ -102,7 +106,7 @@ def mark_busy(target: pathlib.Path) -> None:
 
 
 def begin(target: pathlib.Path) -> None:
-  """Says what will be trained, after making sure that it can be kept.
+  """Checks that a result can be written, and prints what will be trained.
 
   Args:
     target: The result file.
@@ -117,6 +121,58 @@ def begin(target: pathlib.Path) -> None:
 
 @functools.cache
 def _begin_process() -> None:
-  """Gives a process that will train several times its virtual CPU devices."""
-  with contextlib.suppress(RuntimeError):  # JAX that runs keeps what it has.
+  """Gives this process 8 virtual CPU devices for all of its runs."""
+  with contextlib.suppress(RuntimeError):  # JAX has already been initialised.
     jax.config.update('jax_num_cpu_devices', 8)
+
+
+def provenance(device: str = '') -> dict[str, Any]:
+  """Returns where a result comes from: commit, versions, device and processor.
+
+  Args:
+    device: Number and kind of the devices, such as `4 x cpu`. By default this
+      process asks JAX, which reserves an accelerator until the process ends.
+
+  Returns:
+    JSON values by name. The commit ends in `+` if the code has been changed.
+    Without a repository, the environment's RESIST_JAX_COMMIT names it.
+  """
+  return {
+    'commit': _commit(),
+    'python': platform.python_version(),
+    'versions': {name: importlib.metadata.version(name) for name in PACKAGES},
+    'device': device
+    or f'{len(jax.devices())} x {jax.devices()[0].device_kind}',
+    'processor': _processor(),
+    'cores': os.cpu_count(),
+  }
+
+
+# New results, tables and pictures do not change the code.
+_CODE = ('.', ':!experiments/results', ':!README.md')
+
+
+def _commit() -> str:
+  root = pathlib.Path(__file__).parent.parent
+
+  def git(*args: str) -> str:
+    command = ['git', '-C', str(root), *args]
+    return subprocess.run(
+      command, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+  try:
+    changes = git('status', '--porcelain', '--untracked-files=no', '--', *_CODE)
+    dirty = '+' if changes else ''
+    return git('rev-parse', '--short=12', 'HEAD') + dirty
+  except (OSError, subprocess.CalledProcessError):
+    return os.environ.get('RESIST_JAX_COMMIT', 'unknown')
+
+
+def _processor() -> str:
+  try:
+    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+  except OSError:
+    return platform.processor()
+  names = [line.split(':')[1].strip() for line in lines if 'model name' in line]
+  return names[0] if names else platform.processor()

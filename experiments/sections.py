@@ -1,11 +1,12 @@
-"""What all committed results say, in the order in which a reader wants it.
+"""The tables and pictures of all committed results, in order.
 
-The README and the page of results are made of these sections.
+README.md, RESULTS.md and the page of `experiments.site` are made from them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import json
+import pathlib
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -17,11 +18,12 @@ from experiments import (
   ensemble,
   local_iterations,
   quantised,
+  slow_network,
   slow_report,
   table2,
   table3,
 )
-from experiments.experiment import Results, machine
+from experiments.experiment import Results, machine, of_runs
 from experiments.runs import RESULTS
 from experiments.table import Table
 
@@ -38,23 +40,53 @@ EXPERIMENTS = tuple(
     deeper,
   )
 )
-SCALES = ('paper', 'cpu')  # Smoke proves that a command works, nothing else.
+SCALES = ('paper', 'cpu')  # Smoke runs only show that a command works.
+INTRODUCTION = (
+  'These are the results of this implementation beside those that the paper '
+  'reports (C. Dun, C. R. Wolfe, C. M. Jermaine, A. Kyrillidis, UAI 2022). '
+  'Every number comes from a result file that is kept with the code, together '
+  'with its configuration, seed, commit, versions and machine. The command '
+  'above a table makes its result files again.',
+  'At the cpu scale, a network with an eighth of the width trains for two '
+  'epochs on two cores. Compare the protocols there with each other, but not '
+  'with the paper.',
+  'Two accuracies are reported. "Deployed" is the accuracy of the global '
+  'network with fixed normalisation statistics, measured over training images '
+  'after training, as a deployed model would have them. "Test-batch '
+  'statistics" normalises each test batch with its own statistics, as the '
+  'paper does.',
+)
+# Rows of the README's table: name, protocol, exchange and wire format.
+HEADLINE = (
+  ('data parallel', 'data_parallel', 'all_reduce', 'float32'),
+  ('local SGD', 'local_sgd', 'all_reduce', 'float32'),
+  ('ResIST', 'resist', 'hand_over', 'float32'),
+  ('ResIST, int8', 'resist', 'hand_over', 'int8'),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-  """Tables and pictures under a title."""
+  """Tables and pictures under a title.
+
+  Attributes:
+    title: For readers.
+    tables: At least one.
+    figures: Pictures, drawn now, by name; empty where nobody asked for them.
+    pictures: The committed files of the same pictures.
+  """
 
   title: str
   tables: list[Table]
   figures: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
+  pictures: Sequence[pathlib.Path] = ()
 
 
 def sections(with_figures: bool = False) -> Iterator[Section]:
-  """Yields what there are results for.
+  """Yields a section for each experiment that has results.
 
   Args:
-    with_figures: Draw the pictures, too.
+    with_figures: Whether to draw the pictures, too.
 
   Yields:
     The sections.
@@ -65,12 +97,15 @@ def sections(with_figures: bool = False) -> Iterator[Section]:
       tables = list(experiment.tables(results))
       if tables:
         figures = experiment.pictures(results) if with_figures else {}
-        yield Section(experiment.title, tables, figures)
+        pictures = sorted(results.folder().glob('*.png'))
+        yield Section(experiment.title, tables, figures, pictures)
   slow = slow_report.tables()
   if slow:
     figures = slow_report.figures() if with_figures else {}
-    yield Section('Slow links', slow, figures)
+    pictures = sorted(slow_network.FOLDER.glob('*.png'))
+    yield Section('Slow links', slow, figures, pictures)
   for title, tables in (
+    ('On an accelerator', list(_accelerator())),
     ("The paper's count of bytes (Table 1)", list(_counts())),
     ('On the wire', list(_wire())),
     ('Workers of unequal speed', list(_unequal())),
@@ -87,6 +122,79 @@ def _load(pattern: str) -> list[dict[str, Any]]:
   ]
 
 
+def headline() -> Table:
+  """Returns the README's table: what four workers learn, send and wait for."""
+  quantised_runs = Results(quantised.EXPERIMENT.name, 'cpu')
+  digits_runs = Results(digits.EXPERIMENT.name, 'cpu')
+  counted = next(iter(_load('table1/*.json')))
+  links = slow_report.load('paper_shares')
+  link = '100 Mbit/s'
+  rows, found = [], []
+  for name, protocol, exchange, wire_format in HEADLINE:
+    accuracies = []
+    for data in ('digits', 'cifar10'):
+      run = quantised.cell(data, protocol, wire_format)
+      results = quantised_runs
+      if (data, protocol) == ('digits', 'data_parallel'):
+        run, results = digits.cell(protocol), digits_runs
+      found += results.of(run)
+      accuracies.append(results.percent(run))
+    kind = protocol, exchange, wire_format, 4
+    (sent,) = [
+      r['read'] / 1e9
+      for r in counted['compiled']
+      if (r['protocol'], r['exchange'], r['wire_format'], r['workers']) == kind
+    ]
+    method = '_'.join(
+      [protocol]
+      + [exchange] * (protocol == 'resist')
+      + [wire_format] * (wire_format != 'float32')
+    )
+    seconds = slow_report.exchange_seconds(links, link, method)
+    rows.append([name, *accuracies, f'{sent:.2f} GB', f'{seconds:.2f} s'])
+  summary = links[link, 'data_parallel']['summary']
+  millions, steps = summary['params_total'] / 1e6, summary['local_steps']
+  caption = (
+    'Four workers. *Accuracy* is the test accuracy in % with fixed '
+    'normalisation statistics; the CIFAR-10 network has an eighth of the width '
+    'that the paper uses and trains for two epochs. *Sent in a round* is what '
+    "all workers together send in 50 steps of the paper's ResNet101, read from "
+    'the compiled programs. *Exchange* is the time that the exchanges of a '
+    f'round take on links of {link} between four processes, for {millions:.1f} '
+    f'million parameters; data parallel training exchanges in each of {steps} '
+    'steps. '
+    f'{of_runs(found)}'
+  )
+  if not list(RESULTS.glob('*/paper/*.json')):
+    caption += " Nothing has been run at the paper's own scale yet."
+  head = ['', 'accuracy, digits', 'accuracy, CIFAR-10', 'sent in a round']
+  head.append(f'exchange, {link}')
+  return Table(caption, '', head, rows)
+
+
+def _accelerator() -> Iterator[Table]:
+  """Rounds on an accelerator beside the same rounds on a CPU."""
+  for record in _load('accelerator/*.json'):
+    device = machine(record['provenance'])
+    names = {'cpu': 'CPU', 'accelerator': device.split(',')[0]}
+    rows = [
+      [names[r['platform']], r['case'].replace('_', ' ')]
+      + [f'{r["largest"]:.1e}', f'{r["of_norm"]:.1e}']
+      for r in record['results']
+    ]
+    config = record['config']
+    caption = (
+      f'The parameters after {config["rounds"]} rounds of '
+      f'{config["local_steps"]} steps, compared with those of the same rounds '
+      f'on a CPU in float64. {config["workers"]} workers share one device '
+      f'({device}). "Largest" is the largest difference '
+      'in a parameter array divided by the largest value of that array; "norm" '
+      'is the norm of all differences divided by the norm of all parameters.'
+    )
+    head = ['device', 'protocol, precision, program', 'largest', 'norm']
+    yield Table(caption, record['command'], head, rows)
+
+
 def _counts() -> Iterator[Table]:
   """The paper's Table 1, from the sizes of its network."""
   for record in _load('table1/*.json'):
@@ -98,8 +206,8 @@ def _counts() -> Iterator[Table]:
       for workers, theirs in by_workers.items()
     ]
     caption = (
-      'GB of float32 parameters that workers fetch and bring back in a round, '
-      "the paper's ResNet101 on CIFAR-100."
+      'Gigabytes of float32 parameters that the workers fetch and bring back '
+      "in a round, by the paper's count, for its ResNet101 on CIFAR-100."
     )
     head = ['protocol', 'workers', 'ours', 'the paper']
     yield Table(caption, 'python -m experiments.table1', head, rows)
@@ -127,10 +235,11 @@ def _wire() -> Iterator[Table]:
         + [f'{r["read"] / 1e9:.3f}', f'{share:.3f}']
       )
     caption = (
-      "What one round of the paper's ResNet101 puts on the wire, four workers "
-      'together, one device each (T = 50 for data parallel); ResIST with the '
-      "minimum depth that fits the paper's Table 1, and without one. One round "
-      'drawn, not the mean.'
+      'Gigabytes that four workers, a device each, send in one round of the '
+      "paper's ResNet101: as predicted, and as read from the compiled program. "
+      'Data parallel takes 50 steps in the round. ResIST has the minimum depth '
+      "that fits the paper's Table 1, or none. ResIST's rows are those of one "
+      'random round, not a mean.'
     )
     head = ['protocol', 'exchange', 'format', 'GB predicted']
     head += ['GB in the compiled program', 'of local SGD, exact']
@@ -145,9 +254,10 @@ def _unequal() -> Iterator[Table]:
       for name, seconds in r['seconds_round'].items()
     ]
     caption = (
-      'Two processes on a core each, the second stopped so often that it has '
-      f'{r["speed_of_process_1"]:.0%} of the speed; handwritten digits, '
-      f'medians of {len(next(iter(r["runs"].values())))} runs in turn, '
+      'Seconds of a round of two processes with a core each, on handwritten '
+      'digits. The second process is paused so often that it has '
+      f'{r["speed_of_process_1"]:.0%} of the speed of the first. Medians of '
+      f'{len(next(iter(r["runs"].values())))} alternating runs on '
       f'{machine(r["provenance"])}.'
     )
     yield Table(caption, r['command'], ['depths', 'blocks', 'a round'], rows)
@@ -158,11 +268,12 @@ def _memory() -> Iterator[Table]:
     names = ('chain_bytes', 'budget_bytes', 'bound_bytes')
     names = (*names, 'parameter_bytes_per_device')
     caption = (
-      'A chain that fits on no device, trained, tested, saved and resumed: MiB '
-      'of the chain, of what a device may hold, of what one held at most '
-      '(arrays and scratch, data included), and of its parameters.'
+      'A run trains, tests, saves and resumes a network whose chain is larger '
+      'than the memory budget of a device. MiB of the whole chain, of the '
+      'budget, of the most that a device held (arrays and scratch memory, data '
+      'included), and of the parameters on it.'
     )
-    head = ['the chain', 'budget', 'held', 'parameters']
+    head = ['whole chain', 'budget', 'most held', 'parameters held']
     row = [f'{r[name] / 2**20:.0f}' for name in names]
     yield Table(caption, 'python -m experiments.memory', head, [row])
 
@@ -170,8 +281,7 @@ def _memory() -> Iterator[Table]:
 def _benches() -> Iterator[Table]:
   for record in _load('bench/*_both.json'):
     kinds = record['results'][0]['exchange_share_of_round_at_T_50']
-    head = ['network', "step of a worker's sub-network"]
-    head += ['over a bare jitted step']
+    head = ['network', 'step of a worker', 'over a plain step']
     head += [kind.replace('_', ' ') for kind in kinds]
     head += ['compile', 'images/s, all']
     rows = []
@@ -189,9 +299,10 @@ def _benches() -> Iterator[Table]:
       )
     first = record['results'][0]
     caption = (
-      f'Speed in {first["dtype"]}, {first["workers"]} workers on '
-      f'{first["devices"]} devices, {machine(record["provenance"])}; the '
-      'exchanges are shares of a round of 50 steps.'
+      f'{first["workers"]} workers on {first["devices"]} devices in '
+      f'{first["dtype"]}, {machine(record["provenance"])}. The second column '
+      'of numbers divides a step by a plain jitted step of the same '
+      'sub-network. Exchanges are shares of the time of a round of 50 steps.'
     )
     yield Table(caption, record['command'], head, rows)
 
@@ -199,10 +310,11 @@ def _benches() -> Iterator[Table]:
 def _peer() -> Iterator[Table]:
   for r in _load('bench/peer_*.json'):
     caption = (
-      "One step of the paper's sub-ResNet (11 blocks, batch "
-      f'{r["batch_size"]}) here and in plain PyTorch; the aim was 1.2. Medians '
-      f'of {r["runs"]} runs in turn, {machine(r["provenance"])}.'
+      "One step of the paper's sub-ResNet (11 blocks, batch size "
+      f'{r["batch_size"]}) here and in plain PyTorch. The goal was a ratio of '
+      f'at most 1.2. Medians of {r["runs"]} alternating runs, '
+      f'{machine(r["provenance"])}.'
     )
     row = [f'{r[key]:.2f}' for key in ('jax_seconds', 'torch_seconds', 'ratio')]
-    head = ['JAX, seconds', 'PyTorch, seconds', 'times as long']
+    head = ['JAX, seconds', 'PyTorch, seconds', 'ratio']
     yield Table(caption, r['command'], head, [row])

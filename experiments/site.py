@@ -1,8 +1,8 @@
-"""One static page of all committed results: tables, curves, decompositions.
+"""Writes a static page of all committed results: tables and figures.
 
   python -m experiments.site --out=site/index.html
 
-The page holds its pictures and its style and needs nothing else.
+The page contains its pictures and its style, so it needs no other file.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import pathlib
 
 from matplotlib.figure import Figure
 
-from experiments.sections import Section, sections
+from experiments.sections import INTRODUCTION, Section, sections
 from resist_jax.report import plots
 
 STYLE = """
@@ -40,24 +40,16 @@ img { display: block; max-width: 100%; height: auto; }
   .picture img { max-width: none; width: auto; height: 15rem; }
 }
 """
-INTRODUCTION = """<p>ResIST cuts a deep residual network at random into shallow
-sub-networks, trains each alone on its worker for some steps, averages what they
-learned, and cuts again. Below is what this implementation in JAX does, beside
-what the paper reports (C. Dun, C. R. Wolfe, C. M. Jermaine, A. Kyrillidis,
-UAI 2022). Every number comes from a result file that is kept with the code,
-with its configuration, seed, commit, versions and machine; the command under a
-table makes it again.</p>
-<p>At the <em>cpu scale</em> a network an eighth as wide trains for two epochs,
-on two cores: compare protocols with each other there, not with the paper.
-<em>Deployed</em> is the accuracy of the last round with norm statistics fixed
-after training, as a deployed model has them.</p>"""
 
 
 def main() -> None:
   """Writes the page."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument(
-    '--out', type=pathlib.Path, default=pathlib.Path('site/index.html')
+    '--out',
+    type=pathlib.Path,
+    default=pathlib.Path('site/index.html'),
+    help='file to write',
   )
   args = parser.parse_args()
   try:
@@ -72,7 +64,7 @@ def page(parts: list[Section]) -> str:
   """Returns the page.
 
   Args:
-    parts: In order.
+    parts: Its sections, in order.
 
   Returns:
     HTML that needs no other file.
@@ -82,11 +74,12 @@ def page(parts: list[Section]) -> str:
     for i, part in enumerate(parts)
   )
   body = '\n'.join(_section(i, part) for i, part in enumerate(parts))
+  introduction = '\n'.join(f'<p>{escape(text)}</p>' for text in INTRODUCTION)
   return (
     '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
     f'<title>ResIST in JAX: results</title><style>{STYLE}</style></head>\n'
-    f'<body><h1>ResIST in JAX: results</h1>\n{INTRODUCTION}\n'
+    f'<body><h1>ResIST in JAX: results</h1>\n{introduction}\n'
     f'<nav><ul>\n{links}\n</ul></nav>\n{body}\n</body></html>\n'
   )
 

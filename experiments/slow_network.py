@@ -1,14 +1,14 @@
-"""Four processes on slow links, measured: seconds, bytes, time to accuracy.
+"""Measures training on slow links: seconds, bytes and time to an accuracy.
 
   sudo python -m experiments.slow_network
 
-Each process is a host of its own, in a network namespace (see
-`experiments.namespaces`), and trains on handwritten digits. What is measured:
-seconds of a round, those of local training apart; bytes on the interfaces, by
-the kernel's count, beside the accounting's; and seconds of training to a test
-accuracy. Namespaces are removed at the end, also where it is interrupted.
-Result files go to experiments/results/slow_network/, one for each link and
-method; what is there is not measured again.
+Four processes train on handwritten digits, each on a host of its own, which is
+a network namespace (see `experiments.namespaces`). It measures the seconds of a
+round and of its local training; the bytes on the interfaces, as the kernel
+counts them and as the accounting predicts them; and the seconds of training
+until a test accuracy is reached. The namespaces are removed at the end, also
+after an interrupt. Each link and method has a result file in
+experiments/results/slow_network/; existing ones are not measured again.
 """
 
 import argparse
@@ -26,15 +26,14 @@ import tempfile
 from typing import Any
 
 from experiments.namespaces import LINKS, Host, Link, NotPossibleError, hosts
-from experiments.provenance import provenance
-from experiments.runs import RESULTS, write_record
+from experiments.runs import RESULTS, provenance, write_record
 from resist_jax import report
 
 FOLDER = RESULTS / 'slow_network'
 WORKERS = 4
 PORT = 7777
-SHORT = 2  # Rounds of a run that another one is compared with.
-# Of the digits' test images; all methods reach it within the rounds below.
+SHORT = 2  # Rounds of the short run, whose bytes are subtracted.
+# Test accuracy on digits, which all methods reach within the rounds below.
 TARGET = 0.95
 METHODS = {
   'data_parallel': ('--config.protocol=data_parallel',),
@@ -44,8 +43,9 @@ METHODS = {
   'resist_hand_over_bfloat16': ('--config.wire_format=bfloat16',),
   'resist_hand_over_int8': ('--config.wire_format=int8',),
 }
-# The digits' own network learns; the other one has the paper's shares of shared
-# parameters and of blocks, and does next to nothing but exchange.
+# `digits` shows how methods learn. `paper_shares` divides its parameters
+# between the shared part and blocks as the paper's network does, and trains so
+# little that it mostly exchanges.
 NETWORKS = {
   'digits': ('--config.eval_every=2',),
   'paper_shares': (
@@ -60,7 +60,7 @@ NETWORKS = {
     '--config.evaluation.statistics_images=120',
   ),
 }
-HEADERS = 66  # Bytes of a packet that are not the program's: Ethernet, IP, TCP.
+HEADERS = 66  # Bytes of the Ethernet, IP and TCP headers of a packet.
 CARD = '--config=experiments/configs/digits.py'
 
 
@@ -72,24 +72,25 @@ def measure(
   Args:
     network: A key of `NETWORKS`.
     method: A key of `METHODS`.
-    link: Between the hosts.
-    folder: For the run.
+    link: The link of each host.
+    folder: Workdir of the run.
 
   Returns:
-    JSON values: what was measured.
+    The measurements, as JSON values by name.
   """
   flags = [CARD, *NETWORKS[network], *METHODS[method], f'--workdir={folder}']
   flags += [f'--config.num_workers={WORKERS}']
   sent = []
-  with hosts(WORKERS, link) as found:
-    # What a run sends besides its rounds is the same for any number of them.
+  with hosts(WORKERS, link) as started:
+    # A run also sends bytes outside of its rounds. They do not depend on the
+    # number of rounds, so subtracting those of a short run removes them.
     for rounds in (SHORT, None) if _counts_bytes(network, link) else (None,):
       shutil.rmtree(folder, ignore_errors=True)
       extra = [f'--config.num_rounds={rounds}'] if rounds else []
-      before = _sent(found)
-      _train(found, [*flags, *extra])
+      before = _sent(started)
+      _train(started, [*flags, *extra])
       summary = json.loads((folder / 'summary.json').read_text())
-      after = _sent(found)
+      after = _sent(started)
       sent.append((after - before, summary['wire_bytes_total']))
   rows = report.read_rows(folder / 'metrics.jsonl')
   whole = _seconds_of_a_round(rows)
@@ -119,19 +120,19 @@ def _counts_bytes(network: str, link: Link) -> bool:
   return network == 'paper_shares' and not link.rate
 
 
-def _sent(found: list[Host]) -> int:
-  """Returns what all hosts have sent so far, by the kernel, without headers."""
-  return sum(b - HEADERS * p for b, p in (host.sent() for host in found))
+def _sent(senders: list[Host]) -> int:
+  """Returns the bytes that all hosts have sent so far, without headers."""
+  return sum(b - HEADERS * p for b, p in (host.sent() for host in senders))
 
 
-def _train(found: list[Host], flags: list[str]) -> None:
-  """Runs one process on each host, and waits for all of them."""
+def _train(on: list[Host], flags: list[str]) -> None:
+  """Starts one process on each host, and waits for all of them."""
   started = []
   try:
-    for i, host in enumerate(found):
+    for i, host in enumerate(on):
       words = [sys.executable, '-m', 'resist_jax', *flags]
-      words += [f'--coordinator={found[0].address}:{PORT}']
-      words += [f'--num_processes={len(found)}', f'--process_id={i}']
+      words += [f'--coordinator={on[0].address}:{PORT}']
+      words += [f'--num_processes={len(on)}', f'--process_id={i}']
       quiet = None if i == 0 else subprocess.DEVNULL
       started.append(
         subprocess.Popen(
@@ -152,10 +153,11 @@ def _train(found: list[Host], flags: list[str]) -> None:
 
 
 def _seconds_of_a_round(rows: list[dict[str, Any]]) -> float:
-  """Returns the median: the second round still compiles what reads its metrics.
+  """Returns the median seconds of a round.
 
-  The clock of a row is read when the next round has trained, already; that of a
-  tested one at its own end.
+  A median, because the second round still compiles the program that reads its
+  metrics. Only rows of the same kind are compared: the clock of a tested round
+  is read at its end, that of another round when the next one has trained.
   """
   tested = [i for i, row in enumerate(rows) if 'test_accuracy' in row]
   read = tested if tested[1:] else range(len(rows) - 1)
@@ -173,7 +175,7 @@ def _seconds_to(rows: list[dict[str, Any]]) -> float | None:
 
 
 def jobs(only: str) -> Iterator[tuple[str, str, Link, pathlib.Path]]:
-  """Yields what is not measured yet."""
+  """Yields what has not been measured: network, method, link, result file."""
   for network in NETWORKS:
     for link in LINKS:
       for method in METHODS:
@@ -181,15 +183,17 @@ def jobs(only: str) -> Iterator[tuple[str, str, Link, pathlib.Path]]:
         name = '_'.join([network, *words, method])
         target = FOLDER / f'{name}.json'
         if network == 'digits' and link.name != '100 Mbit/s':
-          continue  # How it learns does not depend on the link.
+          continue  # The link does not change how the network learns.
         if only in name and not target.exists():
           yield network, method, link, target
 
 
 def main() -> None:
-  """Measures what is missing."""
+  """Measures everything that has no result file."""
   parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
-  parser.add_argument('--only', default='', help='names that have this')
+  parser.add_argument(
+    '--only', default='', help='measure only names that contain this'
+  )
   options = parser.parse_args()
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   for network, method, link, target in jobs(options.only):
@@ -198,11 +202,10 @@ def main() -> None:
     try:
       measured = measure(network, method, link, folder / 'run')
     except NotPossibleError as error:
-      print(f'left out: {error}', file=sys.stderr)
+      print(f'skipped: {error}', file=sys.stderr)
       continue
     finally:
       shutil.rmtree(folder, ignore_errors=True)
-    FOLDER.mkdir(parents=True, exist_ok=True)
     record = {
       'command': 'python -m experiments.slow_network',
       'network': network,

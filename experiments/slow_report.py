@@ -1,4 +1,4 @@
-"""What slow links cost, as tables and a picture, from the result files.
+"""Tables and a figure of the results of `experiments.slow_network`.
 
 python -m experiments.slow_report
 """
@@ -36,9 +36,18 @@ def load(network: str) -> dict[tuple[str, str], Record]:
 def exchange_seconds(
   records: Mapping[tuple[str, str], Record], link: str, method: str
 ) -> float | None:
-  """Returns what a round takes besides training.
+  """Returns the seconds of a round that are not local training.
 
-  Data parallel talks at every step: its round less the training of local SGD.
+  Data parallel communicates in each step, so its seconds cannot be separated:
+  they are those of its round without the local training of local SGD.
+
+  Args:
+    records: Results by link and method.
+    link: Name of the link.
+    method: A key of `METHODS`.
+
+  Returns:
+    Seconds, or None without a result.
   """
   record = records.get((link, method))
   if record is None:
@@ -50,7 +59,7 @@ def exchange_seconds(
 
 
 def tables() -> list[Table]:
-  """Returns what there are results for."""
+  """Returns the tables that have results."""
   return [*_exchange_table(), *_learning_table()]
 
 
@@ -83,14 +92,15 @@ def _exchange_table() -> list[Table]:
     head.append(f'{link}: s')
     if link != 'no limit':
       head.append('of local SGD')
-  head += ['MB a round, by the kernel', 'accounted', 'differ by']
+  head += ['MB a round, by the kernel', 'predicted', 'difference']
   some = next(iter(records.values()))
   caption = (
     'Seconds of an exchange between four processes in network namespaces, and '
-    'what all of them sent in a round, headers left out; a network of '
-    f'{some["summary"]["params_total"] / 1e6:.1f} million parameters whose '
-    "shared part and blocks have the paper's shares; one run each, "
-    f'{machine(some["provenance"])}.'
+    'the megabytes that all four sent in a round, without packet headers: as '
+    'the kernel counted them, and as the accounting predicts them. The network '
+    f'has {some["summary"]["params_total"] / 1e6:.1f} million parameters, '
+    'divided between blocks and the shared part as in the paper. One run each, '
+    f'on {machine(some["provenance"])}.'
   )
   return [Table(caption, some['command'], head, rows)]
 
@@ -112,17 +122,17 @@ def _learning_table() -> list[Table]:
     )
   some = next(iter(records.values()))
   caption = (
-    f'Handwritten digits on links of {some["link"]}: seconds of a round and of '
-    f'{some["rounds"]} rounds, of training until the first test at '
-    f'{some["target"]:.0%}, and the last accuracy; four processes on '
-    f'{machine(some["provenance"])}, one run each.'
+    f'Handwritten digits on links of {some["link"]}: seconds of a round, of '
+    f'{some["rounds"]} rounds, and of training until the first test that '
+    f'reaches {some["target"]:.0%}; and the accuracy after the last round. One '
+    f'run each, four processes on {machine(some["provenance"])}.'
   )
   head = ['method', 'a round', 'all', f'to {some["target"]:.0%}', 'accuracy']
   return [Table(caption, some['command'], head, rows)]
 
 
 def figures() -> dict[str, Figure]:
-  """Returns seconds of a round by link, training and exchange apart."""
+  """Draws the seconds of a round by link: local training and exchange."""
   records = load('paper_shares')
   links = [
     x.name
@@ -134,21 +144,19 @@ def figures() -> dict[str, Figure]:
   figure = Figure(figsize=(1.5 + 4.2 * len(links), 3.2), layout='constrained')
   every = figure.subplots(1, len(links), sharey=True, squeeze=False)[0]
   local_colour, exchange_colour = plots.colours(2)
-  # Data parallel would leave no room for the others: the table has it.
+  # The bar of data parallel is so long that the others would vanish beside it.
   shown = [m for m in METHODS if m != 'data_parallel']
   for axes, link in zip(every, links, strict=True):
-    found = [m for m in shown if (link, m) in records]
-    local = [records[link, m]['seconds_local'] for m in found]
-    exchange = [exchange_seconds(records, link, m) or 0 for m in found]
-    at = range(len(found))
-    axes.barh(at, local, color=local_colour, label='local training')
-    axes.barh(at, exchange, left=local, color=exchange_colour, label='exchange')
-    axes.set_yticks(at, [NAMES[m] for m in found])
+    methods = [m for m in shown if (link, m) in records]
+    local = [records[link, m]['seconds_local'] for m in methods]
+    exchange = [exchange_seconds(records, link, m) or 0 for m in methods]
+    y = range(len(methods))
+    axes.barh(y, local, color=local_colour, label='local training')
+    axes.barh(y, exchange, left=local, color=exchange_colour, label='exchange')
+    axes.set_yticks(y, [NAMES[m] for m in methods])
     axes.set_title(link, fontsize='medium')
     axes.set_xlabel('seconds of a round')
-    axes.grid(axis='x', color='#e4e4e4', linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[['top', 'right']].set_visible(False)
+    plots.style_axes(axes, grid='x')
   every[0].invert_yaxis()
   handles, labels = every[0].get_legend_handles_labels()
   figure.legend(
@@ -158,7 +166,7 @@ def figures() -> dict[str, Figure]:
 
 
 def main() -> None:
-  """Prints the tables, and writes the picture beside the results."""
+  """Prints the tables, and writes the figure beside the results."""
   for table in tables():
     print(table.caption, table.text(), sep='\n', end='\n\n')
   for name, figure in figures().items():

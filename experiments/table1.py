@@ -1,17 +1,18 @@
-"""The paper's Table 1, bytes per round, beside ours and beside the wire.
+"""The paper's Table 1, bytes per round, beside ours and the bytes on the wire.
 
-For PreActResNet101 on CIFAR-100 and 2, 4 and 8 workers: gigabytes by the
-paper's count, and what workers really send to each other, one device each, for
-every protocol, exchange and wire format, in float32 also as a share of what
-local SGD's ring all-reduce sends.
+For PreActResNet101 on CIFAR-100 with 2, 4 and 8 workers, it prints gigabytes by
+the paper's count; and those that the workers, one device each, send to each
+other with every protocol, exchange and wire format, also as a share of what
+local SGD sends in float32.
 
   python -m experiments.table1
-  python -m experiments.table1 --compiled  # beside what XLA's programs send
-  python -m experiments.table1 --json      # for machines
+  python -m experiments.table1 --compiled  # compare with compiled programs
+  python -m experiments.table1 --json      # print JSON instead of tables
 """
 
 import argparse
 from collections.abc import Iterable, Iterator, Mapping
+import itertools
 import json
 import pathlib
 import sys
@@ -19,26 +20,28 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 import numpy as np
+import optax
 
-from experiments.provenance import provenance
-from resist_jax import models, rounds
-from resist_jax.accounting import hlo, traffic
-from resist_jax.accounting.traffic import Sizes
-from resist_jax.decomposition.assignments import Assignment
-from resist_jax.decomposition.slots import split
-from resist_jax.exchange import collectives, compression
-from resist_jax.rounds import compiled
-from resist_jax.rounds import state as state_lib
-from resist_jax.rounds.state import Protocol
-from resist_jax.run import optimizer
+from experiments.runs import provenance, write_record
+from resist_jax import accounting, models, report
+from resist_jax.accounting import Sizes
+from resist_jax.decomposition import Assigner, Assignment, split
+from resist_jax.exchange import FORMATS, collectives, hand_over
+from resist_jax.exchange.hand_over import messages
+from resist_jax.rounds import Protocol, State, make_mesh, make_round
+from resist_jax.rounds.mesh import REPLICATED, SHARDED
+from resist_jax.rounds.moments import Parts
+from resist_jax.run.config import EXCHANGES
 
 PyTree = Any
 
 CHAIN = 'stage3_chain'
 IMAGE, CLASSES = (32, 32, 3), 100
-STEPS = 50  # T, the steps in a round; only data parallel sends at each.
-# As printed, GB; and the minimum depth, not printed, that fits ResIST's.
+STEPS = 50  # T, the steps in a round; only data parallel sends in each step.
+# Gigabytes as the paper prints them. It does not give the minimum depths of
+# ResIST; those below fit its gigabytes.
 PAPER = {
   'local_sgd': {'2': 0.662, '4': 1.325, '8': 2.649},
   'resist': {'2': 0.454, '4': 0.720, '8': 1.289},
@@ -48,7 +51,14 @@ GB = 1e9
 
 
 class Variant(NamedTuple):
-  """A way to train and to talk; `resist` has the paper's minimum depth."""
+  """A row of the tables.
+
+  Attributes:
+    protocol: `local_sgd`, `data_parallel`, `resist` with the paper's minimum
+      depth, or `resist_without_min_depth`.
+    exchange: How parameters travel.
+    wire_format: The format of the numbers that are sent.
+  """
 
   protocol: str
   exchange: str
@@ -57,36 +67,39 @@ class Variant(NamedTuple):
 
 BASELINE = Variant('local_sgd', 'all_reduce', 'float32')
 VARIANTS = [
-  *(Variant('local_sgd', 'all_reduce', f) for f in compression.FORMATS),
-  # int8 is for changes between rounds, which data parallel has not.
+  *(Variant('local_sgd', 'all_reduce', f) for f in FORMATS),
+  # Not int8, which encodes the change of parameters over a round.
   *(Variant('data_parallel', 'all_reduce', f) for f in ('float32', 'bfloat16')),
   *(
     Variant(protocol, exchange, f)
     for protocol in ('resist', 'resist_without_min_depth')
     for exchange in ('masked_psum', 'hand_over')
-    for f in compression.FORMATS
+    for f in FORMATS
   ),
 ]
 
 
 def main() -> None:
-  """Prints the tables; exit code 1 if a program sends what is not predicted."""
+  """Prints the tables; exits with 1 if a program's bytes are not predicted."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--json', action='store_true', help='for machines')
-  parser.add_argument('--compiled', action='store_true', help='minutes')
+  parser.add_argument('--json', action='store_true', help='print JSON')
+  parser.add_argument(
+    '--compiled',
+    action='store_true',
+    help='compare with compiled programs (takes minutes)',
+  )
   parser.add_argument('--out', type=pathlib.Path, help='JSON file to write')
   args = parser.parse_args()
   jax.config.update('jax_num_cpu_devices', max(MIN_DEPTH))
   params = network_shapes()
-  sizes = traffic.measure(params, [CHAIN])
+  sizes = accounting.measure(params, [CHAIN])
   result = figures(sizes)
   if args.compiled:
     result['compiled'] = list(compiled_rows(params, sizes))
   if args.out:
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     command = ' '.join(['python -m experiments.table1', *sys.argv[1:]])
     record = {'command': command, 'provenance': provenance(), **result}
-    args.out.write_text(json.dumps(record, indent=2) + '\n')
+    write_record(args.out, record)
   print(json.dumps(result, indent=2) if args.json else text(result))
   rows = result.get('compiled', [])
   sys.exit(any(row['predicted'] != row['read'] for row in rows))
@@ -102,33 +115,34 @@ def network_shapes() -> dict[str, PyTree]:
 
 def _protocol(variant: Variant, num_workers: int, length: int) -> Protocol:
   name, resist = variant.protocol, variant.protocol.startswith('resist')
+  # Where no chain is cut, only the format of the exchange matters.
+  exchange = EXCHANGES.get(variant.exchange, hand_over)
   return Protocol(
     num_workers,
     STEPS,
     {CHAIN: length} if resist else {},
+    exchange(variant.wire_format),
     MIN_DEPTH[num_workers] if name == 'resist' else 0,
     average_gradients=name == 'data_parallel',
-    carry_velocity=name == 'data_parallel',
-    exchange=variant.exchange if resist else 'masked_psum',
-    wire_format=variant.wire_format,
+    carry=name == 'data_parallel',
   )
 
 
 def _cut(sizes: Sizes, protocol: Protocol) -> Sizes:
-  """Returns the sizes as the protocol cuts the network."""
+  """Returns the sizes of the network as the protocol partitions it."""
   total = sizes.total
   return sizes if protocol.num_blocks else Sizes(total, total, {}, {})
 
 
 def figures(sizes: Sizes) -> dict[str, Any]:
-  """Computes what is printed.
+  """Computes the gigabytes of a round.
 
   Args:
-    sizes: Of the network, its chain cut.
+    sizes: Sizes of the network with its chain partitioned.
 
   Returns:
-    GB of a round: `paper` and `ours` by protocol and number of workers, `wire`
-    by protocol, exchange, format and number of workers.
+    `paper` and `ours` by protocol and number of workers; `wire` by protocol,
+    exchange, format and number of workers. All values are gigabytes.
   """
   length = sizes.num_blocks[CHAIN]
   ours: dict[str, Any] = {name: {} for name in PAPER}
@@ -140,10 +154,10 @@ def figures(sizes: Sizes) -> dict[str, Any]:
       exchanges = sent.setdefault(variant.protocol, {})
       formats = exchanges.setdefault(variant.exchange, {})
       formats.setdefault(variant.wire_format, {})[str(S)] = (
-        traffic.wire_bytes(cut, protocol, S) / GB
+        accounting.wire_bytes(cut, protocol, S) / GB
       )
       if variant.protocol in PAPER:
-        gigabytes = traffic.paper_bytes(cut, protocol) / GB
+        gigabytes = accounting.paper_bytes(cut, protocol) / GB
         ours[variant.protocol][str(S)] = gigabytes
   return {'paper': PAPER, 'ours': ours, 'wire': sent}
 
@@ -158,59 +172,51 @@ def compiled_rows(
 
   Args:
     params: Shapes of the network's parameters.
-    sizes: Of the network, its chain cut.
-    workers: Each S wanted.
-    variants: Rows wanted.
+    sizes: Sizes of the network with its chain partitioned.
+    workers: Numbers of workers.
+    variants: Rows to compute.
 
   Yields:
-    For each variant and S, bytes predicted for two deals and read from the
-    program; for a hand-over also the blocks it sends, and how many of all
-    blocks change their worker.
+    For each number of workers and variant, the bytes predicted for two
+    consecutive assignments, and those read from the program. For a hand-over,
+    also the number of blocks sent and of those that change their worker.
   """
-  # Else a cache may give a program whose scopes have other names.
+  # Without this, the cache may return a program whose scopes have other names.
   jax.config.update('jax_compilation_cache_include_metadata_in_key', True)
   length = sizes.num_blocks[CHAIN]
   for S in workers:
     for variant in variants:
       protocol = _protocol(variant, S, length)
-      deals = _two_deals(protocol)
+      before = protocol.assign(0, 0)
+      after = protocol.assign(0, 1, before)
+      moves = {name: (before[name], after[name]) for name in before}
+      branches = accounting.branches(protocol, moves)
       row: dict[str, Any] = {**variant._asdict(), 'workers': S}
-      branches, pairs = {}, None
-      if deals and protocol.exchange == 'hand_over':
-        branches, pairs = traffic.branches(CHAIN, *deals), {CHAIN: deals}
-        row['blocks_sent'] = traffic.messages(protocol.dealer(CHAIN), *deals, S)
-        row['blocks_that_change_workers'] = _changes(*deals, length)
+      if branches:  # Blocks are sent one by one.
+        assigns = Assigner(*protocol.division(CHAIN))
+        row['blocks_sent'] = messages(assigns, *moves[CHAIN], S)
+        row['blocks_that_change_workers'] = _changes(*moves[CHAIN], length)
       cut = _cut(sizes, protocol)
       print(*row.values(), file=sys.stderr)
       yield {
         **row,
-        'predicted': traffic.wire_bytes(cut, protocol, S, pairs),
-        'read': _read_bytes(params, protocol, deals, branches),
+        'predicted': accounting.wire_bytes(cut, protocol, S, moves),
+        'read': _read_bytes(params, protocol, before, branches),
       }
 
 
 def _changes(before: Assignment, after: Assignment, length: int) -> int:
-  """Counts the blocks that workers get without having held them."""
+  """Counts the blocks that a worker receives without having held them."""
   held, wanted = (
-    (deal.slots[:, :, None] == np.arange(length)).any(axis=1)
-    for deal in (before, after)
+    (assignment.slots[:, :, None] == np.arange(length)).any(axis=1)
+    for assignment in (before, after)
   )
   return int((wanted & ~held).sum())
 
 
-def _two_deals(protocol: Protocol) -> tuple[Assignment, Assignment] | None:
-  if not protocol.num_blocks:
-    return None
-  if protocol.exchange == 'hand_over':
-    deals = protocol.dealer(CHAIN).deals([0])
-    return next(deals), next(deals)
-  slots = protocol.sample_slots(jax.random.key(0), CHAIN)
-  return (Assignment(np.asarray(slots)),) * 2
-
-
-def _loss(params, present, constants, batch, key):
-  """Stands for the network's: what is sent depends on shapes alone."""
-  del present, constants, batch, key
+def _loss(params, present, batch, key):
+  """Replaces the network's loss: the bytes depend only on the shapes."""
+  del present, batch, key
   total = sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
   return jnp.asarray(total), {}
 
@@ -218,27 +224,34 @@ def _loss(params, present, constants, batch, key):
 def _read_bytes(
   params: Mapping[str, PyTree],
   protocol: Protocol,
-  deals: tuple[Assignment, Assignment] | None,
+  assignments: Mapping[str, Assignment],
   branches: Mapping[str, int],
 ) -> int:
-  """Compiles what sends, for arrays that are never there, and reads it."""
-  S, mesh = protocol.num_workers, state_lib.make_mesh(protocol.num_workers)
-  run = rounds.make_round(
-    _loss,
-    optimizer.make_optimizer(0.9, 5e-4),
-    optimizer.make_schedule('constant', 0.01, 1),
-    protocol,
-    mesh,
-    seed=0,
-    on_device=False,
-  ).compiled
+  """Compiles a round for arrays that never exist, and reads what it sends."""
+  S = protocol.num_workers
+  mesh, sgd = make_mesh(S), optax.sgd(0.01, momentum=0.9)
+  run = make_round(_loss, sgd, protocol, mesh, seed=0, on_device=False)
+  batches = jax.ShapeDtypeStruct((S, STEPS, 1), jnp.int32)
+  state = _shapes_of_state(params, protocol, mesh, assignments)
+  compiled = run.compile(state, None, batches)
+  return accounting.compiled_wire_bytes(compiled, branches)
 
-  def array(shape, dtype, spec=state_lib.SHARDED):
-    sharding = jax.sharding.NamedSharding(mesh, spec)
+
+def _shapes_of_state(
+  params: Mapping[str, PyTree],
+  protocol: Protocol,
+  mesh: Mesh,
+  assignments: Mapping[str, Assignment],
+) -> State:
+  """Returns the shapes of a state, whose momentum is carried if any is."""
+  S = protocol.num_workers
+
+  def array(shape, dtype, spec=SHARDED):
+    sharding = NamedSharding(mesh, spec)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
   shared, chain = split(params, protocol.num_blocks)
-  size = traffic.measure(shared, []).total
+  size = accounting.measure(shared, []).total
   shared = jax.tree.map(lambda x: array((S, *x.shape), x.dtype), shared)
   chain = {
     name: jax.tree.map(
@@ -247,40 +260,31 @@ def _read_bytes(
     for name in protocol.num_blocks
     for k in [protocol.slots_per_worker(name)]
   }
-  velocity = {'shared': shared, 'chain': chain}
-  local = jax.eval_shape(
-    run['begin'], shared, chain, velocity if protocol.carry_velocity else None
+  momentum = Parts([{'shared': shared, 'chain': chain}], [])
+  error = {
+    name: array(shape, jnp.float32)
+    for name, shape in collectives.error_shapes(size, S).items()
+  }
+  return State(
+    shared,
+    chain,
+    jax.tree.map(lambda x: array(x.shape, x.dtype, REPLICATED), assignments),
+    np.int32(0),
+    dict(protocol.num_blocks),
+    momentum if protocol.carry else None,
+    error if protocol.keeps_error else None,
   )
-  local = jax.tree.map(lambda x: array(x.shape, x.dtype), local)
-  if protocol.average_gradients:  # All that it sends, it sends in steps.
-    index = np.int32(0)
-    args = local, {}, (), array((S, 1), jnp.int32), index, index
-    text = run['step'].lower(*args).compile().as_text()
-    return protocol.local_steps * hlo.wire_bytes(text, branches)
-  base = protocol.kept(shared, chain)
-  error = None
-  if protocol.keeps_error:
-    shapes = collectives.error_shapes(size, S)
-    error = {k: array(shape, jnp.float32) for k, shape in shapes.items()}
-
-  def on_mesh(deal):
-    specs = compiled.deal_specs(protocol.exchange == 'hand_over')
-    deal = deal._replace(own=None)
-    return jax.tree.map(lambda x, s: array(x.shape, x.dtype, s), deal, specs)
-
-  before, after = [{CHAIN: on_mesh(d)} for d in deals or ()] or [{}, {}]
-  program = run['finish'].lower(local, base, error, before, after).compile()
-  return hlo.wire_bytes(program.as_text(), branches)
 
 
 def text(result: Mapping[str, Any]) -> str:
-  """Returns the tables for people.
+  """Returns the tables as text.
 
   Args:
-    result: Of `figures`, perhaps with `compiled`.
+    result: What `figures` returns, and `compiled`, the rows of
+      `compiled_rows`, if wanted.
 
   Returns:
-    Lines.
+    Lines of text.
   """
   parts = [_counted(result), _sent(result['wire'])]
   if 'compiled' in result:
@@ -289,60 +293,70 @@ def text(result: Mapping[str, Any]) -> str:
 
 
 def _counted(result: Mapping[str, Any]) -> str:
-  head = ''.join(f'{f"S={S}: paper":>12}{"ours":>9}' for S in MIN_DEPTH)
-  lines = [
-    "Table 1, GB a round by the paper's count: every worker fetches its part",
-    'and brings it back, 2 * 4 * (S * shared + copies * block) bytes.\n',
-    f'{"":13}{head}',
-  ]
+  head = ['protocol']
+  for S in MIN_DEPTH:
+    head += [f'S={S}: paper', 'ours']
+  rows = [head]
   for name in PAPER:
     paper, ours = result['paper'][name], result['ours'][name]
-    row = ''.join(f'{paper[S]:>12.3f}{ours[S]:>9.5f}' for S in paper)
-    lines.append(f'{name:13}{row}')
+    cells = [(f'{paper[S]:.3f}', f'{ours[S]:.5f}') for S in paper]
+    rows.append([name, *itertools.chain(*cells)])
   depths = ', '.join(f'{d} (S={S})' for S, d in MIN_DEPTH.items())
-  lines += [
-    f'\nMinimum depths that fit: {depths}.',
-    'The paper rounds some entries and cuts others.',
-  ]
-  return '\n'.join(lines)
+  return '\n'.join(
+    [
+      "Table 1: gigabytes of a round by the paper's count. Each worker fetches",
+      'its part and returns it: 2 * 4 * (S * shared + copies * block) bytes.\n',
+      report.text_table(rows, right_from=1),
+      f'\nThe minimum depths that fit are {depths}.',
+      'The paper rounds some entries and truncates others.',
+    ]
+  )
 
 
 def _sent(sent: Mapping[str, Any]) -> str:
-  head = ''.join(f'{f"S={S}: GB":>11}{"share":>8}' for S in MIN_DEPTH)
-  lines = [
-    'What really goes over the wire in a round, all workers together, one',
-    'device each, mean over all deals. GB, and as a share of what the ring',
-    f'all-reduce of local SGD sends in float32; data_parallel: {STEPS} steps.',
-    'resist has the minimum depths above, resist_without_min_depth none.\n',
-    f'{"":25}{"exchange":12}{"format":9}{head}',
-  ]
-  whole = sent[BASELINE.protocol][BASELINE.exchange][BASELINE.wire_format]
-  for protocol, way, form in VARIANTS:
-    found = sent[protocol][way][form]
-    row = ''.join(f'{x:>11.4f}{x / whole[S]:>8.3f}' for S, x in found.items())
-    lines.append(f'{protocol:25}{way:12}{form:9}{row}')
-  return '\n'.join(lines)
+  head = ['protocol', 'exchange', 'format']
+  for S in MIN_DEPTH:
+    head += [f'S={S}: GB', 'share']
+  rows = [head]
+  baseline = sent[BASELINE.protocol][BASELINE.exchange][BASELINE.wire_format]
+  for variant in VARIANTS:
+    sizes = sent[variant.protocol][variant.exchange][variant.wire_format]
+    cells = [(f'{x:.4f}', f'{x / baseline[S]:.3f}') for S, x in sizes.items()]
+    rows.append([*variant, *itertools.chain(*cells)])
+  return '\n'.join(
+    [
+      'Gigabytes that all workers together, one device each, send in a round,',
+      'averaged over all assignments, and their share of what local SGD sends',
+      f'by a ring all-reduce in float32. data_parallel takes {STEPS} steps.',
+      'resist has the minimum depths above, resist_without_min_depth none.\n',
+      report.text_table(rows, right_from=3),
+    ]
+  )
 
 
-def _read(rows: list[dict[str, Any]]) -> str:
-  lines = [
-    'The same for two deals in a row: bytes predicted, and read from the',
-    'compiled programs. moved: blocks sent / blocks new to a worker.\n',
-    f'{"":25}{"exchange":12}{"format":9}{"S":>2}{"predicted":>17}{"read":>17}'
-    f'{"moved":>9}',
-  ]
-  for row in rows:
+def _read(compiled: list[dict[str, Any]]) -> str:
+  head = ['protocol', 'exchange', 'format', 'S', 'predicted', 'read', 'moved']
+  rows = [head]
+  for row in compiled:
     moved = ''
     if 'blocks_sent' in row:
       moved = f'{row["blocks_sent"]}/{row["blocks_that_change_workers"]}'
-    lines.append(
-      f'{row["protocol"]:25}{row["exchange"]:12}{row["wire_format"]:9}'
-      f'{row["workers"]:>2}{row["predicted"]:>17,.0f}{row["read"]:>17,.0f}'
-      f'{moved:>9}'
+    rows.append(
+      [row['protocol'], row['exchange'], row['wire_format']]
+      + [str(row['workers']), f'{row["predicted"]:,.0f}']
+      + [f'{row["read"]:,.0f}', moved]
     )
-  wrong = sum(row['predicted'] != row['read'] for row in rows)
-  verdict = f'{wrong} of {len(rows)} differ.' if wrong else 'All are equal.'
-  return '\n'.join([*lines, f'\n{verdict}'])
+  wrong = sum(row['predicted'] != row['read'] for row in compiled)
+  verdict = f'{wrong} of {len(compiled)} differ.' if wrong else 'All are equal.'
+  return '\n'.join(
+    [
+      'Bytes of the exchange between two consecutive assignments: predicted,',
+      'and read from the compiled programs. moved: blocks sent / blocks that',
+      'change their worker.\n',
+      report.text_table(rows, right_from=3),
+      f'\n{verdict}',
+    ]
+  )
 
 
 if __name__ == '__main__':

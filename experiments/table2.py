@@ -1,10 +1,11 @@
-"""Accuracy of ResIST beside local SGD's: the paper's Table 2.
+"""Accuracy of ResIST and local SGD: the paper's Table 2.
 
   python -m experiments.table2 --scale=cpu --seeds=3 --data_dir=FOLDER
 
-Trains on CIFAR-10 and CIFAR-100 with 2, 4 and 8 workers under ResIST and local
-SGD, and with 4 under data parallel, skips what is done, and writes results, a
-table and learning curves to experiments/results/table2/SCALE/.
+Trains on CIFAR-10 and CIFAR-100 with ResIST and local SGD on 2, 4 and 8
+workers, and with data parallel on 4. Runs that have a result are skipped.
+Results, a table and learning curves are written to
+experiments/results/table2/SCALE/.
 """
 
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ WORKERS = (2, 4, 8)
 
 
 def cell(data: str, protocol: str, workers: int) -> Cell:
-  """Returns a run of this table; other experiments need some of them.
+  """Returns a cell of this table; other experiments share some of them.
 
   Args:
     data: A card, `cifar10` or `cifar100`.
@@ -45,19 +46,19 @@ def cell(data: str, protocol: str, workers: int) -> Cell:
 
 
 def cells(scale: str) -> list[Cell]:
-  """Returns what is trained, the cells that others need first."""
+  """Returns the cells to train, first those that other experiments share."""
   del scale
-  found = [
+  listed = [
     cell(data, protocol, workers)
     for workers in (4, 2, 8)
     for data in DATA
     for protocol in ('resist', 'local_sgd')
   ]
-  return [*found, *(cell(data, 'data_parallel', 4) for data in DATA)]
+  return [*listed, *(cell(data, 'data_parallel', 4) for data in DATA)]
 
 
 def tables(results: Results) -> list[Table]:
-  """Returns ours beside the paper's."""
+  """Compares our accuracies with the paper's."""
   rows, found = [], []
   for data, title in DATA.items():
     for protocol, name in NAMES.items():
@@ -76,9 +77,10 @@ def tables(results: Results) -> list[Table]:
   if not rows:
     return []
   caption = (
-    f'Test accuracy in %, {results.scale} scale: of the last round with fixed '
-    'statistics (deployed) and with those of each test batch, and the best '
-    f'test with the latter, which is what the paper reports; {of_runs(found)}'
+    f'Test accuracy in %, {results.scale} scale. "Deployed" and "test-batch '
+    'statistics" are the accuracies after the last round. "Best of the run" is '
+    'the highest accuracy of any test with test-batch statistics, which is '
+    f'what the paper reports. {of_runs(found)}'
   )
   head = ['data', 'protocol', 'workers', 'deployed', 'test-batch statistics']
   head += ['best of the run', 'the paper, at its scale']
@@ -86,8 +88,8 @@ def tables(results: Results) -> list[Table]:
 
 
 def figures(results: Results) -> Mapping[str, Figure | None]:
-  """Returns a learning curve for each data set and number of workers."""
-  found: dict[str, Figure | None] = {}
+  """Draws learning curves for each data set and number of workers."""
+  drawn: dict[str, Figure | None] = {}
   for data, title in DATA.items():
     panels = {
       f'{title}, {workers} workers': {
@@ -96,8 +98,8 @@ def figures(results: Results) -> Mapping[str, Figure | None]:
       }
       for workers in WORKERS
     }
-    found[data] = pictures.curves(panels, 'wire_bytes_total')
-  return found
+    drawn[data] = pictures.curves(panels, 'wire_bytes_total')
+  return drawn
 
 
 EXPERIMENT = Experiment('table2', 'Accuracy (Table 2)', cells, tables, figures)

@@ -2,11 +2,11 @@
 
   python -m experiments.table3 --scale=cpu --data_dir=FOLDER
 
-The runs are those of `experiments.table2`, by the clock: without compilation,
+The runs are those of `experiments.table2`. Seconds do not include compilation,
 tests and checkpoints. All workers of a run share the cores of one machine, so
-on a CPU these seconds are the work of all of them together, and no link is in
-them; `experiments.plan` adds one. Runs that were made on a busy machine
-(`--busy`) are left out.
+on a CPU these seconds are the work of all workers together. They contain no
+link; `experiments.plan` predicts those with a link. Runs on a machine that did
+other work (`--busy`) are ignored.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,19 +30,19 @@ from experiments.experiment import (
 )
 from experiments.table import Table
 
-# Shares of what local SGD ends with.
+# Target accuracies, as shares of the final accuracy of local SGD.
 TARGETS = {'smoke': 0.9, 'cpu': 0.9, 'paper': 0.99}
 
 
 def seconds_to(record: Record, accuracy: float) -> float | None:
-  """Returns when a run first tested at an accuracy.
+  """Returns the seconds of training until a test reaches an accuracy.
 
   Args:
-    record: Of a run.
-    accuracy: Share of 1, with fixed statistics.
+    record: Result of a run.
+    accuracy: Test accuracy with fixed statistics, from 0 to 1.
 
   Returns:
-    Seconds of training; None where it never did.
+    Seconds of training, or None if no test reaches it.
 
   >>> row = {'test_accuracy': 0.5, 'seconds_training': 2.0}
   >>> seconds_to({'curve': [{}, row]}, 0.4), seconds_to({'curve': [row]}, 0.6)
@@ -57,7 +57,7 @@ def seconds_to(record: Record, accuracy: float) -> float | None:
 
 
 def tables(results: Results) -> list[Table]:
-  """Returns ours beside the paper's, where both protocols were run."""
+  """Compares our seconds with the paper's, where both protocols were run."""
   cells = itertools.product(table2.DATA, table2.WORKERS)
   groups = [group for cell in cells for group in _groups(results, *cell)]
   if not groups:
@@ -65,10 +65,11 @@ def tables(results: Results) -> list[Table]:
   target = TARGETS[results.scale]
   found = [r for group in groups for runs in group.runs.values() for r in runs]
   caption = (
-    f'Seconds of training, {results.scale} scale: without compilation, tests '
-    'and checkpoints, all workers on one machine and no link between them; and '
-    f'until the first test with fixed statistics at {target:.0%} of what local '
-    f'SGD ends with; {of_runs(found, "median")}'
+    f'Seconds of training, {results.scale} scale, without compilation, tests '
+    'and checkpoints. All workers share one machine, and no link lies between '
+    f'them. The target is {target:.0%} of the deployed accuracy that local SGD '
+    'reaches in the end; "seconds to it" is the training time until the first '
+    f'test that reaches it. {of_runs(found, "Median")}'
   )
   head = ['data', 'protocol', 'workers', 'seconds', 'faster than local SGD']
   head += ['target', 'seconds to it', 'the paper, its GPUs']
@@ -81,7 +82,7 @@ def tables(results: Results) -> list[Table]:
 
 
 class _Group(NamedTuple):
-  """Runs of each protocol that one machine did, so that seconds compare."""
+  """Runs of each protocol on one machine, whose seconds can be compared."""
 
   data: str
   workers: int
@@ -106,7 +107,7 @@ def _groups(results: Results, data: str, workers: int) -> Iterator[_Group]:
 
 
 def _rows(group: _Group, share: float) -> Iterator[list[str]]:
-  """Yields a row of text for each protocol."""
+  """Yields the row of each protocol."""
   final = statistics.mean(
     record['summary']['test_accuracy'] for record in group.runs['local_sgd']
   )
@@ -141,7 +142,7 @@ def _theirs(published: int | None, base: int | None) -> str:
 
 
 def figures(results: Results) -> Mapping[str, Figure | None]:
-  """Returns learning curves by the clock, of the machine that ran most."""
+  """Draws learning curves by seconds, from the machine with most protocols."""
 
   def most(data: str, workers: int) -> Mapping[str, list[Record]]:
     groups = [group.runs for group in _groups(results, data, workers)]

@@ -1,8 +1,12 @@
-"""The paper's sub-ResNet in plain PyTorch, timed beside ours in turn.
+"""Times a step of the paper's sub-ResNet, in turn here and in plain PyTorch.
 
-PyTorch is no dependency: `--torch` names a Python that has it.
+PyTorch is not a dependency: `--torch` names a Python interpreter that has it.
+It may train with automatic mixed precision, and compiled; its fastest form
+counts.
 
   python -m experiments.torch_peer --torch=/path/to/python
+  python -m experiments.torch_peer --torch=/path/to/python --workers=4 \
+    --batch_size=128 --dtype=bfloat16 --compile --steps=20 --runs=1
 """
 
 import argparse
@@ -12,14 +16,14 @@ import statistics
 import subprocess
 import sys
 
-from experiments.provenance import provenance
+from experiments.runs import RESULTS, provenance, write_record
 
-RESULTS = pathlib.Path(__file__).parent / 'results' / 'bench'
-ROOT = RESULTS.parent.parent.parent
-BLOCKS = 11  # Of 22: the paper's two workers.
+FOLDER = RESULTS / 'bench'
+ROOT = pathlib.Path(__file__).parent.parent
+LENGTH = 22  # Blocks of the chain that is cut: a worker of two has 11.
 
 PEER = """
-import sys, time, torch
+import json, sys, time, torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -41,91 +45,135 @@ class Block(nn.Module):
     h = F.relu(self.norms[1](self.convs[0](h)))
     return shortcut + self.convs[1](h)
 
-batch, blocks, steps = map(int, sys.argv[1:])
+batch, blocks, repeats, steps = map(int, sys.argv[1:5])
+precision, compiles = sys.argv[5], sys.argv[6] == 'True'
+device = 'cuda' if torch.cuda.is_available() else 'cpu'
+torch.backends.cudnn.benchmark = True
+torch.backends.cudnn.allow_tf32 = precision == 'tensorfloat32'
+torch.backends.cuda.matmul.allow_tf32 = precision == 'tensorfloat32'
 parts, before = [nn.Conv2d(3, 64, 3, 1, 1, bias=False)], 64
 for width, size in zip((64, 128, 256, 512), (3, 4, 1 + blocks, 3)):
   for i in range(size):
     parts.append(Block(before, width, 2 if i == 0 and width > 64 else 1))
     before = width
 parts += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 100)]
-best = float('inf')
-for layout in (torch.contiguous_format, torch.channels_last):
-  net = nn.Sequential(*parts).to(memory_format=layout)
+
+def wait():
+  if device == 'cuda':
+    torch.cuda.synchronize()
+
+def measure(layout, compiled=False):
+  net = nn.Sequential(*parts).to(device, memory_format=layout)
   sgd = torch.optim.SGD(
     net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-  x = torch.randn(batch, 3, 32, 32).contiguous(memory_format=layout)
-  y = torch.randint(0, 100, (batch,))
+  x = torch.randn(batch, 3, 32, 32, device=device)
+  x = x.contiguous(memory_format=layout)
+  y = torch.randint(0, 100, (batch,), device=device)
+  model = torch.compile(net) if compiled else net
   times = []
-  for step in range(steps + 1):
+  for turn in range(repeats + 1):
+    wait()
     started = time.perf_counter()
-    sgd.zero_grad()
-    F.cross_entropy(net(x), y).backward()
-    sgd.step()
-    times.append(time.perf_counter() - started)
-  best = min(best, sorted(times[1:])[steps // 2])
-print(best, sum(p.numel() for p in net.parameters()))
+    for _ in range(steps):
+      sgd.zero_grad()
+      with torch.autocast(device, torch.bfloat16, precision == 'bfloat16'):
+        loss = F.cross_entropy(model(x), y)
+      loss.backward()
+      sgd.step()
+    wait()
+    times.append((time.perf_counter() - started) / steps)
+  return sorted(times[1:])[repeats // 2]
+
+found = {
+  'contiguous': measure(torch.contiguous_format),
+  'channels_last': measure(torch.channels_last),
+}
+if compiles:
+  try:
+    found['compiled'] = measure(torch.channels_last, True)
+  except Exception as error:
+    print(error, file=sys.stderr)
+name = torch.cuda.get_device_name() if device == 'cuda' else device
+params = sum(p.numel() for part in parts for p in part.parameters())
+print(json.dumps({'seconds': found, 'params': params, 'device': name,
+                  'torch': torch.__version__}))
 """
 
 
 def main() -> None:
-  """Measures, prints and writes."""
+  """Measures, prints and writes the result."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--torch', required=True, help='a Python with PyTorch')
+  parser.add_argument(
+    '--torch', required=True, help='a Python interpreter with PyTorch'
+  )
   parser.add_argument('--batch_size', type=int, default=16)
+  parser.add_argument('--workers', type=int, default=2, help='1: all blocks')
   parser.add_argument('--runs', type=int, default=5)
-  parser.add_argument('--steps', type=int, default=7)
+  parser.add_argument('--repeats', type=int, default=7, help='timed calls')
+  parser.add_argument('--steps', type=int, default=1, help='of a timed call')
+  parser.add_argument(
+    '--dtype', default='float32', choices=['float32', 'bfloat16']
+  )
+  parser.add_argument('--precision', help='of float32: see experiments.bench')
+  parser.add_argument('--compile', action='store_true', help='torch.compile')
+  parser.add_argument('--out', type=pathlib.Path)
   args = parser.parse_args()
-  ours, theirs, torch_params = [], [], 0
+  blocks = -(-LENGTH // args.workers)
+  ours, theirs, peer = [], [], {}
   for _ in range(args.runs):
-    seconds, torch_params = _torch(args)
-    theirs.append(seconds)
+    peer = _torch(args, blocks)
+    theirs.append(peer['seconds'])
     result = _jax(args)
     ours.append(result['step_seconds'])
-    if result['params_of_a_worker'] != torch_params:
-      raise SystemExit('the two networks differ in their parameters.')
-  ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    if result['params_of_a_worker'] != peer['params']:
+      raise SystemExit(
+        'error: the two networks have different numbers of parameters.'
+      )
+  best = [min(seconds.values()) for seconds in theirs]
+  ratio = statistics.median(a / b for a, b in zip(ours, best, strict=True))
   record = {
     'command': 'python -m experiments.torch_peer --torch=PYTHON',
     'provenance': provenance(),
+    'versions': {'torch': peer['torch']},
+    'dtype': args.dtype,
+    'precision': args.precision,
     'batch_size': args.batch_size,
-    'params': torch_params,
+    'blocks': blocks,
+    'params': peer['params'],
     'runs': args.runs,
     'jax_seconds': statistics.median(ours),
-    'torch_seconds': statistics.median(theirs),
+    'torch_seconds': statistics.median(best),
     'ratio': ratio,
     'all': {'jax': ours, 'torch': theirs},
   }
   print(json.dumps(record, indent=2))
-  path = RESULTS / f'peer_batch{args.batch_size}.json'
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(record, indent=2) + '\n')
+  path = args.out or FOLDER / f'peer_batch{args.batch_size}.json'
+  write_record(path, record)
 
 
-def _torch(args) -> tuple[float, int]:
-  """Returns seconds a step, in the faster of two layouts, and parameters."""
-  sizes = map(str, (args.batch_size, BLOCKS, args.steps))
-  command = [args.torch, '-c', PEER, *sizes]
-  printed = subprocess.run(command, capture_output=True, text=True, check=True)
-  seconds, params = printed.stdout.split()
-  return float(seconds), int(params)
+def _torch(args, blocks: int) -> dict:
+  """Returns the seconds of a step in each form, and what PyTorch says of it."""
+  sizes = map(str, (args.batch_size, blocks, args.repeats, args.steps))
+  precision = args.precision or args.dtype
+  command = [args.torch, '-c', PEER, *sizes, precision, str(args.compile)]
+  printed = subprocess.run(
+    command, stdout=subprocess.PIPE, text=True, check=True
+  )
+  return json.loads(printed.stdout.splitlines()[-1])
 
 
 def _jax(args) -> dict:
-  """Returns what `experiments.bench` measures of one of two workers."""
-  out = RESULTS / 'peer.part'
-  flags = [f'--batch_size={args.batch_size}', f'--repeats={args.steps}']
+  """Returns what `experiments.bench` measures for one worker."""
+  out = FOLDER / 'peer.part'
+  command = [sys.executable, '-m', 'experiments.bench', '--network=paper']
+  names = ['workers', 'batch_size', 'repeats', 'steps', 'dtype']
+  names += ['precision'] if args.precision else []
+  command += [f'--{name}={getattr(args, name)}' for name in names]
   subprocess.run(
-    [
-      sys.executable,
-      '-m',
-      'experiments.bench',
-      '--network=paper',
-      '--workers=2',
-    ]
-    + [*flags, '--only_step', f'--out={out}'],
+    [*command, '--only_step', f'--out={out}'],
     cwd=ROOT,
     check=True,
-    capture_output=True,
+    stdout=subprocess.DEVNULL,
   )
   result = json.loads(out.read_text())['results'][0]
   out.unlink()

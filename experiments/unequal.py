@@ -1,10 +1,11 @@
-"""Two processes of unequal speed: equal depths beside depths by speed.
+"""Compares equal depths with depths by speed on processes of unequal speed.
 
   python -m experiments.unequal
 
-Process 1 is stopped for two thirds of the time, in short turns, so it has a
-third of the speed. What is compared is the seconds of a round. The result file
-is experiments/results/unequal/digits.json. It takes Linux and two cores.
+Process 1 of two is suspended for two thirds of the time, in short intervals, so
+it has a third of the speed. The seconds of a round are compared. The result is
+written to experiments/results/unequal/digits.json. This needs Linux and two
+cores.
 """
 
 import json
@@ -20,8 +21,7 @@ import time
 from typing import Any
 
 from experiments.launch import local
-from experiments.provenance import provenance
-from experiments.runs import RESULTS, write_record
+from experiments.runs import RESULTS, provenance, write_record
 from resist_jax import report
 
 TARGET = RESULTS / 'unequal' / 'digits.json'
@@ -33,28 +33,29 @@ FLAGS = (
   '--config.checkpoint_every=1000',
 )
 DEPTHS = {'equal': (), 'by speed': ('--config.depths=by_speed',)}
-RUNS, STOPS = 0.01, 0.02  # Seconds of a turn of the slow process.
+# Seconds for which the slow process runs, and is suspended, in turn.
+RUNNING, SUSPENDED = 0.01, 0.02
 REPEATS = 3
 
 
 class Throttle(threading.Thread):
-  """Stops a process again and again, until it ends."""
+  """A thread that suspends a process periodically until it ends."""
 
   def __init__(self, process: subprocess.Popen):
     super().__init__(daemon=True)
     self._process = process
 
   def run(self) -> None:
-    """Takes turns."""
+    """Suspends and continues the process in turn."""
     while self._process.poll() is None:
-      time.sleep(RUNS)
+      time.sleep(RUNNING)
       self._process.send_signal(signal.SIGSTOP)
-      time.sleep(STOPS)
+      time.sleep(SUSPENDED)
       self._process.send_signal(signal.SIGCONT)
 
 
 def measure(flags: tuple[str, ...]) -> dict[str, Any]:
-  """Trains once, process 1 throttled, each process on a core of its own."""
+  """Trains once with process 1 throttled, each process on a core of its own."""
   with tempfile.TemporaryDirectory() as folder:
     args = [*FLAGS, *flags, f'--workdir={folder}/run']
     started = []
@@ -72,7 +73,7 @@ def measure(flags: tuple[str, ...]) -> dict[str, Any]:
     seconds = [row['seconds_training'] for row in rows]
     blocks = [len(worker) for worker in rows[-1]['slots']['stage3_chain']]
     return {
-      # All rows but the last are read when the next round has trained.
+      # The clock of a row is read after the next round, except for the last.
       'seconds_round': (seconds[-2] - seconds[0]) / (len(rows) - 2),
       'blocks': blocks,
       'config': json.loads((run / 'config.json').read_text()),
@@ -80,24 +81,24 @@ def measure(flags: tuple[str, ...]) -> dict[str, Any]:
 
 
 def main() -> None:
-  """Measures both in turn, and writes the result."""
-  found: dict[str, list[dict[str, Any]]] = {name: [] for name in DEPTHS}
+  """Measures both settings in turn, and writes the result."""
+  results: dict[str, list[dict[str, Any]]] = {name: [] for name in DEPTHS}
   for _ in range(REPEATS):
     for name, flags in DEPTHS.items():
-      found[name].append(measure(flags))
-      last = found[name][-1]
+      results[name].append(measure(flags))
+      last = results[name][-1]
       print(name, last['blocks'], f'{last["seconds_round"]:.3f} s', flush=True)
   medians = {
     name: statistics.median(r['seconds_round'] for r in runs)
-    for name, runs in found.items()
+    for name, runs in results.items()
   }
-  print(f'times as fast: {medians["equal"] / medians["by speed"]:.2f}')
-  TARGET.parent.mkdir(parents=True, exist_ok=True)
+  speedup = medians['equal'] / medians['by speed']
+  print(f'depths by speed are {speedup:.2f} times as fast')
   record = {
     'command': 'python -m experiments.unequal',
-    'speed_of_process_1': RUNS / (RUNS + STOPS),
+    'speed_of_process_1': RUNNING / (RUNNING + SUSPENDED),
     'seconds_round': medians,
-    'runs': found,
+    'runs': results,
     'provenance': provenance('2 x cpu'),
   }
   write_record(TARGET, record)

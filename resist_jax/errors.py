@@ -1,5 +1,5 @@
-"""The error that a user reads."""
+"""The error of user input."""
 
 
 class ConfigError(ValueError):
-  """A mistake in the user's input, told in one line that says what to do."""
+  """A mistake in the user's input; the message is one line with the remedy."""

@@ -1,31 +1,62 @@
-"""Four virtual devices and a strict JAX, for every test."""
+"""A strict JAX that compiles fast, for every test and all that tests start."""
 
+import mmap
 import os
+import pathlib
 import tempfile
 
-os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# On a busy machine a virtual device may come late to a collective; after 40
-# seconds XLA would abort the process, a notebook's kernel for one.
-os.environ.setdefault(
-  'XLA_FLAGS', '--xla_cpu_collective_call_terminate_timeout_seconds=600'
+import jaxlib
+
+# Tests run each program a few times: compile it fast rather than well. These
+# flags halve the time that the CPU compiler takes.
+FAST_COMPILER = (
+  '--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE',
+  '--xla_cpu_parallel_codegen_split_count=1',
+  '--xla_cpu_use_fusion_emitters=false',
 )
-# Many runs, also those of subprocesses and of other test processes, compile the
-# same programs: keep them for this session.
-if 'PYTEST_XDIST_WORKER' not in os.environ:
-  CACHE = tempfile.TemporaryDirectory()
-  os.environ['JAX_COMPILATION_CACHE_DIR'] = CACHE.name
-os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+# On a busy machine a virtual device may come late to a collective; after 40
+# seconds XLA would abort the process.
+PATIENT = ('--xla_cpu_collective_call_terminate_timeout_seconds=600',)
+
+
+def known(xla_flags):
+  """Returns the flags that this XLA has: another one would abort JAX."""
+  found = set()
+  for path in pathlib.Path(jaxlib.__file__).parent.glob('*.so'):
+    with (
+      path.open('rb') as file,
+      mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as library,
+    ):
+      for flag in xla_flags:
+        name = flag.removeprefix('--').partition('=')[0]
+        if library.find(name.encode()) >= 0:
+          found.add(flag)
+  return [flag for flag in xla_flags if flag in found]
+
+
+# Environment variables, not `jax.config.update`: the command line, notebooks
+# and other processes of a test get them too, and find what has been compiled.
+if 'PYTEST_XDIST_WORKER' not in os.environ:  # A worker inherits them.
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  os.environ.setdefault('XLA_FLAGS', ' '.join(known(FAST_COMPILER + PATIENT)))
+  os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
+  os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
+  os.environ['JAX_NUMPY_DTYPE_PROMOTION'] = 'strict'
+  # All tests of a session compile a program once.
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    CACHE = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = CACHE.name
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+  # Programs that differ in the names of scopes alone must not share an entry,
+  # and programs that differ in the line of the caller alone must share one.
+  os.environ['JAX_COMPILATION_CACHE_INCLUDE_METADATA_IN_KEY'] = '1'
+  os.environ['JAX_TRACEBACK_IN_LOCATIONS_LIMIT'] = '0'
 
 import jax
 import pytest
 
+# Processes choose their own number of virtual devices.
 jax.config.update('jax_num_cpu_devices', 4)
-# Tests run each program a few times: compile it fast rather than well.
-jax.config.update('jax_disable_most_optimizations', True)
-# Programs that differ in the names of scopes alone must not share an entry.
-jax.config.update('jax_compilation_cache_include_metadata_in_key', True)
-jax.config.update('jax_numpy_rank_promotion', 'raise')
-jax.config.update('jax_numpy_dtype_promotion', 'strict')
 
 
 @pytest.fixture(autouse=True, scope='module')

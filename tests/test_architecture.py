@@ -18,8 +18,9 @@ ARROWS = {
   'exchange': {'decomposition'},
   'rounds': {'exchange', 'decomposition'},
   'accounting': {'rounds', 'exchange', 'decomposition'},
+  'trainer': {'rounds', 'exchange', 'decomposition', 'accounting'},
   'run': {
-    'rounds', 'exchange', 'decomposition', 'accounting', 'models',
+    'trainer', 'rounds', 'exchange', 'decomposition', 'accounting', 'models',
     'data', 'report',
   },
   '__main__': {'run'},

@@ -1,1 +1,1 @@
-"""Recipes that start one process of a run on each host."""
+"""Scripts that start one process of a run on each host."""

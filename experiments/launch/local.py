@@ -1,11 +1,12 @@
-"""Several processes of one run on this machine, as if they were hosts.
+"""Starts several processes of one run on this machine, as if on several hosts.
 
   python -m experiments.launch.local --num_processes=4 -- \
     --config=experiments/configs/digits.py --workdir=runs/four
 
-What stands behind `--` goes to `python -m resist_jax`, in every process. It
-ends when all have ended: with 0; with 2 where the input is wrong; with 75 where
-a process was lost, and the same command goes on. A loop that tries again:
+The arguments after `--` are those of `python -m resist_jax` in each process.
+The exit code is 0 if all processes succeed, 2 if the input is wrong, and 75 if
+a process was lost, after which the same command resumes the run. This loop
+resumes it until it is done:
 
   until python -m experiments.launch.local ...; do
     [ $? = 75 ] || break
@@ -23,34 +24,41 @@ from resist_jax.run.processes import TRY_AGAIN
 
 
 def free_port() -> int:
-  """Returns a port that nobody listens on, for the coordinator."""
-  with socket.socket() as found:
-    found.bind(('127.0.0.1', 0))
-    return found.getsockname()[1]
+  """Returns a free port for the coordinator."""
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    return probe.getsockname()[1]
 
 
 def commands(num_processes: int, args: Sequence[str]) -> list[list[str]]:
   """Returns the command of each process.
 
   Args:
-    num_processes: How many.
-    args: Of `python -m resist_jax`, the same for all.
+    num_processes: Number of processes.
+    args: Arguments of `python -m resist_jax`, the same for all processes.
 
   Returns:
-    Words, for each process.
+    For each process, the words of its command.
   """
-  together = [
+  common = [
     f'--coordinator=127.0.0.1:{free_port()}',
     f'--num_processes={num_processes}',
   ]
   return [
-    [sys.executable, '-m', 'resist_jax', *args, *together, f'--process_id={i}']
+    [sys.executable, '-m', 'resist_jax', *args, *common, f'--process_id={i}']
     for i in range(num_processes)
   ]
 
 
 def exit_code(codes: Sequence[int]) -> int:
-  """Returns what the processes' own exit codes come to.
+  """Returns one exit code for those of all processes.
+
+  Args:
+    codes: Exit codes, negative for a process that a signal ended.
+
+  Returns:
+    2 if the input is wrong; else `TRY_AGAIN` if a process was lost; else the
+    first failure, or 0.
 
   >>> exit_code([0, 0]), exit_code([75, -9]), exit_code([2, 75])
   (0, 75, 2)
@@ -65,22 +73,26 @@ def exit_code(codes: Sequence[int]) -> int:
 
 
 def main() -> None:
-  """Starts the processes, hands signals on, and waits for all of them."""
+  """Starts the processes, forwards signals to them, and waits for them."""
   parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
-  parser.add_argument('--num_processes', type=int, required=True)
-  parser.add_argument('args', nargs='+', metavar='-- ARG')
+  parser.add_argument(
+    '--num_processes', type=int, required=True, help='number of processes'
+  )
+  parser.add_argument(
+    'args', nargs='+', metavar='-- ARG', help='arguments of resist_jax'
+  )
   options = parser.parse_args()
   if options.num_processes < 1:
     parser.error('--num_processes must be at least 1.')
   started: list[subprocess.Popen] = []
 
-  def hand_on(signum, frame):
+  def forward(signum, frame):
     del frame
     for process in started:
       process.send_signal(signum)
 
   for signum in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(signum, hand_on)
+    signal.signal(signum, forward)
   for command in commands(options.num_processes, options.args):
     started.append(subprocess.Popen(command, start_new_session=True))
   sys.exit(exit_code([process.wait() for process in started]))

@@ -1,12 +1,12 @@
 #!/bin/bash
-# ResIST on all hosts of a TPU pod slice; JAX finds the hosts by itself.
+# ResIST on all hosts of a TPU pod slice, which JAX finds by itself.
 #
 #   experiments/launch/tpu_pod.sh NAME ZONE --config=experiments/configs/cifar100.py:s4 \
 #     --workdir=/mnt/shared/cifar100 --config.num_workers=8
 #
-# The project lies in ~/resist_jax on every host, with `pip install -e '.[tpu]'`,
-# and the workdir is a mounted folder that all hosts see. Where a host is lost,
-# the others end with exit code 75, and every host starts the same command again.
+# Each host needs the project in ~/resist_jax, with `pip install -e '.[tpu]'`, and
+# the workdir as a mounted folder that all hosts see. When a host is lost, the
+# others exit with code 75, and each host starts the same command again.
 set -euo pipefail
 name=$1 zone=$2
 shift 2

@@ -1,12 +1,12 @@
-"""The bytes a compiled SPMD program sends, read from its HLO text.
+"""Reads the bytes that a compiled SPMD program sends from its HLO text.
 
-`compiled.as_text()` shows what XLA made of a program: which collectives are
-left, on which types, in which loops. Their bytes are those of the usual ring
-algorithms, summed over all devices.
+`compiled.as_text()` shows which collectives XLA kept, on which types, in which
+loops. Their bytes are counted as those of ring algorithms, summed over all
+devices.
 
-The scopes that name a conditional are metadata, and JAX's persistent cache
-looks programs up without it: a program that differs from an older one in its
-scopes alone comes back with the old names, unless
+The names of scopes are metadata, which the key of JAX's persistent compilation
+cache leaves out by default. A program that differs from a cached one only in
+its scopes then comes back with the cached names, unless
 `jax_compilation_cache_include_metadata_in_key` is set.
 """
 
@@ -27,12 +27,12 @@ _RING_PASSES = {
   'collective-broadcast': 1,
   'reduce-scatter': 1,
 }
-# The text does not tell how much these send, or between whom.
+# The text does not say how much these send, or between which devices.
 _UNCOUNTED = ('ragged-all-to-all', 'send')
 _KINDS = ('collective-permute', *_RING_PASSES, *_UNCOUNTED)
-# Other instructions, such as reductions, call nothing that could communicate.
+# Other instructions call computations that never communicate.
 _CALLERS = ('async', 'call', 'custom-call', 'fusion')
-# Those that a loop's counter and its test are made of.
+# The counter of a loop and its test consist of these.
 _COUNTER_OPS = ('add', 'call', 'compare', 'copy', 'fusion', 'get-tuple-element')
 
 _ARRAY = re.compile(r'\b([a-z]\w*)\[([^\]]*)\]')
@@ -47,7 +47,7 @@ class Collective(NamedTuple):
   """An instruction that moves data between devices.
 
   Attributes:
-    kind: Its opcode; an asynchronous pair has that of the synchronous form.
+    kind: Its opcode, in the synchronous form.
     dtype: HLO's name of the element type, or several with commas.
     bytes: Size of the operands on one device.
     op_name: JAX's name stack and primitive, such as `jit(f)/shard_map/psum`.
@@ -70,7 +70,7 @@ class _Instruction(NamedTuple):
 
   @property
   def kind(self) -> str:
-    # What an asynchronous pair does is on its start; its done does nothing.
+    # The start of an asynchronous pair describes it; its end sends nothing.
     return self.opcode.removesuffix('-start')
 
   @property
@@ -104,7 +104,7 @@ class _Program(NamedTuple):
   inside: bool = False
 
   def counts(self, devices: Iterable[int]) -> bool:
-    """Tells whether what these devices send each other is asked for."""
+    """Returns whether to count what these devices send to each other."""
     groups = {device // self.group_size for device in devices}
     return (len(groups) == 1) == self.inside
 
@@ -122,20 +122,20 @@ def wire_bytes(
 
   Args:
     text: HLO of a compiled SPMD program.
-    branches: For the `jax.named_scope` around a `lax.switch`, the index given
-      to it, the same every time, which is clamped as `lax.switch` does. Scopes
-      that the program lacks may stay; a switch whose branches send alike needs
-      none.
-    group_size: So many neighbours are a group; what stays inside a group does
-      not count.
-    inside: Count this instead, and nothing else.
+    branches: For each `jax.named_scope` around a `lax.switch`, the index of the
+      branch taken, clamped as `lax.switch` does. Other scopes are ignored; a
+      switch whose branches send equally much needs no entry.
+    group_size: How many neighbouring devices form a group; bytes inside a group
+      are not counted.
+    inside: Count only the bytes inside groups instead.
 
   Returns:
     The bytes; a device that sends to itself sends none.
 
   Raises:
-    ValueError: How often a loop runs or which branch a conditional takes
-      matters and is unknown, or a collective's bytes are not in the text.
+    ValueError: If the number of a loop's iterations or the branch of a
+      conditional matters and is unknown, or if the text does not say how much
+      a collective sends.
   """
   program = _parse(text, branches)
   program = program._replace(group_size=group_size, inside=inside)
@@ -149,7 +149,7 @@ def collectives(text: str) -> list[Collective]:
     text: HLO of a compiled SPMD program.
 
   Returns:
-    Each collective of the text once, whether or not it ever runs.
+    Each collective in the text once, also one that never runs.
   """
   return [
     Collective(i.kind, _dtypes(i), i.operand_bytes, i.op_name)
@@ -328,14 +328,14 @@ def _scope(op_name: str, branches: Mapping[str, int]) -> str | None:
 
 
 def replica_groups(attributes: str, num_devices: int) -> list[list[int]]:
-  """Reads the devices of each replica group, whatever the notation.
+  """Reads the devices of each replica group, in any notation.
 
   Args:
-    attributes: Of the collective, as text.
-    num_devices: Of the program.
+    attributes: Attributes of the collective, as text.
+    num_devices: Number of devices of the program.
 
   Returns:
-    Groups of device numbers; one of all where the text names none.
+    Groups of device numbers; one group of all devices if the text names none.
 
   >>> replica_groups('replica_groups={{0,2},{1,3}}', 4)
   [[0, 2], [1, 3]]

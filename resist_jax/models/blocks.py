@@ -9,9 +9,8 @@ from typing import Any
 
 from flax import linen as nn
 import jax
-import jax.numpy as jnp
 
-from resist_jax.models.layers import Conv
+from resist_jax.models.layers import Conv, widen
 
 Layer = Callable[..., Any]
 
@@ -155,5 +154,5 @@ class Classifier(nn.Dense):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps `[B, H, W, C]` to logits, `float32[B, features]`."""
-    return super().__call__(x.astype(jnp.float32).mean(axis=(1, 2)))
+    """Maps `[B, H, W, C]` to logits, float32, or float64 for such images."""
+    return super().__call__(widen(x).mean(axis=(1, 2)))

@@ -113,6 +113,11 @@ def _backward(saved, g):
 convolve_with_wide_kernel_gradient.defvjp(_forward, _backward)
 
 
+def widen(x: jax.Array) -> jax.Array:
+  """Returns float64 as it is, and anything else as float32."""
+  return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
 class BatchNorm(nn.Module):
   """Batch norm without running statistics, as in the paper.
 
@@ -126,7 +131,8 @@ class BatchNorm(nn.Module):
 
   Attributes:
     epsilon: Added to the variance.
-    dtype: Dtype of the output; statistics are computed in float32.
+    dtype: Dtype of the output; statistics are computed in float32,
+      or in float64 for such images.
     axis_name: The mesh axis that splits the batch into equal parts, if any;
       statistics are taken over all parts.
   """
@@ -141,7 +147,7 @@ class BatchNorm(nn.Module):
     channels = (x.shape[-1],)
     scale = self.param('scale', nn.initializers.ones, channels, jnp.float32)
     bias = self.param('bias', nn.initializers.zeros, channels, jnp.float32)
-    x = x.astype(jnp.float32)
+    x = widen(x)
     if self.has_variable('batch_stats', 'mean'):
       mean = self.get_variable('batch_stats', 'mean')
       mean_square = self.get_variable('batch_stats', 'mean_square')

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 import io
 import math
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -87,6 +87,18 @@ def byte_unit(num_bytes: float) -> tuple[float, str]:
   return 1.0, 'B'
 
 
+def style_axes(axes: Axes, grid: Literal['both', 'x', 'y'] = 'both') -> None:
+  """Gives axes a light grid below the data, and a frame on two sides only.
+
+  Args:
+    axes: The axes.
+    grid: The axis whose ticks have grid lines.
+  """
+  axes.grid(axis=grid, color='#e4e4e4', linewidth=0.8)
+  axes.set_axisbelow(True)
+  axes.spines[['top', 'right']].set_visible(False)
+
+
 def accuracy_figure(runs: Mapping[str, Rows], x: str) -> Figure:
   """Draws test accuracy against a cost, with both kinds of norm statistics.
 
@@ -123,9 +135,7 @@ def accuracy_figure(runs: Mapping[str, Rows], x: str) -> Figure:
       xs, ys = np.reshape(points[label, metric], (-1, 2)).T
       axes.plot(xs / unit, ys, color=colour, **style)
   axes.set(xlabel=axis, ylabel='test accuracy (%)')
-  axes.grid(color='#e4e4e4', linewidth=0.8)
-  axes.set_axisbelow(True)
-  axes.spines[['top', 'right']].set_visible(False)
+  style_axes(axes)
   if not ends:
     axes.set(xticks=[], yticks=[])
     axes.text(

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from resist_jax.errors import ConfigError
 from resist_jax.report import plots
@@ -117,7 +117,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
   if not path.exists():
     return []
   *lines, _ = path.read_text('utf-8', 'replace').split('\n')
-  rows: list[dict[str, Any]] = []
+  rows = []
   for number, line in enumerate(lines, start=1):
     row: Any = None
     with contextlib.suppress(ValueError):
@@ -127,7 +127,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         f'{path}, line {number}, is not the record of a round: delete that '
         'line.'
       )
-    rows.append(row)
+    rows.append(cast(dict[str, Any], row))
   return rows
 
 

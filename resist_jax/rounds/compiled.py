@@ -95,7 +95,7 @@ class Round:
       return {'round': inputs}
     local = jax.eval_shape(self.programs['begin'], *held, index)
     local = _shapes(local, NamedSharding(self.mesh, SHARDED))
-    batch = _shapes(next(self._by_step(batches)), self._batch_sharding)
+    batch = _shapes(self._first_step(batches), self._batch_sharding)
     agreed = self.protocol.kept(state.shared, state.chain)
     inputs = local, _slots(state.assignments), constants, batch
     return {
@@ -205,6 +205,12 @@ class Round:
       return iter(batches)
     steps = range(self.protocol.local_steps)
     return (jax.tree.map(lambda x, t=t: x[:, t], batches) for t in steps)
+
+  def _first_step(self, batches: PyTree) -> PyTree:
+    """Returns the shapes of what all workers get at a step."""
+    if self.streamed:
+      return next(iter(batches))
+    return jax.eval_shape(lambda tree: next(self._by_step(tree)), batches)
 
   def _place(self, batch: PyTree) -> PyTree:
     if self.streamed:  # Only the rows of this process's workers.

@@ -133,7 +133,8 @@ def _check_fields(config) -> None:
   ).items():
     problem = 'lacks the field' if theirs is None else 'has an unknown field'
     raise ConfigError(
-      f'the config {problem} {name}: begin with resist_jax.config.get_config().'
+      f'the config {problem} {name}: begin with get_config() of '
+      'resist_jax.run.config.'
     )
 
 

@@ -52,7 +52,7 @@ class Options(NamedTuple):
   """What a command line asks for.
 
   Attributes:
-    config: Of the run; its fields may still be wrong, see `checks.validate`.
+    config: Config of the run; `checks.validate` has not seen it yet.
     workdir: Folder of the run.
     coordinator: `HOST:PORT` of process 0, if it was given.
     num_processes: Number of processes, if it was given.

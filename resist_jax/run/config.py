@@ -109,7 +109,7 @@ def differences(config: dict, other: dict, prefix: str = '') -> dict:
   Args:
     config: Nested dictionary.
     other: Nested dictionary.
-    prefix: Of the names returned.
+    prefix: What the names returned begin with.
 
   Returns:
     `{name: (value in config, value in other)}`, None where a field is missing.

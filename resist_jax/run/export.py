@@ -30,8 +30,8 @@ class Predictor:
     network: The linen module.
     variables: `params`, and `batch_stats` measured over training images.
     scales: Residual scale of each chain that ResIST cuts, `float32[L]`.
-    mean: `float32[C]`, of the training images as numbers from 0 to 1.
-    std: `float32[C]`, likewise.
+    mean: `float32[C]`, mean of the training images as numbers from 0 to 1.
+    std: `float32[C]`, their standard deviation.
   """
 
   network: ResNet
@@ -62,7 +62,7 @@ def save(workdir: pathlib.Path, predictor: Predictor) -> None:
   """Writes a trained model into the folder `model` of its run.
 
   Args:
-    workdir: Of the run.
+    workdir: Workdir of the run.
     predictor: What to write.
   """
   network = {
@@ -88,7 +88,7 @@ def load(workdir: str | pathlib.Path) -> Predictor:
   """Reads the trained model of a finished run.
 
   Args:
-    workdir: Of the run.
+    workdir: Workdir of the run.
 
   Returns:
     The model; call it with images.

@@ -128,7 +128,8 @@ class _Monitor:
     self._heartbeats: dict[int, str] = {}
     now = time.monotonic()
     self._last_heartbeat = dict.fromkeys(self._others, now)
-    self._last_answer = self._last_check = now
+    self._last_answer = self._last_check = self._last_sent = now
+    self._largest_gap = 0.0  # Seconds between two of its own heartbeats.
     self.ended: dict[int, str] = {}
     self.task: tuple[str, float] | None = None
     self._exiting = False
@@ -150,10 +151,13 @@ class _Monitor:
     count = 0
     while not self._exiting:
       count += 1
+      gap = time.monotonic() - self._last_sent
+      self._largest_gap = max(self._largest_gap, gap)
       # An exception means that the store is gone or does not answer, which
       # `check` notices.
       with contextlib.suppress(Exception):
         self._put(f'alive/{self._me}', str(count))
+        self._last_sent = time.monotonic()
         self._read()
       time.sleep(self.interval)
 
@@ -183,8 +187,14 @@ class _Monitor:
     """Ends this process if it or another one was silent for too long."""
     now = time.monotonic()
     last_check, self._last_check = self._last_check, now
-    if now - last_check > self._timeout:  # The others take it for dead.
-      self.give_up(f'it was suspended for {now - last_check:.0f} seconds')
+    # The others count from its last heartbeat, some time before a suspension.
+    suspended = now - last_check
+    gap = max(self._largest_gap, now - self._last_sent)
+    if suspended > self._timeout / 2:
+      if max(suspended, gap) > self._timeout:
+        self.give_up(f'it was suspended for {suspended:.0f} seconds')
+    else:
+      self._largest_gap = 0.0
     reasons = {i: reason for i, reason in self.ended.items() if reason}
     if reasons:
       # If this process fails for the same reason, let it report that itself.

@@ -28,7 +28,7 @@ def main(options: Options) -> None:
   """Trains, and prints the table of the run; exits with a code on an error.
 
   Args:
-    options: Of the command line.
+    options: Options of the command line.
   """
   logging.set_verbosity(logging.WARNING)  # orbax reports every step it takes.
   try:

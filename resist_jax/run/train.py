@@ -29,7 +29,6 @@ from resist_jax.run import (
 from resist_jax.run import workdir as workdir_lib
 from resist_jax.run.checkpoint import Checkpoints, Restored
 from resist_jax.run.checks import validate
-from resist_jax.run.clock import Clock
 from resist_jax.run.evaluate import Evaluator
 from resist_jax.run.interrupt import Interrupt, Interrupted
 from resist_jax.run.phases import Phase
@@ -43,20 +42,22 @@ class NonFiniteError(ArithmeticError):
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  """What a run has done; it travels in the checkpoint.
+  """The counters of a run; a checkpoint holds them.
 
   Attributes:
     round: Rounds completed.
-    bytes_total: Sent so far, by the paper's count.
-    wire_bytes_total: Sent so far by rounds, from device to device.
-    evaluation_wire_bytes_total: Sent so far by tests, likewise.
-    images_total: Trained on so far, over all workers.
-    seconds_training: Without compilation, tests and checkpoints.
-    seconds_total: With everything.
-    left_out_total: How often a worker was left out of a round.
-    best_test_accuracy_paper: Over the evaluations so far.
-    residual_scale: Of the global model's cut chains; 1 where none is named.
-    depths_by_speed: As measured when the run began; empty if not asked for.
+    bytes_total: Bytes sent so far, by the paper's count.
+    wire_bytes_total: Bytes that rounds sent so far from device to device.
+    evaluation_wire_bytes_total: Bytes that tests sent so far.
+    images_total: Images that all workers trained on so far.
+    seconds_training: Seconds without compilation, tests and checkpoints.
+    seconds_total: Seconds with everything.
+    left_out_total: How often a round excluded a worker.
+    best_test_accuracy_paper: Best accuracy of the evaluations so far.
+    residual_scale: Residual scale of the global network's cut chains; 1 for
+      any other chain.
+    depths_by_speed: Depths measured when the run began; empty if the config
+      does not ask for them.
     last: The newest row of the log.
   """
 
@@ -148,6 +149,34 @@ def _restore(checkpoints: Checkpoints, setup: Setup) -> Restored | None:
   return restored
 
 
+class Clock:
+  """Adds up the seconds of training, between `start` and `stop`."""
+
+  def __init__(self, seconds: float):
+    """Starts from a sum of seconds, such as that of a resumed run."""
+    self._seconds = seconds
+    self._since: float | None = None
+
+  @property
+  def stopped(self) -> bool:
+    """Whether the clock is not running."""
+    return self._since is None
+
+  def start(self) -> None:
+    """Starts the clock if it is not running."""
+    self._since = self._since or time.perf_counter()
+
+  def stop(self) -> None:
+    """Stops the clock."""
+    self._seconds, self._since = self.seconds(), None
+
+  def seconds(self) -> float:
+    """Returns the seconds so far, including those since the last `start`."""
+    if self._since is None:
+      return self._seconds
+    return self._seconds + time.perf_counter() - self._since
+
+
 class _Dispatched(NamedTuple):
   """A round that may still be running on the devices."""
 
@@ -180,7 +209,7 @@ def _loop(
   phase, state = restore.start(setup, restored)
   running, asked = None, 0
   for index in range(progress.round, config.num_rounds):
-    if clock.stands:
+    if clock.stopped:
       # Time spent waiting for other processes is not counted.
       processes.barrier()
     clock.start()

@@ -126,8 +126,8 @@ def test_the_ablation_adds_one_thing_a_row():
 
 def test_columns_nearer_to_the_paper_differ_as_the_small_ones():
   short = list(ablation.columns(8, 'cpu').values())[:2]
-  again = list(ablation.again(8, 'cpu').values())
-  longer, chain = again[:2], again[2:]
+  closer = list(ablation.closer(8, 'cpu').values())
+  longer, chain = closer[:2], closer[2:]
   for cells in (short, longer, chain):
     before, after = (dict(flat(c.config('cpu').to_dict())) for c in cells)
     assert {k for k in before if before[k] != after[k]} == {'min_depth'}
@@ -140,9 +140,9 @@ def test_columns_nearer_to_the_paper_differ_as_the_small_ones():
   assert ours.model.name == theirs.model.name
   assert ours.model.stage_sizes == named.stage_sizes
   assert ours.min_depth == theirs.min_depth
-  assert not ablation.again(2, 'cpu')
-  assert not ablation.again(8, 'paper')
-  assert len({cell.name for cell in short + again}) == 6
+  assert not ablation.closer(2, 'cpu')
+  assert not ablation.closer(8, 'paper')
+  assert len({cell.name for cell in short + closer}) == 6
 
 
 @pytest.fixture(scope='module')

@@ -13,8 +13,9 @@ import pytest
 from experiments import costs
 from experiments import plan as plan_lib
 from experiments.configs import digits
-from resist_jax import accounting, models
-from resist_jax.decomposition.assignments import Assigner
+from resist_jax import models
+from resist_jax.decomposition import Assigner
+from resist_jax.exchange.hand_over import expected_messages
 from resist_jax.run import config as config_lib
 from resist_jax.run.command import Options
 
@@ -82,24 +83,28 @@ def test_seconds_fall_with_bandwidth_and_rise_with_latency(papers):
     assert all(a > b for a, b in zip(seconds(slow), seconds(fast), strict=True))
   none, some = seconds(1e9), seconds(1e9, 1e13, 1e-3)
   more = [b - a for a, b in zip(none, some, strict=True)]
-  # A ring has 6 steps; the chain of 22 goes in 6 columns and one guest's two.
+  # A ring has 6 steps; the chain of 22 goes in 6 columns and one replica's two.
   assert more == pytest.approx([6e-3, 50 * 6e-3, (6 + 6 + 2) * 1e-3])
 
 
 @pytest.mark.parametrize(
   ('sizes', 'busiest'), [((22, 4, 6), 3), ((22, 4), 0), ((22, 8, 4), 7)]
 )
-def test_blocks_that_workers_send_are_those_of_many_deals(sizes, busiest):
-  dealer = Assigner(*sizes)
-  predicted = costs.blocks_sent(dealer)
-  total = accounting.expected_messages(dealer, dealer.num_workers)
+def test_blocks_that_workers_send_are_the_mean_of_many_rounds(sizes, busiest):
+  assigns = Assigner(*sizes)
+  predicted = costs.blocks_sent(assigns)
+  total = expected_messages(assigns, assigns.num_workers)
   assert sum(predicted) == pytest.approx(total)
   assert predicted[busiest] == pytest.approx(max(predicted))
-  counted, rounds = [0.0] * dealer.num_workers, 3000
-  for deal in itertools.islice(dealer.deals([0]), rounds):
-    routes = [dealer.moves(j)[t] for j, t in enumerate(deal.shifts)]
-    for g, loan in enumerate(deal.loans):
-      lend = dealer.lendings(g)[loan]
+  counted, rounds = [0.0] * assigns.num_workers, 3000
+  assignment = assigns.first([0])
+  for r in range(1, rounds + 1):
+    assignment = assigns.following(assignment.owned, [0], r)
+    routes = [
+      assigns.column_routes(j)[t] for j, t in enumerate(assignment.shifts)
+    ]
+    for replica, offset in enumerate(assignment.offsets):
+      lend = assigns.replica_routes(replica)[offset]
       routes += [lend, [(target, source) for source, target in lend]]
     for source, target in itertools.chain(*routes):
       counted[source] += (source != target) / rounds

@@ -105,7 +105,7 @@ def test_hosts_go_when_something_breaks():
 def test_what_a_machine_lacks_is_said(monkeypatch):
   monkeypatch.setattr(namespaces.os, 'geteuid', lambda: 1000)
   with (
-    pytest.raises(NotPossibleError, match='take Linux, root'),
+    pytest.raises(NotPossibleError, match='need Linux, root'),
     namespaces.hosts(2, Link('')),
   ):
     pass

@@ -121,7 +121,7 @@ def test_ensembles_are_drawn_beside_resist_on_as_many_workers(tmp_path):
 def test_ablation_stands_beside_the_paper(tmp_path):
   results = Results('ablation', 'cpu', tmp_path)
   for workers in ablation.COLUMNS:
-    listed = ablation.columns(workers, 'cpu') | ablation.again(workers, 'cpu')
+    listed = ablation.columns(workers, 'cpu') | ablation.closer(workers, 'cpu')
     for cell in listed.values():
       put(results, cell, record(0.4))
   (table,) = ablation.tables(results)
@@ -156,3 +156,22 @@ def test_the_page_holds_every_table(tmp_path):
   assert '<code>python -m x</code>' in text
   assert text.count('src="data:image/png;base64,') == 1
   assert 'http' not in text.split('<body>')[1]
+
+
+def test_accelerators_have_a_section(tmp_path, monkeypatch):
+  made = {
+    'command': 'python -m x',
+    'provenance': {'device': '1 x GPU', 'versions': {'jax': 1}},
+    'config': {'rounds': 2, 'local_steps': 3, 'workers': 4},
+    'results': [
+      {'platform': p, 'case': 'local_sgd', 'largest': 1e-9, 'of_norm': 1e-10}
+      for p in ('cpu', 'accelerator')
+    ],
+  }
+  (tmp_path / 'accelerator').mkdir()
+  (tmp_path / 'accelerator' / 'GPU.json').write_text(json.dumps(made))
+  monkeypatch.setattr(sections, 'RESULTS', tmp_path)
+  (table,) = sections._accelerator()
+  assert [row[0] for row in table.rows] == ['CPU', 'GPU']
+  assert table.rows[1][1:] == ['local sgd', '1.0e-09', '1.0e-10']
+  assert '(GPU, JAX 1)' in table.caption

@@ -11,19 +11,20 @@ from test_rounds import L, assert_close, full, hand_over, problem, resist
 from test_train import rows, tiny_config
 import tiny
 
-from resist_jax import models
-from resist_jax.accounting import hlo, memory_and_flops, traffic
+from resist_jax import accounting, models, rounds
+from resist_jax.accounting import hlo
 from resist_jax.data import augmentation
 from resist_jax.errors import ConfigError
-from resist_jax.exchange.collectives import DATA
-from resist_jax.rounds import state as state_lib
-from resist_jax.run import export, train
+from resist_jax.exchange import DATA
+from resist_jax.rounds.mesh import SHARDED, batch_specs
+from resist_jax.run import export, phases, train
+from resist_jax.run.setup import prepare
 
-CARRIED = {'carry_velocity': True}
+CARRIED = {'carry': True}
 DATA_PARALLEL = {'average_gradients': True, **CARRIED}
 BRANCH = 'stage2_branch'
-STRIDED = state_lib.Protocol(
-  2, 2, {tiny.CHAIN: L, BRANCH: 1}, {tiny.CHAIN: 0, BRANCH: None}
+STRIDED = tiny.protocol(
+  2, 2, {tiny.CHAIN: L, BRANCH: 1}, min_depth={tiny.CHAIN: 0, BRANCH: None}
 )
 # Protocol, norm, G, and whether programs loop; on two groups, or one of three.
 CASES = {
@@ -71,17 +72,17 @@ def test_a_step_of_a_group_is_that_of_a_lone_worker():
   loss_fn = tiny.make_loss(tiny.network(L, norm='group'))
   protocol = full(2, 1)
   mesh, run = tiny.make_round(loss_fn, protocol, 4, group=2)
-  state = state_lib.distribute(params, {}, protocol, mesh)
+  state = tiny.distribute(params, protocol, mesh)
   batches = tiny.batches(0, 2, 1)
   batches[:] = batches[0]
-  state, metrics = run(state, {}, tiny.examples(), batches, 0)
+  state, metrics = run(state, tiny.examples(), batches)
 
   grads = tiny.gradient(loss_fn, params, {}, batches[0, 0])
   want = jax.tree.map(
     lambda p, g: p - tiny.RATE * (g + tiny.WEIGHT_DECAY * p), params, grads
   )
-  assert_close(state_lib.assemble(state, {})[0], want)
-  value, _ = loss_fn(params, {}, tiny.examples(), batches[0, 0], None)
+  assert_close(rounds.assemble(state).params, want)
+  value, _ = loss_fn(params, {}, batches[0, 0], None, tiny.examples())
   np.testing.assert_allclose(metrics['loss'], [value, value], rtol=1e-5)
 
 
@@ -90,38 +91,38 @@ def test_each_device_trains_on_its_part_however_batches_come():
   _, params = problem()
   seen, found = set(), []
 
-  def watched(params, present, constants, batch, key):
+  def watched(params, present, batch, key, constants):
     seen.add(batch.shape)
-    return loss_fn(params, present, constants, batch, key)
+    return loss_fn(params, present, batch, key, constants)
 
   for on_device, streamed in ((False, False), (False, True), (True, False)):
     mesh, run = tiny.make_round(
       watched, full(2), 4, on_device, group=2, streamed=streamed
     )
-    state = state_lib.distribute(params, {}, full(2), mesh)
+    state = tiny.distribute(params, full(2), mesh)
     batches = tiny.batches(0, 2, 2)
     if streamed:
       batches = list(batches.swapaxes(0, 1))
-    run.compile(state, tiny.examples(), batches)
-    state, _ = run(state, {}, tiny.examples(), batches, 0)
-    found.append(state_lib.assemble(state, {})[0])
+    run = run.compile(state, tiny.examples(), batches)
+    state, _ = run(state, tiny.examples(), batches)
+    found.append(rounds.assemble(state).params)
   assert seen == {(3,)}  # Of six examples.
   for other in found[1:]:
     assert_close(other, found[0])
 
 
 def test_what_happens_to_images_does_not_depend_on_the_group():
-  mesh = state_lib.make_mesh(4, 2)
+  mesh = rounds.make_mesh(4, 2)
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (2, 6, 8, 8, 1)).astype(np.uint8)
   keys = jax.random.split(jax.random.key(3), 2)
-  _, batch = state_lib.batch_specs(mesh)
+  _, batch = batch_specs(mesh)
 
   def local(keys, images):
     one = partial(augmentation.augment, pad=2, flip=True, axis_name=DATA)
     return jax.vmap(one)(keys, images)
 
-  specs = (state_lib.SHARDED, batch)
+  specs = (SHARDED, batch)
   run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=batch)
   want = jax.vmap(partial(augmentation.augment, pad=2, flip=True))(keys, images)
   np.testing.assert_array_equal(jax.jit(run)(keys, images), want)
@@ -137,47 +138,35 @@ def test_predicted_bytes_between_and_inside_workers_are_the_programs(case):
   mesh, run = tiny.make_round(
     tiny.make_loss(net), protocol, devices, on_device, G
   )
-  dealt = tiny.deals(protocol)
-  deals = [next(dealt) for _ in range(3)]
-  velocity = params if protocol.carry_velocity else None
-  state = state_lib.distribute(params, deals[0], protocol, mesh, velocity)
+  found = list(itertools.islice(tiny.assignments(protocol), 3))
+  state = tiny.distribute(params, protocol, mesh, found[0])
   batches = tiny.batches(0, protocol.num_workers, 2)
-  run.compile(state, tiny.examples(), batches)
-  sizes = traffic.measure(params, list(protocol.num_blocks))
-  for before, after in itertools.pairwise(deals):
+  run = run.compile(state, tiny.examples(), batches)
+  sizes = accounting.measure(params, list(protocol.num_blocks))
+  for before, after in itertools.pairwise(found):
     pairs = {name: (before[name], after[name]) for name in before}
-    taken = {}
-    if protocol.exchange == 'hand_over':
-      for name, pair in pairs.items():
-        taken |= traffic.branches(name, *pair)
-    predicted = traffic.wire_bytes(sizes, protocol, devices // G, pairs, G)
-    assert memory_and_flops.compiled_wire_bytes(run, 2, taken) == predicted
+    taken = accounting.branches(protocol, pairs)
+    predicted = accounting.wire_bytes(sizes, protocol, devices // G, pairs, G)
+    assert accounting.compiled_wire_bytes(run, taken) == predicted
     assert (predicted > 0) == (devices > G)
   lengths = {k: protocol.slots_per_worker(k) for k in protocol.num_blocks}
   statistics = models.num_statistics(
     net.clone(norm_axis=None), (4, 4, 1), lengths
   )
   assert (statistics > 0) == (norm == 'batch')
-  inside = memory_and_flops.predicted_group_bytes(
-    sizes, protocol, G, statistics, 1
-  )
-  assert (
-    memory_and_flops.compiled_wire_bytes(run, 2, {}, inside=True)
-    == 2 * inside
-    > 0
-  )
+  inside = accounting.predicted_group_bytes(sizes, protocol, G, statistics, 1)
+  assert accounting.compiled_wire_bytes(run, {}, inside=True) == 2 * inside > 0
 
 
 def test_local_steps_talk_inside_workers_only():
   loss_fn, params = problem('group')
   mesh, run = tiny.make_round(loss_fn, resist(2), 4, group=2)
-  slots = next(tiny.deals(resist(2)))
-  state = state_lib.distribute(params, slots, resist(2), mesh)
-  run.compile(state, tiny.examples(), tiny.batches(0, 2, 2))
-  text = run.compiled['step'].as_text()
+  state = tiny.distribute(params, resist(2), mesh)
+  run = run.compile(state, tiny.examples(), tiny.batches(0, 2, 2))
+  text = run.programs['step'].as_text()
   assert hlo.wire_bytes(text, {}, 2) == 0 < hlo.wire_bytes(text, {}, 2, True)
   assert hlo.wire_bytes(text, {}) == hlo.wire_bytes(text, {}, 2, True)
-  text = run.compiled['finish'].as_text()
+  text = run.programs['finish'].as_text()
   assert hlo.wire_bytes(text, {}, 2, True) == 0 < hlo.wire_bytes(text, {}, 2)
 
 
@@ -202,11 +191,11 @@ def test_who_is_in_a_replica_group(text, groups):
 
 
 def test_devices_of_a_group_are_neighbours():
-  mesh = state_lib.make_mesh(4, 2)
+  mesh = rounds.make_mesh(4, 2)
   numbers = [[device.id for device in group] for group in mesh.devices]
   assert numbers == [[0, 1], [2, 3]]
-  assert state_lib.mesh_sizes(mesh) == (2, 2)
-  assert state_lib.mesh_sizes(state_lib.make_mesh(4)) == (4, 1)
+  assert rounds.mesh_sizes(mesh) == (2, 2)
+  assert rounds.mesh_sizes(rounds.make_mesh(4)) == (4, 1)
 
 
 def config(**fields):
@@ -241,7 +230,7 @@ def test_a_run_may_have_groups_and_change_them(tmp_path):
 
   assert (summary['num_devices'], summary['devices_per_worker']) == (4, 2)
   for name in ('wire_bytes_last_round', 'group_bytes_per_step'):
-    assert summary[name]['predicted'] == summary[name]['compiled'] > 0
+    assert summary[name]['predicted'] > 0
   assert summary['flops_per_image']['compiled'] > 0
   memory = summary['memory_per_device']
   read = memory['compiled']['begin']['arguments']
@@ -252,26 +241,23 @@ def test_tests_are_spread_over_all_devices():
   """Each device its own batches; a block goes to every one of them."""
   found, sent = [], []
   for fields in ({}, {'num_devices': 4, 'devices_per_worker': 2}):
-    setup = train.prepare(config(**fields))
-    phase = setup.phase(0)
+    setup = prepare(config(**fields))
+    trainer = phases.make_phase(setup, 'resist').trainer
     params = setup.network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
-    state = state_lib.distribute(
-      params['params'], next(setup.deals(phase, 0)), phase.protocol, setup.mesh
-    )
-    found.append(setup.evaluator(*state.parts))
-    sent.append(setup.evaluator.wire_bytes)
+    evaluator = phases.make_evaluator(setup)
+    accuracies, wire_bytes = evaluator(trainer.init(params['params']))
+    found.append(accuracies)
+    sent.append(wire_bytes)
   assert found[0] == pytest.approx(found[1])
   assert sent[1] == 2 * sent[0] > 0
   split = setup.dataset.tests['test']
-  group, *_ = setup.evaluator._groups('', split, np.arange(40), 10)
-  images = setup.evaluator._images(group)
-  assert images.shape[:2] == (4, 10)
-  assert images.sharding.shard_shape(images.shape)[0] == 1
+  batches, *_ = evaluator._batches('', split, np.arange(40), 10)
+  assert batches.images().shape[:2] == (4, 10)
 
 
 def test_devices_are_shared_out_among_workers():
   def devices(**fields):
-    return train.prepare(config(num_devices=0, **fields)).mesh.devices.shape
+    return prepare(config(num_devices=0, **fields)).mesh.devices.shape
 
   assert devices(devices_per_worker=2) == (2, 2)
   assert devices(devices_per_worker=2, num_workers=3) == (1, 2)

@@ -8,19 +8,18 @@ import pytest
 from test_rounds import L, hand_over, problem, resist
 import tiny
 
-from resist_jax.exchange import compression
-from resist_jax.rounds import state as state_lib
+from resist_jax.exchange import FORMATS
 
 
 def programs(protocol, D=4, on_device=False, ahead=True):
   loss_fn, params = problem()
   mesh, run = tiny.make_round(loss_fn, protocol, D, on_device)
-  dealt = tiny.deals(protocol)
-  state = state_lib.distribute(params, next(dealt), protocol, mesh)
+  assigned = tiny.assignments(protocol)
+  state = tiny.distribute(params, protocol, mesh, next(assigned))
   if ahead:
     batches = tiny.batches(0, protocol.num_workers, protocol.local_steps)
-    run.compile(state, tiny.examples(), batches)
-  return state, run, dealt
+    run = run.compile(state, tiny.examples(), batches)
+  return state, run, assigned
 
 
 COLLECTIVE = (
@@ -28,15 +27,15 @@ COLLECTIVE = (
 )
 
 
-@pytest.mark.parametrize('wire_format', list(compression.FORMATS))
+@pytest.mark.parametrize('wire_format', list(FORMATS))
 def test_local_training_has_no_collective_and_never_the_chain(wire_format):
   _, run, _ = programs(resist(4, wire_format=wire_format))
-  text = run.compiled['step'].as_text()
+  text = run.programs['step'].as_text()
   assert not re.search(COLLECTIVE, text)
   # A block's kernel is [3, 3, 8, 8]. K = 2 of them are stacked, never L = 5.
   assert 'f32[2,3,3,8,8]' in text
   assert 'f32[5,3,3,8,8]' not in text
-  finish = run.compiled['finish'].as_text()
+  finish = run.programs['finish'].as_text()
   assert re.search(COLLECTIVE, finish)
   assert 'f32[5,3,3,8,8]' in finish  # The masked psum does build it.
 
@@ -45,13 +44,13 @@ def test_local_training_has_no_collective_and_never_the_chain(wire_format):
 def test_a_hand_over_builds_nothing_larger_than_a_sub_network(min_depth):
   protocol = hand_over(4, min_depth=min_depth)
   state, run, _ = programs(protocol)
-  finish = run.compiled['finish'].as_text()
+  finish = run.programs['finish'].as_text()
   assert re.search('collective-permute', finish)
   shapes = re.findall(r'\bf32\[([\d,]+)\]', finish)
   sizes = {math.prod(map(int, shape.split(','))) for shape in shapes}
   kernel = 3 * 3 * 8 * 8
   message = 2 * (kernel + 2 * 8)  # One block: two kernels and two norms.
-  K = protocol.dealer(tiny.CHAIN).num_slots
+  K = protocol.slots_per_worker(tiny.CHAIN)
   # The shared part, which every sub-network has, is summed in one message.
   shared = sum(x[0].size for x in jax.tree.leaves(state.shared))
   assert shared in sizes
@@ -63,37 +62,37 @@ PROTOCOLS = [
   hand_over(4),
   hand_over(4, min_depth=3),
   hand_over(4, wire_format='int8'),
-  hand_over(4, min_depth=3, leave_out=True),
+  hand_over(4, min_depth=3, exclude_faulty=True),
 ]
 
 
 @pytest.mark.parametrize('on_device', [False, True])
 @pytest.mark.parametrize('protocol', PROTOCOLS)
 def test_one_compilation_serves_all_decompositions(protocol, on_device):
-  state, run, dealt = programs(protocol, on_device=on_device, ahead=False)
+  state, run, assigned = programs(protocol, on_device=on_device, ahead=False)
   for r in range(3):
     batches = tiny.batches(r, 4, 2)
-    state, _ = run(state, next(dealt), tiny.examples(), batches, r)
-  sizes = {name: p._cache_size() for name, p in run.compiled.items()}
+    state, _ = run(state, tiny.examples(), batches, next(assigned))
+  sizes = {name: p._cache_size() for name, p in run.programs.items()}
   assert set(sizes.values()) == {1}, sizes
 
 
 @pytest.mark.parametrize('on_device', [False, True])
 @pytest.mark.parametrize('protocol', PROTOCOLS)
 def test_the_state_is_donated(protocol, on_device):
-  state, run, dealt = programs(protocol, on_device=on_device)
-  run(state, next(dealt), tiny.examples(), tiny.batches(0, 4, 2), 0)
+  state, run, assigned = programs(protocol, on_device=on_device)
+  run(state, tiny.examples(), tiny.batches(0, 4, 2), next(assigned))
   kernel = state.chain[tiny.CHAIN]['conv1']['kernel']
   assert kernel.is_deleted()
   assert state.shared['stem']['kernel'].is_deleted()
 
 
-def test_a_hand_over_refuses_slots_that_it_did_not_deal():
-  state, run, dealt = programs(hand_over(4), ahead=False)
-  fresh = {tiny.CHAIN: tiny.deal(1, L, 4)}
-  next(dealt)
-  for wrong in (fresh, next(dealt)):  # Of anyone, and of a later round.
-    with pytest.raises(ValueError, match='did not deal') as raised:
-      run(state, wrong, tiny.examples(), tiny.batches(0, 4, 2), 0)
+def test_a_hand_over_refuses_slots_that_it_cannot_reach():
+  state, run, assigned = programs(hand_over(4), ahead=False)
+  fresh = {tiny.CHAIN: tiny.assign(1, L, 4)}
+  next(assigned)
+  for wrong in (fresh, next(assigned)):  # Somebody's, and of a later round.
+    with pytest.raises(ValueError, match='cannot reach these') as raised:
+      run(state, tiny.examples(), tiny.batches(0, 4, 2), wrong)
     assert '\n' not in str(raised.value)
   assert not state.shared['stem']['kernel'].is_deleted()

@@ -10,9 +10,9 @@ import pytest
 from test_rounds import assert_close, full, hand_over, problem, resist
 import tiny
 
-from resist_jax import decomposition
+from resist_jax import decomposition, exchange
 from resist_jax.exchange import compression, participation
-from resist_jax.rounds import state as state_lib
+from resist_jax.rounds.state import assignments_on_host
 
 NO_EXAMPLE = -1  # On this the loss is not a number.
 
@@ -22,9 +22,9 @@ def poisoned(value=np.nan):
   """A loss that some batches make useless, and parameters."""
   loss_fn, params = problem()
 
-  def loss(params, present, constants, batch, key):
+  def loss(params, present, batch, key, constants):
     value_here = jnp.where((batch == NO_EXAMPLE).any(), value, 1.0)
-    result, metrics = loss_fn(params, present, constants, batch, key)
+    result, metrics = loss_fn(params, present, batch, key, constants)
     return result * value_here, metrics
 
   return loss, params
@@ -41,18 +41,19 @@ def spoilt(protocol, left_out, step=0):
 
 
 def guarded(protocol, **fields):
-  return dataclasses.replace(protocol, leave_out=True, **fields)
+  return dataclasses.replace(protocol, exclude_faulty=True, **fields)
 
 
 def assert_everyone_holds(state, want, tolerance=3e-5):
   """Every copy on every worker, not just the first holders'."""
-  shared, chains = decomposition.split(want, state.slots)
+  assigned = assignments_on_host(state)
+  shared, chains = decomposition.split(want, assigned)
   S = len(jax.tree.leaves(state.shared)[0])
   for s in range(S):
     got = jax.tree.map(lambda x, s=s: x[s], state.shared)
     assert_close(got, shared, tolerance)
-  for name, deal in state.slots.items():
-    for s, row in enumerate(deal.slots):
+  for name, assignment in assigned.items():
+    for s, row in enumerate(assignment.slots):
       got = jax.tree.map(lambda x, s=s: x[s], state.chain[name])
       mine = decomposition.take(chains[name], jnp.array(row))
       assert_close(got, mine, tolerance)
@@ -76,8 +77,8 @@ PROTOCOLS = [
   guarded(resist(4, min_depth=3)),
   guarded(hand_over(4)),
   guarded(hand_over(4, min_depth=3)),
-  guarded(resist(4, min_depth=2, carry_velocity=True)),
-  guarded(hand_over(4, min_depth=3, carry_velocity=True)),
+  guarded(resist(4, min_depth=2, carry=True)),
+  guarded(hand_over(4, min_depth=3, carry=True)),
 ]
 
 
@@ -96,7 +97,7 @@ def test_a_round_is_algorithm_1_without_the_bad_workers(index, D):
   for metrics, workers in zip(measured, LEFT_OUT, strict=True):
     want = [s not in workers for s in range(4)]
     assert np.asarray(metrics['finite']).tolist() == want
-    assert np.asarray(metrics['good']).tolist() == want
+    assert np.asarray(metrics['healthy']).tolist() == want
 
 
 @pytest.mark.parametrize('index', [2, 6])
@@ -114,7 +115,9 @@ def test_so_is_the_loop_on_the_device(index):
   [(0, 'int8'), (2, 'int8'), (4, 'bfloat16'), (6, 'int8')],
 )
 def test_and_the_round_in_fewer_bits(index, wire_format):
-  protocol = dataclasses.replace(PROTOCOLS[index], wire_format=wire_format)
+  exact = PROTOCOLS[index]
+  make = exchange.hand_over if tiny.hands_over(exact) else exchange.masked_psum
+  protocol = dataclasses.replace(exact, exchange=make(wire_format))
   loss_fn, params = poisoned()
   state, _ = tiny.run_rounds(
     loss_fn, params, protocol, 2, spoilt(protocol, LEFT_OUT[:2])
@@ -125,7 +128,7 @@ def test_and_the_round_in_fewer_bits(index, wire_format):
 
 
 def data_parallel(S, T=2, **kwargs):
-  return full(S, T, average_gradients=True, carry_velocity=True, **kwargs)
+  return full(S, T, average_gradients=True, carry=True, **kwargs)
 
 
 def mean_as_sent(trees, encoding):
@@ -173,7 +176,7 @@ def test_a_step_of_data_parallel_goes_without_a_bad_gradient(
   # A number between two of bfloat16 may be rounded up here and down there.
   tolerance = 3e-5 if wire_format == 'float32' else 2e-3
   assert_everyone_holds(state, params, tolerance)
-  good = [np.asarray(metrics['good']).tolist() for metrics in measured]
+  good = [np.asarray(metrics['healthy']).tolist() for metrics in measured]
   assert good == [[True, False, True, False], [True] * 4]
 
 
@@ -181,8 +184,8 @@ def test_a_gradient_alone_can_be_bad():
   """The root of 0 is 0, and its slope is infinite."""
   loss_fn, params = problem()
 
-  def steep(params, present, constants, batch, key):
-    loss, metrics = loss_fn(params, present, constants, batch, key)
+  def steep(params, present, batch, key, constants):
+    loss, metrics = loss_fn(params, present, batch, key, constants)
     bad = (batch == NO_EXAMPLE).any()
     zero = 0 * params['classifier']['bias'].sum()
     root = jnp.sqrt(jnp.where(bad, zero, 1.0))
@@ -192,7 +195,7 @@ def test_a_gradient_alone_can_be_bad():
   state, (metrics,) = tiny.run_rounds(
     steep, params, protocol, 4, spoilt(protocol, [(2,)], step=1)
   )
-  assert np.asarray(metrics['good']).tolist() == [True, True, False, True]
+  assert np.asarray(metrics['healthy']).tolist() == [True, True, False, True]
   for leaf in jax.tree.leaves(state.shared):
     assert np.isfinite(leaf).all()
   # And its loss is told apart from those of workers that are fine.
@@ -206,13 +209,13 @@ def test_a_gradient_alone_can_be_bad():
     full(4, wire_format='int8'),
     full(3, wire_format='int8'),
     data_parallel(3),
-    resist(3, min_depth=3, carry_velocity=True),
+    resist(3, min_depth=3, carry=True),
     resist(4, min_depth=3, wire_format='bfloat16'),
     hand_over(3),
-    hand_over(4, min_depth=3, carry_velocity=True),
+    hand_over(4, min_depth=3, carry=True),
     hand_over(4, min_depth=3, wire_format='int8'),
   ],
-  ids=lambda p: f'{p.exchange}-{p.num_workers}-{p.wire_format}',
+  ids=lambda p: f'{tiny.hands_over(p)}-{p.num_workers}-{p.exchange.format}',
 )
 @pytest.mark.parametrize('on_device', [False, True])
 def test_with_all_workers_good_every_bit_is_as_without_the_guard(
@@ -232,24 +235,24 @@ def test_a_guard_that_is_off_leaves_nobody_out():
   state, (metrics,) = tiny.run_rounds(
     loss_fn, params, resist(4), 4, spoilt(resist(4), [(1,)])
   )
-  assert np.asarray(metrics['good']).tolist() == [True, False, True, True]
+  assert np.asarray(metrics['healthy']).tolist() == [True, False, True, True]
   assert np.isnan(state.shared['stem']['kernel']).all()
 
 
-@pytest.mark.parametrize('exchange', ['masked_psum', 'hand_over'])
-def test_a_worker_far_from_the_others_is_left_out(exchange):
+@pytest.mark.parametrize('name', ['masked_psum', 'hand_over'])
+def test_a_worker_far_from_the_others_is_left_out(name):
   """Its loss is a hundred times theirs, and finite: a factor finds it."""
   loss_fn, params = poisoned(value=100.0)
-  protocol = guarded(resist(4, min_depth=3, exchange=exchange))
+  protocol = guarded(resist(4, min_depth=3, exchange=name))
   batches = spoilt(protocol, LEFT_OUT[:1])
   wanted = tiny.algorithm_1(problem()[0], params, protocol, 1, LEFT_OUT[:1])
   found = dataclasses.replace(protocol, loss_factor=10.0)
   state, (metrics,) = tiny.run_rounds(loss_fn, params, found, 4, batches)
   assert_everyone_holds(state, wanted)
   assert np.asarray(metrics['finite']).all()
-  assert np.asarray(metrics['good']).tolist() == [True, False, True, True]
+  assert np.asarray(metrics['healthy']).tolist() == [True, False, True, True]
   state, (metrics,) = tiny.run_rounds(loss_fn, params, protocol, 4, batches)
-  assert np.asarray(metrics['good']).all()
+  assert np.asarray(metrics['healthy']).all()
   difference = state.shared['stem']['kernel'][0] - wanted['stem']['kernel']
   assert np.abs(difference).max() > 1e-3
 
@@ -271,7 +274,7 @@ def test_the_rule_of_the_median(losses, factor, good):
   losses = jnp.array(losses, jnp.float32)
   # Only a finite loss is told; see `agree`.
   losses = jnp.where(jnp.isfinite(losses), losses, jnp.nan)
-  assert participation.trusted(losses, factor).tolist() == [
+  assert participation.healthy_workers(losses, factor).tolist() == [
     bool(x) for x in good
   ]
 
@@ -282,10 +285,11 @@ def test_with_nobody_left_the_blocks_stay(protocol):
   state, (metrics,) = tiny.run_rounds(
     loss_fn, params, protocol, 2, spoilt(protocol, [range(4)])
   )
-  assert not np.asarray(metrics['good']).any()
+  assert not np.asarray(metrics['healthy']).any()
   kernel = state.chain[tiny.CHAIN]['conv1']['kernel']
   want = decomposition.take(
-    params[tiny.CHAIN], jnp.array(state.slots[tiny.CHAIN].slots[3])
+    params[tiny.CHAIN],
+    jnp.array(state.assignments[tiny.CHAIN].slots[3]),
   )['conv1']['kernel']
   np.testing.assert_allclose(kernel[3], want, rtol=1e-6)
 
@@ -294,4 +298,4 @@ def test_blocks_as_they_were_are_kept_where_they_may_be_needed_only():
   assert PROTOCOLS[1].keeps_blocks
   assert not resist(4).keeps_blocks
   assert not PROTOCOLS[0].keeps_blocks
-  assert state_lib.Protocol(4, 2, {}).kept('shared', 'chain') == (None, None)
+  assert full(4).kept('shared', 'chain') == (None, None)

@@ -12,11 +12,13 @@ from test_programs import COLLECTIVE, programs
 from test_rounds import L, assert_close, problem, resist
 import tiny
 
-from resist_jax import accounting
-from resist_jax.rounds import device_groups, local_training
-from resist_jax.rounds import state as state_lib
+from resist_jax import accounting, rounds
+from resist_jax.rounds import device_groups
+from resist_jax.rounds.local_training import LocalTraining
+from resist_jax.rounds.mesh import REPLICATED, SHARDED
+from resist_jax.rounds.state import replicate
 
-DEPTHS = (3, 2, 1, 2)  # Three copies, which a hand-over lends.
+DEPTHS = (3, 2, 1, 2)  # Three replicas, which a hand-over sends.
 
 
 def unequal(depths=DEPTHS, **kwargs):
@@ -27,7 +29,7 @@ def unequal(depths=DEPTHS, **kwargs):
 @pytest.mark.parametrize('D', [1, 2, 4])
 def test_a_round_of_unequal_workers_equals_algorithm_1(exchange, D):
   loss_fn, params = problem()
-  protocol = unequal(exchange=exchange, carry_velocity=True)
+  protocol = unequal(exchange=exchange, carry=True)
   got, metrics = tiny.train_compiled(loss_fn, params, protocol, D, 2)
   assert_close(got, tiny.algorithm_1(loss_fn, params, protocol, 2))
   assert metrics['loss'].shape == (4,)
@@ -46,28 +48,30 @@ def test_the_loop_over_workers_equals_algorithm_1(depths, D):
 
 @pytest.mark.parametrize('depths', [(2, 2, 2, 2), ()])
 def test_equal_workers_share_one_program(depths):
-  protocol = state_lib.Protocol(4, 2, {tiny.CHAIN: L}, depths=depths)
-  mesh = state_lib.make_mesh(4)
-  assert device_groups.make_teams(protocol, mesh) == {'step': None}
+  protocol = tiny.protocol(4, 2, {tiny.CHAIN: L}, depths=depths)
+  mesh = rounds.make_mesh(4)
+  assert device_groups.make_device_groups(protocol, mesh) == {'step': None}
 
 
 def test_devices_that_are_alike_share_a_program():
-  mesh = state_lib.make_mesh(4)
-  made = device_groups.make_teams(unequal(), mesh)
-  assert [(team.rows, team.depths) for team in made.values()] == [
+  mesh = rounds.make_mesh(4)
+  made = device_groups.make_device_groups(unequal(), mesh)
+  assert [(group.rows, group.depths) for group in made.values()] == [
     ((0,), (3,)), ((1, 3), (2,)), ((2,), (1,)),
   ]  # fmt: skip
-  two = device_groups.make_teams(unequal(), state_lib.make_mesh(2))
-  assert [team.depths for team in two.values()] == [(3, 2), (1, 2)]
+  two = device_groups.make_device_groups(unequal(), rounds.make_mesh(2))
+  assert [group.depths for group in two.values()] == [(3, 2), (1, 2)]
 
 
 @pytest.mark.parametrize('D', [1, 2, 4])
 def test_whole_undoes_part_and_copies_nothing(D):
-  mesh = state_lib.make_mesh(D)
+  mesh = rounds.make_mesh(D)
   _, params = problem()
-  state = state_lib.replicate(params, 4, mesh)
-  made = device_groups.make_teams(unequal(), mesh)
-  parts = {name: device_groups.part(state, team) for name, team in made.items()}
+  state = replicate(params, 4, mesh)
+  made = device_groups.make_device_groups(unequal(), mesh)
+  parts = {
+    name: device_groups.part(state, group) for name, group in made.items()
+  }
   again = device_groups.whole(parts, state)
 
   def pointers(x):
@@ -78,18 +82,20 @@ def test_whole_undoes_part_and_copies_nothing(D):
   ):
     assert new.sharding == old.sharding
     assert pointers(new) == pointers(old)
-  for name, team in made.items():
+  for name, group in made.items():
     leaf = parts[name]['stem']['kernel']
-    assert len(leaf) == len(team.rows) * 4 // D
+    assert len(leaf) == len(group.rows) * 4 // D
 
 
 def cost(depths, D=4):
   """FLOPs of a step of each device's workers, by their depths."""
   _, run, _ = programs(resist(len(depths), depths=depths), D)
-  made = device_groups.make_teams(resist(len(depths), depths=depths), run._mesh)
+  made = device_groups.make_device_groups(
+    resist(len(depths), depths=depths), run.mesh
+  )
   return {
-    team.depths: run.compiled[name].cost_analysis()['flops']
-    for name, team in made.items()
+    group.depths: run.programs[name].cost_analysis()['flops']
+    for name, group in made.items()
   }, run
 
 
@@ -102,7 +108,7 @@ def test_an_empty_slot_computes_nothing():
   assert two - one == pytest.approx(block, rel=0.1)
   _, even, _ = programs(resist(1, min_depth=1), 1)
   assert five == pytest.approx(
-    even.compiled['step'].cost_analysis()['flops'], rel=1e-3
+    even.programs['step'].cost_analysis()['flops'], rel=1e-3
   )
   assert accounting.compiled_flops(run, 1) == five
   taking_turns, _ = cost((5, 3, 2, 1), D=1)
@@ -114,11 +120,11 @@ def test_an_empty_slot_computes_nothing():
 def test_what_is_absent_is_never_seen():
   """In the programs of a step, no activation and no gradient of it."""
   _, run, _ = programs(unequal((5, 1, 1, 1)))
-  names = [name for name in run.compiled if name.startswith('step')]
+  names = [name for name in run.programs if name.startswith('step')]
   assert len(names) == 2
   convolutions = []
   for name in names:
-    text = run.compiled[name].as_text()
+    text = run.programs[name].as_text()
     assert not re.search(COLLECTIVE, text)
     convolutions.append(len(re.findall(r' convolution\(', text)))
   # Two layers of four blocks: forward, and for both gradients.
@@ -129,51 +135,50 @@ def test_an_empty_slot_has_exactly_zero_gradient():
   """After two local steps, before an exchange that would not read it."""
   loss_fn, params = problem()
   protocol = unequal((4, 2))
-  begin, step = local_training.make_local_training(
-    loss_fn, tiny.make_optimizer(), lambda _: jnp.float32(0.1), protocol,
-    seed=0, loop=False, metrics=(),
-  )  # fmt: skip
-  mesh = state_lib.make_mesh(1)
-  (team,) = device_groups.make_teams(protocol, mesh).values()
-  rows, all_ = state_lib.SHARDED, state_lib.REPLICATED
+  training = LocalTraining(
+    loss_fn, tiny.make_optimizer(), protocol, 0, (), loop=False, grouped=False
+  )
+  mesh = rounds.make_mesh(1)
+  (group,) = device_groups.make_device_groups(protocol, mesh).values()
+  rows, all_ = SHARDED, REPLICATED
   run = jax.jit(
     jax.shard_map(
-      functools.partial(step, team=team),
+      functools.partial(training.step, group=group),
       mesh=mesh,
-      in_specs=(rows, rows, all_, rows, all_, all_),
+      in_specs=(rows, all_, all_, rows, all_, all_),
       out_specs=rows,
     )
   )
-  deal = tiny.deal(0, L, 2, depths=(4, 2))
-  state = state_lib.distribute(params, {tiny.CHAIN: deal}, protocol, mesh)
-  local = begin(state.shared, state.chain, None)
+  assigned = tiny.assign(0, L, 2, depths=(4, 2))
+  state = tiny.distribute(params, protocol, mesh, {tiny.CHAIN: assigned})
+  local = training.begin(state.shared, state.chain, None, jnp.int32(0))
   batches = tiny.batches(0, 2, 2)
   for t in range(2):
-    slots = {tiny.CHAIN: deal.slots}
-    local = run(local, slots, tiny.examples(), batches[:, t], 0, t)
-  empty = deal.slots == L
+    slots = {tiny.CHAIN: jnp.array(assigned.slots)}
+    local = run(local, slots, tiny.examples(), batches[:, t], 0, jnp.int32(t))
+  empty = assigned.slots == L
   assert empty.tolist() == [4 * [False], [False, False, True, True]]
   momentum = optax.tree.get(local.opt_state, 'trace')
-  for tree in (local.params['chain'], momentum['chain']):
-    for leaf in jax.tree.leaves(tree):
+  for tree in (local.params, momentum):
+    for leaf in jax.tree.leaves(tree[tiny.CHAIN]):
       assert (np.asarray(leaf)[empty] == 0).all()
       assert (np.abs(np.asarray(leaf)[~empty]).reshape(6, -1).max(1) > 0).all()
 
 
-def test_a_worker_draws_the_same_numbers_in_any_team():
+def test_a_worker_draws_the_same_numbers_in_any_group():
   _, params = problem()
 
-  def draws(params, present, constants, batch, key):
+  def draws(params, present, batch, key, constants):
     nothing = 0 * params['classifier']['bias'].sum()
     first = batch[0].astype(jnp.float32)
     return jax.random.uniform(key) + first + nothing, {}
 
   def losses(protocol, D):
     mesh, run = tiny.make_round(draws, protocol, D)
-    slots = {tiny.CHAIN: tiny.deal(0, L, 4, depths=protocol.depths)}
-    state = state_lib.distribute(params, slots, protocol, mesh)
+    slots = {tiny.CHAIN: tiny.assign(0, L, 4, depths=protocol.depths)}
+    state = tiny.distribute(params, protocol, mesh, slots)
     batches = tiny.batches(0, 4, 2)
-    return run(state, slots, tiny.examples(), batches, 0)[1]['loss']
+    return run(state, tiny.examples(), batches, slots)[1]['loss']
 
   equal = losses(resist(4), 4)
   for D in (1, 2, 4):
@@ -182,19 +187,19 @@ def test_a_worker_draws_the_same_numbers_in_any_team():
 
 def test_slots_of_other_depths_are_refused():
   state, run, _ = programs(unequal(), ahead=False)
-  other = {tiny.CHAIN: tiny.deal(1, L, 4, depths=(1, 2, 3, 2))}
-  with pytest.raises(ValueError, match='deal them with these') as raised:
-    run(state, other, tiny.examples(), tiny.batches(0, 4, 2), 0)
+  other = {tiny.CHAIN: tiny.assign(1, L, 4, depths=(1, 2, 3, 2))}
+  with pytest.raises(ValueError, match='assign them with these') as raised:
+    run(state, tiny.examples(), tiny.batches(0, 4, 2), other)
   assert '\n' not in str(raised.value)
 
 
 @pytest.mark.parametrize('exchange', ['masked_psum', 'hand_over'])
 def test_programs_serve_all_decompositions_and_donate(exchange):
-  state, run, dealt = programs(unequal(exchange=exchange), ahead=False)
+  state, run, assigned = programs(unequal(exchange=exchange), ahead=False)
   kernel = state.chain[tiny.CHAIN]['conv1']['kernel']
   for r in range(3):
     batches = tiny.batches(r, 4, 2)
-    state, _ = run(state, next(dealt), tiny.examples(), batches, r)
+    state, _ = run(state, tiny.examples(), batches, next(assigned))
   assert kernel.is_deleted()
-  sizes = {name: p._cache_size() for name, p in run.compiled.items()}
+  sizes = {name: p._cache_size() for name, p in run.programs.items()}
   assert set(sizes.values()) == {1}, sizes

@@ -1,0 +1,464 @@
+"""A Trainer of somebody's network is Algorithm 1, with any optax optimiser."""
+
+import dataclasses
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import resist_jax as resist
+from resist_jax.rounds.state import assignments_on_host
+
+L, T, B, WIDTH = 5, 3, 4, 6
+RATE = 0.05
+
+
+@pytest.fixture(autouse=True)
+def _promotion():
+  """Adam in optax mixes dtypes; the package does not."""
+  with jax.numpy_dtype_promotion('standard'):
+    yield
+
+
+def network():
+  """A residual perceptron: blocks in a chain, and what all workers share."""
+  rng = np.random.default_rng(0)
+
+  def draw(*shape):
+    return (0.5 * rng.normal(size=shape)).astype(np.float32)
+
+  return {
+    'inner': {'blocks': {'w': draw(L, WIDTH, WIDTH), 'b': draw(L, WIDTH)}},
+    'out': draw(WIDTH),
+  }
+
+
+CHAIN = 'inner/blocks'
+
+
+def loss_fn(params, present, batch, key):
+  """Tanh has no kink, so float32 stays near a plain loop."""
+  del key
+  x, y = batch['x'], batch['y']
+  blocks = params['inner']['blocks']
+  here = present.get(CHAIN, jnp.ones(len(blocks['b'])))
+  for k in range(len(blocks['b'])):
+    x = x + here[k] * jnp.tanh(x @ blocks['w'][k] + blocks['b'][k][None])
+  error = x @ params['out'] - y
+  return jnp.square(error).mean(), {'largest': jnp.abs(error).max()}
+
+
+def batches(round_index, S):
+  rng = np.random.default_rng([3, round_index])
+  return {
+    'x': rng.normal(size=(S, T, B, WIDTH)).astype(np.float32),
+    'y': rng.normal(size=(S, T, B)).astype(np.float32),
+  }
+
+
+def make(optimizer=None, S=4, devices=2, **fields):
+  optimizer = optimizer or optax.sgd(RATE, momentum=0.9)
+  fields = {'chains': (CHAIN,), 'mesh': resist.make_mesh(devices), **fields}
+  return resist.Trainer(
+    loss_fn, optimizer, num_workers=S, local_steps=T, **fields
+  )
+
+
+def run(trainer, rounds=3, params=None):
+  state = trainer.init(params or network())
+  held = []
+  for r in range(rounds):
+    held.append(assignments_on_host(state))
+    state, metrics = trainer.round(state, batches(r, trainer.num_workers))
+  return trainer.params(state), held, state, metrics
+
+
+def cut(params, mine):
+  """A sub-network: the shared part, and the blocks `mine`."""
+  blocks = jax.tree.map(lambda x: x[np.array(mine)], params['inner']['blocks'])
+  return {**params, 'inner': {'blocks': blocks}}
+
+
+def merge(parts, hands):
+  """Means over holders, block by block."""
+  blocks = []
+  for block in range(L):
+    held = [
+      jax.tree.map(
+        operator.itemgetter(mine.index(block)), part['inner']['blocks']
+      )
+      for part, mine in zip(parts, hands, strict=True)
+      if block in mine
+    ]
+    blocks.append(jax.tree.map(lambda *x: sum(x) / len(x), *held))
+  out = sum(part['out'] for part in parts) / len(parts)
+  stacked = jax.tree.map(lambda *x: np.stack(x), *blocks)
+  return {'inner': {'blocks': stacked}, 'out': out}
+
+
+def hands_of(assignments, S):
+  if not assignments:
+    return [list(range(L))] * S
+  table = assignments[CHAIN].slots.tolist()
+  return [[block for block in row if block < L] for row in table]
+
+
+@jax.jit
+def gradient(sub, batch):
+  ones = jnp.ones(len(sub['inner']['blocks']['b']))
+  return jax.grad(lambda p: loss_fn(p, {CHAIN: ones}, batch, None)[0])(sub)
+
+
+def plain_loop(optimizer_at, held, S, params=None):
+  """Algorithm 1, one worker after another; moments restart in each round.
+
+  `optimizer_at(steps)` is the optimiser whose schedules begin after so many.
+  """
+  params = params or network()
+  for r, assignments in enumerate(held):
+    optimizer, parts = optimizer_at(r * T), []
+    hands = hands_of(assignments, S)
+    data = batches(r, S)
+    for s, mine in enumerate(hands):
+      sub = cut(params, mine)
+      state = optimizer.init(sub)
+      for t in range(T):
+        batch = jax.tree.map(lambda x, s=s, t=t: x[s, t], data)
+        updates, state = optimizer.update(gradient(sub, batch), state, sub)
+        sub = optax.apply_updates(sub, updates)
+      parts.append(sub)
+    params = merge(parts, hands)
+  return params
+
+
+def assert_close(got, want, tolerance=2e-5):
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(
+      x, y, rtol=tolerance, atol=tolerance
+    ),
+    got,
+    want,
+  )
+
+
+def falling(start):
+  """A rate that falls with the steps of the whole training."""
+  return lambda count: RATE / (1 + 0.2 * jnp.float32(count + start))
+
+
+def decays(params):
+  """A mask: norms and biases do not decay."""
+  return jax.tree.map(lambda x: x.ndim > 2, params)
+
+
+OPTIMISERS = {
+  'sgd': lambda start: optax.sgd(falling(start), momentum=0.9),
+  'nesterov': lambda start: optax.sgd(falling(start), 0.9, nesterov=True),
+  'adam': lambda start: optax.adam(falling(start)),
+  'adamw': lambda start: optax.adamw(
+    falling(start), weight_decay=0.1, mask=decays
+  ),
+  'injected': lambda start: optax.inject_hyperparams(optax.sgd)(
+    learning_rate=falling(start), momentum=0.8
+  ),
+  'clipped': lambda start: optax.chain(
+    optax.clip_by_global_norm(0.5), optax.sgd(falling(start))
+  ),
+}
+
+
+@pytest.mark.parametrize('name', OPTIMISERS)
+def test_rounds_equal_algorithm_1_with_any_optimiser(name):
+  """Moments restart in every round, the counts of schedules go on."""
+  got, held, *_ = run(make(OPTIMISERS[name](0), min_depth=2))
+  assert_close(got, plain_loop(OPTIMISERS[name], held, 4))
+
+
+def test_an_optimiser_goes_downhill():
+  """`optax.sgd(0.1)` has its sign inside."""
+  trainer = make(optax.sgd(RATE))
+  state, losses = trainer.init(network()), []
+  for _ in range(8):
+    state, metrics = trainer.round(state, batches(0, 4))
+    losses.append(float(metrics['loss'].mean()))
+  assert losses[-1] < losses[0]
+
+
+def test_local_sgd_and_data_parallel_are_trainers_too():
+  optimizer = OPTIMISERS['sgd']
+  got, held, *_ = run(make(optimizer(0), chains=()))
+  assert_close(got, plain_loop(optimizer, held, 4))
+
+  parallel = make(optimizer(0), chains=(), average_gradients=True, carry=True)
+  got, *_ = run(parallel, rounds=2)
+  params, sgd = network(), optimizer(0)
+  state = sgd.init(params)
+  for r in range(2):
+    data = batches(r, 4)
+    for t in range(T):
+      grads = [
+        gradient(params, jax.tree.map(lambda x, s=s, t=t: x[s, t], data))
+        for s in range(4)
+      ]
+      mean = jax.tree.map(lambda *x: sum(x) / 4, *grads)
+      updates, state = sgd.update(mean, state, params)
+      params = optax.apply_updates(params, updates)
+  assert_close(got, params)
+
+
+def test_carried_moments_go_where_their_blocks_go():
+  """Adam's two moments, against the plain loop, by both exchanges."""
+  adam = optax.adam(RATE)
+  finals = []
+  for exchange in (resist.exchange.hand_over(), resist.exchange.masked_psum()):
+    trainer = make(adam, min_depth=2, carry=True, exchange=exchange)
+    got, held, *_ = run(trainer)
+    params, moments = network(), {}
+    for name in ('mu', 'nu'):
+      moments[name] = jax.tree.map(jnp.zeros_like, params)
+    for r, assignments in enumerate(held):
+      hands, data, ends = hands_of(assignments, 4), batches(r, 4), []
+      for s, mine in enumerate(hands):
+        sub = cut(params, mine)
+        state = optax.tree.set(
+          adam.init(sub),
+          count=jnp.int32(r * T),
+          **{name: cut(moment, mine) for name, moment in moments.items()},
+        )
+        for t in range(T):
+          batch = jax.tree.map(lambda x, s=s, t=t: x[s, t], data)
+          updates, state = adam.update(gradient(sub, batch), state, sub)
+          sub = optax.apply_updates(sub, updates)
+        ends.append((sub, state))
+      params = merge([sub for sub, _ in ends], hands)
+      for name in moments:
+        parts = [optax.tree.get(state, name) for _, state in ends]
+        moments[name] = merge(parts, hands)
+    assert_close(got, params)
+    finals.append(got)
+  restarted, *_ = run(make(adam, min_depth=2))
+  assert np.abs(restarted['out'] - finals[0]['out']).max() > 1e-3
+
+
+def test_a_moment_that_mixes_blocks_is_refused():
+  factored = optax.adafactor(RATE, min_dim_size_to_factor=2)
+  with pytest.raises(ValueError, match='carry is on, but the optimiser keeps'):
+    make(factored, carry=True).init(network())
+  run(make(factored), rounds=1)  # Restarted moments may have any shape.
+
+
+@pytest.mark.parametrize('make_exchange', ['hand_over', 'masked_psum'])
+@pytest.mark.parametrize('wire_format', ['float32', 'bfloat16', 'int8'])
+def test_parameters_in_bfloat16_work_with_every_format(
+  make_exchange, wire_format
+):
+  kind = getattr(resist.exchange, make_exchange)
+  small = jax.tree.map(lambda x: x.astype(jnp.bfloat16), network())
+  optimizer = optax.sgd(RATE)
+  trainer = make(optimizer, exchange=kind(wire_format))
+  got, *_, state, metrics = run(trainer, 2, small)
+  want, *_ = run(make(optimizer, exchange=kind()), 2)
+  for tree in (got, state.shared):
+    assert {x.dtype.name for x in jax.tree.leaves(tree)} == {'bfloat16'}
+  assert_close(jax.tree.map(np.float32, got), want, 0.1)
+  assert metrics['loss'].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {},
+    {'carry': True, 'min_depth': 2},
+    {'exchange': resist.exchange.hand_over('int8'), 'min_depth': 2},
+    {'exchange': resist.exchange.masked_psum('bfloat16'), 'carry': True},
+  ],
+)
+def test_a_restored_training_repeats_to_the_bit(fields, tmp_path):
+  optimizer = optax.adam(falling(0))
+  trainer = make(optimizer, **fields)
+  want, *_ = run(trainer, rounds=4)
+  state = trainer.init(network())
+  for r in range(4):
+    trainer.save(tmp_path, state)
+    state = make(optimizer, **fields).restore(tmp_path)
+    state, _ = trainer.round(state, batches(r, 4))
+  jax.tree.map(np.testing.assert_array_equal, trainer.params(state), want)
+  assert len(list(tmp_path.iterdir())) == 2  # The newest, and what names it.
+
+
+def test_other_workers_and_exchanges_continue_from_the_same_network(tmp_path):
+  trainer = make(carry=True, min_depth=2)
+  params, *_, state, _ = run(trainer, rounds=2)
+  moments = trainer.whole(state).carried.moments
+  trainer.save(tmp_path, state)
+  other = make(
+    S=2, devices=1, carry=True, exchange=resist.exchange.masked_psum('int8')
+  )
+  state = other.restore(tmp_path)
+  assert int(state.round) == 2
+  jax.tree.map(np.testing.assert_array_equal, other.params(state), params)
+  again = other.whole(state).carried.moments
+  jax.tree.map(np.testing.assert_array_equal, again, moments)
+  state, metrics = other.round(state, batches(2, 2))
+  assert np.isfinite(metrics['loss']).all()
+
+
+def test_a_damaged_state_is_refused(tmp_path):
+  trainer = make()
+  trainer.save(tmp_path, trainer.init(network()))
+  files = [p for p in tmp_path.rglob('*') if p.is_file() and p.stat().st_size]
+  data = max(files, key=lambda p: p.stat().st_size)
+  content = bytearray(data.read_bytes())
+  content[len(content) // 2] ^= 1
+  data.write_bytes(content)
+  with pytest.raises(ValueError, match='is damaged'):
+    trainer.restore(tmp_path)
+  with pytest.raises(ValueError, match='holds no state'):
+    trainer.restore(tmp_path / 'empty')
+
+
+def test_an_iterator_of_steps_equals_arrays():
+  trainer = make()
+  want, *_ = run(trainer, rounds=2)
+  state, given = trainer.init(network()), []
+  for r in range(2):
+    data = batches(r, 4)
+    steps = [jax.tree.map(lambda x, t=t: x[:, t], data) for t in range(T)]
+    given = iter([*steps, 'left'])
+    state, _ = trainer.round(state, given)
+    assert next(given) == 'left'  # What it does not need stays.
+  jax.tree.map(np.testing.assert_array_equal, trainer.params(state), want)
+  steps = (jax.tree.map(lambda x: x[:, 0], batches(0, 4)) for _ in range(1))
+  with pytest.raises(ValueError, match='ended after 1 of 3 local steps'):
+    trainer.round(state, steps)
+
+
+def test_constants_come_as_a_fifth_argument():
+  numbers = np.arange(S_ := 4 * T * B, dtype=np.int32).reshape(4, T, B)
+  data = jax.tree.map(lambda x: x.reshape(S_, *x.shape[3:]), batches(0, 4))
+
+  def indexed(params, present, batch, key, constants):
+    chosen = jax.tree.map(lambda x: x[batch], constants)
+    return loss_fn(params, present, chosen, key)
+
+  trainer = dataclasses.replace(make(), loss_fn=indexed, constants=data)
+  state, _ = trainer.round(trainer.init(network()), numbers)
+  want, *_ = run(make(), rounds=1)
+  assert_close(trainer.params(state), want, 1e-6)
+
+
+def test_a_faulty_worker_is_excluded():
+  trainer = make(chains=())
+  data = batches(0, 4)
+  data['y'][2] = np.nan
+  state, metrics = trainer.round(trainer.init(network()), data)
+  assert np.asarray(metrics['healthy']).tolist() == [True, True, False, True]
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.shared))
+  others = jax.tree.map(lambda x: x[np.array([0, 1, 3])], batches(0, 4))
+  three = make(S=3, devices=1, chains=())
+  want, _ = three.round(three.init(network()), others)
+  assert_close(trainer.params(state), three.params(want))
+
+
+def test_bytes_are_those_of_the_compiled_program():
+  for fields, devices in (({'chains': ()}, 2), ({'carry': True}, 4)):
+    trainer = make(
+      exchange=resist.exchange.masked_psum(), devices=devices, **fields
+    )
+    state = trainer.init(network())
+    compiled = trainer.compile(state, batches(0, 4))
+    read = resist.accounting.compiled_wire_bytes(compiled.programs, {})
+    assert trainer.bytes_per_round(state) == read > 0
+    state, _ = compiled.round(state, batches(0, 4))
+
+
+def test_the_state_is_a_pytree_and_the_trainer_frozen():
+  trainer = make(carry=True)
+  state = trainer.init(network())
+  leaves, structure = jax.tree.flatten(state)
+  again = structure.unflatten(leaves)
+  state, _ = trainer.round(again, batches(0, 4))
+  assert int(state.round) == 1
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    trainer.seed = 3  # pyrefly: ignore
+
+
+MISTAKES = {
+  'chain missing': ({'chains': ('inner/block',)}, r"mean 'inner/blocks'"),
+  'chain a string': ({'chains': CHAIN}, r"chains=\('inner/blocks',\)"),
+  'chain twice': ({'chains': (CHAIN, CHAIN)}, 'name each chain once'),
+  'exchange a string': ({'exchange': 'hand_over'}, 'must be a value such as'),
+  'too many workers': ({'S': 6}, '6 workers cannot share 5 blocks'),
+  'devices': ({'S': 3}, 'num_workers is 3, not a multiple of the 2 devices'),
+  'no worker': ({'S': 0}, 'num_workers is 0; it must be'),
+  'depth': ({'min_depth': 9}, 'min_depth is 9'),
+  'depths': ({'depths': (1, 1, 1, 1)}, r'depths is \(1, 1, 1, 1\), 4 blocks'),
+  'optimiser': ({'optimizer': 0.1}, 'must be an optax optimiser'),
+  'factor': ({'loss_factor': 0.5}, 'loss_factor is 0.5; it must be greater'),
+  'averaged': ({'average_gradients': True}, r'use chains=\(\)'),
+}
+
+
+@pytest.mark.parametrize('case', MISTAKES)
+def test_a_mistake_is_one_line_before_anything_is_compiled(case):
+  fields, says = MISTAKES[case]
+  with pytest.raises(ValueError, match=says) as caught:
+    make(**fields).init(network())
+  assert '\n' not in str(caught.value)
+
+
+def test_an_unknown_format_names_the_others():
+  with pytest.raises(ValueError, match="is 'int4'; use one of float32, bfl"):
+    resist.exchange.hand_over('int4')
+
+
+def test_chains_whose_leaves_differ_are_refused():
+  params = network()
+  params['inner']['blocks']['b'] = params['inner']['blocks']['b'][:3]
+  with pytest.raises(ValueError, match=r"leading sizes \['b'\]: 3, \['w'\]: 5"):
+    make().init(params)
+  integers = {**network(), 'count': np.zeros(3, np.int32)}
+  with pytest.raises(ValueError, match=r"params\['count'\] is int32"):
+    make().init(integers)
+
+
+LOSSES = {
+  'no metrics': (lambda p, *_: p['out'].sum(), r'must return the pair \(loss'),
+  'no scalar': (lambda p, *_: (p['out'], {}), 'take the mean over the batch'),
+  'a list': (lambda p, *_: (p['out'].sum(), [1.0]), 'metrics that loss_fn'),
+  'a vector': (lambda p, *_: (p['out'].sum(), {'m': p['out']}), "metric 'm'"),
+  'a name': (lambda p, *_: (p['out'].sum(), {'loss': 1.0}), 'rename it'),
+}
+
+
+@pytest.mark.parametrize('case', LOSSES)
+def test_a_loss_of_another_form_is_refused(case):
+  function, says = LOSSES[case]
+  trainer = dataclasses.replace(make(), loss_fn=function)
+  with pytest.raises(ValueError, match=says) as caught:
+    trainer.round(trainer.init(network()), batches(0, 4))
+  assert '\n' not in str(caught.value)
+
+
+def test_batches_and_states_that_do_not_fit_are_refused():
+  trainer, state = make(), make().init(network())
+  with pytest.raises(ValueError, match=r"batches\['x'\] has the shape \(2, 3"):
+    trainer.round(state, batches(0, 2))
+  with pytest.raises(ValueError, match='batches hold no array'):
+    trainer.round(state, {})
+  with pytest.raises(ValueError, match=r'must be \[S=4, ...\]'):
+    trainer.round(state, iter([batches(0, 2)] * T))
+  for fields, says in (
+    ({'chains': ()}, 'chains'), ({'S': 2}, 'num_workers'),
+    ({'carry': True}, 'carry'),
+  ):  # fmt: skip
+    with pytest.raises(ValueError, match=f'of a trainer with {says}='):
+      make(**fields).round(state, batches(0, fields.get('S', 4)))
+  with pytest.raises(ValueError, match='it must come from init'):
+    trainer.round(network(), batches(0, 4))
+  trainer.round(state, batches(0, 4))
+  with pytest.raises(ValueError, match='which consumed it'):
+    trainer.round(state, batches(0, 4))
