@@ -3,7 +3,7 @@
   python -m experiments.ablation --scale=cpu --data_dir=FOLDER
 
 Each column has what the ones before it brought. With two workers: every block
-of every section is dealt, strided ones included; strided blocks are shared;
+of every section is assigned, strided ones included; strided blocks are shared;
 only section 3 is cut; residual branches are scaled at test time; norm and ReLU
 come before each convolution; another l. With eight: without and with a minimum
 depth; another l; and at cpu scale both again, for four times the rounds and
@@ -93,7 +93,7 @@ def columns(workers: int, scale: str) -> dict[str, Cell]:
 
 
 def again(workers: int, scale: str) -> dict[str, Cell]:
-  """Returns columns nearer to the paper's setting, likewise."""
+  """Returns columns nearer to the setting of the paper."""
   if (workers, scale) != (8, 'cpu'):
     return {}
   card = table2.cell('cifar10', 'resist', workers)

@@ -169,7 +169,7 @@ def compiled_rows(
     read from the programs; for a hand-over also the blocks it sends, and how
     many of all blocks change their worker.
   """
-  # Else a cache may give a program whose scopes have other names.
+  # Otherwise the cache may give a program with other names of scopes.
   jax.config.update('jax_compilation_cache_include_metadata_in_key', True)
   length = sizes.num_blocks[CHAIN]
   for S in workers:
@@ -231,7 +231,7 @@ def _shapes_of_state(
   mesh: Mesh,
   assignments: Mapping[str, Assignment],
 ) -> State:
-  """Returns the shapes of a state, whose momentum is carried if any is."""
+  """Returns the shapes of a state, with momentum if the protocol carries it."""
   S = protocol.num_workers
 
   def array(shape, dtype, spec=SHARDED):
