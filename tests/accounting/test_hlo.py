@@ -11,7 +11,7 @@ import pytest
 
 from resist_jax.accounting import hlo
 from resist_jax.exchange import collectives
-from resist_jax.rounds import state as state_lib
+from resist_jax.rounds import make_mesh
 
 ON_WORKERS = PartitionSpec(collectives.WORKER)
 RING = [(d, (d + 1) % 4) for d in range(4)]
@@ -31,7 +31,7 @@ def _names_tell_programs_apart():
 
 def compiled(function, *sharded, index=None, mesh=None):
   """Returns the HLO of `function(index, *sharded)`, or without an index."""
-  specs, mesh = (ON_WORKERS,) * len(sharded), mesh or state_lib.make_mesh(4)
+  specs, mesh = (ON_WORKERS,) * len(sharded), mesh or make_mesh(4)
   if index is not None:
     specs, sharded = (PartitionSpec(), *specs), (jnp.int32(index), *sharded)
   run = jax.shard_map(
@@ -96,7 +96,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {{
 
 @pytest.mark.parametrize('n', [1, 2, 4])
 def test_a_psum_sends_as_a_ring(n):
-  text = compiled(psum, X[:n], mesh=state_lib.make_mesh(n))
+  text = compiled(psum, X[:n], mesh=make_mesh(n))
   assert hlo.wire_bytes(text, {}) == 2 * (n - 1) * 32
 
 
