@@ -173,6 +173,9 @@ def difference(
     `largest`: the largest difference in an array, divided by the largest value
     in it, of all arrays; `of_norm`: the norm of all differences, divided by
     that of all values.
+
+  >>> difference({'w': np.array([1.0, 3.0])}, {'w': np.array([0.0, 4.0])})
+  {'largest': 0.25, 'of_norm': 0.3535533905932738}
   """
   wide = {k: np.asarray(x, np.float64) for k, x in ours.items()}
   apart = {k: np.abs(wide[k] - reference[k]) for k in reference}

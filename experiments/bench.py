@@ -237,9 +237,9 @@ def _one_worker(
   run = run.compile(state, constants, batches)
   compiled_in = time.perf_counter() - started
 
-  sub = join(
-    jax.tree.map(lambda x: x[0] + 0, state.shared),
-    jax.tree.map(lambda x: x[0] + 0, state.chain),
+  # Copies that lie on no mesh: else the bare step would compile twice.
+  sub = jax.tree.map(
+    lambda x: jnp.array(np.array(x)[0]), join(state.shared, state.chain)
   )
   index, batch = np.int32(0), jnp.asarray(batches[:, 0])
   local = run.programs['begin'](state.shared, state.chain, state.carried, index)

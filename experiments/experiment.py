@@ -144,7 +144,7 @@ def of_runs(
   """Returns what the reader of a table must know about its runs.
 
   Args:
-    records: Of all of its runs.
+    records: Records of all its runs.
     shown: What the table shows of several seeds.
 
   Returns:

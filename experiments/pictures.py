@@ -18,6 +18,7 @@ X_AXES = {
   'round': 'round',
   'seconds_training': 'seconds of training',
   'wire_bytes_total': 'sent by all workers',
+  'bytes_total': "sent, by the paper's count",
 }
 
 
@@ -29,7 +30,8 @@ def curves(
   Args:
     panels: For each panel by title, and each curve by label, the results of its
       seeds.
-    x: The horizontal axis, a key of `X_AXES`.
+    x: The horizontal axis, a key of `X_AXES`. Where all workers share a device,
+      nothing is on the wire, and the paper's count replaces it.
     sharey: Whether the accuracies of different panels can be compared, so that
       the panels share an axis.
 
@@ -44,6 +46,14 @@ def curves(
   panels = {title: panel for title, panel in panels.items() if panel}
   if not panels:
     return None
+  last = [
+    rows[-1][x]
+    for panel in panels.values()
+    for runs in panel.values()
+    for rows in _curves(runs)
+  ]
+  if x == 'wire_bytes_total' and not all(last):
+    x = 'bytes_total'
   labels = list(dict.fromkeys(name for p in panels.values() for name in p))
   colour = dict(zip(labels, plots.colours(len(labels)), strict=True))
   count = len(panels)
@@ -56,7 +66,7 @@ def curves(
       for rows in _curves(runs)
       for row in (rows[0], rows[-1])
     ]
-    log = x == 'wire_bytes_total' and max(ends) > 30 * min(ends)
+    log = x.endswith('bytes_total') and max(ends) > 30 * min(ends)
     unit, name = _unit(x, min(ends) if log else max(ends))
     for label, runs in panel.items():
       seeds = _curves(runs)
@@ -103,7 +113,7 @@ def _curves(runs: Sequence[Record]) -> list[list[Mapping[str, Any]]]:
 
 
 def _unit(x: str, largest: float) -> tuple[float, str]:
-  if x != 'wire_bytes_total':
+  if not x.endswith('bytes_total'):
     return 1.0, ''
   size, name = plots.byte_unit(largest)
   return size, f' ({name})'

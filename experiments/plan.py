@@ -160,7 +160,7 @@ def _measure(setup: Setup, phase: Phase, state: State, cost: Cost) -> Machine:
   assert phase.trainer.programs is not None
   run, index = phase.trainer.programs.programs, np.int32(0)
   on_workers = jax.sharding.NamedSharding(setup.mesh, SHARDED)
-  numbers: Any = setup.pipeline.batches(0)  # Of all examples of the round.
+  numbers: Any = setup.pipeline.batches(0)  # All examples of the round.
   batch = jax.device_put(numbers[:, 0], on_workers)
   local = run['begin'](state.shared, state.chain, state.carried, index)
 

@@ -98,14 +98,17 @@ def sections(with_figures: bool = False) -> Iterator[Section]:
       if tables:
         figures = experiment.pictures(results) if with_figures else {}
         pictures = sorted(results.folder().glob('*.png'))
-        yield Section(experiment.title, tables, figures, pictures)
+        title = experiment.title
+        if scale != 'cpu':
+          title += f', {scale} scale'
+        yield Section(title, tables, figures, pictures)
   slow = slow_report.tables()
   if slow:
     figures = slow_report.figures() if with_figures else {}
     pictures = sorted(slow_network.FOLDER.glob('*.png'))
     yield Section('Slow links', slow, figures, pictures)
   for title, tables in (
-    ('On an accelerator', list(_accelerator())),
+    ('On an accelerator', [*_accelerator(), *_accelerator_speed()]),
     ("The paper's count of bytes (Table 1)", list(_counts())),
     ('On the wire', list(_wire())),
     ('Workers of unequal speed', list(_unequal())),
@@ -124,21 +127,25 @@ def _load(pattern: str) -> list[dict[str, Any]]:
 
 def headline() -> Table:
   """Returns the README's table: what four workers learn, send and wait for."""
-  quantised_runs = Results(quantised.EXPERIMENT.name, 'cpu')
-  digits_runs = Results(digits.EXPERIMENT.name, 'cpu')
   counted = next(iter(_load('table1/*.json')))
   links = slow_report.load('paper_shares')
   link = '100 Mbit/s'
-  rows, found = [], []
+  rows, digits_found, paper_found = [], [], []
   for name, protocol, exchange, wire_format in HEADLINE:
-    accuracies = []
-    for data in ('digits', 'cifar10'):
-      run = quantised.cell(data, protocol, wire_format)
-      results = quantised_runs
-      if (data, protocol) == ('digits', 'data_parallel'):
-        run, results = digits.cell(protocol), digits_runs
-      found += results.of(run)
-      accuracies.append(results.percent(run))
+    records = _paper_runs(protocol) if wire_format == 'float32' else []
+    paper_found += records
+    learned = ['', '']
+    if records:
+      learned = [
+        f'{100 * records[0]["summary"]["test_accuracy"]:.1f}',
+        f'{records[0]["summary"]["seconds_training"]:.0f} s',
+      ]
+    run = quantised.cell('digits', protocol, wire_format)
+    results = Results(quantised.EXPERIMENT.name, 'cpu')
+    if protocol == 'data_parallel':
+      run = digits.cell(protocol)
+      results = Results(digits.EXPERIMENT.name, 'cpu')
+    digits_found += results.of(run)
     kind = protocol, exchange, wire_format, 4
     (sent,) = [
       r['read'] / 1e9
@@ -151,25 +158,29 @@ def headline() -> Table:
       + [wire_format] * (wire_format != 'float32')
     )
     seconds = slow_report.exchange_seconds(links, link, method)
-    rows.append([name, *accuracies, f'{sent:.2f} GB', f'{seconds:.2f} s'])
+    sizes = [f'{sent:.2f} GB', f'{seconds:.2f} s']
+    rows.append([name, *learned, *sizes, results.percent(run)])
   summary = links[link, 'data_parallel']['summary']
   millions, steps = summary['params_total'] / 1e6, summary['local_steps']
   caption = (
-    'Four workers. *Accuracy* is the test accuracy in % with fixed '
-    'normalisation statistics; the CIFAR-10 network has an eighth of the width '
-    'that the paper uses and trains for two epochs. *Sent in a round* is what '
-    "all workers together send in 50 steps of the paper's ResNet101, read from "
-    'the compiled programs. *Exchange* is the time that the exchanges of a '
-    f'round take on links of {link} between four processes, for {millions:.1f} '
-    f'million parameters; data parallel training exchanges in each of {steps} '
-    'steps. '
-    f'{of_runs(found)}'
+    'Four workers. *CIFAR-100* and *training* are the test accuracy in % and '
+    "the seconds of training with the paper's network and settings in "
+    'bfloat16, where all workers take turns on one device. '
+    f'{of_runs(paper_found)} *Sent in a round* is what all workers together '
+    "send in 50 steps of the paper's ResNet101, read from the compiled "
+    'programs. *Exchange* is the time that the exchanges of a round take on '
+    f'links of {link} between four processes, for {millions:.1f} million '
+    'parameters; data parallel training exchanges in each of '
+    f'{steps} steps. *Digits* is the accuracy on handwritten digits. '
+    f'{of_runs(digits_found)}'
   )
-  if not list(RESULTS.glob('*/paper/*.json')):
-    caption += " Nothing has been run at the paper's own scale yet."
-  head = ['', 'accuracy, digits', 'accuracy, CIFAR-10', 'sent in a round']
-  head.append(f'exchange, {link}')
-  return Table(caption, '', head, rows)
+  head = ['', 'CIFAR-100', 'training', 'sent in a round']
+  return Table(caption, '', [*head, f'exchange, {link}', 'digits'], rows)
+
+
+def _paper_runs(protocol: str) -> list[dict[str, Any]]:
+  """Returns the runs of a protocol at the paper's scale, four workers."""
+  return _load(f'table2/paper/cifar100_{protocol}_s4_seed*.json')
 
 
 def _accelerator() -> Iterator[Table]:
@@ -193,6 +204,53 @@ def _accelerator() -> Iterator[Table]:
     )
     head = ['device', 'protocol, precision, program', 'largest', 'norm']
     yield Table(caption, record['command'], head, rows)
+
+
+def _accelerator_speed() -> Iterator[Table]:
+  for r in _load('bench/*_torch.json'):
+    rows = []
+    for network in r['results']:
+      flop = {
+        x['blocks']: (x['flop_per_second'], x['flop_per_second_of_matmul'])
+        for record in _load('bench/*_bfloat16_*.json')
+        if 'results' in record and record['provenance'] == r['provenance']
+        for x in record['results']
+        if 'flop_per_second' in x
+      }
+      ours, peak = flop[network['blocks']]
+      theirs = {
+        name: seconds
+        for name, seconds in network['torch_seconds'].items()
+        if 'again' not in name
+      }
+      eager = min(v for k, v in theirs.items() if 'compiled' not in k)
+      graphs = theirs.get('compiled, reduce-overhead')
+      rows.append(
+        [
+          f'{network["network"]}, {network["blocks"]} blocks',
+          f'{1e3 * network["jax_seconds"]:.2f} ms',
+          f'{ours / 1e12:.0f} TFLOP/s',
+          f'{ours / peak:.0%}',
+          f'{1e3 * eager:.2f} ms',
+          f'{1e3 * graphs:.2f} ms' if graphs else '',
+        ]
+      )
+    torch = r['versions']['torch']
+    caption = (
+      "A step of the paper's networks in bfloat16, batch size "
+      f'{r["batch_size"]}, {machine(r["provenance"])}, and of PyTorch {torch} '
+      'with automatic mixed precision. "Of a product" is the rate divided by '
+      'that of a large product of matrices on the same device. PyTorch '
+      'compiled uses CUDA graphs; the full network was not compiled. Medians '
+      'of calls of 20 steps.'
+    )
+    head = ['network', 'JAX', 'rate', 'of a product', 'PyTorch, eager']
+    head.append('PyTorch, compiled')
+    command = (
+      'python -m experiments.torch_peer --torch=PYTHON --workers=4 '
+      f'--batch_size={r["batch_size"]} --dtype={r["dtype"]} --compile'
+    )
+    yield Table(caption, command, head, rows)
 
 
 def _counts() -> Iterator[Table]:

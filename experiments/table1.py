@@ -243,7 +243,7 @@ def _shapes_of_state(
   mesh: Mesh,
   assignments: Mapping[str, Assignment],
 ) -> State:
-  """Returns the shapes of a state, whose momentum is carried if any is."""
+  """Returns the shapes of a state, with momentum if the protocol carries it."""
   S = protocol.num_workers
 
   def array(shape, dtype, spec=SHARDED):

@@ -1,4 +1,4 @@
-"""Real processes of one run, to be killed, stopped and starved by tests."""
+"""Processes of one run, which tests kill and suspend."""
 
 import os
 import pathlib
@@ -9,10 +9,10 @@ from experiments.launch import local
 from resist_jax import report
 
 ROOT = pathlib.Path(__file__).parent.parent
-TIMEOUT = 20  # Seconds without a sign that mean death, in these tests.
+TIMEOUT = 20  # Seconds without a heartbeat after which a process is dead.
 LIMIT = 1000  # Seconds after which a process hangs, however busy the machine.
 TINY = (
-  '--config=experiments/configs/digits.py:smoke',
+  '--config=digits:smoke',
   '--config.model.name=PreActResNet18',
   '--config.model.stage_sizes=(1, 6)',
   '--config.model.widths=(8, 8)',
@@ -83,6 +83,6 @@ class Several:
     return self._outputs[number].read_text()
 
   def errors(self, number):
-    """Returns the lines of a process that say that something is wrong."""
+    """Returns the lines in which a process reports errors."""
     lines = self.output(number).splitlines()
     return [line for line in lines if line.startswith('error: ')]

@@ -10,13 +10,15 @@ import jax
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
+from wire import train_and_compare
+
 from resist_jax.run import config as config_lib
-from resist_jax.run import processes, train
+from resist_jax.run import processes
 
 WORKERS = 4
 RUNS = {
   'hand_over': {},
-  'guests': {'min_depth': 3},
+  'replicas': {'min_depth': 3},
   'masked_psum': {'exchange': 'masked_psum', 'min_depth': 3},
   'int8': {'wire_format': 'int8'},
   'unequal': {'depths': (2, 2, 1, 1)},
@@ -45,7 +47,7 @@ def main():
   processes.start(coordinator, int(count), int(process), timeout=300)
   jax.config.update('jax_num_cpu_devices', WORKERS // int(count))
   for name in names:
-    train.train(config_of(name), f'{folder}/{name}')
+    train_and_compare(config_of(name), f'{folder}/{name}')
   processes.end()
 
 

@@ -358,7 +358,7 @@ def replica_groups(attributes: str, num_devices: int) -> list[list[int]]:
 def _along_axes(mesh: str, order: str, axes: str) -> list[list[int]]:
   """Reads `'a'=2,'b'=8` with `'a','b':(1)4`: along a, and along a part of b."""
   sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh)}
-  digits = []  # Of a device's place in the mesh: stride and size.
+  digits = []  # Stride and size of a device's position in the mesh.
   for axis, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
     inner = list(sizes.values())[list(sizes).index(axis) + 1 :]
     size = int(part or sizes[axis])

@@ -61,7 +61,7 @@ def choose(kind: str, dataset: Dataset) -> Augmentation:
   if kind == 'auto':
     if isinstance(images, StreamedImages) and images.resized:
       kind = 'resized_crop_flip'
-    elif height < 24:  # Of 8 pixels, a shift by one is already large.
+    elif height < 24:  # A shift by one of 8 pixels is already large.
       kind = 'flip'
     else:
       kind = 'crop_flip'

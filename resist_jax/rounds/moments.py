@@ -36,9 +36,16 @@ class Parts(NamedTuple):
 
 def _marked(optimizer: optax.GradientTransformation, state: PyTree) -> PyTree:
   initable: Any = optimizer
-  return optax.tree_utils.tree_map_params(
-    initable, _Moment, state, is_leaf=lambda _: True
-  )
+  try:
+    return optax.tree_utils.tree_map_params(
+      initable, _Moment, state, is_leaf=lambda _: True
+    )
+  except Exception as error:  # Any of optax's own, where it cannot tell.
+    raise ValueError(
+      'optimizer has a state in which optax does not find the moments of each '
+      f'parameter ({type(error).__name__}): use one that keeps the structure '
+      'of the parameters, which optax.flatten does not.'
+    ) from error
 
 
 def take_apart(optimizer: optax.GradientTransformation, state: PyTree) -> Parts:

@@ -48,7 +48,7 @@ class SaveError(OSError):
   """A checkpoint could not be written; earlier ones are unchanged.
 
   Attributes:
-    again: Whether a restart may succeed, because the processes failed to
+    retryable: Whether a restart may succeed, because the processes failed to
       synchronise and the disk is not to blame. JAX's barriers fail when a
       process is lost or the wall clock jumps.
   """
@@ -62,11 +62,11 @@ class SaveError(OSError):
       folder: The workdir of the run.
     """
     lost = isinstance(error, TimeoutError | jax.errors.JaxRuntimeError)
-    self.again = lost and jax.process_count() > 1
+    self.retryable = lost and jax.process_count() > 1
     advice = (
       'the processes could not synchronise, because one is lost or the clock '
       'of one jumped'
-      if self.again
+      if self.retryable
       else f'make room in {folder}, or make it writable'
     )
     super().__init__(

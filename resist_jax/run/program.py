@@ -40,7 +40,7 @@ def main(options: Options) -> None:
     _fail(error, code=1)
   except SaveError as error:
     processes.explain_failure()  # Another process may be the cause.
-    _fail(error, code=processes.TRY_AGAIN if error.again else 1)
+    _fail(error, code=processes.TRY_AGAIN if error.retryable else 1)
   except OSError as error:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     remedy = 'make room in' if full else 'mend that in'

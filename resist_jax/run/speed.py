@@ -15,8 +15,8 @@ from resist_jax.rounds import device_groups, mesh_sizes
 from resist_jax.run import phases
 from resist_jax.run.setup import Setup
 
-STEPS = 3  # Of a round that is timed.
-REPEATS = 3  # Of these rounds; the fastest counts.
+STEPS = 3  # Steps in a round that is timed.
+REPEATS = 3  # Rounds that are timed; the fastest counts.
 
 
 def depths_by_speed(

@@ -10,13 +10,13 @@ import numpy as np
 from PIL import Image
 import pytest
 import tfds_sets
+from wire import train_and_compare
 
-from experiments.configs import imagenet
 from resist_jax import data, report
 from resist_jax.data import pipeline, streaming
 from resist_jax.errors import ConfigError
+from resist_jax.run import cards, metrics, train
 from resist_jax.run import config as config_lib
-from resist_jax.run import metrics, train
 from resist_jax.run.interrupt import Interrupted
 from resist_jax.run.setup import Setup, prepare
 
@@ -33,7 +33,7 @@ def photos(tmp_path_factory):
 
 
 def card(folder, **fields):
-  config = imagenet.get_config('smoke')
+  config = cards.load('imagenet:smoke')
   config.data.dir = folder
   config.num_devices = 4
   config.data.extra_tests = ('imagenet_v2/matched-frequency',)
@@ -46,7 +46,7 @@ def card(folder, **fields):
 @pytest.fixture(scope='module')
 def finished(photos, tmp_path_factory):
   folder = tmp_path_factory.mktemp('finished')
-  return folder, train.train(card(photos[0]), str(folder))
+  return folder, train_and_compare(card(photos[0]), folder)
 
 
 def rows(folder):
@@ -133,8 +133,10 @@ def test_a_streamed_run_equals_one_from_memory(fields, cifar, tmp_path):
     assert streamed[name] == resident[name]
 
 
-def test_so_it_does_as_on_an_accelerator(cifar, tmp_path, monkeypatch):
-  """Steps from the host beside one program that loops over them."""
+def test_as_on_an_accelerator_a_streamed_run_equals_one_from_memory(
+  cifar, tmp_path, monkeypatch
+):
+  """Compares steps from the host with one program that loops over them."""
   monkeypatch.setattr(Setup, 'on_cpu', property(lambda _: False))
   losses = []
   for choice in ('always', 'never'):
@@ -308,7 +310,7 @@ def test_a_damaged_image_gets_a_clear_line(tmp_path):
   assert '\n' not in str(caught.value)
 
 
-def test_so_it_does_in_the_middle_of_training():
+def test_an_image_damaged_during_training_gets_a_clear_line():
   source = Source(tfds_sets.photographs(16))
   source.examples[3]['image'] = b'no image'
   with pytest.raises(ConfigError, match=r'^image 3 of photographs cannot be'):
@@ -327,7 +329,7 @@ def test_extra_tests_of_small_sets_are_read_into_memory(cifar):
   assert sorted(map(bytes, got.images)) == sorted(map(bytes, want[0]))
 
 
-def test_what_cannot_be_had_gets_a_clear_line(photos, cifar):
+def test_sets_that_do_not_fit_get_a_clear_line(photos, cifar):
   for folder in (photos[0], cifar):
     tfds_sets.write(folder, 'fashion_mnist', (28, 28, 1))
   for name, folder, fields, says in (

@@ -21,6 +21,7 @@ from experiments import (
 from experiments.experiment import Cell, Results
 from resist_jax import models
 from resist_jax.run import checks
+from resist_jax.run.config import get_config
 from resist_jax.run.interrupt import Interrupt
 
 EXPERIMENTS = {e.name: e for e in sections.EXPERIMENTS}
@@ -54,19 +55,25 @@ def flat(config, prefix=''):
       yield prefix + key, value
 
 
+def as_json(config):
+  return json.loads(json.dumps(config.to_dict()))
+
+
 @pytest.mark.parametrize('name', EXPERIMENTS)
 def test_committed_results_are_of_these_cells(name):
   """A card that changes leaves results behind that it no longer describes."""
   free = dict.fromkeys(('data.dir', 'seed', 'model.dtype'))
+  defaults = dict(flat(as_json(get_config())))
   for scale in experiment.SCALES:
     for cell in EXPERIMENTS[name].cells(scale):
-      now = json.loads(json.dumps(cell.config(scale).to_dict()))
-      now = dict(flat(now)) | free
+      now = dict(flat(as_json(cell.config(scale)))) | free
       for record in Results(name, scale).of(cell):
         then = dict(flat(record['config'])) | free
         assert record['provenance']['commit'] != 'unknown'
-        # A field that came later had its default then.
         assert {k: now[k] for k in then} == then, cell.name
+        # A field that came later has its default, which changes no result.
+        for later in now.keys() - then.keys():
+          assert now[later] == defaults[later], (cell.name, later)
 
 
 def test_no_result_file_is_of_no_cell():

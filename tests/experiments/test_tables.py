@@ -146,6 +146,17 @@ def test_curves_show_the_mean_of_the_seeds(tmp_path):
   assert pictures.curves({'title': {'ours': []}}, 'round') is None
 
 
+def test_runs_on_one_device_are_drawn_by_the_papers_count():
+  """All their workers share a device: nothing is on the wire."""
+  alone = record(0.4)
+  for row in alone['curve']:
+    row |= {'wire_bytes_total': 0, 'bytes_total': 2e6 * row['round']}
+  figure = pictures.curves({'title': {'ours': [alone]}}, 'wire_bytes_total')
+  (axes,) = figure.axes
+  assert axes.lines[0].get_xdata().tolist() == [2, 4]
+  assert axes.get_xlabel() == "sent, by the paper's count (MB)"
+
+
 def test_the_page_holds_every_table(tmp_path):
   table = Table('A < B', 'python -m x', ['a'], [['<1>'], ['2 ± 1']])
   figure = pictures.steps({'t': {'ours': {'a': [1.0], 'b': [2.0]}}})

@@ -14,12 +14,11 @@ import test_evaluate
 from test_rounds import assert_close
 from test_train import tiny_config
 import tiny
+from wire import train_and_compare
 
-from resist_jax import decomposition, models
+from resist_jax import decomposition, models, rounds
 from resist_jax.errors import ConfigError
-from resist_jax.rounds import state as state_lib
-from resist_jax.run import checks, export, train
-from resist_jax.run.evaluate import Evaluator
+from resist_jax.run import checks, export, phases, train
 from resist_jax.run.setup import prepare
 
 L = 4
@@ -44,7 +43,7 @@ def problem(**kwargs):
 
 def protocol(S, T=2, min_depth=0, **kwargs):
   depths = {'stage2_chain': min_depth} | dict.fromkeys(BRANCHES)
-  return state_lib.Protocol(S, T, NUM_BLOCKS, depths, **kwargs)
+  return tiny.protocol(S, T, NUM_BLOCKS, min_depth=depths, **kwargs)
 
 
 def joined(params):
@@ -93,7 +92,7 @@ def test_an_absent_branch_is_the_shortcut_alone(form):
 def plain_loss(net):
   """The loss of a sub-network that is what it holds, block after block."""
 
-  def loss_fn(params, present, constants, batch, key):
+  def loss_fn(params, present, batch, key, constants):
     del present, key
     images, labels = constants
     x = images[batch]
@@ -142,9 +141,9 @@ def test_weight_decay_leaves_an_absent_branch_alone():
   net, params = problem()
   S, cut = 2, protocol(2)
   mesh, run = tiny.make_round(tiny.make_loss(net), cut, 2)
-  slots = next(tiny.deals(cut))
-  state = state_lib.distribute(params, slots, cut, mesh)
-  state, _ = run(state, slots, tiny.examples(), tiny.batches(0, S, 2), 0)
+  slots = next(tiny.assignments(cut))
+  state = tiny.distribute(params, cut, mesh, slots)
+  state, _ = run(state, tiny.examples(), tiny.batches(0, S, 2), slots)
   for name in BRANCHES:
     holds = slots[name].slots[:, 0] == 0
     assert holds.sum() == 1
@@ -154,8 +153,8 @@ def test_weight_decay_leaves_an_absent_branch_alone():
 
 
 @pytest.mark.parametrize(('L', 'S'), [(1, 4), (2, 3), (5, 3)])
-def test_a_deal_that_leaves_workers_out_is_fair(L, S):
-  """Each frequency within its bound, so that all hold with 99.99 %."""
+def test_slots_that_leave_workers_without_blocks_are_fair(L, S):
+  """Each frequency has a bound, and all bounds hold with 99.99 %."""
   count = 2000
   keys = jax.random.split(jax.random.key(0), count)
   sample = partial(decomposition.sample_slots, min_depth=None)
@@ -170,6 +169,7 @@ def test_a_deal_that_leaves_workers_out_is_fair(L, S):
   assert np.abs(held.mean(axis=0) - 1 / S).max() < bound
 
 
+@pytest.mark.parametrize('way', test_evaluate.WAYS)
 @pytest.mark.parametrize(
   'form',
   [
@@ -180,18 +180,18 @@ def test_a_deal_that_leaves_workers_out_is_fair(L, S):
   ],
   ids=str,
 )
-def test_evaluation_equals_the_assembled_network(form, monkeypatch):
+def test_evaluation_equals_the_assembled_network(form, way, monkeypatch):
   net, params = problem(**form)
-  cut, mesh = protocol(4), state_lib.make_mesh(2)
-  parts = state_lib.distribute(params, next(tiny.deals(cut)), cut, mesh).parts
+  cut, mesh = protocol(4), rounds.make_mesh(2)
+  state = tiny.distribute(params, cut, mesh)
   scales = {
     name: jnp.linspace(0.3, 0.9, length) for name, length in NUM_BLOCKS.items()
   }
-  evaluator = Evaluator(net, test_evaluate.make_dataset(), scales, 5, 23, mesh)
+  evaluator = test_evaluate.make_evaluator(way, net, scales, mesh)
   want, fixed, paper = test_evaluate.plainly(net, params, scales)
   close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-  jax.tree.map(close, evaluator.statistics(*parts), want)
-  _, logits = test_evaluate.logits_seen(monkeypatch, evaluator, parts)
+  _, logits = test_evaluate.logits_seen(monkeypatch, evaluator, state)
+  jax.tree.map(close, evaluator.statistics(state), want)
   expected = [part for pair in zip(fixed, paper, strict=True) for part in pair]
   close(logits, np.concatenate(expected), rtol=1e-3, atol=1e-4)
 
@@ -233,27 +233,25 @@ def test_a_mistake_gets_one_clear_line(fields, says):
   assert '\n' not in str(caught.value)
 
 
-def test_a_minimum_depth_is_one_of_chains():
-  fields = strided(num_workers=4, min_depth=2)
-  checks.validate(fields)
-  setup = prepare(fields)
-  slots = {k: d.slots for k, d in next(setup.deals(setup.phase(0), 0)).items()}
+def test_a_minimum_depth_holds_for_chains_but_not_for_branches():
+  config = strided(num_workers=4, min_depth=2)
+  checks.validate(config)
+  setup = prepare(config)
+  assigned = phases.protocol_named(setup, 'resist').assign(config.seed, 0)
+  slots = {name: assignment.slots for name, assignment in assigned.items()}
   held = {name: (slots[name] < n).sum() for name, n in setup.chains.items()}
   assert held == {
     'stage1_chain': 8, 'stage2_chain': 8, 'stage1_branch': 1,
     'stage2_branch': 1,
   }  # fmt: skip
-  assert setup.global_scale()['stage2_branch'] == 1 / 4
+  assert phases.global_scale(setup)['stage2_branch'] == 1 / 4
   setup.config.residual_scale = 'none'
-  assert set(setup.global_scale().values()) == {1.0}
+  assert set(phases.global_scale(setup).values()) == {1.0}
 
 
 def test_a_whole_run_and_one_that_goes_on_with_other_workers(tmp_path):
   form = {'model.pre_activation': False, 'eval_every': 1}
-  config_ = strided(**form, num_rounds=1)
-  summary = train.train(config_, str(tmp_path))
-  wire = summary['wire_bytes_last_round']
-  assert wire['predicted'] == wire['compiled']
+  summary = train_and_compare(strided(**form, num_rounds=1), tmp_path)
   blocks, lengths = summary['params_per_block'], summary['num_blocks']
   assert lengths == {
     'stage1_chain': 2, 'stage2_chain': 4, 'stage1_branch': 1,
@@ -263,8 +261,8 @@ def test_a_whole_run_and_one_that_goes_on_with_other_workers(tmp_path):
   assert summary['params_total'] == summary['params_shared'] + cut
   held = 2 * summary['params_shared'] + cut  # By both workers together.
   assert summary['bytes_per_round'] == 2 * 4 * held
-  config_ = strided(**form, num_rounds=2, num_workers=4, min_depth=1)
-  assert train.train(config_, str(tmp_path))['rounds'] == 2
+  config = strided(**form, num_rounds=2, num_workers=4, min_depth=1)
+  assert train.train(config, str(tmp_path))['rounds'] == 2
   predict = export.load(tmp_path)
   assert predict.network.cut_heads
   assert predict.scales['stage2_branch'].tolist() == [0.25]

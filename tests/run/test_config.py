@@ -1,10 +1,13 @@
 """Every mistake that needs neither data nor devices gets its line."""
 
+import importlib
+
 import absl.flags
 from ml_collections import config_flags
 import pytest
 
 from resist_jax.errors import ConfigError
+from resist_jax.exchange import FORMATS, Exchange
 from resist_jax.run import checks
 from resist_jax.run import config as config_lib
 
@@ -64,7 +67,7 @@ def test_the_defaults_are_valid():
       'let them cut one',
     ),
     ({'depths': (8, 6, 4, 4), 'protocol': 'local_sgd'}, 'protocol resist'),
-    ({'depths': (22, 22, 1, 1)}, 'borrows 12 .* at most 3.*masked_psum'),
+    ({'depths': (22, 22, 1, 1)}, 'needs 12 replicas.* at most 3.*masked_psum'),
     ({'evaluation.batches_at_once': 0}, 'batches_at_once'),
     ({'residual_scale': 'test'}, 'residual_scale'),
     ({'data.augment': 'mixup'}, 'augment'),
@@ -123,6 +126,24 @@ def test_baselines_need_no_partition():
   config = config_lib.get_config()
   config.protocol, config.num_workers = 'local_sgd', 64
   checks.validate(config)
+
+
+def test_each_exchange_takes_each_wire_format():
+  for make in config_lib.EXCHANGES.values():
+    for name, form in FORMATS.items():
+      exchange = make(name)
+      assert isinstance(exchange, Exchange)
+      assert exchange.format == form
+
+
+def test_a_config_without_a_field_is_refused_with_the_place_to_begin():
+  config = config_lib.get_config()
+  del config.lr
+  with pytest.raises(ConfigError, match='lacks the field lr: begin') as caught:
+    checks.validate(config)
+  place = str(caught.value).split('begin with get_config() of ')[1]
+  module = importlib.import_module(place.removesuffix('.'))
+  assert module.get_config is config_lib.get_config
 
 
 def test_elastic_fields_exist():

@@ -1,23 +1,31 @@
-"""The global model, met block by block, is the one that can be assembled."""
+"""Evaluation of the global network, gathered whole and block by block."""
 
 from functools import partial
 import re
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 import numpy as np
 import pytest
 import tiny
 
-from resist_jax import data, decomposition, models
-from resist_jax.rounds import state as state_lib
-from resist_jax.run import evaluate
-from resist_jax.run.evaluate import Evaluator
+from resist_jax import data, decomposition, models, rounds
+from resist_jax.accounting import hlo
+from resist_jax.decomposition import Assignment
+from resist_jax.exchange import WORKER
+from resist_jax.rounds.mesh import SHARDED
+from resist_jax.rounds.state import holders, place_assignments
+from resist_jax.run import block_walk, evaluate, export
+from resist_jax.run.block_walk import BlockWalk
+from resist_jax.run.evaluate import Evaluator, WholeNetwork
 
 CHAIN = (tiny.CHAIN,)
 BOTH = ('stage1_chain', 'stage2_chain')
 BATCH = 5
+WAYS = ('whole', 'walk')
+both_ways = pytest.mark.parametrize('way', WAYS)
 
 
 def make_dataset(num_train=23, num_test=38):
@@ -49,48 +57,60 @@ def make_network(lengths=(2, 3), **kwargs):
   return net, jax.tree.map_with_path(draw, shapes)
 
 
-def hand_out(params, cut, num_workers, num_devices, min_depth=0):
-  """Returns `(mesh, shared, chain, slots)`, blocks dealt as for a round."""
-  mesh = state_lib.make_mesh(num_devices)
-  sharding = NamedSharding(mesh, state_lib.SHARDED)
+def hand_out(params, cut, num_workers, mesh, min_depth=0):
+  """Returns a state whose blocks are assigned as for a round."""
+  sharding = NamedSharding(mesh, SHARDED)
   shared, whole = decomposition.split(params, cut)
-  slots, chain = {}, {}
+  assignments, chain, lengths = {}, {}, {}
   for i, name in enumerate(cut):
-    length = len(jax.tree.leaves(whole[name])[0])
-    deal = decomposition.sample_slots(
-      jax.random.key(i), length, num_workers, min_depth
+    lengths[name] = len(jax.tree.leaves(whole[name])[0])
+    slots = decomposition.sample_slots(
+      jax.random.key(i), lengths[name], num_workers, min_depth
     )
-    slots[name] = np.asarray(deal)
-    # An empty slot holds what nobody may use.
+    assignments[name] = Assignment(np.asarray(slots))
+    # Empty slots hold NaN, so that using one of them shows.
     chain[name] = jax.tree.map(
-      lambda x, s=slots[name]: np.concatenate([x, np.nan * x[:1]])[s],
-      whole[name],
+      lambda x, s=slots: np.concatenate([x, np.nan * x[:1]])[s], whole[name]
     )
   shared = jax.tree.map(lambda x: np.stack([x] * num_workers), shared)
-  return mesh, *jax.device_put((shared, chain), sharding), slots
+  shared, chain = jax.device_put((shared, chain), sharding)
+  placed = place_assignments(assignments, mesh)
+  return rounds.State(shared, chain, placed, np.int32(0), lengths)
+
+
+def make_evaluator(
+  way, net, scales, mesh, batch_size=BATCH, statistics_images=23, at_once=32
+):
+  dataset = make_dataset()
+  make = {
+    'whole': WholeNetwork,
+    'walk': partial(BlockWalk, batches_at_once=at_once),
+  }[way]
+  forward = make(net, dataset, scales, mesh)
+  return Evaluator(forward, dataset, mesh.size, batch_size, statistics_images)
 
 
 def make(
+  way,
   cut=CHAIN,
   num_workers=2,
   num_devices=2,
   min_depth=0,
-  batch_size=BATCH,
-  statistics_images=23,
-  at_once=32,
+  group=1,
+  lengths=(2, 3),
+  form=None,
   **kwargs,
 ):
-  """Returns the network, its parameters, the evaluator and what it takes."""
-  net, params = make_network(**kwargs)
-  mesh, *parts = hand_out(params, cut, num_workers, num_devices, min_depth)
+  """Returns the network, its parameters and scales, the evaluator, a state."""
+  net, params = make_network(lengths, **(form or {}))
+  mesh = rounds.make_mesh(num_devices, group)
+  state = hand_out(params, cut, num_workers, mesh, min_depth)
   scales = {
-    name: jnp.linspace(0.3, 0.9, net.stage_sizes[models.stage_of(name) - 1] - 1)
-    for name in cut
+    name: np.linspace(0.3, 0.9, length, dtype=np.float32)
+    for name, length in state.num_blocks.items()
   }
-  evaluator = Evaluator(
-    net, make_dataset(), scales, batch_size, statistics_images, mesh, at_once
-  )
-  return net, params, evaluator, parts
+  evaluator = make_evaluator(way, net, scales, mesh, **kwargs)
+  return net, params, scales, evaluator, state
 
 
 def prepared(images):
@@ -102,7 +122,7 @@ def batches(count):
 
 
 def plainly(net, params, scales):
-  """The same by `network.apply` on whole parameters: statistics and logits."""
+  """Computes statistics and logits by `network.apply` on whole parameters."""
   dataset = make_dataset()
   run = jax.jit(
     partial(
@@ -133,57 +153,127 @@ def plainly(net, params, scales):
   return stats, fixed, paper
 
 
-def logits_seen(patch, evaluator, parts):
+def logits_seen(patch, evaluator, state):
   """Runs an evaluation; returns its result and all logits, in order."""
-  seen, hits = [], evaluate._hits
+  walks = isinstance(evaluator.forward, BlockWalk)
+  watch = _watch_walk if walks else _watch_whole
+  seen = watch(patch, evaluator)
+  found = evaluator(state)
+  # The first ones come from training images, for the statistics.
+  return found, np.concatenate(seen[-(-4 // evaluator.num_devices) :])
+
+
+def _watch_walk(patch, evaluator):
+  del evaluator
+  seen, hits = [], block_walk._hits
 
   def listen(logits, labels):
     seen.append(np.asarray(logits)[np.asarray(labels) >= 0])
     return hits(logits, labels)
 
-  patch.setattr(evaluate, '_hits', listen)
-  found = evaluator(*parts)
-  # The first to come are those of the walk over training images.
-  return found, np.concatenate(seen[-(-4 // evaluator._mesh.size) :])
+  patch.setattr(block_walk, '_hits', listen)
+  return seen
+
+
+def _watch_whole(patch, evaluator):
+  """Records what the network returns inside the compiled program."""
+  forward, by_device, seen = evaluator.forward, {}, []
+  apply, program = models.ResNet.apply, forward._apply
+
+  def apply_and_record(self, *args, **kwargs):
+    logits, measured = apply(self, *args, **kwargs)
+    row = lax.axis_index(WORKER)
+    jax.debug.callback(lambda d, x: by_device.update({int(d): x}), row, logits)
+    return logits, measured
+
+  def listen(*args):
+    found = program(*args)
+    jax.effects_barrier()
+    rows = np.stack([by_device.pop(d) for d in range(evaluator.num_devices)])
+    assert not by_device
+    seen.append(rows[np.asarray(args[-1]) >= 0])
+    return found
+
+  patch.setattr(models.ResNet, 'apply', apply_and_record)
+  patch.setattr(forward, '_apply', listen)
+  assert program._cache_size() == 0  # Nothing was traced without recording.
+  return seen
 
 
 # What is cut, S, D, and more.
 CASES = {
   'several walks': (BOTH, 2, 1, {'at_once': 3}),
-  'workers take turns, copies': (BOTH, 4, 2, {'min_depth': 2}),
+  'workers take turns, replicas': (BOTH, 4, 2, {'min_depth': 2}),
   'more workers than blocks': (BOTH, 4, 4, {'min_depth': 1}),
   'nothing is cut': ((), 4, 4, {}),
-  'group norm': (CHAIN, 2, 2, {'norm': 'group'}),
-  'post-activation': (CHAIN, 2, 2, {'pre_activation': False}),
-  'bottleneck': (CHAIN, 2, 2, {'bottleneck': True, 'stem': 'imagenet'}),
+  'group norm': (CHAIN, 2, 2, {'form': {'norm': 'group'}}),
+  'post-activation': (CHAIN, 2, 2, {'form': {'pre_activation': False}}),
+  'bottleneck': (
+    CHAIN,
+    2,
+    2,
+    {'form': {'bottleneck': True, 'stem': 'imagenet'}},
+  ),
 }
 
 
+@both_ways
 @pytest.mark.parametrize('case', CASES)
-def test_it_equals_the_assembled_network(case, monkeypatch):
+def test_evaluation_equals_the_assembled_network(case, way, monkeypatch):
   cut, workers, devices, kwargs = CASES[case]
-  net, params, evaluator, parts = make(cut, workers, devices, **kwargs)
-  want, fixed, paper = plainly(net, params, evaluator.scales)
-  stats = evaluator.statistics(*parts)
+  net, params, scales, evaluator, state = make(
+    way, cut, workers, devices, **kwargs
+  )
+  want, fixed, paper = plainly(net, params, scales)
+  found, logits = logits_seen(monkeypatch, evaluator, state)
+  stats = evaluator.statistics(state)
   assert jax.tree.structure(stats) == jax.tree.structure(want)
   close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
   jax.tree.map(close, stats, want)
   assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(stats))
 
-  found, logits = logits_seen(monkeypatch, evaluator, parts)
   expected = [part for pair in zip(fixed, paper, strict=True) for part in pair]
   close(logits, np.concatenate(expected), rtol=1e-3, atol=1e-4)
+  accuracies = {}
   for i, (name, split) in enumerate(make_dataset().tests.items()):
     for key, want in (('accuracy', fixed), ('accuracy_paper', paper)):
       hits = np.asarray(want[i]).argmax(-1) == split.labels
-      assert found[f'{name}_{key}'] == hits.mean()
+      accuracies[f'{name}_{key}'] = hits.mean()
+  assert found.accuracies == accuracies
+
+
+@pytest.mark.parametrize('group', [1, 2])
+def test_both_ways_give_the_same(group):
+  """On lone devices and on groups of them."""
+  devices = {'num_devices': 2 * group, 'group': group}
+  cases = [make(way, BOTH, **devices) for way in WAYS]
+  stats = [evaluator.statistics(state) for *_, evaluator, state in cases]
+  close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+  jax.tree.map(close, *stats)
+  whole, walk = (evaluator(state) for *_, evaluator, state in cases)
+  assert whole.accuracies == walk.accuracies
+  # A walk over training images and one over tests fetch what is gathered once.
+  assert walk.wire_bytes == 2 * whole.wire_bytes > 0
+
+
+@pytest.mark.parametrize('group', [1, 2])
+def test_gathering_a_chain_sends_as_many_bytes_as_predicted(group):
+  *_, evaluator, state = make('whole', BOTH, 4, 4, min_depth=1, group=group)
+  _, predicted = evaluator.forward.gather(state)
+  read, mesh = 0, evaluator.forward._mesh
+  for name, blocks in state.chain.items():
+    slots = np.asarray(state.assignments[name].slots)
+    where = holders(slots, state.num_blocks[name])
+    program = evaluate._gather_blocks.lower(mesh, blocks, *where).compile()
+    read += hlo.wire_bytes(program.as_text(), {}, group)
+  assert predicted == read > 0
 
 
 def test_no_device_ever_holds_a_chain_that_is_cut(monkeypatch):
-  """Neither inside a program, nor between two."""
+  """A walk builds it neither inside a program nor between two."""
   length = 7  # No other array has a dimension of 7.
-  _, params, evaluator, parts = make(
-    num_workers=4, num_devices=4, lengths=(2, length)
+  _, params, _, evaluator, state = make(
+    'walk', num_workers=4, num_devices=4, lengths=(2, length)
   )
   programs = {}
 
@@ -201,11 +291,12 @@ def test_no_device_ever_holds_a_chain_that_is_cut(monkeypatch):
     return run
 
   for name in ('_apply', '_fetch', '_hits'):
-    monkeypatch.setattr(evaluate, name, watch(name, getattr(evaluate, name)))
-  evaluator(*parts)
+    program = getattr(block_walk, name)
+    monkeypatch.setattr(block_walk, name, watch(name, program))
+  evaluator(state)
   for program in programs.values():
     assert not re.search(rf'\[(\d+,)*{length}(,\d+)*\]', program.as_text())
-  # What comes to a device is one block, and nothing much larger on the way.
+  # A device receives one block, and holds nothing much larger meanwhile.
   (fetch,) = (program for key, program in programs.items() if '_fetch' in key)
   sizes, block = fetch.memory_analysis(), sum(
     x[0].nbytes for x in jax.tree.leaves(params[tiny.CHAIN])
@@ -214,22 +305,33 @@ def test_no_device_ever_holds_a_chain_that_is_cut(monkeypatch):
   assert sizes.temp_size_in_bytes < 3 * block
 
 
-def test_few_programs_are_compiled():
+def test_a_walk_compiles_few_programs():
   """One for a kind of piece, a way of batch norm and a size of batch."""
-  net, _, evaluator, parts = make(lengths=(3, 4))
-  evaluate._apply.clear_cache()
-  evaluator(*parts)
-  count = evaluate._apply._cache_size()
+  net, *_, evaluator, state = make('walk', lengths=(3, 4))
+  block_walk._apply.clear_cache()
+  evaluator(state)
+  count = block_walk._apply._cache_size()
   kinds = len({name for name, _ in net.pieces()})
-  # Stem and classifier have no norm: two ways fall together.
+  # Stem and classifier have no norm, so both ways of it share a program.
   assert count == 3 * kinds - 2
-  evaluator(*parts)
-  assert evaluate._apply._cache_size() == count
+  evaluator(state)
+  assert block_walk._apply._cache_size() == count
 
 
-def test_statistics_of_one_batch_are_that_batchs():
-  net, params, evaluator, parts = make(batch_size=23)
-  stats = evaluator.statistics(*parts)
+def test_a_gathered_network_compiles_few_programs():
+  """One for a way of batch norm and a size of batch, one for each chain."""
+  *_, evaluator, state = make('whole', BOTH)
+  evaluate._gather_blocks.clear_cache()
+  for _ in range(2):
+    evaluator(state)
+    assert evaluator.forward._apply._cache_size() == 3
+    assert evaluate._gather_blocks._cache_size() == 2
+
+
+@both_ways
+def test_statistics_of_one_batch_are_those_of_the_batch(way):
+  net, params, _, evaluator, state = make(way, batch_size=23)
+  stats = evaluator.statistics(state)
   images = prepared(make_dataset().train.images)
   stem = net.apply(
     {'params': params}, images, capture_intermediates=True,
@@ -241,24 +343,29 @@ def test_statistics_of_one_batch_are_that_batchs():
   np.testing.assert_allclose(norm['mean_square'], square, rtol=1e-4)
 
 
-def test_group_norm_needs_no_statistics():
-  *_, evaluator, parts = make(norm='group')
-  found = evaluator(*parts)
-  assert evaluator.statistics(*parts) == {}
+@both_ways
+def test_group_norm_needs_no_statistics(way):
+  *_, evaluator, state = make(way, form={'norm': 'group'})
+  found = evaluator(state).accuracies
+  assert evaluator.statistics(state) == {}
   assert found['test_accuracy'] == found['test_accuracy_paper']
 
 
-def test_the_predictor_does_not_depend_on_its_batch():
-  _, params, evaluator, parts = make()
-  predict = evaluator.predictor(params, evaluator.statistics(*parts))
-  images = make_dataset().tests['test'].images
+@both_ways
+def test_the_predictor_does_not_depend_on_its_batch(way):
+  net, params, scales, evaluator, state = make(way)
+  variables = {'params': params, 'batch_stats': evaluator.statistics(state)}
+  dataset = evaluator.dataset
+  predict = export.Predictor(net, variables, scales, dataset.mean, dataset.std)
+  images = dataset.tests['test'].images
   together = predict(images)
   np.testing.assert_allclose(together.sum(-1), 1, rtol=1e-5)
   alone = jnp.concatenate([predict(images[i : i + 1]) for i in range(3)])
   np.testing.assert_allclose(together[:3], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_a_sample_smaller_than_a_batch_is_enough():
-  *_, evaluator, parts = make(statistics_images=7, batch_size=10)
-  stats = evaluator.statistics(*parts)
+@both_ways
+def test_a_sample_smaller_than_a_batch_is_enough(way):
+  *_, evaluator, state = make(way, statistics_images=7, batch_size=10)
+  stats = evaluator.statistics(state)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(stats))

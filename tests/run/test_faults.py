@@ -1,4 +1,4 @@
-"""Real processes die, stop and run out of disk; the run says so and goes on."""
+"""A run reports processes that die, stop or run out of disk, and continues."""
 
 import shutil
 import signal
@@ -17,14 +17,14 @@ pytestmark = pytest.mark.faults
 
 
 def newest_checkpoint(folder):
-  """Returns the newest that was finished: a kill can break another one off."""
+  """Returns the newest one that is finished; a kill may have cut off others."""
   paths = (folder / 'checkpoints').iterdir()
   done = [path for path in paths if path.name.isdecimal()]
   return max(done, key=lambda path: int(path.name))
 
 
 def go_on(folder, rounds, count=1):
-  """The same command again, up to a round; returns the first round it did."""
+  """Runs the same command again, for some rounds more."""
   before = folder / 'metrics.jsonl'
   done = len(report.read_rows(before))
   with Several(
@@ -40,7 +40,7 @@ def go_on(folder, rounds, count=1):
 def test_a_process_that_is_killed_is_named_and_the_run_goes_on(
   victim, tmp_path
 ):
-  """Process 0 is the coordinator: with it goes what the others meet in."""
+  """Process 0 is the coordinator, through which the others communicate."""
   folder = tmp_path / 'run'
   with Several(folder, FOREVER) as run:
     run.wait_for_rounds(7)
@@ -72,7 +72,7 @@ def test_a_process_that_stands_still_is_named_and_all_end(tmp_path, victim):
     assert f'process {victim} stops because it was suspended' in line
 
 
-def test_all_are_killed_and_the_run_goes_on_from_a_checkpoint(tmp_path):
+def test_a_run_whose_processes_are_killed_goes_on_from_a_checkpoint(tmp_path):
   folder = tmp_path / 'run'
   with Several(folder, FOREVER) as run:
     run.wait_for_rounds(12)
@@ -237,7 +237,7 @@ app.run(program.main, flags_parser=program.parse)
 """
 
 
-def test_a_bad_worker_on_its_process_is_left_out(tmp_path):
+def test_a_worker_that_fails_in_its_process_is_excluded(tmp_path):
   script = tmp_path / 'bad_worker.py'
   script.write_text(BAD_WORKER)
   folder = tmp_path / 'run'
@@ -260,7 +260,9 @@ def test_a_bad_worker_on_its_process_is_left_out(tmp_path):
     ),
   ],
 )
-def test_flags_that_do_not_fit_are_one_line_and_2(flags, says, tmp_path):
+def test_wrong_flags_of_processes_are_one_line_and_exit_code_2(
+  flags, says, tmp_path
+):
   command = [sys.executable, '-m', 'resist_jax', *TINY]
   result = subprocess.run(
     [*command, f'--workdir={tmp_path / "run"}', *flags],

@@ -9,15 +9,15 @@ import signal
 import jax
 import numpy as np
 import pytest
+from wire import train_and_compare
 
 from resist_jax import report, rounds
 from resist_jax.errors import ConfigError
-from resist_jax.rounds import state as state_lib
 from resist_jax.run import config as config_lib
-from resist_jax.run import export, metrics, restore, train
+from resist_jax.run import export, metrics, phases, restore, train
 from resist_jax.run.evaluate import Evaluator
 from resist_jax.run.interrupt import Interrupted
-from resist_jax.run.setup import Setup
+from resist_jax.run.setup import Setup, prepare
 
 
 def tiny_config(**fields):
@@ -42,7 +42,7 @@ def rows(folder):
 def finished(tmp_path_factory):
   """One whole run: `(folder, summary)`."""
   folder = tmp_path_factory.mktemp('finished')
-  return folder, train.train(tiny_config(), str(folder))
+  return folder, train_and_compare(tiny_config(), folder)
 
 
 def test_a_run_leaves_what_it_promises(finished):
@@ -62,13 +62,10 @@ def test_a_run_leaves_what_it_promises(finished):
   )
   assert summary['bytes_total'] == 4 * summary['bytes_per_round']
   assert summary['bytes_per_round'] < summary['bytes_per_round_local_sgd']
-  wire = summary['wire_bytes_last_round']
-  assert wire['predicted'] == wire['compiled']
   memory = summary['memory_per_device']
-  assert (
-    memory['compiled']['begin']['arguments']
-    == (memory['predicted']['parameters'])
-  )
+  # The number of the round is an argument, too.
+  read = memory['compiled']['begin']['arguments'] - 4
+  assert read == memory['predicted']['parameters']
   for name in (
     'local_steps', 'test_accuracy', 'test_accuracy_paper', 'seconds_training',
     'best_test_accuracy_paper', 'params_per_worker', 'seconds_total', 'seed',
@@ -93,7 +90,7 @@ def test_the_log_has_a_row_a_round(finished):
 def test_a_trained_model_loads_in_three_lines(finished):
   folder, summary = finished
   predict = export.load(folder)
-  test = train.prepare(tiny_config()).dataset.tests['test']
+  test = prepare(tiny_config()).dataset.tests['test']
   hits = np.asarray(predict(test.images)).argmax(-1) == test.labels
   assert hits.mean() == pytest.approx(summary['test_accuracy'])
 
@@ -149,7 +146,7 @@ def stopped_at(round_index, monkeypatch, folder, config, signum=signal.SIGTERM):
 def test_a_stopped_run_ends_bit_equal_to_one_that_was_not(
   fields, monkeypatch, tmp_path
 ):
-  whole = train.train(tiny_config(**fields), str(tmp_path / 'whole'))
+  whole = train_and_compare(tiny_config(**fields), tmp_path / 'whole')
   stopped_at(1, monkeypatch, tmp_path / 'stopped', tiny_config(**fields))
   log = rows(tmp_path / 'stopped')
   assert len(log) < 4
@@ -188,8 +185,18 @@ def test_the_number_of_devices_changes_rounding_only(finished, tmp_path):
     pytest.param({'wire_format': 'int8'}, marks=pytest.mark.slow),
     pytest.param({'protocol': 'local_sgd'}, marks=pytest.mark.slow),
     pytest.param({'protocol': 'data_parallel'}, marks=pytest.mark.slow),
+    {'evaluation.stream_blocks': True},
   ],
-  ids=['S=2', 'S=8', 'D=2', 'copies', 'int8', 'local_sgd', 'data_parallel'],
+  ids=[
+    'S=2',
+    'S=8',
+    'D=2',
+    'replicas',
+    'int8',
+    'local_sgd',
+    'data_parallel',
+    'stream_blocks',
+  ],
 )
 def test_a_checkpoint_goes_on_with_other_workers_or_another_protocol(
   fields, monkeypatch, tmp_path
@@ -213,14 +220,13 @@ def test_a_run_goes_on_as_the_same_function(tmp_path):
   logits = []
   for fields in ({}, {'num_workers': 2, 'num_devices': 2},
                  {'protocol': 'local_sgd'}):  # fmt: skip
-    setup = train.prepare(tiny_config(**fields))
+    setup = prepare(tiny_config(**fields))
     checkpoints = train.Checkpoints(tmp_path, setup.mesh)
     restored = train._restore(checkpoints, setup)
-    phase, state, _ = restore.enter(setup, restored)
-    params, _ = state_lib.assemble(state, phase.protocol.num_blocks)
-    predict = setup.evaluator.predictor(
-      params, setup.evaluator.statistics(*state.parts)
-    )
+    _, state = restore.start(setup, restored)
+    statistics = phases.make_evaluator(setup).statistics(state)
+    params = rounds.assemble(state).params
+    predict = train._predictor(setup, params, statistics)
     logits.append(np.asarray(predict(setup.dataset.train.images[:50])))
   np.testing.assert_allclose(logits[1], logits[0], rtol=1e-3, atol=1e-5)
   np.testing.assert_allclose(logits[2], logits[0], rtol=1e-3, atol=1e-5)
@@ -230,9 +236,9 @@ def test_a_signal_during_an_evaluation_is_not_lost(tmp_path, monkeypatch):
   """A round that is evaluated but not due for a checkpoint saves one then."""
   evaluate = Evaluator.__call__
 
-  def evaluate_and_signal(self, *parts):
+  def evaluate_and_signal(self, state):
     os.kill(os.getpid(), signal.SIGTERM)
-    return evaluate(self, *parts)
+    return evaluate(self, state)
 
   config = tiny_config(checkpoint_every=3, eval_every=2)
   with monkeypatch.context() as patch:
@@ -284,29 +290,63 @@ def test_validation_is_reported_beside_the_test(tmp_path):
   assert 'validation_accuracy_paper' in summary
 
 
-def test_no_program_of_a_whole_run_builds_the_chain(tmp_path):
-  """From the first value drawn to the last test, and on from a checkpoint."""
+WHOLE_CHAIN = r'f32\[(\d,)*7,3,3,8,8\]'
+
+
+@pytest.mark.parametrize('stream_blocks', [True, False])
+def test_no_program_of_a_whole_run_builds_the_chain(stream_blocks, tmp_path):
+  """From the first value drawn to the last test, and on from a checkpoint.
+
+  Rounds never build it. Evaluation does, unless blocks are streamed.
+  """
   jax.clear_caches()
   compiled = []
   compile_round = rounds.Round.compile
 
   def compile_and_keep(self, *args):
-    compile_round(self, *args)
-    compiled.extend(p.as_text() for p in self.compiled.values())
+    run = compile_round(self, *args)
+    compiled.extend(program.as_text() for program in run.programs.values())
+    return run
 
   config = tiny_config(num_rounds=1, min_depth=3)
+  config.evaluation.stream_blocks = stream_blocks
   config.model.stage_sizes = (1, 8)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(rounds.Round, 'compile', compile_and_keep)
     train.train(config, str(tmp_path))
     config.num_rounds = 2
     train.train(config, str(tmp_path))
-  for executable in jax.devices()[0].client.live_executables():
-    compiled += [module.to_string() for module in executable.hlo_modules()]
-  assert len(compiled) > 6 + 10
+  assert len(compiled) == 6
   text = '\n'.join(compiled)
   assert 'f32[1,3,3,3,8,8]' in text  # Each device holds three of the blocks,
-  assert not re.search(r'f32\[(\d,)*7,3,3,8,8\]', text)  # none all seven.
+  assert not re.search(WHOLE_CHAIN, text)  # none all seven.
+  others = [
+    module.to_string()
+    for executable in jax.devices()[0].client.live_executables()
+    for module in executable.hlo_modules()
+  ]
+  assert len(others) > 10
+  found = re.search(WHOLE_CHAIN, '\n'.join(others))
+  assert bool(found) != stream_blocks
+
+
+def test_blocks_that_are_streamed_give_the_same_accuracy(finished, tmp_path):
+  """Evaluation leaves training alone, and both ways of it agree."""
+  folder, whole = finished
+  streamed = train_and_compare(
+    tiny_config(**{'evaluation.stream_blocks': True}), tmp_path
+  )
+  assert streamed['params_hash'] == whole['params_hash']
+  assert streamed['wire_bytes_total'] == whole['wire_bytes_total']
+  for name in ('test_accuracy', 'test_accuracy_paper'):
+    assert streamed[name] == pytest.approx(whole[name], abs=0.003)
+  # A chain that is gathered once is sent once for each test.
+  blocks = 5 * whole['params_per_block'] * 4 * 2 * (4 - 1)
+  assert whole['evaluation_wire_bytes_total'] == 2 * blocks
+  assert streamed['evaluation_wire_bytes_total'] % blocks == 0
+  images = prepare(tiny_config()).dataset.tests['test'].images[:50]
+  logits = [np.asarray(export.load(x)(images)) for x in (folder, tmp_path)]
+  np.testing.assert_allclose(*logits, rtol=1e-3, atol=1e-5)
 
 
 def test_two_chains_are_cut_at_once(tmp_path):
@@ -340,7 +380,7 @@ def test_another_config_is_refused_and_nothing_is_touched(finished):
   assert after == before
 
 
-def test_a_checkpoints_folder_of_nobody_is_refused(tmp_path):
+def test_checkpoints_without_a_config_are_refused(tmp_path):
   (tmp_path / 'checkpoints' / '7').mkdir(parents=True)
   assert 'no config.json' in differing(tmp_path)
 

@@ -249,6 +249,9 @@ def test_a_moment_that_mixes_blocks_is_refused():
   with pytest.raises(ValueError, match='carry is on, but the optimiser keeps'):
     make(factored, carry=True).init(network())
   run(make(factored), rounds=1)  # Restarted moments may have any shape.
+  flat = make(optax.flatten(optax.adam(RATE)))
+  with pytest.raises(ValueError, match='does not find the moments'):
+    flat.round(flat.init(network()), batches(0, 4))
 
 
 @pytest.mark.parametrize(

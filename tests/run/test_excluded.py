@@ -1,4 +1,4 @@
-"""A whole run goes on without a worker that fails, counts it, and says so."""
+"""A whole run excludes a worker that fails, counts it, and says so."""
 
 import json
 
@@ -6,18 +6,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_train import rows, stopped_at, tiny_config
+from wire import train_and_compare
 
+from resist_jax.data import Resident
 from resist_jax.run import classification, train
-from resist_jax.run.setup import Setup
 
-NO_EXAMPLE = -1  # On this the loss is not a number.
+NO_EXAMPLE = -1  # The loss of this example is not a number.
 
 
 @pytest.fixture
 def poison(monkeypatch):
   """Makes workers useless in some rounds of whole runs: `{round: workers}`."""
   rounds = {}
-  batches, make_loss = Setup.batches, classification.make_loss
+  batches, make_loss = Resident.batches, classification.make_loss
 
   def spoilt_batches(self, round_index):
     numbers = np.array(batches(self, round_index))
@@ -27,20 +28,20 @@ def poison(monkeypatch):
   def make_poisoned_loss(*args):
     loss_fn = make_loss(*args)
 
-    def poisoned_loss(params, present, constants, batch, key):
-      loss, metrics = loss_fn(params, present, constants, batch, key)
+    def poisoned_loss(params, present, batch, key, constants):
+      loss, metrics = loss_fn(params, present, batch, key, constants)
       return jnp.where((batch == NO_EXAMPLE).any(), jnp.nan, loss), metrics
 
     return poisoned_loss
 
-  monkeypatch.setattr(Setup, 'batches', spoilt_batches)
+  monkeypatch.setattr(Resident, 'batches', spoilt_batches)
   monkeypatch.setattr(classification, 'make_loss', make_poisoned_loss)
   return rounds
 
 
 def test_a_run_goes_on_without_a_worker_and_says_so(poison, tmp_path, caplog):
   poison |= {0: (2,), 2: (0, 3)}
-  whole = train.train(tiny_config(), str(tmp_path / 'whole'))
+  whole = train_and_compare(tiny_config(), tmp_path / 'whole')
   assert whole['left_out_total'] == 3
   log = rows(tmp_path / 'whole')
   assert [row.get('left_out', []) for row in log] == [[2], [], [0, 3], []]
@@ -49,8 +50,6 @@ def test_a_run_goes_on_without_a_worker_and_says_so(poison, tmp_path, caplog):
   text = (tmp_path / 'whole' / 'metrics.jsonl').read_text()
   assert 'NaN' not in text
   assert 0 < log[2]['train_loss'] < 10
-  wire = whole['wire_bytes_last_round']
-  assert wire['predicted'] == wire['compiled']
 
   # The count goes on with the run, and so do the bits.
   config = tiny_config(num_rounds=4)
@@ -61,17 +60,15 @@ def test_a_run_goes_on_without_a_worker_and_says_so(poison, tmp_path, caplog):
   assert again['left_out_total'] == 3
 
 
-def test_data_parallel_goes_on_too(poison, tmp_path):
+def test_data_parallel_goes_on_without_workers(poison, tmp_path):
   poison |= {0: (1, 2)}
   config = tiny_config(protocol='data_parallel', num_rounds=2)
-  summary = train.train(config, str(tmp_path))
+  summary = train_and_compare(config, tmp_path)
   assert [row.get('left_out') for row in rows(tmp_path)] == [[1, 2], None]
   assert summary['left_out_total'] == 2
-  wire = summary['wire_bytes_last_round']
-  assert wire['predicted'] == wire['compiled']
 
 
-def test_with_all_workers_bad_the_last_good_checkpoint_stays(poison, tmp_path):
+def test_when_all_workers_fail_the_last_checkpoint_stays(poison, tmp_path):
   poison |= {1: (1,), 2: range(4)}
   with pytest.raises(train.NonFiniteError, match=r'round 3: .* 0, 1, 2, 3 are'):
     train.train(tiny_config(), str(tmp_path))
@@ -81,13 +78,13 @@ def test_with_all_workers_bad_the_last_good_checkpoint_stays(poison, tmp_path):
   assert not (tmp_path / 'summary.json').exists()
 
 
-def test_without_the_guard_one_bad_worker_stops_the_run(poison, tmp_path):
+def test_one_worker_that_fails_stops_a_run_that_excludes_none(poison, tmp_path):
   poison |= {1: (3,)}
   config = tiny_config(**{'faults.leave_out': False})
   with pytest.raises(train.NonFiniteError, match=r'round 2: .* worker 3 are'):
     train.train(config, str(tmp_path))
-  # With it, the same workdir goes on from the checkpoint, though its config
-  # once had no such field.
+  # A run that excludes workers continues from the checkpoint, even if the
+  # config saved with it lacks the field.
   path = tmp_path / 'config.json'
   saved = json.loads(path.read_text())
   del saved['faults']
@@ -97,8 +94,8 @@ def test_without_the_guard_one_bad_worker_stops_the_run(poison, tmp_path):
   assert summary['left_out_total'] == 1
 
 
-def test_a_run_leaves_out_whose_loss_is_far_off(tmp_path, caplog):
-  """A factor just over 1 always finds someone."""
+def test_a_run_excludes_a_worker_whose_loss_is_far_off(tmp_path, caplog):
+  """With a factor just over 1 some worker is always excluded."""
   config = tiny_config(**{'faults.loss_factor': 1.0001, 'num_rounds': 1})
   summary = train.train(config, str(tmp_path))
   (row,) = rows(tmp_path)

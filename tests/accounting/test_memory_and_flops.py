@@ -1,4 +1,4 @@
-"""Predicted bytes, memory and arithmetic are what the compiler says."""
+"""Predicted bytes, memory and FLOPs are those of the compiled programs."""
 
 import functools
 import itertools
@@ -10,7 +10,6 @@ import pytest
 import tiny
 
 from resist_jax import accounting, models
-from resist_jax.rounds import state as state_lib
 
 L, T = 9, 2
 
@@ -22,40 +21,40 @@ def problem():
 
 
 def resist(S, exchange, wire_format='float32', **kwargs):
-  return state_lib.Protocol(
-    S, T, {tiny.CHAIN: L}, exchange=exchange, wire_format=wire_format, **kwargs
+  return tiny.protocol(
+    S, T, {tiny.CHAIN: L}, wire_format, exchange=exchange, **kwargs
   )
 
 
 def full(S, wire_format='float32', **kwargs):
-  return state_lib.Protocol(S, T, {}, wire_format=wire_format, **kwargs)
+  return tiny.protocol(S, T, {}, wire_format, **kwargs)
 
 
-GUARD = {'leave_out': True}
-DATA_PARALLEL = {'average_gradients': True, 'carry_velocity': True}
+GUARD = {'exclude_faulty': True}
+DATA_PARALLEL = {'average_gradients': True, 'carry': True}
 CASES = [
   (full(4), 4),
   (full(4), 1),  # Nothing leaves the device.
   (full(8, 'bfloat16'), 4),
   (full(4, 'int8'), 4),
-  (full(4, 'int8', carry_velocity=True), 2),
+  (full(4, 'int8', carry=True), 2),
   (full(4, **DATA_PARALLEL), 4),
   (full(4, 'bfloat16', **DATA_PARALLEL), 2),
   (resist(4, 'masked_psum'), 4),
   (resist(8, 'masked_psum', 'int8', min_depth=3), 4),
-  (resist(4, 'masked_psum', 'bfloat16', carry_velocity=True), 2),
+  (resist(4, 'masked_psum', 'bfloat16', carry=True), 2),
   (resist(4, 'hand_over'), 4),
   (resist(4, 'hand_over', min_depth=5), 4),
   (resist(8, 'hand_over', min_depth=2), 4),
-  (resist(2, 'hand_over', 'bfloat16', carry_velocity=True), 2),
+  (resist(2, 'hand_over', 'bfloat16', carry=True), 2),
   (resist(4, 'hand_over', 'int8', min_depth=3), 4),
   (resist(4, 'hand_over'), 1),
   (full(4, 'int8', **GUARD), 4),
   (full(4, 'bfloat16', **DATA_PARALLEL, **GUARD), 2),
   (resist(8, 'masked_psum', 'int8', min_depth=3, **GUARD), 4),
-  (resist(4, 'masked_psum', carry_velocity=True, **GUARD), 2),
+  (resist(4, 'masked_psum', carry=True, **GUARD), 2),
   (resist(4, 'hand_over', min_depth=5, **GUARD), 4),
-  (resist(4, 'hand_over', 'bfloat16', carry_velocity=True, **GUARD), 2),
+  (resist(4, 'hand_over', 'bfloat16', carry=True, **GUARD), 2),
   (resist(4, 'hand_over', **GUARD), 1),
 ]
 
@@ -68,30 +67,23 @@ def compiled(protocol_index, on_device):
   protocol, num_devices = CASES[protocol_index]
   _, loss_fn, params = problem()
   mesh, run = tiny.make_round(loss_fn, protocol, num_devices, on_device)
-  dealt = tiny.deals(protocol)
-  deals = [next(dealt) for _ in range(4)]
-  velocity = None
-  if protocol.carry_velocity:
-    velocity = jax.tree.map(np.zeros_like, params)
-  state = state_lib.distribute(params, deals[0], protocol, mesh, velocity)
+  assigned = list(itertools.islice(tiny.assignments(protocol), 4))
+  state = tiny.distribute(params, protocol, mesh, assigned[0])
   batches = tiny.batches(0, protocol.num_workers, T)
-  run.compile(state, tiny.examples(), batches)
+  run = run.compile(state, tiny.examples(), batches)
   sizes = accounting.measure(params, list(protocol.num_blocks))
-  return run, sizes, state, deals
+  return run, sizes, state, assigned
 
 
 def assert_predicted_equals_read(index, on_device=False):
   protocol, num_devices = CASES[index]
-  run, sizes, _, deals = compiled(index, on_device=on_device)
+  run, sizes, _, assigned = compiled(index, on_device=on_device)
   read = []
-  for before, after in itertools.pairwise(deals):
-    pairs = {name: (before[name], after[name]) for name in before}
-    taken = {}
-    if protocol.exchange == 'hand_over':
-      for name, pair in pairs.items():
-        taken |= accounting.branches(name, *pair)
-    predicted = accounting.wire_bytes(sizes, protocol, num_devices, pairs)
-    read.append(accounting.compiled_wire_bytes(run, T, taken))
+  for before, after in itertools.pairwise(assigned):
+    moves = {name: (before[name], after[name]) for name in before}
+    predicted = accounting.wire_bytes(sizes, protocol, num_devices, moves)
+    branches = accounting.branches(protocol, moves)
+    read.append(accounting.compiled_wire_bytes(run, branches))
     assert predicted == read[-1]
   assert (sum(read) > 0) == (num_devices > 1)
 
@@ -102,7 +94,7 @@ def test_predicted_wire_bytes_are_those_of_the_compiled_program(index):
 
 
 @pytest.mark.parametrize('index', rest_is_slow([5, 10, 17, 20], [10]))
-def test_so_are_those_of_a_program_that_loops_over_steps(index):
+def test_predicted_wire_bytes_are_those_of_a_program_that_loops(index):
   assert_predicted_equals_read(index, on_device=True)
 
 
@@ -113,25 +105,27 @@ def test_parameters_and_momentum_on_a_device_are_as_predicted(index):
   want = accounting.predicted_memory(sizes, protocol, num_devices)
   read = accounting.compiled_memory(run)
   given = want['parameters']
-  if protocol.carry_velocity:
+  if protocol.carry:
     given += want['optimizer']
-  assert read['begin']['arguments'] == given
-  # What a step updates in place: parameters, momentum, and one metric.
-  step = run.compiled['step'].memory_analysis()
-  metrics = 4 * protocol.num_workers // num_devices
+  # The schedule begins at the number of the round, which is an argument.
+  assert read['begin']['arguments'] == given + 4
+  number = 4 * protocol.num_workers // num_devices  # One for each worker.
+  # A step updates in place: parameters, momentum, the count of the schedule,
+  # and one metric.
+  step = run.programs['step'].memory_analysis()
   assert step.alias_size_in_bytes == (
-    want['parameters'] + want['optimizer'] + metrics
+    want['parameters'] + want['optimizer'] + 2 * number
   )
   assert read['step']['temporary'] > want['gradients']
   kept = sum(x.nbytes for x in jax.tree.leaves(state.error)) // num_devices
   base = 0
   if protocol.sends_changes:
     base += sum(x.nbytes for x in jax.tree.leaves(state.shared)) // num_devices
-  if protocol.leave_out:
+  if protocol.exclude_faulty:
     base += sum(x.nbytes for x in jax.tree.leaves(state.chain)) // num_devices
   assert want['exchange'] == kept + base
-  # What stays for the exchange, no output of local training takes the place of.
-  begin = run.compiled['begin'].memory_analysis()
+  # No output of local training takes the place of what the exchange needs.
+  begin = run.programs['begin'].memory_analysis()
   assert begin.alias_size_in_bytes == given - base
 
 
@@ -143,7 +137,7 @@ def test_parameters_per_device_are_those_of_the_sub_network():
     leaf.addressable_shards[0].data.nbytes
     for leaf in jax.tree.leaves((state.shared, state.chain))
   )
-  sub = 4 * accounting.params_per_worker(sizes, protocol.num_workers)
+  sub = 4 * accounting.params_per_worker(sizes, protocol)
   assert num_devices == protocol.num_workers
   assert held == sub
 
@@ -183,7 +177,7 @@ def test_flops_are_near_those_of_the_compiled_step(kwargs):
 
 
 def test_flops_of_the_papers_network():
-  """Of equal-cost blocks a worker of four computes 1/1.94; these are near."""
+  """A worker of four computes 1/1.94 of blocks that cost the same; near it."""
   net = models.PreActResNet101(num_classes=100)
   whole = models.predicted_flops(net, (32, 32, 3), {})
   part = models.predicted_flops(net, (32, 32, 3), {'stage3_chain': 6})
