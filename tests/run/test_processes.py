@@ -49,9 +49,7 @@ def trained(tmp_path_factory, request):
   return folder
 
 
-@pytest.mark.parametrize(
-  'name', rest_is_slow(RUNS, ('guests', 'masked_psum', 'data_parallel'))
-)
+@pytest.mark.parametrize('name', rest_is_slow(RUNS, ['replicas']))
 def test_four_processes_are_four_virtual_devices(name, trained, tmp_path):
   alone = train.train(config_of(name), str(tmp_path))
   together = json.loads((trained / name / 'summary.json').read_text())

@@ -128,7 +128,9 @@ def stopped_at(round_index, monkeypatch, folder, config, signum=signal.SIGTERM):
     ),
     {'wire_format': 'int8'},
     pytest.param({'protocol': 'data_parallel'}, marks=pytest.mark.slow),
-    {'protocol': 'local_sgd', 'data.sharded': True},
+    pytest.param(
+      {'protocol': 'local_sgd', 'data.sharded': True}, marks=pytest.mark.slow
+    ),
     {'phases.full_before': 1, 'phases.full_after': 1},
   ],
   ids=[
@@ -181,7 +183,7 @@ def test_the_number_of_devices_changes_rounding_only(finished, tmp_path):
     pytest.param({'num_devices': 2}, marks=pytest.mark.slow),
     pytest.param({'min_depth': 3}, marks=pytest.mark.slow),
     pytest.param({'wire_format': 'int8'}, marks=pytest.mark.slow),
-    {'protocol': 'local_sgd'},
+    pytest.param({'protocol': 'local_sgd'}, marks=pytest.mark.slow),
     pytest.param({'protocol': 'data_parallel'}, marks=pytest.mark.slow),
     {'evaluation.stream_blocks': True},
   ],
