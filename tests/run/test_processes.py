@@ -50,7 +50,7 @@ def trained(tmp_path_factory, request):
 
 
 @pytest.mark.parametrize(
-  'name', rest_is_slow(RUNS, ('guests', 'masked_psum', 'data_parallel'))
+  'name', rest_is_slow(RUNS, ('replicas', 'masked_psum', 'data_parallel'))
 )
 def test_four_processes_are_four_virtual_devices(name, trained, tmp_path):
   alone = train.train(config_of(name), str(tmp_path))
