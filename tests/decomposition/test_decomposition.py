@@ -1,4 +1,4 @@
-"""What a deal of blocks promises, and that cutting and joining lose nothing."""
+"""Slots hold every block fairly; cutting and joining networks lose nothing."""
 
 import itertools
 from statistics import NormalDist
@@ -11,7 +11,7 @@ import tiny
 
 from resist_jax import decomposition
 
-DEALS = [
+SIZES = [
   (22, 4, 0), (22, 4, 6), (22, 8, 4), (22, 2, 11), (22, 3, 0), (5, 5, 0),
   (5, 2, 0), (5, 2, 3), (5, 8, 1), (5, 8, 2), (5, 4, 5), (1, 1, 0), (1, 4, 1),
   (7, 1, 0),
@@ -24,8 +24,8 @@ def draw(L, S, min_depth=0, count=64, seed=0):
   return np.asarray(jax.jit(sample)(keys))
 
 
-@pytest.mark.parametrize(('L', 'S', 'min_depth'), DEALS)
-def test_every_deal_keeps_the_promises(L, S, min_depth):
+@pytest.mark.parametrize(('L', 'S', 'min_depth'), SIZES)
+def test_sampled_slots_hold_every_block_and_are_ascending(L, S, min_depth):
   K = decomposition.slots_per_worker(L, S, min_depth)
   for slots in draw(L, S, min_depth):
     assert slots.shape == (S, K)
@@ -48,7 +48,7 @@ def test_the_papers_counts():
 
 @pytest.mark.parametrize('min_depth', [0, 6])
 def test_blocks_meet_workers_and_each_other_uniformly(min_depth):
-  """Each frequency within its bound, so that all hold with 99.99 %."""
+  """Each frequency has a bound, and all bounds hold with 99.99 %."""
   L, S, count = 12, 3, 4000
   slots = draw(L, S, min_depth, count)
   held = np.asarray(jax.vmap(lambda s: decomposition.presence(s, L))(slots))
@@ -106,7 +106,7 @@ def test_unequal_workers_get_their_depths(L, depths):
 
 
 def test_blocks_visit_unequal_workers_in_proportion():
-  """Each frequency within its bound, so that all hold with 99.99 %."""
+  """Each frequency has a bound, and all bounds hold with 99.99 %."""
   L, depths, count = 12, (5, 2, 9), 4000
   keys = jax.random.split(jax.random.key(0), count)
   slots = jax.jit(
@@ -144,7 +144,9 @@ def test_impossible_depths_say_why(depths, says):
     (0, 2, 0, 'cannot share'),
   ],
 )
-def test_impossible_deals_say_why(L, S, min_depth, says):
+def test_sizes_that_are_impossible_are_refused_with_the_reason(
+  L, S, min_depth, says
+):
   with pytest.raises(ValueError, match=says):
     decomposition.sample_slots(jax.random.key(0), L, S, min_depth)
 
@@ -169,7 +171,7 @@ def test_take_is_a_slice_with_zeros_in_empty_slots():
   ('L', 'S', 'min_depth'), [(7, 3, 0), (7, 3, 5), (4, 2, 0)]
 )
 def test_aggregate_is_the_mean_over_holders(L, S, min_depth):
-  slots = jnp.array(tiny.deal(0, L, S, min_depth).slots)
+  slots = jnp.array(tiny.assign(0, L, S, min_depth).slots)
   chain, rng = random_chain(L), np.random.default_rng(1)
   chains = jax.tree.map(
     lambda x: jnp.array(
@@ -187,7 +189,7 @@ def test_aggregate_is_the_mean_over_holders(L, S, min_depth):
       np.testing.assert_allclose(new[block], mean, rtol=1e-6, atol=1e-6)
 
 
-def test_aggregate_keeps_what_nobody_held():
+def test_aggregate_keeps_blocks_that_nobody_held():
   chain = random_chain(4)
   slots = jnp.array([[0, 1], [1, 4]], jnp.int32)
   chains = jax.tree.map(lambda x: jnp.full((2, 2, *x.shape[1:]), 9.0), chain)
@@ -196,9 +198,9 @@ def test_aggregate_keeps_what_nobody_held():
   np.testing.assert_array_equal(got['a'][:2], 9.0)
 
 
-@pytest.mark.parametrize(('L', 'S', 'min_depth'), DEALS)
+@pytest.mark.parametrize(('L', 'S', 'min_depth'), SIZES)
 def test_aggregating_equal_copies_is_the_identity(L, S, min_depth):
-  slots = jnp.array(tiny.deal(0, L, S, min_depth).slots)
+  slots = jnp.array(tiny.assign(0, L, S, min_depth).slots)
   chain = random_chain(L)
   chains = jax.vmap(decomposition.take, in_axes=(None, 0))(chain, slots)
   zeros = jax.tree.map(jnp.zeros_like, chain)
@@ -212,7 +214,7 @@ def test_aggregating_equal_copies_is_the_identity(L, S, min_depth):
 
 @pytest.mark.parametrize('norm', ['batch', 'group'])
 def test_an_absent_block_gets_exactly_zero_gradient(norm):
-  """Through the slice, and in the empty slot of the worker that lacks one."""
+  """Through the slice, and in the empty slot of a worker with fewer blocks."""
   L = 5
   net = tiny.network(L, norm=norm)
   params, loss_fn = tiny.init(net), tiny.make_loss(net)
@@ -223,7 +225,7 @@ def test_an_absent_block_gets_exactly_zero_gradient(norm):
     shared, chain = decomposition.split(params, [tiny.CHAIN])
     sub = {tiny.CHAIN: decomposition.take(chain[tiny.CHAIN], slots)}
     network = decomposition.join(shared, sub)
-    return loss_fn(network, present, tiny.examples(), np.arange(12), None)[0]
+    return loss_fn(network, present, np.arange(12), None, tiny.examples())[0]
 
   grads = jax.jit(jax.grad(loss))(params)[tiny.CHAIN]
   for leaf in jax.tree.leaves(grads):
@@ -236,7 +238,7 @@ def test_an_absent_block_gets_exactly_zero_gradient(norm):
   def loss_of_slots(sub):
     shared, _ = decomposition.split(params, [tiny.CHAIN])
     network = decomposition.join(shared, {tiny.CHAIN: sub})
-    return loss_fn(network, present, tiny.examples(), np.arange(12), None)[0]
+    return loss_fn(network, present, np.arange(12), None, tiny.examples())[0]
 
   sub = decomposition.take(params[tiny.CHAIN], slots)
   in_slots = jax.jit(jax.grad(loss_of_slots))(sub)
