@@ -11,6 +11,7 @@ import pytest
 from test_rounds import L, assert_close, full, hand_over, problem, resist
 from test_train import rows, tiny_config
 import tiny
+from wire import train_and_compare
 
 from resist_jax import accounting, models, rounds
 from resist_jax.accounting import hlo
@@ -219,8 +220,8 @@ def test_a_run_may_have_groups_and_change_them(tmp_path):
   groups = {'num_devices': 4, 'devices_per_worker': 2}
   train.train(config(num_rounds=3), str(tmp_path / 'lone'))
   for num_rounds, fields in ((1, groups), (2, {}), (3, groups)):
-    summary = train.train(
-      config(num_rounds=num_rounds, **fields), str(tmp_path / 'groups')
+    summary = train_and_compare(
+      config(num_rounds=num_rounds, **fields), tmp_path / 'groups'
     )
   want, got = rows(tmp_path / 'lone'), rows(tmp_path / 'groups')
   for name in ('train_loss', 'train_accuracy', 'test_accuracy_paper'):
