@@ -221,7 +221,7 @@ def strided(**fields):
 @pytest.mark.parametrize(
   ('fields', 'says'),
   [
-    ({'exchange': 'hand_over'}, 'partition_strided .*exchange=masked_psum'),
+    ({'exchange': 'hand_over'}, 'partition_strided: .*exchange=masked_psum'),
     ({'num_workers': 4}, 'stage 1: 4 workers cannot share 2 blocks'),
     ({'min_depth': 3}, 'stage 1: min_depth is 3; a chain of 2 blocks'),
     ({'model.stage_sizes': (1, 5)}, 'stage 1: .* cannot share 0 blocks'),
