@@ -201,15 +201,17 @@ def _check_model(config) -> None:
       )
     length = network.stage_sizes[stage - 1] - 1
     depths = chosen_depths(config)
-    divisions = [Division(length, config.num_workers, config.min_depth, depths)]
+    sizes = (config.num_workers, config.min_depth, depths)
+    divisions = {f'stage {stage}': Division(length, *sizes)}
     if config.partition_strided:
-      divisions.append(Division(1, config.num_workers, None))
+      branch = Division(1, config.num_workers, None)
+      divisions[f'stage {stage}, with partition_strided'] = branch
     exchange = EXCHANGES[config.exchange](config.wire_format)
-    try:
-      for division in divisions:
+    for what, division in divisions.items():
+      try:
         exchange.check(division)
-    except ValueError as error:
-      raise ConfigError(f'stage {stage}: {error}') from error
+      except ValueError as error:
+        raise ConfigError(f'{what}: {error}') from error
 
 
 def _check_depths(config) -> None:
