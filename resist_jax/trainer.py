@@ -325,7 +325,7 @@ class Trainer:
     """
     folder = pathlib.Path(folder).absolute()
     name = f'round_{int(state.round)}'
-    if _pointer(folder)[0] == name:
+    if storage.pointed_at(folder / _POINTER)[0] == name:
       name = f'{name}_again'  # The one that is there stays whole meanwhile.
     storage.write(folder / name, state, {})
     if jax.process_index() == 0:
@@ -348,7 +348,7 @@ class Trainer:
       ValueError: If there is no state, or if it is damaged.
     """
     folder = pathlib.Path(folder).absolute()
-    name, digest = _pointer(folder)
+    name, digest = storage.pointed_at(folder / _POINTER)
     if not name:
       raise ValueError(f'folder {folder} holds no state: save one there first.')
     if not (folder / name).is_dir() or (
@@ -377,14 +377,6 @@ class Trainer:
       if state is not None:
         return state
     return self.distribute(storage.as_whole(stored), done)
-
-
-def _pointer(folder: pathlib.Path) -> tuple[str, str]:
-  """Returns the name of the newest whole state and its digest, or ''."""
-  if not (folder / _POINTER).is_file():
-    return '', ''
-  name, _, digest = (folder / _POINTER).read_text().strip().partition(' ')
-  return name, digest
 
 
 def _exactly(batches: Iterable[PyTree], steps: int) -> Iterator[PyTree]:

@@ -1,6 +1,6 @@
 """Who holds what, and when and how workers communicate."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
@@ -163,8 +163,3 @@ def hold_the_same(
     return {name: a.slots.tolist() for name, a in assignments.items()}
 
   return tables(ours) == tables(theirs)
-
-
-def chain_names(chains: Iterable[str]) -> str:
-  """Returns names of chains for a message."""
-  return ', '.join(repr(name) for name in chains) or 'none'

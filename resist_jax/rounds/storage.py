@@ -244,9 +244,24 @@ def point_to(pointer: pathlib.Path, folder: pathlib.Path) -> None:
     pointer: A file that names the newest whole folder and its digest.
     folder: A folder beside it that was written.
   """
-  earlier = pointer.read_text().split(' ')[0] if pointer.is_file() else ''
+  earlier, _ = pointed_at(pointer)
   part = pointer.with_name(pointer.name + '.part')
   part.write_text(f'{folder.name} {digest_of_files(folder)}\n')
   part.replace(pointer)
   if earlier and earlier != folder.name:
     shutil.rmtree(folder.with_name(earlier), ignore_errors=True)
+
+
+def pointed_at(pointer: pathlib.Path) -> tuple[str, str]:
+  """Reads what `point_to` wrote.
+
+  Args:
+    pointer: The file.
+
+  Returns:
+    The name of the newest whole folder, and its digest; '' if there is none.
+  """
+  if not pointer.is_file():
+    return '', ''
+  name, _, digest = pointer.read_text().strip().partition(' ')
+  return name, digest
