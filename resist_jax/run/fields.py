@@ -281,13 +281,20 @@ FIELDS = {
       True,
       'Leave a worker whose update is not finite out of the means of the '
       "round, instead of stopping the run. This keeps a copy of each worker's "
-      'blocks.',
+      'parameters.',
     ),
     Field(
       'faults.loss_factor',
       0.0,
       'Also leave out a worker whose loss is more than this many times the '
       'median. 0: nobody, because the right limit depends on the task.',
+    ),
+    Field(
+      'faults.update_factor',
+      10.0,
+      'Also leave out a worker whose update is, by its norm, more than this '
+      'many times as large as those of the others and of recent rounds. 0: '
+      'nobody. In healthy runs of all cards the largest was LARGEST times.',
     ),
     Field(
       'faults.timeout',

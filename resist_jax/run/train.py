@@ -1,6 +1,7 @@
 """A run from a config: build, restore, loop over rounds, evaluate, save."""
 
 import dataclasses
+import math
 import pathlib
 import time
 from typing import Any, NamedTuple
@@ -288,6 +289,7 @@ def _read(
     'train_loss': float(measured['loss'][healthy].mean()),
     'train_accuracy': float(measured['accuracy'][healthy].mean()),
     **({'left_out': excluded} if excluded else {}),
+    **_update_norms(measured),
     'lr': phases.rate_at(config, done * config.local_steps - 1),
     'seconds_training': seconds,
     # Those of the slowest process, which every exchange waits for.
@@ -308,6 +310,14 @@ def _read(
     left_out_total=progress.left_out_total + len(excluded),
     last=row,
   ), int(measured['signum'].max())
+
+
+def _update_norms(measured: dict[str, np.ndarray]) -> dict[str, list]:
+  """Returns a field of the log, where updates are judged; None: not finite."""
+  if 'update_norm' not in measured:
+    return {}
+  norms = measured['update_norm'].tolist()
+  return {'update_norms': [x if math.isfinite(x) else None for x in norms]}
 
 
 def _allgather_scalar(setup: Setup, number: float) -> jax.Array:
@@ -337,6 +347,12 @@ def _excluded(
   """Returns the workers that the aggregate of a round excludes."""
   finite, healthy = measured['finite'], measured['healthy']
   broken = ', '.join(map(str, np.flatnonzero(~finite)))
+  if finite.any() and not healthy.any():
+    raise NonFiniteError(
+      f'round {done}: the updates of all workers are far larger than those of '
+      'recent rounds. Lower lr or raise optimizer.warmup_rounds, or set '
+      'faults.update_factor to 0 if that is as it should be.'
+    )
   if broken and not (config.faults.leave_out and healthy.any()):
     raise NonFiniteError(
       f'round {done}: the loss or the parameters of worker {broken} are not '
@@ -347,7 +363,7 @@ def _excluded(
   far = ', '.join(map(str, np.flatnonzero(finite & ~healthy)))
   for workers, reason in (
     (broken, 'its loss, its parameters or a gradient is not finite'),
-    (far, f'its loss is over {config.faults.loss_factor} times the median'),
+    (far, 'its loss or its update is far larger than those of the others'),
   ):
     if workers:
       logging.warning(

@@ -100,4 +100,4 @@ def test_a_run_excludes_a_worker_whose_loss_is_far_off(tmp_path, caplog):
   summary = train.train(config, str(tmp_path))
   (row,) = rows(tmp_path)
   assert summary['left_out_total'] == len(row['left_out']) > 0
-  assert 'its loss is over 1.0001 times the median' in caplog.text
+  assert 'its loss or its update is far larger' in caplog.text
