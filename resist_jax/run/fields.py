@@ -303,6 +303,13 @@ FIELDS = {
       'seconds. A short time finds a dead process sooner, but may take a busy '
       'one for dead.',
     ),
+    Field(
+      'faults.progress_timeout',
+      1800.0,
+      'In a run of several processes, each ends when a round, a test, a save '
+      'or the export takes more than so many seconds: processes that are alive '
+      'may still wait for each other for ever. Raise it where these are slow.',
+    ),
   ),
 }
 

@@ -33,7 +33,7 @@ from resist_jax.run.checks import validate
 from resist_jax.run.evaluate import Evaluator
 from resist_jax.run.interrupt import Interrupt, Interrupted
 from resist_jax.run.phases import Phase
-from resist_jax.run.setup import Setup, prepare
+from resist_jax.run.setup import Setup, describe_data, prepare
 from resist_jax.run.summary import summarise
 
 
@@ -96,9 +96,14 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   validate(config)
   workdir_lib.check(folder, config.to_dict())
   setup = prepare(config)
+  if jax.process_count() > 1:
+    processes.agree(
+      'data', describe_data(setup.dataset), 'give each host the same data.'
+    )
 
   checkpoints = Checkpoints(folder, setup.mesh)
   with Interrupt() as interrupt:
+    processes.doing('the start')
     restored = _restore(checkpoints, setup)
     measured = restored.progress.get('depths_by_speed') if restored else None
     setup = speed.with_depths(setup, measured or ())
@@ -111,6 +116,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       state, phase, progress = _loop(
         setup, checkpoints, log, interrupt, restored, started
       )
+  processes.doing('the export')
   params = assemble(state).params
   statistics = phases.make_evaluator(setup).statistics(state)
   export.save(folder, _predictor(setup, params, statistics))
@@ -210,6 +216,7 @@ def _loop(
   phase, state = restore.start(setup, restored)
   running, asked = None, 0
   for index in range(progress.round, config.num_rounds):
+    processes.doing(f'round {index + 1}')
     if clock.stopped:
       # Time spent waiting for other processes is not counted.
       processes.barrier()
@@ -237,12 +244,14 @@ def _loop(
     running, signum = None, asked or signum
     clock.stop()
     if evaluates:
+      processes.doing(f'the test after round {done}')
       progress = _evaluated(progress, evaluator, state)
     log(progress.last)
     elapsed = seconds_before + time.perf_counter() - started
     progress = dataclasses.replace(progress, seconds_total=elapsed)
     if jax.process_count() == 1:  # It may have come during the test.
       signum = interrupt.signum or 0
+    processes.doing(f'the checkpoint of round {done}')
     if saves or signum:
       checkpoints.save(state, dataclasses.asdict(progress))
     if signum and not last:
