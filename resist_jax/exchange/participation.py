@@ -116,7 +116,7 @@ def agree(
   healthy = healthy_losses(table if norms is None else table[0], limits.loss)
   if norms is not None and recent is not None:
     healthy &= healthy_updates(table[1], recent, limits.update)
-    recent = _remember(recent, jnp.where(healthy, table[1], jnp.nan))
+    recent = remember(recent, jnp.where(healthy, table[1], jnp.nan))
   # Without limits, a device needs no message to judge its own workers.
   judged = limits.loss or norms is not None
   here = lax.dynamic_slice(healthy, (first,), (W,)) if judged else finite
@@ -149,16 +149,10 @@ def healthy_updates(
 ) -> jax.Array:
   """Returns which workers' updates are near those of the others.
 
-  An update is too large if its norm is more than `factor` times both what the
-  workers of this round have and what was usual in recent rounds, beyond the
-  spread that was usual then. When a learning rate rises, all updates grow
-  together, so none of them is too large; only if they grow by more than
-  `LARGEST_JUMP` in one round, all of them are.
-
   Args:
     norms: `float32[S]`, of all workers; not finite where an update is not.
     recent: Norms of the rounds before.
-    factor: See above.
+    factor: The largest norm that is allowed, in units of `usual_norm`.
 
   Returns:
     `bool[S]`.
@@ -167,20 +161,33 @@ def healthy_updates(
   >>> healthy_updates(jnp.array([1.0, 2.0, 1e9, jnp.inf]), none, 10.0).tolist()
   [True, True, False, False]
   """
-  finite = jnp.isfinite(norms)
+  return jnp.isfinite(norms) & (norms <= factor * usual_norm(norms, recent))
+
+
+def usual_norm(norms: jax.Array, recent: Norms) -> jax.Array:
+  """Returns what no worker's norm usually exceeds by much.
+
+  It is the median of this round or that of recent rounds, whichever is larger,
+  times the spread that was usual in recent rounds. When a learning rate rises,
+  all updates grow together, and so does the median of the round; only up to
+  `LARGEST_JUMP`, so that a round in which most workers fail is noticed.
+
+  Args:
+    norms: `float32[S]`, of all workers; not finite where an update is not.
+    recent: Norms of the rounds before.
+
+  Returns:
+    `float32[]`; infinite if nothing is known, as when the others stand still.
+  """
   known = recent.median > 0
   usual = _lower_median(jnp.where(known, recent.median, jnp.nan))
   ratios = recent.largest / jnp.where(known, recent.median, 1.0)
   spread = _lower_median(jnp.where(known, ratios, jnp.nan))
-  now = _lower_median(jnp.where(finite, norms, jnp.nan))
-  # A worker that stands still says nothing of the others.
+  now = _lower_median(jnp.where(jnp.isfinite(norms), norms, jnp.nan))
   now = jnp.where(now > 0, now, jnp.inf)
-  limit = factor * jnp.where(
-    known.any(),
-    jnp.clip(now, usual, LARGEST_JUMP * usual) * jnp.maximum(spread, 1.0),
-    now,
+  return jnp.where(
+    known.any(), jnp.clip(now, usual, LARGEST_JUMP * usual) * spread, now
   )
-  return finite & (norms <= limit)
 
 
 def no_norms() -> Norms:
@@ -188,8 +195,16 @@ def no_norms() -> Norms:
   return Norms(*(jnp.zeros(ROUNDS, jnp.float32) for _ in Norms._fields))
 
 
-def _remember(recent: Norms, norms: jax.Array) -> Norms:
-  """Adds a round; `norms` are NaN where a worker is not healthy."""
+def remember(recent: Norms, norms: jax.Array) -> Norms:
+  """Adds a round to recent norms, unless nobody in it is healthy.
+
+  Args:
+    recent: Norms of the rounds before.
+    norms: `float32[S]`, of all workers; NaN where a worker is not healthy.
+
+  Returns:
+    The norms with this round, without the oldest.
+  """
   median = _lower_median(norms)
   new = Norms(median, jnp.nanmax(norms))
   return jax.tree.map(

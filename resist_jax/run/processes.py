@@ -82,6 +82,9 @@ def start(
   # This module detects dead processes, and `interrupt` handles SIGTERM.
   jax.config.update('jax_enable_recoverability', True)
   jax.config.update('jax_enable_preemption_service', False)
+  # A program ends before the next one starts: processes that have two
+  # collectives under way may enter them in different orders, and wait forever.
+  jax.config.update('jax_cpu_enable_async_dispatch', False)
   # gRPC would look for the other hosts behind a proxy of the web.
   jax.config.update('jax_check_proxy_envs', False)
   os.environ['no_grpc_proxy'] = place.address[0]  # noqa: SIM112 - its name.

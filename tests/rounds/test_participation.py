@@ -350,7 +350,7 @@ def test_the_rule_of_norms(name):
   norms, medians, healthy = NORMS[name]
   recent = participation.no_norms()
   for x in medians:
-    recent = participation._remember(recent, jnp.full(2, x, jnp.float32))
+    recent = participation.remember(recent, jnp.full(2, x, jnp.float32))
   found = participation.healthy_updates(
     jnp.array(norms, jnp.float32), recent, 10.0
   )
@@ -361,7 +361,7 @@ def test_a_usual_spread_is_allowed():
   """Workers of unequal depth have unequal updates, round after round."""
   recent = participation.no_norms()
   for _ in range(3):
-    recent = participation._remember(recent, jnp.array([1.0, 1.0, 6.0]))
+    recent = participation.remember(recent, jnp.array([1.0, 1.0, 6.0]))
   found = participation.healthy_updates(
     jnp.array([1.0, 50.0, 70.0]), recent, 10.0
   )
