@@ -370,11 +370,11 @@ def test_a_usual_spread_is_allowed():
   """Workers of unequal depth have unequal updates, round after round."""
   recent = participation.no_norms()
   for _ in range(3):
-    recent = participation.remember(recent, jnp.array([1.0, 1.0, 6.0]))
+    recent = participation.remember(recent, jnp.array([1.0, 1.0, 1.0, 6.0]))
   found = participation.healthy_updates(
-    jnp.array([1.0, 50.0, 70.0]), recent, 10.0
+    jnp.array([1.0, 1.0, 50.0, 70.0]), recent, 10.0
   )
-  assert found.tolist() == [True, True, False]
+  assert found.tolist() == [True, True, True, False]
 
 
 def test_norms_come_back_with_the_state(tmp_path):
