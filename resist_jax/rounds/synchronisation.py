@@ -91,8 +91,9 @@ def _judge(
   metrics = {**local.metrics, 'finite': finite, 'healthy': finite}
   norms = None
   if protocol.judges_updates:
+    shared, chain = agreed
     after = split(local.params, protocol.num_blocks)
-    norms = participation.update_norms(agreed, after)
+    norms = participation.update_norms((shared, chain or {}), after)
     metrics['update_norm'] = norms
   elif protocol.average_gradients or not protocol.exclude_faulty:
     return None, recent, metrics

@@ -170,9 +170,7 @@ def test_unequal_workers_hold_as_many_blocks_as_their_depths(L, depths):
     assert sent == (owners(before, L) != owners(after, L)).sum()
 
 
-@pytest.mark.parametrize(
-  ('L', 'depths'), rest_is_slow(UNEQUAL, [UNEQUAL[0], UNEQUAL[3]])
-)
+@pytest.mark.parametrize(('L', 'depths'), rest_is_slow(UNEQUAL, [UNEQUAL[3]]))
 def test_blocks_visit_unequal_workers_in_proportion(L, depths):
   """Chi-squared over fresh runs, and pairs of blocks, as for equal workers."""
   S, samples = len(depths), 3000

@@ -30,7 +30,9 @@ FORMS = pytest.mark.parametrize(
   [
     {},
     {'bottleneck': True, 'norm': 'group'},
-    {'pre_activation': False, 'norm': 'group'},
+    pytest.param(
+      {'pre_activation': False, 'norm': 'group'}, marks=pytest.mark.slow
+    ),
     {'pre_activation': False, 'bottleneck': True},
   ],
   ids=str,
@@ -67,7 +69,7 @@ def test_a_cut_head_computes_what_the_head_does(form):
   whole = net.clone(cut_heads=False)
   want = jax.jit(whole.apply)({'params': joined(params)}, images)
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
-  shapes = jax.eval_shape(lambda: tiny.init(whole))
+  shapes = tiny.init(whole)
   assert jax.tree.map(jnp.shape, joined(params)) == jax.tree.map(
     jnp.shape, shapes
   )
@@ -122,7 +124,7 @@ def plain_loss(net):
 @pytest.mark.parametrize(
   ('S', 'D', 'min_depth', 'on_device', 'form'),
   [
-    (2, 2, 0, False, {}),
+    pytest.param(2, 2, 0, False, {}, marks=pytest.mark.slow),
     (4, 2, 2, False, {'pre_activation': False}),
     (3, 1, 0, True, {'norm': 'group', 'bottleneck': True}),
   ],

@@ -90,7 +90,7 @@ PROTOCOLS = [
   rest_is_slow(
     [(i, D) for i in (2, 4) for D in (1, 2, 4)]
     + [(0, 4), (1, 4), (3, 4), (5, 2), (6, 2)],
-    quick=[(2, 2), (4, 4), (0, 4), (6, 2)],
+    quick=[(4, 4), (0, 4), (6, 2)],
   ),
 )
 def test_a_round_is_algorithm_1_without_the_bad_workers(index, D):
@@ -106,7 +106,7 @@ def test_a_round_is_algorithm_1_without_the_bad_workers(index, D):
     assert np.asarray(metrics['healthy']).tolist() == want
 
 
-@pytest.mark.parametrize('index', rest_is_slow([2, 6], [6]))
+@pytest.mark.parametrize('index', rest_is_slow([2, 6], [2]))
 def test_so_is_the_loop_on_the_device(index):
   protocol = PROTOCOLS[index]
   loss_fn, params = poisoned()
@@ -120,7 +120,7 @@ def test_so_is_the_loop_on_the_device(index):
   ('index', 'wire_format'),
   rest_is_slow(
     [(0, 'int8'), (2, 'int8'), (4, 'bfloat16'), (6, 'int8')],
-    quick=[(2, 'int8'), (4, 'bfloat16')],
+    quick=[(2, 'int8')],
   ),
 )
 def test_and_the_round_in_fewer_bits(index, wire_format):
@@ -235,7 +235,6 @@ GUARDED = [
     list(itertools.product(GUARDED, [False, True])),
     quick=[
       (GUARDED[1], False),
-      (GUARDED[4], True),
       (GUARDED[8], False),
     ],
   ),
@@ -312,7 +311,9 @@ def test_the_rule_of_the_median(losses, factor, good):
     # The sum of squares overflows.
     pytest.param(full(4), 1e30, marks=pytest.mark.slow),
     pytest.param(full(4, wire_format='int8'), 1e4, marks=pytest.mark.slow),
-    (hand_over(4, min_depth=3, carry=True), 1e15),
+    pytest.param(
+      hand_over(4, min_depth=3, carry=True), 1e15, marks=pytest.mark.slow
+    ),
     (hand_over(2, min_depth=3), 1e4),  # The smaller one of two is right.
     pytest.param(resist(4, min_depth=3), 1e4, marks=pytest.mark.slow),
   ],

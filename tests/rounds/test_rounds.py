@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 
-from covering import checkerboard, rest_is_slow
+from covering import rest_is_slow
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,12 +69,10 @@ def assert_close(got, want, tolerance=3e-5):
       ('hand_over', 'group', 4, 2, 3),
     ],
     quick=[
-      ('masked_psum', 'batch', 1, 1, 0),
       ('masked_psum', 'batch', 2, 2, 0),
       ('masked_psum', 'batch', 8, 4, 1),
       ('hand_over', 'batch', 2, 1, 0),
       ('hand_over', 'batch', 4, 4, 3),
-      ('hand_over', 'group', 4, 2, 3),
     ],
   ),
 )
@@ -157,7 +156,7 @@ def test_one_worker_of_resist_is_one_worker_of_local_sgd():
   assert_close(ours, baseline)
 
 
-@pytest.mark.parametrize('on_device', [False, True])
+@pytest.mark.parametrize('on_device', rest_is_slow([False, True], [True]))
 def test_data_parallel_is_one_worker_with_a_larger_batch(on_device):
   """Where the norm allows it: group norm knows no other image of the batch."""
   loss_fn, params = problem('group')
@@ -184,7 +183,10 @@ def test_data_parallel_is_one_worker_with_a_larger_batch(on_device):
 
 @pytest.mark.parametrize(
   ('on_device', 'exchange'),
-  checkerboard([False, True], ['masked_psum', 'hand_over']),
+  rest_is_slow(
+    list(itertools.product([False, True], ['masked_psum', 'hand_over'])),
+    quick=[(False, 'hand_over')],
+  ),
 )
 def test_carried_velocity_is_exchanged_like_the_parameters(on_device, exchange):
   """Against the plain loop, with new slots, copies and an uneven deal."""
@@ -199,6 +201,7 @@ def test_carried_velocity_is_exchanged_like_the_parameters(on_device, exchange):
   assert np.abs(difference).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_carried_velocity_makes_rounds_seamless():
   """With one worker nothing is lost: two rounds of T are one of 2 T."""
   loss_fn, params = problem()

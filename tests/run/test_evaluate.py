@@ -55,8 +55,7 @@ def make_network(lengths=(2, 3), **kwargs):
     values = rng.normal(path[-1].key == 'scale', 0.2, leaf.shape)
     return values.astype(np.float32)
 
-  shapes = jax.eval_shape(lambda: tiny.init(net))
-  return net, jax.tree.map_with_path(draw, shapes)
+  return net, jax.tree.map_with_path(draw, tiny.init(net))
 
 
 def hand_out(params, cut, num_workers, mesh, min_depth=0):

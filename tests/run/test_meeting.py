@@ -204,7 +204,7 @@ def test_the_coordinator_listens_at_its_own_address_only():
 
 # A flag of process 1 alone, for fields that a run would notice late or never.
 DIFFERENT = [
-  ('--config.lr=0.05', 'config.lr is 0.05 in process 1'),
+  ('--config.lr=0.5', 'config.lr is 0.5 in process 1'),
   ('--config.seed=1', 'config.seed is 1 in process 1'),
   ('--config.data.augment=none', "config.data.augment is 'none' in process 1"),
   ('--config.protocol=local_sgd', "config.protocol is 'local_sgd' in proce"),

@@ -105,7 +105,9 @@ def test_a_run_of_unequal_workers(exchange, tmp_path):
       {'depths': (3, 1, 2, 1), 'optimizer.carry_momentum': True},
       marks=pytest.mark.slow,
     ),
-    {'depths': 'by_speed', 'num_devices': 2},
+    pytest.param(
+      {'depths': 'by_speed', 'num_devices': 2}, marks=pytest.mark.slow
+    ),
     pytest.param(
       {'depths': (2, 1, 1, 1), 'phases.full_before': 1, 'wire_format': 'int8'},
       marks=pytest.mark.slow,

@@ -169,6 +169,7 @@ def test_a_run_that_never_stopped_is_reproducible(finished, tmp_path):
   assert other['params_hash'] != again['params_hash']
 
 
+@pytest.mark.slow
 def test_the_number_of_devices_changes_rounding_only(finished, tmp_path):
   losses = []
   for folder, devices in ((finished[0], 4), (tmp_path, 2)):
@@ -181,7 +182,7 @@ def test_the_number_of_devices_changes_rounding_only(finished, tmp_path):
 @pytest.mark.parametrize(
   'fields',
   [
-    {'num_workers': 2, 'num_devices': 2},
+    pytest.param({'num_workers': 2, 'num_devices': 2}, marks=pytest.mark.slow),
     pytest.param(
       {'num_workers': 8, 'min_depth': 1, 'exchange': 'masked_psum'},
       marks=pytest.mark.slow,
@@ -220,6 +221,7 @@ def test_a_checkpoint_goes_on_with_other_workers_or_another_protocol(
   assert np.isfinite(summary['final_train_loss'])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_as_the_same_function(tmp_path):
   """S=4 tests branches at 1/4, S=2 at 1/2: logits stay the same."""
   train.train(tiny_config(num_rounds=1), str(tmp_path))
@@ -254,6 +256,7 @@ def test_a_signal_during_an_evaluation_is_not_lost(tmp_path, monkeypatch):
   assert [p.name for p in (tmp_path / 'checkpoints').iterdir()] == ['2']
 
 
+@pytest.mark.slow
 def test_a_whole_run_as_on_an_accelerator(tmp_path, monkeypatch, finished):
   """One program a round, which donates its state: the log still has slots."""
   monkeypatch.setattr(Setup, 'on_cpu', property(lambda _: False))
