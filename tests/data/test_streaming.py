@@ -112,8 +112,11 @@ def cifar(tmp_path_factory):
 @pytest.mark.parametrize(
   'fields',
   [
-    pytest.param({}, marks=pytest.mark.slow),
-    {'data.validation': 0.2, 'num_workers': 2, 'num_devices': 1},
+    {},
+    pytest.param(
+      {'data.validation': 0.2, 'num_workers': 2, 'num_devices': 1},
+      marks=pytest.mark.slow,
+    ),
     pytest.param(
       {'protocol': 'data_parallel', 'data.sharded': True, 'batch_size': 4},
       marks=pytest.mark.slow,

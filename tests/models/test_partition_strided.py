@@ -125,7 +125,9 @@ def plain_loss(net):
   ('S', 'D', 'min_depth', 'on_device', 'form'),
   [
     pytest.param(2, 2, 0, False, {}, marks=pytest.mark.slow),
-    (4, 2, 2, False, {'pre_activation': False}),
+    pytest.param(
+      4, 2, 2, False, {'pre_activation': False}, marks=pytest.mark.slow
+    ),
     (3, 1, 0, True, {'norm': 'group', 'bottleneck': True}),
   ],
 )

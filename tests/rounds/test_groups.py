@@ -89,6 +89,7 @@ def test_a_step_of_a_group_is_that_of_a_lone_worker():
   np.testing.assert_allclose(metrics['loss'], [value, value], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_each_device_trains_on_its_part_however_batches_come():
   loss_fn = tiny.make_loss(tiny.network(L, norm_axis=DATA))
   _, params = problem()

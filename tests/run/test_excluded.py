@@ -97,6 +97,7 @@ def test_one_worker_that_fails_stops_a_run_that_excludes_none(poison, tmp_path):
   assert summary['left_out_total'] == 1
 
 
+@pytest.mark.slow
 def test_a_run_excludes_a_worker_whose_loss_is_far_off(tmp_path, caplog):
   """With a factor just over 1 some worker is always excluded."""
   config = tiny_config(**{'faults.loss_factor': 1.0001, 'num_rounds': 1})

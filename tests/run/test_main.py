@@ -193,6 +193,7 @@ def test_labels_out_of_range(tmp_path):
   assert re.search(says, refusal(tmp_path / 'run', *words))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
 def test_the_digits_card_works_for_any_small_set(tmp_path):
   tfds_sets.write(tmp_path / 'sets', 'cifar10')

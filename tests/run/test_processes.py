@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 
-from covering import rest_is_slow
 import jax
 import numpy as np
 import pytest
@@ -49,7 +48,8 @@ def trained(tmp_path_factory, request):
   return folder
 
 
-@pytest.mark.parametrize('name', rest_is_slow(RUNS, ['replicas']))
+@pytest.mark.faults
+@pytest.mark.parametrize('name', RUNS)
 def test_four_processes_are_four_virtual_devices(name, trained, tmp_path):
   alone = train.train(config_of(name), str(tmp_path))
   together = json.loads((trained / name / 'summary.json').read_text())

@@ -50,6 +50,7 @@ def test_noise_cannot_make_a_block_free():
   assert shared[1] > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('D', [2, 4])
 def test_times_are_of_every_worker_and_two_depths(D):
   config = tiny_config(depths='by_speed', num_devices=D)

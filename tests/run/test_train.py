@@ -162,6 +162,7 @@ def test_a_stopped_run_ends_bit_equal_to_one_that_was_not(
   assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_never_stopped_is_reproducible(finished, tmp_path):
   again = train.train(tiny_config(), str(tmp_path))
   assert again['params_hash'] == finished[1]['params_hash']
@@ -192,7 +193,7 @@ def test_the_number_of_devices_changes_rounding_only(finished, tmp_path):
     pytest.param({'wire_format': 'int8'}, marks=pytest.mark.slow),
     pytest.param({'protocol': 'local_sgd'}, marks=pytest.mark.slow),
     pytest.param({'protocol': 'data_parallel'}, marks=pytest.mark.slow),
-    {'evaluation.stream_blocks': True},
+    pytest.param({'evaluation.stream_blocks': True}, marks=pytest.mark.slow),
   ],
   ids=[
     'S=2',
