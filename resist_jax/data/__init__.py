@@ -10,6 +10,7 @@ from resist_jax.data.sets import (
   Dataset,
   Split,
   batch_indices,
+  hold_out,
   load,
   normalise,
 )
@@ -25,6 +26,7 @@ __all__ = [
   'augment',
   'batch_indices',
   'choose',
+  'hold_out',
   'load',
   'normalise',
 ]
