@@ -5,12 +5,12 @@ trains on the same images.
 """
 
 from resist_jax.data.augmentation import Augmentation, augment, choose
+from resist_jax.data.held_out import hold_out
 from resist_jax.data.pipeline import Resident, Stream
 from resist_jax.data.sets import (
   Dataset,
   Split,
   batch_indices,
-  hold_out,
   load,
   normalise,
 )
