@@ -1,4 +1,4 @@
-"""The error of user input, and other errors in one line."""
+"""The error of user input."""
 
 
 class ConfigError(ValueError):

@@ -52,9 +52,8 @@ def find(name: str, data_dir: str = '') -> Prepared:
   # Imported here because it is slow, and the digits do not need it.
   import tensorflow_datasets as tfds
 
-  given = folder_of_sets(data_dir)
-  default = os.environ.get('TFDS_DATA_DIR') or tfds.core.constants.DATA_DIR
-  where = given or os.path.expanduser(default)
+  given = folder_of_sets(data_dir or os.environ.get('TFDS_DATA_DIR', ''))
+  where = given or os.path.expanduser(tfds.core.constants.DATA_DIR)
   builder = _builder(name, given, where)
   features = builder.info.features
   _check_features(name, features)
@@ -89,8 +88,8 @@ def folder_of_sets(data_dir: str) -> str:
   if unset or folder.startswith('~'):
     what = f'{unset[0]} is not set' if unset else 'there is no such user'
     raise ConfigError(
-      f'data.dir is {data_dir!r}, but {what}: write the whole path, such as '
-      '/data/tensorflow_datasets.'
+      f'the folder of data sets is {data_dir!r}, but {what}: set data.dir to '
+      'the whole path, such as /data/tensorflow_datasets.'
     )
   if re.match(r'\w{2,}:/', folder):  # A letter alone is a Windows drive.
     try:
@@ -99,12 +98,12 @@ def folder_of_sets(data_dir: str) -> str:
       tfds.core.Path(folder).exists()
     except KeyError as error:
       raise ConfigError(
-        f'data.dir is {data_dir!r}, and TFDS does not read such URLs: set it '
-        'to a folder, or to one of gs://, s3:// or az://.'
+        f'the folder of data sets is {data_dir!r}, and TFDS does not read such '
+        'URLs: set data.dir to a folder, or to one of gs://, s3:// or az://.'
       ) from error
     except Exception as error:  # Each file system raises types of its own.
       raise ConfigError(
-        f'data.dir is {data_dir!r}, which cannot be read here '
+        f'the folder of data sets is {data_dir!r}, which cannot be read here '
         f'({one_line(error)}): install what that asks for, or copy the sets '
         'and set data.dir to their folder.'
       ) from error

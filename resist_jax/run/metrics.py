@@ -55,8 +55,10 @@ class MetricsLog:
     """
     self._shown_test = '-'
     path = workdir / 'metrics.jsonl'
-    done = (r for r in report.each_row(path) if r['round'] <= start_round)
-    replace_text(path, ''.join(json.dumps(row) + '\n' for row in done))
+    rows = report.read_rows(path)
+    rows = [row for row in rows if row['round'] <= start_round]
+    lines = ''.join(json.dumps(row) + '\n' for row in rows)
+    replace_text(path, lines)
     self._file = path.open('a')
     self._board = tensorboardX.SummaryWriter(
       str(workdir / 'tensorboard'), purge_step=start_round + 1

@@ -119,6 +119,9 @@ def test_the_folder_may_be_named_as_in_a_shell(tmp_path, monkeypatch):
   for folder in ('~/sets', '$HOME/sets', '~/${WHERE}', 'sets'):
     sets.load.cache_clear()
     assert len(data.load('own', folder).train) == 3
+    monkeypatch.setenv('TFDS_DATA_DIR', folder)
+    sets.load.cache_clear()
+    assert len(data.load('own').train) == 3
   assert "'$NOT_THERE/sets', but $NOT_THERE is not set" in (
     refusal('own', '$NOT_THERE/sets')
   )
