@@ -22,6 +22,7 @@ from resist_jax.report.records import (
   Summary,
   is_number,
   load_runs,
+  printable,
 )
 
 # For each row of the summary table, its name and the format of its cells. A
@@ -273,7 +274,7 @@ def main(args: Sequence[str] | None = None) -> int:
   flags = parser.parse_args(args)
   out = flags.out or (Path('report') if flags.dirs[1:] else flags.dirs[0])
   try:
-    print(write_report(flags.dirs, out))
+    print(printable(str(write_report(flags.dirs, out))))
   except (ConfigError, OSError) as error:
     hint = '' if isinstance(error, ConfigError) else '; try another --out.'
     print(f'error: {error}{hint}', file=sys.stderr)

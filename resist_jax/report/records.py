@@ -65,7 +65,14 @@ def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
   depth = 1
   while len({path.parts[-depth:] for path in paths}) < len(paths):
     depth += 1
-  return [_load_run(path, '/'.join(path.parts[-depth:])) for path in paths]
+  names = [printable('/'.join(path.parts[-depth:])) for path in paths]
+  labels = [' '.join(name.split()) for name in names]
+  return list(map(_load_run, paths, labels))
+
+
+def printable(name: str) -> str:
+  """Returns a name that can be printed and drawn, whatever bytes it has."""
+  return name.encode('utf-8', 'backslashreplace').decode('utf-8')
 
 
 def _load_run(path: Path, label: str) -> Run:

@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import os
 import tracemalloc
 
 import numpy as np
@@ -223,6 +224,14 @@ def test_names_of_runs_are_text(tmp_path):
   figure = plots.accuracy_figure(rows, 'round')
   shown = [text.get_text() for text in figure.legends[0].get_texts()]
   assert shown[:3] == names
+
+
+def test_a_folder_may_have_any_name(tmp_path, capsys):
+  names = [os.fsdecode(b'r\xff'), 'two\nlines']
+  runs = [str(make_run(tmp_path / name)) for name in names]
+  assert report.main([*runs, f'--out={tmp_path / names[0]}']) == 0
+  assert 'r\\udcff' in capsys.readouterr().out
+  assert report.main([runs[0]]) == 0
 
 
 def test_bytes_of_very_different_runs_share_a_logarithmic_axis():
