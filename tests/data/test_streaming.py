@@ -332,11 +332,12 @@ def test_extra_tests_of_small_sets_are_read_into_memory(cifar):
 
 def test_a_finished_run_is_tested_on_sets_that_it_is_given(cifar, tmp_path):
   tfds_sets.write(cifar, 'cifar10_1/v6', counts=(1, 7))
-  first = train.train(small_config(cifar, 'never'), str(tmp_path))
+  least = {'protocol': 'local_sgd', 'num_workers': 1, 'num_devices': 1}
+  config = small_config(cifar, 'never', num_rounds=1, **least)
+  config.model.stage_sizes = (1, 1)
+  first = train.train(config, str(tmp_path))
   log = rows(tmp_path)
-  config = small_config(
-    cifar, 'never', **{'data.extra_tests': ('cifar10_1/v6',)}
-  )
+  config.data.extra_tests = ('cifar10_1/v6',)
   second = train.train(config, str(tmp_path))
   assert second['params_hash'] == first['params_hash']
   assert second['test_accuracy'] == first['test_accuracy']
@@ -348,7 +349,6 @@ def test_a_finished_run_is_tested_on_sets_that_it_is_given(cifar, tmp_path):
   accuracy = f'<td>{second["cifar10_1_v6_accuracy"]:.2%}</td>'
   assert f'<th>cifar10_1_v6, as deployed</th>{accuracy}' in text
   assert rows(tmp_path) == log
-  assert train.train(config, str(tmp_path)) == second
 
 
 def test_splits_are_those_of_the_config(cifar):

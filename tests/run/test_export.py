@@ -15,7 +15,7 @@ NAMES = ('cat', 'dog', 'eel')
 @pytest.fixture(scope='module')
 def predictor():
   """A network that was not trained: its numbers are arbitrary anyway."""
-  network = tiny.network(norm='group')
+  network = tiny.network(norm='group', dtype='float32')
   variables = {'params': tiny.init(network), 'batch_stats': {}}
   scales = {tiny.CHAIN: np.full(5, 0.25, np.float32)}
   mean, std = np.float32([0.5]), np.float32([0.25])
