@@ -23,7 +23,8 @@ PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
 # The fields of a round that a result file keeps.
 CURVE = ('round', 'protocol', 'train_loss', 'train_accuracy', 'test_accuracy',
          'test_accuracy_paper', 'seconds_training', 'bytes_total',
-         'wire_bytes_total', 'slots', 'num_blocks')  # fmt: skip
+         'wire_bytes_total', 'slots', 'num_blocks', 'update_norms',
+         'left_out')  # fmt: skip
 
 
 def load_card(

@@ -85,6 +85,9 @@ class Trainer:
       aggregate. Costs memory for the blocks as last agreed.
     loss_factor: Also exclude workers whose loss is more than so many times the
       median; 0 for none.
+    update_factor: Also exclude workers whose update is more than so many times
+      as large as those of the others and of recent rounds, see
+      `participation.healthy_updates`; 0 for none.
     on_device: See `rounds.make_round`.
     programs: Set by `compile`.
 
@@ -124,6 +127,7 @@ class Trainer:
   carry: bool = False
   exclude_faulty: bool = True
   loss_factor: float = 0.0
+  update_factor: float = 10.0
   on_device: bool | None = None
   programs: Round | None = dataclasses.field(default=None, repr=False)
 
@@ -174,6 +178,7 @@ class Trainer:
       self.carry,
       self.exclude_faulty,
       self.loss_factor,
+      self.update_factor,
     )
     protocol.check()
     return protocol
@@ -473,10 +478,10 @@ def _check_fields(trainer: Trainer) -> None:
       raise ValueError(
         f'{name} is {value!r}; it must be an integer of 1 or more.'
       )
-  if trainer.loss_factor and not trainer.loss_factor > 1:
-    raise ValueError(
-      f'loss_factor is {trainer.loss_factor}; it must be greater than 1, or 0.'
-    )
+  for name in ('loss_factor', 'update_factor'):
+    factor = getattr(trainer, name)
+    if not (factor == 0 or factor > 1):
+      raise ValueError(f'{name} is {factor}; it must be greater than 1, or 0.')
   if trainer.loss_factor and not trainer.exclude_faulty:
     raise ValueError(
       'loss_factor excludes workers, but exclude_faulty is off: turn it on, or '

@@ -30,8 +30,13 @@ FOREVER = '--config.num_rounds=1000000'
 class Several:
   """Processes that train in one workdir."""
 
-  def __init__(self, folder, *flags, count=2, prefix=(), env=None):
-    """Starts them; `prefix` replaces `python -m resist_jax`."""
+  def __init__(
+    self, folder, *flags, count=2, prefix=(), env=None, only_last=()
+  ):
+    """Starts them; `prefix` replaces `python -m resist_jax`.
+
+    The last process gets some more flags.
+    """
     self.workdir = folder
     args = [*TINY, f'--workdir={folder}', *flags]
     self._outputs = []
@@ -40,6 +45,7 @@ class Several:
       if prefix:
         command[:3] = prefix
       number = len(self.processes)
+      command += only_last if number == count - 1 else ()
       path = pathlib.Path(f'{folder}.{time.monotonic_ns()}.{number}')
       self._outputs.append(path)
       with path.open('w') as output:

@@ -48,6 +48,7 @@ def test_a_wheel_holds_cards_and_types(wheel):
   assert wheel.name.split('-')[:2] == ['resist_jax', resist_jax.__version__]
 
 
+@pytest.mark.slow
 def test_a_wheel_trains_on_digits_in_an_empty_folder(wheel, tmp_path):
   site, folder = tmp_path / 'site', tmp_path / 'empty'
   zipfile.ZipFile(wheel).extractall(site)

@@ -17,7 +17,7 @@ VERSIONS = {
 }
 
 
-def write(folder, name, shape=(32, 32, 3), classes=10, counts=(40, 12)):
+def write(folder, name, shape=(32, 32, 3), classes=10, counts=(40, 12), seed=0):
   """Writes a set of random images, and returns those and their labels.
 
   Args:
@@ -27,7 +27,7 @@ def write(folder, name, shape=(32, 32, 3), classes=10, counts=(40, 12)):
     classes: How many.
     counts: Images of the splits train and test.
   """
-  rng = np.random.default_rng(0)
+  rng = np.random.default_rng(seed)
   splits = {
     split: (
       rng.integers(0, 256, (count, *shape)).astype(np.uint8),

@@ -44,7 +44,8 @@ def config_of(name):
 
 def main():
   folder, coordinator, count, process, *names = sys.argv[1:]
-  processes.start(coordinator, int(count), int(process), timeout=300)
+  place = processes.Place(coordinator, int(count), int(process))
+  processes.start(place, {}, processes.Patience(300))
   jax.config.update('jax_num_cpu_devices', WORKERS // int(count))
   for name in names:
     train_and_compare(config_of(name), f'{folder}/{name}')

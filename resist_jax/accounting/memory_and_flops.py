@@ -32,7 +32,7 @@ def predicted_memory(
   S = protocol.num_workers
   params = BYTES_PER_PARAM * params_per_worker(sizes, protocol)
   shared = BYTES_PER_PARAM * sizes.shared
-  kept = shared if protocol.sends_changes else 0
+  kept = shared if protocol.keeps_shared else 0
   if protocol.keeps_blocks:
     kept += params - shared
   if protocol.keeps_error:

@@ -194,13 +194,16 @@ def wire_bytes(
     Bytes that all devices together send.
   """
   S, D, form = protocol.num_workers, num_devices, protocol.exchange.format
-  # Where workers may be excluded, all of them first exchange their losses.
+  # Where workers may be excluded, all of them first exchange their losses, and
+  # the norms of their updates.
   losses = all_reduce_bytes(S, S, D) if protocol.exclude_faulty else 0
+  judging = 2 * losses if protocol.judges_updates else losses
   if protocol.average_gradients:
-    step = all_reduce_bytes(sizes.total, S, D, form.values)
-    return devices_per_worker * protocol.local_steps * (step + losses)
+    step = all_reduce_bytes(sizes.total, S, D, form.values) + losses
+    end = judging if protocol.judges_updates else 0
+    return devices_per_worker * (protocol.local_steps * step + end)
   parts = _parts(sizes, protocol, moments)
-  total: float = losses
+  total: float = judging
   for i, part in enumerate(parts):
     encoding = form.values if i else form.changes
     total += all_reduce_bytes(part.shared, S, D, encoding)

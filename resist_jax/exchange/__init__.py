@@ -15,6 +15,7 @@ from resist_jax.exchange.compression import FORMATS, Format, wire_format
 from resist_jax.exchange.hand_over import hand_over
 from resist_jax.exchange.interface import Exchange, Load
 from resist_jax.exchange.masked_psum import masked_psum
+from resist_jax.exchange.participation import Limits, Norms
 
 __all__ = [
   'DATA',
@@ -23,7 +24,9 @@ __all__ = [
   'Exchange',
   'Format',
   'Healthy',
+  'Limits',
   'Load',
+  'Norms',
   'all_reduce_bytes',
   'hand_over',
   'masked_psum',

@@ -30,7 +30,7 @@ from resist_jax.rounds.state import (
   assignments_on_host,
   place_assignments,
 )
-from resist_jax.rounds.synchronisation import synchronise
+from resist_jax.rounds.synchronisation import Synchronised, synchronise
 
 PyTree = Any
 
@@ -91,7 +91,8 @@ class Round:
     moves = (state.assignments, state.assignments)
     if 'round' in self.programs:
       batches = _shapes(batches, self._batch_sharding)
-      inputs = (held, state.error, *moves, constants, batches, index)
+      inputs = (held, state.error, state.norms, *moves)
+      inputs = (*inputs, constants, batches, index)
       return {'round': inputs}
     local = jax.eval_shape(self.programs['begin'], *held, index)
     local = _shapes(local, NamedSharding(self.mesh, SHARDED))
@@ -104,7 +105,7 @@ class Round:
         name: (*device_groups.part(inputs, group), index, index)
         for name, group in self.groups.items()
       },
-      'finish': (local, agreed, state.error, *moves),
+      'finish': (local, agreed, state.error, state.norms, *moves),
     }
 
   def __call__(
@@ -131,7 +132,8 @@ class Round:
       `(state, metrics)`: the next round's state, and `float32[S]` for `loss`
       and each metric of the loss function, means over the steps; `bool[S]` for
       `finite`, whether a worker's update is free of NaN and infinity, and for
-      `healthy`, whether the aggregate includes it. Where steps are dispatched
+      `healthy`, whether the aggregate includes it; where updates are judged,
+      `float32[S]` for `update_norm`. Where steps are dispatched
       from the host, `seconds_local` is what local training took in this
       process, in seconds.
 
@@ -147,12 +149,14 @@ class Round:
       batches = place(batches, self._batch_sharding)
       new, metrics = self.programs['round'](
         (state.shared, state.chain, state.carried),
-        state.error, *moves, constants, batches, index,
+        state.error, state.norms, *moves, constants, batches, index,
       )  # fmt: skip
     else:
       local, seconds = self._train(state, constants, batches, index)
       agreed = self.protocol.kept(state.shared, state.chain)
-      new, metrics = self.programs['finish'](local, agreed, state.error, *moves)
+      new, metrics = self.programs['finish'](
+        local, agreed, state.error, state.norms, *moves
+      )
       for leaf in jax.tree.leaves(agreed):
         leaf.delete()  # No output could take its place.
       metrics = {**metrics, 'seconds_local': seconds}
@@ -274,22 +278,31 @@ def make_round(
     loss_fn, optimizer, protocol, seed, metrics, on_device, grouped
   )
   groups = device_groups.make_device_groups(protocol, mesh)
-  on_mesh = partial(jax.shard_map, check_vma=True, out_specs=SHARDED)
+  on_mesh = partial(jax.shard_map, check_vma=True)
   _, batch = batch_specs(mesh)
   held = (SHARDED, SHARDED, SHARDED)
-  begin = on_mesh(training.begin, mesh=mesh, in_specs=(*held, REPLICATED))
+  begin = on_mesh(
+    training.begin,
+    mesh=mesh,
+    in_specs=(*held, REPLICATED),
+    out_specs=SHARDED,
+  )
   steps = {
     name: on_mesh(
       partial(training.step, group=group),
       mesh=group.mesh if group else mesh,
       in_specs=(SHARDED, REPLICATED, REPLICATED, batch, REPLICATED, REPLICATED),
+      out_specs=SHARDED,
     )
     for name, group in groups.items()
   }
+  specs: Any = len(Synchronised._fields) * [SHARDED]
+  specs[Synchronised._fields.index('norms')] = REPLICATED
   finish = on_mesh(
     partial(synchronise, protocol, optimizer),
     mesh=mesh,
-    in_specs=(*held, REPLICATED, REPLICATED),
+    in_specs=(*held, REPLICATED, REPLICATED, REPLICATED),
+    out_specs=(Synchronised(*specs), SHARDED),
   )
   if on_device and not streamed and 'step' in groups:
     whole = partial(_scan_round, protocol, begin, steps['step'], finish)
@@ -302,7 +315,7 @@ def make_round(
 def _host_programs(protocol, begin, steps, finish, groups) -> dict[str, Any]:
   """Jits the programs of a round whose steps the host dispatches."""
   # The exchange needs some of the parameters as they were before training.
-  stays = (protocol.sends_changes, protocol.keeps_blocks, False)
+  stays = (protocol.keeps_shared, protocol.keeps_blocks, False)
   donated = [i for i, kept in enumerate(stays) if not kept]
   return {
     'begin': jax.jit(begin, donate_argnums=donated),
@@ -320,7 +333,7 @@ def _host_programs(protocol, begin, steps, finish, groups) -> dict[str, Any]:
 
 
 def _scan_round(
-  protocol, begin, step, finish, held, error, before, after, constants,
+  protocol, begin, step, finish, held, error, norms, before, after, constants,
   batches, index,
 ):  # fmt: skip
   """Trains and exchanges in one program, for GPU and TPU."""
@@ -335,4 +348,4 @@ def _scan_round(
   by_step = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), batches)
   steps = jnp.arange(jax.tree.leaves(by_step)[0].shape[0], dtype=jnp.int32)
   local, _ = lax.scan(body, local, (by_step, steps))
-  return finish(local, agreed, error, before, after)
+  return finish(local, agreed, error, norms, before, after)

@@ -186,7 +186,7 @@ class LocalTraining:
     protocol, healthy = self.protocol, None
     if protocol.exclude_faulty:
       finite = participation.finite(grads, measured['loss'])
-      healthy = participation.agree(
+      healthy, _ = participation.agree(
         measured['loss'], finite, protocol.num_workers
       )
       # A NaN marks the worker in the mean over the steps.

@@ -34,7 +34,8 @@ class Protocol:
       otherwise they restart in every round (the paper).
     exclude_faulty: Exclude workers whose update is not finite from aggregates,
       see `exchange.participation`.
-    loss_factor: See `participation.healthy_workers`.
+    loss_factor: See `participation.healthy_losses`.
+    update_factor: See `participation.healthy_updates`; 0 judges no updates.
   """
 
   num_workers: int
@@ -47,16 +48,27 @@ class Protocol:
   carry: bool = False
   exclude_faulty: bool = False
   loss_factor: float = 0.0
+  update_factor: float = 0.0
 
   @property
   def sends_changes(self) -> bool:
-    """Whether the exchange needs the shared part before local training."""
+    """Whether workers send changes of the shared part, not its values."""
     return not (self.exchange.format.exact or self.average_gradients)
 
   @property
+  def keeps_shared(self) -> bool:
+    """Whether the shared part before local training is needed after it."""
+    return self.sends_changes or self.judges_updates
+
+  @property
   def keeps_blocks(self) -> bool:
-    """Whether it needs the blocks, for those without a healthy holder."""
+    """Whether the blocks are, for those without a healthy holder."""
     return self.exclude_faulty and bool(self.num_blocks)
+
+  @property
+  def judges_updates(self) -> bool:
+    """Whether workers are judged by how far they move their parameters."""
+    return self.exclude_faulty and self.update_factor > 0
 
   @property
   def keeps_error(self) -> bool:
@@ -66,9 +78,9 @@ class Protocol:
   def kept(
     self, shared: PyTree, chain: PyTree
   ) -> tuple[PyTree | None, PyTree | None]:
-    """Returns what the exchange needs of both, None for what it does not."""
+    """Returns what is needed of both after training, else None."""
     return (
-      shared if self.sends_changes else None,
+      shared if self.keeps_shared else None,
       chain if self.keeps_blocks else None,
     )
 

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from resist_jax.decomposition import Assignment, join, split
-from resist_jax.exchange import collectives
+from resist_jax.exchange import Norms, collectives, participation
 from resist_jax.rounds.arrays import first_copy, place, rows
 from resist_jax.rounds.mesh import REPLICATED, SHARDED
 from resist_jax.rounds.moments import Parts, take_apart
@@ -36,6 +36,8 @@ class State(NamedTuple):
       None where it restarts.
     error: What rounding removed from the changes sent so far, see
       `collectives.error_shapes`; None where nothing is kept.
+    norms: Norms of the updates of recent rounds, replicated; None where nobody
+      judges updates.
   """
 
   shared: PyTree
@@ -45,6 +47,7 @@ class State(NamedTuple):
   num_blocks: dict[str, int]
   carried: Parts | None = None
   error: PyTree | None = None
+  norms: Norms | None = None
 
 
 class Whole(NamedTuple):
@@ -157,6 +160,7 @@ def distribute(
     dict(protocol.num_blocks),
     carried,
     no_error(shared, protocol, mesh),
+    place_norms(None, protocol, mesh),
   )
 
 
@@ -172,6 +176,27 @@ def no_error(
     name: _place_rows(lambda _, n=n: np.zeros(n), S, (n,), np.float32, mesh)
     for name, (_, n) in collectives.error_shapes(size, S).items()
   }
+
+
+def place_norms(
+  norms: Norms | None, protocol: Protocol, mesh: Mesh
+) -> Norms | None:
+  """Copies norms of recent rounds to all devices, where a protocol has a use.
+
+  Args:
+    norms: On the host; None for those before the first round.
+    protocol: Whether it judges updates.
+    mesh: Where the workers live.
+
+  Returns:
+    The norms on the mesh, or None.
+  """
+  if not protocol.judges_updates:
+    return None
+  norms = norms or participation.no_norms()
+  everywhere = NamedSharding(mesh, REPLICATED)
+  arrays = [np.asarray(x, np.float32) for x in norms]
+  return Norms(*(place(x, everywhere) for x in arrays))
 
 
 def place_assignments(

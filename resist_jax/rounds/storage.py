@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
 from resist_jax.decomposition import Assignment
-from resist_jax.exchange import WORKER
+from resist_jax.exchange import WORKER, Norms
 from resist_jax.rounds.arrays import first_copy
 from resist_jax.rounds.mesh import SHARDED
 from resist_jax.rounds.moments import Parts
@@ -27,6 +27,7 @@ from resist_jax.rounds.state import (
   assemble,
   assignments_on_host,
   place_assignments,
+  place_norms,
   replicate,
 )
 
@@ -71,6 +72,8 @@ def write(
     'num_blocks': {k: int(n) for k, n in state.num_blocks.items()},
     'slots': {name: a.slots.tolist() for name, a in assignments.items()},
     'carried': state.carried is not None,
+    'norms': state.norms
+    and [np.asarray(x.addressable_data(0)).tolist() for x in state.norms],
     'record': dict(record),
   }
   ocp.save(str(folder), arrays, overwrite=True, custom_metadata=description)
@@ -101,7 +104,7 @@ def read(folder: pathlib.Path, mesh: Mesh) -> Stored:
   targets = jax.tree_util.tree_map_with_path(target, saved.metadata)
   arrays: Any = ocp.load(str(folder), targets)
   shared, chain = _from_parts(arrays['params'])
-  carried = None
+  carried, norms = None, description.get('norms')
   if description['carried']:
     moments = [_from_parts(parts) for parts in arrays.get('moments', ())]
     names = ('shared', 'chain')
@@ -120,6 +123,7 @@ def read(folder: pathlib.Path, mesh: Mesh) -> Stored:
     description['num_blocks'],
     carried,
     arrays.get('error', {}).get('workers'),
+    norms and Norms(*norms),
   )
   return Stored(state, description['record'])
 
@@ -151,7 +155,10 @@ def as_state(
   ):
     return None
   state = _map_equal(state, lambda x: replicate(x, S, mesh))
-  return state._replace(assignments=place_assignments(assignments, mesh))
+  return state._replace(
+    assignments=place_assignments(assignments, mesh),
+    norms=place_norms(state.norms, protocol, mesh),
+  )
 
 
 def as_whole(stored: Stored) -> Whole:

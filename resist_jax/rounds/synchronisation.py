@@ -7,7 +7,13 @@ import jax
 import optax
 
 from resist_jax.decomposition import Assignment, split
-from resist_jax.exchange import Healthy, collectives, participation
+from resist_jax.exchange import (
+  Healthy,
+  Limits,
+  Norms,
+  collectives,
+  participation,
+)
 from resist_jax.rounds.local_training import Local
 from resist_jax.rounds.moments import Parts, take_apart
 from resist_jax.rounds.protocol import Protocol
@@ -22,6 +28,7 @@ class Synchronised(NamedTuple):
   chain: dict[str, PyTree]
   carried: Parts | None
   error: PyTree | None
+  norms: Norms | None
 
 
 def synchronise(
@@ -30,6 +37,7 @@ def synchronise(
   local: Local,
   agreed: tuple[PyTree | None, PyTree | None],
   error: PyTree | None,
+  norms: Norms | None,
   before: Mapping[str, Assignment],
   after: Mapping[str, Assignment],
 ) -> tuple[Synchronised, dict[str, jax.Array]]:
@@ -41,17 +49,18 @@ def synchronise(
     local: What local training ends with.
     agreed: The shared part and the blocks before it, see `Protocol.kept`.
     error: What rounding removed from changes so far.
+    norms: Norms of the updates of recent rounds; None if nobody judges them.
     before: The assignment of each chain in the round.
     after: The assignment of each chain in the next round.
 
   Returns:
     What the state of the next round holds, and metrics `[W]` by name.
   """
-  S, losses = protocol.num_workers, local.metrics['loss']
+  S = protocol.num_workers
   agreed_shared, agreed_chain = collectives.widen(agreed)
-  finite, healthy = participation.finite(local.params, losses), None
-  if protocol.exclude_faulty and not protocol.average_gradients:
-    healthy = participation.agree(losses, finite, S, protocol.loss_factor)
+  judged, norms, metrics = _judge(protocol, local, agreed, norms)
+  # With averaged gradients, all workers hold the same.
+  healthy = None if protocol.average_gradients else judged
 
   shared, chain = split(collectives.widen(local.params), protocol.num_blocks)
   if protocol.sends_changes:
@@ -70,9 +79,28 @@ def synchronise(
   shared, chain = collectives.narrow(
     (shared, chain), split(local.params, protocol.num_blocks)
   )
-  here = finite if healthy is None else healthy.here
-  metrics = {**local.metrics, 'finite': finite, 'healthy': here}
-  return Synchronised(shared, chain, carried, error), metrics
+  return Synchronised(shared, chain, carried, error, norms), metrics
+
+
+def _judge(
+  protocol: Protocol, local: Local, agreed: PyTree, recent: Norms | None
+) -> tuple[Healthy | None, Norms | None, dict[str, jax.Array]]:
+  """Returns the healthy workers, recent norms with this round, and metrics."""
+  losses = local.metrics['loss']
+  finite = participation.finite(local.params, losses)
+  metrics = {**local.metrics, 'finite': finite, 'healthy': finite}
+  norms = None
+  if protocol.judges_updates:
+    after = split(local.params, protocol.num_blocks)
+    norms = participation.update_norms(agreed, after)
+    metrics['update_norm'] = norms
+  elif protocol.average_gradients or not protocol.exclude_faulty:
+    return None, recent, metrics
+  limits = Limits(protocol.loss_factor, protocol.update_factor)
+  healthy, recent = participation.agree(
+    losses, finite, protocol.num_workers, limits, norms, recent
+  )
+  return healthy, recent, {**metrics, 'healthy': healthy.here}
 
 
 def _exchange_moments(

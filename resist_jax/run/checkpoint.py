@@ -22,7 +22,6 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from resist_jax.rounds import State, storage
-from resist_jax.run import processes
 from resist_jax.run.workdir import replace_text
 
 KEEP = 3  # The newest and two older ones, in case newer ones are damaged.
@@ -112,9 +111,7 @@ class Checkpoints:
       # checkpoint of this round may exist.
       context = ocp.Context()
       context.asynchronous.timeout_secs = _TIMEOUT
-      # The time limit is needed because, when a clock jumps, one process may
-      # leave a JAX barrier while the others stay in it.
-      with context, processes.time_limit(f'the checkpoint of round {step}'):
+      with context:
         storage.write(self._path(step), state, progress)
       if jax.process_index() == 0:
         self._write_digest(step)

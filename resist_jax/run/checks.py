@@ -146,17 +146,20 @@ def _names(config: dict) -> dict:
 
 
 def _check_faults(config) -> None:
-  if not config.faults.timeout > 0:
-    raise ConfigError(
-      f'faults.timeout is {config.faults.timeout}; it must be more than 0 '
-      'seconds.'
-    )
+  for name in ('timeout', 'progress_timeout'):
+    if not config.faults[name] > 0:
+      raise ConfigError(
+        f'faults.{name} is {config.faults[name]}; it must be more than 0 '
+        'seconds.'
+      )
+  for name, what in (('loss_factor', 'loss'), ('update_factor', 'update')):
+    factor = config.faults[name]
+    if not (factor == 0 or factor > 1):
+      raise ConfigError(
+        f'faults.{name} is {factor}; it must be greater than 1, or 0 to leave '
+        f'nobody out for its {what}.'
+      )
   factor = config.faults.loss_factor
-  if not (factor == 0 or factor > 1):
-    raise ConfigError(
-      f'faults.loss_factor is {factor}; it must be greater than 1, or 0 to '
-      'leave nobody out for its loss.'
-    )
   if factor and not config.faults.leave_out:
     raise ConfigError(
       f'faults.loss_factor is {factor}, but faults.leave_out is off: turn it '

@@ -294,7 +294,7 @@ FIELDS = {
       True,
       'Leave a worker whose update is not finite out of the means of the '
       "round, instead of stopping the run. This keeps a copy of each worker's "
-      'blocks.',
+      'parameters.',
     ),
     Field(
       'faults.loss_factor',
@@ -303,11 +303,25 @@ FIELDS = {
       'median. 0: nobody, because the right limit depends on the task.',
     ),
     Field(
+      'faults.update_factor',
+      10.0,
+      'Also leave out a worker whose update is, by its norm, more than this '
+      'many times as large as those of the others and of recent rounds. 0: '
+      'nobody. In healthy runs of all cards the largest was LARGEST times.',
+    ),
+    Field(
       'faults.timeout',
       60.0,
       'A process ends when it has had no sign of another one for so many '
       'seconds. A short time finds a dead process sooner, but may take a busy '
       'one for dead.',
+    ),
+    Field(
+      'faults.progress_timeout',
+      1800.0,
+      'In a run of several processes, each ends when a round, a test, a save '
+      'or the export takes more than so many seconds: processes that are alive '
+      'may still wait for each other for ever. Raise it where these are slow.',
     ),
   ),
 }

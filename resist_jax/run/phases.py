@@ -170,6 +170,7 @@ def _protocol_fields(setup: Setup, name: str) -> dict:
     'carry': config.optimizer.carry_momentum or parallel,
     'exclude_faulty': config.faults.leave_out,
     'loss_factor': config.faults.loss_factor,
+    'update_factor': config.faults.update_factor,
   }
 
 

@@ -1,109 +1,153 @@
 """The processes of one run: how they start together and detect failures.
 
-JAX's distributed runtime connects the processes. Each process then writes a
-heartbeat, a counter, to the coordinator's key-value store every few seconds,
-and reads those of the others. Process 0 is the coordinator. Clocks of different
-hosts are never compared: each process measures on its own monotonic clock how
-long a counter has not changed.
+They meet (`meeting`), and JAX's distributed runtime connects them. Each process
+then writes a heartbeat, a counter and what it does, to the coordinator's
+key-value store every few seconds, and reads those of the others. Process 0 is
+the coordinator. Clocks of different hosts are never compared: each process
+measures on its own monotonic clock how long a counter has not changed.
 
 A process that finds another one missing exits, because its next collective
 would wait forever. The same command restarts the run from the newest
 checkpoint.
 """
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 import warnings
 
 import jax
 
+from resist_jax.errors import ConfigError
+from resist_jax.run import meeting
+from resist_jax.run.meeting import Place
+
 # Exit code for failures that a restart may cure: EX_TEMPFAIL of sysexits.h. Bad
 # input exits with 2.
 TRY_AGAIN = 75
+_BAD_INPUT = 2
 
 # Seconds that process 0 waits for the others to disconnect at the end.
 _GRACE = 3
 _NEVER = 10 * 365 * 24 * 3600  # A time-out in seconds that never expires.
 _WEEK = 7 * 24 * 3600 * 1000  # Milliseconds.
-_SLOW = 10  # Time limit of a joint task, as a multiple of the time-out.
+_LEAST_WAIT = 30  # Seconds that a process may start later than another one.
 _PREFIX = 'resist_jax'  # Prefix of this module's keys in the store.
 _END = 'end'
 
 
-class StartError(RuntimeError):
-  """The processes did not find each other."""
+class Patience(NamedTuple):
+  """How long a process waits for others, in seconds.
+
+  Attributes:
+    silence: Without a heartbeat of another process.
+    progress: In one round, test, save or export.
+  """
+
+  silence: float = 60.0
+  progress: float = 1800.0
 
 
 def start(
-  coordinator: str | None,
-  num_processes: int | None,
-  process_id: int | None,
-  timeout: float,
+  place: Place | None,
+  description: Mapping[str, Any],
+  patience: Patience,
 ) -> int:
   """Connects the processes of a run, before any other use of JAX.
 
   Args:
-    coordinator: `HOST:PORT` of process 0. If None, JAX asks SLURM, Open MPI,
-      Kubernetes or the TPU pod; outside of all these, this process is alone.
-    num_processes: Number of processes; 1 for a process that runs alone even on
-      a cluster.
-    process_id: Number of this process, from 0.
-    timeout: Seconds without a heartbeat after which a process counts as dead.
+    place: Where they meet; None if this process is alone.
+    description: How this process was started; see `meeting.meet`.
+    patience: How long it waits for others.
 
   Returns:
     The number of processes.
 
   Raises:
-    StartError: If the others cannot be reached in time.
+    ConfigError: In every process, if they do not belong together.
+    MeetingError: If they do not find each other.
   """
-  if num_processes == 1:
+  if place is None or place.count == 1:
     return 1
+  wait = max(int(patience.silence), _LEAST_WAIT)
+  meeting.meet(place, description, wait)
   # This module detects dead processes, and `interrupt` handles SIGTERM.
   jax.config.update('jax_enable_recoverability', True)
   jax.config.update('jax_enable_preemption_service', False)
-  wait = max(int(timeout), 30)
+  # A program ends before the next one starts: processes that have two
+  # collectives under way may enter them in different orders, and wait forever.
+  jax.config.update('jax_cpu_enable_async_dispatch', False)
+  # gRPC would look for the other hosts behind a proxy of the web.
+  jax.config.update('jax_check_proxy_envs', False)
+  os.environ['no_grpc_proxy'] = place.address[0]  # noqa: SIM112 - its name.
+  monitor = _Monitor(place, patience)
+  monitor.handle_abort()
+  jax.distributed.initialize(
+    place.coordinator,
+    place.count,
+    place.me,
+    place.local_devices,
+    cluster_detection_method='deactivate',
+    initialization_timeout=wait,
+    # Never, because this module reports dead processes in one line. JAX's own
+    # heartbeats use the wall clock: when it jumps back, they would end the
+    # process.
+    heartbeat_timeout_seconds=_NEVER,
+    shutdown_timeout_seconds=wait,
+    coordinator_bind_address=meeting.bind_address(place),
+  )
+  monitor.begin()
+  return place.count
+
+
+def find_place(
+  coordinator: str | None, count: int | None, me: int | None
+) -> Place | None:
+  """Returns where the processes of a run meet.
+
+  Args:
+    coordinator: `HOST:PORT` of process 0. If None, JAX asks SLURM, Open MPI,
+      Kubernetes or the TPU pod.
+    count: Number of processes, if known.
+    me: Number of this process, if known.
+
+  Returns:
+    The place; None if this process is alone, as outside of all clusters.
+
+  Raises:
+    MeetingError: If a cluster does not say where its processes are.
+  """
+  if count == 1:
+    return None
+  if coordinator is not None and count is not None and me is not None:
+    return Place(coordinator, count, me)
+  from jax._src import clusters  # What `jax.distributed.initialize` asks.
+
   try:
     with warnings.catch_warnings():
       # JAX warns about each cluster environment that it fails to query.
       warnings.simplefilter('ignore')
-      jax.distributed.initialize(
-        coordinator,
-        num_processes,
-        process_id,
-        # A given coordinator overrides that of SLURM.
-        cluster_detection_method='deactivate' if coordinator else None,
-        initialization_timeout=wait,
-        # Never, because this module reports dead processes in one line. JAX's
-        # own heartbeats use the wall clock: when it jumps back, they would end
-        # the process.
-        heartbeat_timeout_seconds=_NEVER,
-        shutdown_timeout_seconds=wait,
+      found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        coordinator, count, me, None, None, _LEAST_WAIT
       )
-  except ValueError:
-    if coordinator is not None:
-      raise
-    return 1  # No cluster: this process is alone.
-  except Exception as error:
-    reason = ' '.join(str(error).split())[:200]
-    raise StartError(
-      f'the processes did not find each other within {wait} seconds '
-      f'({reason}). Start all of them with the same --coordinator (a host and '
-      'port of process 0 that all can reach) and --num_processes. For a run of '
-      'one process, even on a cluster, set --num_processes=1.'
+  except Exception as error:  # Each cluster raises its own.
+    raise meeting.MeetingError(
+      f'the cluster does not say where the processes of this run are '
+      f'({meeting.printable(str(error))}): set --coordinator, --num_processes '
+      'and --process_id, or --num_processes=1 for a run of one process.'
     ) from error
-  from jax._src import distributed  # The key-value store has no public name.
-
-  if distributed.global_state.num_processes > 1:
-    _Monitor(distributed.global_state, timeout).begin()
-  return distributed.global_state.num_processes
+  coordinator, count, me, devices = found
+  if coordinator is None or count is None or me is None:
+    return None
+  return Place(coordinator, count, me, tuple(devices) if devices else None)
 
 
 class _Monitor:
@@ -111,34 +155,38 @@ class _Monitor:
 
   Attributes:
     current: The monitor of this process, if the run has several processes.
-    ended: For each other process that has ended, the reason; empty if it is
-      done.
-    task: The task that all processes do together, if any, and its start.
+    ended: For each other process that has ended, its exit code and the reason.
+    task: What this process does now, and since when.
   """
 
   current: '_Monitor | None' = None
 
-  def __init__(self, state: Any, timeout: float):
-    # Not `jax.process_index()`, which would start the devices and wait for all.
-    self._state = state
-    self._store = state.client
-    self._me = state.process_id
-    self._others = [i for i in range(state.num_processes) if i != self._me]
-    self._timeout = timeout
+  def __init__(self, place: Place, patience: Patience):
+    self._place = place
+    self._me = place.me
+    self._others = [i for i in range(place.count) if i != self._me]
+    self._timeout, self._longest = patience
+    self._store: Any = None  # JAX's key-value store, once it is connected.
     self._heartbeats: dict[int, str] = {}
     now = time.monotonic()
     self._last_heartbeat = dict.fromkeys(self._others, now)
     self._last_answer = self._last_check = self._last_sent = now
     self._largest_gap = 0.0  # Seconds between two of its own heartbeats.
-    self.ended: dict[int, str] = {}
-    self.task: tuple[str, float] | None = None
+    self._tasks: dict[int, str] = {}
+    self.ended: dict[int, tuple[int, str]] = {}
+    self.task = ('', now)
     self._exiting = False
     self._num_barriers = 0
 
   def begin(self) -> None:
-    """Starts both threads."""
+    """Starts both threads, when JAX has connected the processes."""
+    from jax._src import distributed  # The store has no public name.
+
     _Monitor.current = self
-    self._handle_abort()
+    self._store = distributed.global_state.client
+    now = time.monotonic()
+    self._last_heartbeat = dict.fromkeys(self._others, now)
+    self._last_answer = self._last_check = self._last_sent = now
     for loop in (self._exchange_heartbeats, self._check_repeatedly):
       threading.Thread(target=loop, daemon=True).start()
 
@@ -156,7 +204,7 @@ class _Monitor:
       # An exception means that the store is gone or does not answer, which
       # `check` notices.
       with contextlib.suppress(Exception):
-        self._put(f'alive/{self._me}', str(count))
+        self._put(f'alive/{self._me}', f'{count} {self.task[0]}')
         self._last_sent = time.monotonic()
         self._read()
       time.sleep(self.interval)
@@ -168,14 +216,16 @@ class _Monitor:
     entries = self._store.key_value_dir_get(f'{_PREFIX}/')
     self._last_answer = time.monotonic()
     for key, value in entries:
-      kind, _, process = key.removeprefix(f'{_PREFIX}/').partition('/')
-      process = int(process)
-      if process == self._me:
+      kind, _, number = key.removeprefix(f'{_PREFIX}/').partition('/')
+      process = int(number) if number.isdecimal() else self._me
+      if process not in self._others:
         continue
-      if kind == _END:
-        self.ended[process] = value
-      elif self._heartbeats.get(process) != value:
-        self._heartbeats[process] = value
+      first, _, rest = value.partition(' ')
+      if kind == _END and first.isdecimal():
+        self.ended[process] = int(first), meeting.printable(rest)
+      elif kind == 'alive' and self._heartbeats.get(process) != first:
+        self._heartbeats[process] = first
+        self._tasks[process] = meeting.printable(rest, 80)
         self._last_heartbeat[process] = self._last_answer
 
   def _check_repeatedly(self) -> None:
@@ -195,40 +245,61 @@ class _Monitor:
         self.give_up(f'it was suspended for {suspended:.0f} seconds')
     else:
       self._largest_gap = 0.0
-    reasons = {i: reason for i, reason in self.ended.items() if reason}
-    if reasons:
+    failed = {i: end for i, end in self.ended.items() if end[0]}
+    if failed:
       # If this process fails for the same reason, let it report that itself.
       time.sleep(self.interval)
-      process, reason = min(reasons.items())
-      self.give_up(f'process {process} stopped: {reason}')
+      process, (code, reason) = min(failed.items())
+      self.give_up(f'process {process} stopped: {reason}', code)
     silence = f'for {timeout:.0f} seconds'
     if now - self._last_answer > timeout:
       self.give_up(f'{self._name(0)} has not answered {silence}')
     for process, last in self._last_heartbeat.items():
       if process not in self.ended and now - last > timeout:
         self.give_up(f'{self._name(process)} has sent no heartbeat {silence}')
-    name, since = self.task or ('', now)
-    if now - since > _SLOW * self._timeout:
-      self.give_up(f'{name} has not finished after {now - since:.0f} seconds')
+    name, since = self.task
+    if name and now - since > self._longest:
+      self.give_up(
+        f'{name} has taken more than {self._longest:.0f} seconds '
+        f'({self._elsewhere(name)}; if it only is slow, raise '
+        'faults.progress_timeout)'
+      )
+
+  def _elsewhere(self, name: str) -> str:
+    """Returns what the other processes do."""
+    elsewhere = [
+      f'process {i} is in {task}'
+      for i, task in sorted(self._tasks.items())
+      if task and task != name and i not in self.ended
+    ]
+    return ', '.join(elsewhere) or 'the other processes are in it, too'
 
   def _name(self, process: int) -> str:
-    where = f' ({self._state.coordinator_address})' if process == 0 else ''
+    where = f' ({self._place.coordinator})' if process == 0 else ''
     return f'process {process}{where}'
 
-  def give_up(self, reason: str) -> NoReturn:
-    """Prints the reason and ends this process; a restart may succeed."""
+  def give_up(self, reason: str, code: int = TRY_AGAIN) -> NoReturn:
+    """Prints the reason and ends this process.
+
+    Args:
+      reason: Why it ends.
+      code: Exit code of the process that failed. After a mistake in the input,
+        a restart cannot succeed; after anything else, it may.
+    """
     if self._exiting:
       threading.Event().wait()  # Another thread is about to end the process.
     self._exiting = True
+    code = code if code == _BAD_INPUT else TRY_AGAIN
+    remedy = '; the same command goes on from the newest checkpoint.'
     print(
       '' if self._me else '\n',  # Process 0 shows a progress bar.
-      f'error: process {self._me} stops because {reason}; the same command '
-      'goes on from the newest checkpoint.',
+      f'error: process {self._me} stops because {reason}',
+      remedy if code == TRY_AGAIN else '',
       sep='',
       file=sys.stderr,
       flush=True,
     )
-    self.exit(reason, TRY_AGAIN)
+    self.exit(reason, code)
 
   def exit(self, reason: str, code: int) -> NoReturn:
     """Tells the other processes the reason, if they can be reached, and exits.
@@ -237,11 +308,14 @@ class _Monitor:
     would wait forever.
     """
     self._exiting = True
-    telling = threading.Thread(
-      target=self._put, args=(f'{_END}/{self._me}', reason), daemon=True
-    )
-    telling.start()
-    telling.join(1)
+    if self._store is not None:
+      telling = threading.Thread(
+        target=self._put,
+        args=(f'{_END}/{self._me}', f'{code} {reason}'),
+        daemon=True,
+      )
+      telling.start()
+      telling.join(1)
     if self._me == 0:  # It holds the store: give the others time to read it.
       time.sleep(3 * self.interval)
     sys.stdout.flush()
@@ -256,27 +330,35 @@ class _Monitor:
       self.check(silence)
       time.sleep(self.interval / 2)
 
-  def _handle_abort(self) -> None:
+  def handle_abort(self) -> None:
     """Makes JAX's abort, when the coordinator is gone, end in one clear line.
 
     JAX's client then logs several lines and calls `abort`, which no option
     prevents; only a C signal handler still runs.
     """
-    if self._me == 0:
-      return
-    host, _, port = self._state.coordinator_address.rpartition(':')
 
     def handler(signum):
       del signum
+      if self._store is None or self._me == 0:
+        self.give_up("JAX's runtime has failed, see above")
       self.check(self._timeout)
       try:
-        socket.create_connection((host.strip('[]'), int(port)), 1).close()
+        socket.create_connection(self._place.address, 1).close()
       except OSError:
         self.give_up(f'{self._name(0)} is gone')
 
     # An attribute, so that the callback is not garbage-collected.
     self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
     ctypes.CDLL(None).signal(signal.SIGABRT, self._handler)
+
+  def tell_all(self, name: str, text: str) -> dict[int, str]:
+    """Returns the text of every process; if one dies, `check` ends this one."""
+    key = f'{_PREFIX}_{name}'
+    self._store.key_value_set(f'{key}/{self._me}', text)
+    return {
+      i: self._store.blocking_key_value_get(f'{key}/{i}', _WEEK)
+      for i in range(self._place.count)
+    }
 
   def barrier(self) -> None:
     """Waits for all processes; if one dies, `check` ends this process."""
@@ -286,7 +368,7 @@ class _Monitor:
 
   def end(self) -> None:
     """Tells the others that this process is done, and disconnects."""
-    self._put(f'{_END}/{self._me}', '')
+    self._put(f'{_END}/{self._me}', '0')
     if self._me == 0:  # It holds the store, which the others still need.
       deadline = time.monotonic() + self._timeout
       while time.monotonic() < deadline and not self._others_ended():
@@ -317,21 +399,40 @@ def barrier() -> None:
     _Monitor.current.barrier()
 
 
-@contextlib.contextmanager
-def time_limit(name: str) -> Iterator[None]:
-  """Ends this process if a joint task takes ten times the time-out.
+def doing(name: str) -> None:
+  """Says what this process does from now on, and limits how long it takes.
+
+  A process that is alive may still wait for ever, such as for one that entered
+  another collective. Past the limit each process ends, with a line that says
+  what it and the others were doing.
 
   Args:
-    name: What the processes do together, for the error message.
+    name: What all processes do now, such as `round 7`; empty for nothing that
+      has a limit.
   """
-  monitor = _Monitor.current
-  if monitor:
-    monitor.task = (name, time.monotonic())
-  try:
-    yield
-  finally:
-    if monitor:
-      monitor.task = None
+  if _Monitor.current:
+    _Monitor.current.task = (name, time.monotonic())
+
+
+def agree(name: str, description: Mapping[str, Any], remedy: str) -> None:
+  """Checks that something is equal in all processes.
+
+  Args:
+    name: What is compared; once a run.
+    description: Nested JSON values.
+    remedy: What the user should do if they differ.
+
+  Raises:
+    ConfigError: In every process, if a value differs.
+  """
+  if not _Monitor.current:
+    return
+  every = _Monitor.current.tell_all(name, json.dumps(description))
+  problem = meeting.difference(
+    {i: json.loads(text) for i, text in every.items()}, remedy
+  )
+  if problem:
+    raise ConfigError(problem)
 
 
 def end() -> None:

@@ -1,7 +1,10 @@
 """A run as a process: its devices, its exit code, its line on an error."""
 
 import errno
+import hashlib
+import importlib.metadata
 import math
+import pathlib
 import re
 import signal
 import sys
@@ -11,13 +14,20 @@ from typing import Any, NoReturn
 from absl import logging
 import jax
 
+import resist_jax
 from resist_jax import report
 from resist_jax.errors import ConfigError
 from resist_jax.run import processes, train
 from resist_jax.run.checkpoint import SaveError
 from resist_jax.run.command import Options
 from resist_jax.run.interrupt import Interrupted
+from resist_jax.run.meeting import MeetingError
 
+# Options of JAX that change what a program computes.
+_JAX_OPTIONS = (
+  'jax_enable_x64', 'jax_default_matmul_precision', 'jax_default_prng_impl',
+  'jax_threefry_partitionable', 'jax_platforms',
+)  # fmt: skip
 # What the error of a broken collective or barrier contains.
 _BROKEN = re.compile(
   r'gloo|nccl|^(CANCELLED|DEADLINE_EXCEEDED|UNAVAILABLE)\b', re.IGNORECASE
@@ -34,8 +44,10 @@ def main(options: Options) -> None:
   try:
     _start(options)
     summary = train.train(options.config, options.workdir)
-  except (ConfigError, processes.StartError) as error:
+  except ConfigError as error:
     _fail(error)
+  except MeetingError as error:
+    _fail(error, code=processes.TRY_AGAIN)
   except train.NonFiniteError as error:
     _fail(error, code=1)
   except SaveError as error:
@@ -77,12 +89,13 @@ def main(options: Options) -> None:
 def _start(options: Options) -> None:
   """Meets the other processes, and gives CPUs virtual devices."""
   config: Any = options.config  # A card may lack fields.
-  timeout = config.get('faults', {}).get('timeout')
-  if not isinstance(timeout, int | float) or not timeout > 0:
-    timeout = 60  # `validate` will report the mistake.
-  count = processes.start(
-    options.coordinator, options.num_processes, options.process_id, timeout
+  place = processes.find_place(
+    options.coordinator, options.num_processes, options.process_id
   )
+  patience = processes.Patience(
+    _seconds(config, 'timeout', 60), _seconds(config, 'progress_timeout', 1800)
+  )
+  count = processes.start(place, _description(config), patience)
   counts = [config.get(n, 1) for n in ('num_workers', 'devices_per_worker')]
   if config.get('num_devices'):
     counts = [config.num_devices]
@@ -91,6 +104,43 @@ def _start(options: Options) -> None:
     # Beyond 64, workers take turns: each device holds a copy of the data.
     here = -(-math.prod(counts) // count)
     jax.config.update('jax_num_cpu_devices', min(here, 64))
+
+
+def _seconds(config: Any, name: str, default: float) -> float:
+  """Returns a field of `faults`; `validate` will report a mistake in it."""
+  value = config.get('faults', {}).get(name)
+  usable = isinstance(value, int | float) and value > 0
+  return value if usable else default
+
+
+def _description(config: Any) -> dict[str, Any]:
+  """Returns what all processes of a run must have in common.
+
+  Each host may keep the data in a folder of its own; `train` compares the data.
+  """
+  fields = config.to_dict()
+  if isinstance(fields.get('data'), dict):
+    fields['data'].pop('dir', None)
+  return {
+    'config': fields,
+    'versions': {
+      name: importlib.metadata.version(name)
+      for name in ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
+    },
+    'code of resist_jax': _digest_of_code(),
+    'jax.config': {
+      name: str(getattr(jax.config, name, None)) for name in _JAX_OPTIONS
+    },
+  }
+
+
+def _digest_of_code() -> str:
+  """Returns some digits of a digest of this package's files."""
+  sha = hashlib.sha256()
+  root = pathlib.Path(resist_jax.__file__).parent
+  for path in sorted(root.rglob('*.py')):
+    sha.update(str(path.relative_to(root)).encode() + path.read_bytes())
+  return sha.hexdigest()[:12]
 
 
 def _fail(error: object, code: int = 2) -> NoReturn:

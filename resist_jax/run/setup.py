@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 import ml_collections
+import numpy as np
 
 from resist_jax import accounting, data
 from resist_jax.errors import ConfigError
 from resist_jax.models import ResNet
-from resist_jax.rounds import make_mesh
+from resist_jax.rounds import make_mesh, storage
 from resist_jax.rounds.arrays import place
 from resist_jax.rounds.mesh import REPLICATED, workers_here
 from resist_jax.run.config import build_model, chosen_depths, cut_chains
@@ -134,6 +135,36 @@ def _copies(mesh: Mesh) -> int:
   here = mesh.local_devices
   # Virtual devices of a CPU share the memory of the host, which keeps its own.
   return 1 + sum(device.platform == 'cpu' for device in here)
+
+
+def describe_data(dataset: data.Dataset) -> dict[str, Any]:
+  """Describes a data set, so that processes can compare theirs.
+
+  Args:
+    dataset: Any data set.
+
+  Returns:
+    JSON values: sizes, moments, and a digest of all images in memory, or of the
+    first few that are streamed.
+  """
+  splits = {'train': dataset.train, **dataset.tests}
+  return {
+    f'data set {dataset.name}': {
+      'classes': dataset.num_classes,
+      'mean': dataset.mean.tolist(),
+      'deviation': dataset.std.tolist(),
+      **{
+        name: {'images': len(split), 'digest': _digest(split)}
+        for name, split in splits.items()
+      },
+    }
+  }
+
+
+def _digest(split: data.Split) -> str:
+  if isinstance(split.images, data.StreamedImages):
+    split = split.take(np.arange(min(len(split), 10))).in_memory()
+  return storage.digest_of_arrays([split.images, split.labels])[:12]
 
 
 def _num_devices(config) -> int:

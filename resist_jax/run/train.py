@@ -1,6 +1,7 @@
 """A run from a config: build, restore, loop over rounds, evaluate, save."""
 
 import dataclasses
+import math
 import pathlib
 import time
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ from resist_jax.run.checks import validate
 from resist_jax.run.evaluate import Evaluator
 from resist_jax.run.interrupt import Interrupt, Interrupted
 from resist_jax.run.phases import Phase
-from resist_jax.run.setup import Setup, prepare
+from resist_jax.run.setup import Setup, describe_data, prepare
 from resist_jax.run.summary import summarise
 
 
@@ -95,9 +96,14 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   validate(config)
   workdir_lib.check(folder, config.to_dict())
   setup = prepare(config)
+  if jax.process_count() > 1:
+    processes.agree(
+      'data', describe_data(setup.dataset), 'give each host the same data.'
+    )
 
   checkpoints = Checkpoints(folder, setup.mesh)
   with Interrupt() as interrupt:
+    processes.doing('the start')
     restored = _restore(checkpoints, setup)
     measured = restored.progress.get('depths_by_speed') if restored else None
     setup = speed.with_depths(setup, measured or ())
@@ -110,6 +116,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       state, phase, progress = _loop(
         setup, checkpoints, log, interrupt, restored, started
       )
+  processes.doing('the export')
   params = assemble(state).params
   statistics = phases.make_evaluator(setup).statistics(state)
   export.save(folder, _predictor(setup, params, statistics))
@@ -211,6 +218,7 @@ def _loop(
   phase, state = restore.start(setup, restored)
   running, asked = None, 0
   for index in range(progress.round, config.num_rounds):
+    processes.doing(f'round {index + 1}')
     if clock.stopped:
       # Time spent waiting for other processes is not counted.
       processes.barrier()
@@ -238,12 +246,14 @@ def _loop(
     running, signum = None, asked or signum
     clock.stop()
     if evaluates:
+      processes.doing(f'the test after round {done}')
       progress = _evaluated(progress, evaluator, state)
     log(progress.last)
     elapsed = seconds_before + time.perf_counter() - started
     progress = dataclasses.replace(progress, seconds_total=elapsed)
     if jax.process_count() == 1:  # It may have come during the test.
       signum = interrupt.signum or 0
+    processes.doing(f'the checkpoint of round {done}')
     if saves or signum:
       checkpoints.save(state, dataclasses.asdict(progress))
     if signum and not last:
@@ -291,6 +301,7 @@ def _read(
     'train_loss': float(measured['loss'][healthy].mean()),
     'train_accuracy': float(measured['accuracy'][healthy].mean()),
     **({'left_out': excluded} if excluded else {}),
+    **_update_norms(measured),
     'lr': phases.rate_at(config, done * config.local_steps - 1),
     'seconds_training': seconds,
     # Those of the slowest process, which every exchange waits for.
@@ -311,6 +322,14 @@ def _read(
     left_out_total=progress.left_out_total + len(excluded),
     last=row,
   ), int(measured['signum'].max())
+
+
+def _update_norms(measured: dict[str, np.ndarray]) -> dict[str, list]:
+  """Returns a field of the log, where updates are judged; None: not finite."""
+  if 'update_norm' not in measured:
+    return {}
+  norms = measured['update_norm'].tolist()
+  return {'update_norms': [x if math.isfinite(x) else None for x in norms]}
 
 
 def _allgather_scalar(setup: Setup, number: float) -> jax.Array:
@@ -340,6 +359,12 @@ def _excluded(
   """Returns the workers that the aggregate of a round excludes."""
   finite, healthy = measured['finite'], measured['healthy']
   broken = ', '.join(map(str, np.flatnonzero(~finite)))
+  if finite.any() and not healthy.any():
+    raise NonFiniteError(
+      f'round {done}: the updates of all workers are far larger than those of '
+      'recent rounds. Lower lr or raise optimizer.warmup_rounds, or set '
+      'faults.update_factor to 0 if that is as it should be.'
+    )
   if broken and not (config.faults.leave_out and healthy.any()):
     raise NonFiniteError(
       f'round {done}: the loss or the parameters of worker {broken} are not '
@@ -350,7 +375,7 @@ def _excluded(
   far = ', '.join(map(str, np.flatnonzero(finite & ~healthy)))
   for workers, reason in (
     (broken, 'its loss, its parameters or a gradient is not finite'),
-    (far, f'its loss is over {config.faults.loss_factor} times the median'),
+    (far, 'its loss or its update is far larger than those of the others'),
   ):
     if workers:
       logging.warning(

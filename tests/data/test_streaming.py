@@ -54,6 +54,7 @@ def rows(folder):
   return report.read_rows(folder / 'metrics.jsonl')
 
 
+@pytest.mark.slow
 def test_the_imagenet_card_trains_on_photographs(finished, photos):
   folder, summary = finished
   log = rows(folder)
@@ -114,7 +115,10 @@ def cifar(tmp_path_factory):
   [
     pytest.param({}, marks=pytest.mark.slow),
     {'data.validation': 0.2, 'num_workers': 2, 'num_devices': 1},
-    {'protocol': 'data_parallel', 'data.sharded': True, 'batch_size': 4},
+    pytest.param(
+      {'protocol': 'data_parallel', 'data.sharded': True, 'batch_size': 4},
+      marks=pytest.mark.slow,
+    ),
   ],
   ids=['resist', 'validation', 'data_parallel'],
 )
@@ -134,6 +138,7 @@ def test_a_streamed_run_equals_one_from_memory(fields, cifar, tmp_path):
     assert streamed[name] == resident[name]
 
 
+@pytest.mark.slow
 def test_as_on_an_accelerator_a_streamed_run_equals_one_from_memory(
   cifar, tmp_path, monkeypatch
 ):

@@ -2,6 +2,7 @@
 
 import itertools
 
+from covering import rest_is_slow
 import numpy as np
 import pytest
 from scipy import stats
@@ -66,7 +67,9 @@ def owners(assignment, L):
   return found
 
 
-@pytest.mark.parametrize(('L', 'S'), [(22, 4), (22, 8), (9, 3)])
+@pytest.mark.parametrize(
+  ('L', 'S'), rest_is_slow([(22, 4), (22, 8), (9, 3)], [(22, 4)])
+)
 def test_workers_and_pairs_of_blocks_meet_uniformly(L, S):
   """Chi-squared over fresh runs: at 1 in 10,000, they are not uniform.
 
@@ -167,7 +170,9 @@ def test_unequal_workers_hold_as_many_blocks_as_their_depths(L, depths):
     assert sent == (owners(before, L) != owners(after, L)).sum()
 
 
-@pytest.mark.parametrize(('L', 'depths'), UNEQUAL)
+@pytest.mark.parametrize(
+  ('L', 'depths'), rest_is_slow(UNEQUAL, [UNEQUAL[0], UNEQUAL[3]])
+)
 def test_blocks_visit_unequal_workers_in_proportion(L, depths):
   """Chi-squared over fresh runs, and pairs of blocks, as for equal workers."""
   S, samples = len(depths), 3000

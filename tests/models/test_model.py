@@ -2,6 +2,7 @@
 
 import math
 
+from covering import checkerboard
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,9 +62,10 @@ def test_stage_names_go_both_ways():
   assert models.stage_of(models.chain_name(3)) == 3
 
 
-@pytest.mark.parametrize('pre_activation', [True, False])
-@pytest.mark.parametrize('bottleneck', [True, False])
-@pytest.mark.parametrize('norm', ['batch', 'group'])
+@pytest.mark.parametrize(
+  ('norm', 'bottleneck', 'pre_activation'),
+  checkerboard(['batch', 'group'], [True, False], [True, False]),
+)
 def test_a_scale_of_zero_turns_a_block_into_the_identity(
   pre_activation, bottleneck, norm
 ):

@@ -4,6 +4,7 @@ from functools import partial
 import itertools
 from statistics import NormalDist
 
+from covering import checkerboard
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -169,15 +170,17 @@ def test_slots_that_leave_workers_without_blocks_are_fair(L, S):
   assert np.abs(held.mean(axis=0) - 1 / S).max() < bound
 
 
-@pytest.mark.parametrize('way', test_evaluate.WAYS)
 @pytest.mark.parametrize(
-  'form',
-  [
-    {},
-    {'pre_activation': False},
-    {'bottleneck': True, 'stem': 'imagenet'},
-    {'norm': 'group'},
-  ],
+  ('way', 'form'),
+  checkerboard(
+    test_evaluate.WAYS,
+    [
+      {},
+      {'pre_activation': False},
+      {'bottleneck': True, 'stem': 'imagenet'},
+      {'norm': 'group'},
+    ],
+  ),
   ids=str,
 )
 def test_evaluation_equals_the_assembled_network(form, way, monkeypatch):
@@ -249,6 +252,7 @@ def test_a_minimum_depth_holds_for_chains_but_not_for_branches():
   assert set(phases.global_scale(setup).values()) == {1.0}
 
 
+@pytest.mark.slow
 def test_a_whole_run_and_one_that_goes_on_with_other_workers(tmp_path):
   form = {'model.pre_activation': False, 'eval_every': 1}
   summary = train_and_compare(strided(**form, num_rounds=1), tmp_path)

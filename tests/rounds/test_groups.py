@@ -41,7 +41,7 @@ CASES = {
   'psum, int8': (resist(2, wire_format='int8'), 'group', 2, True),
   'heads': (STRIDED, 'batch', 2, False),
 }
-QUICK = ('turns', 'one group', 'data_parallel', 'psum, int8', 'heads')
+QUICK = ('turns', 'data_parallel', 'psum, int8')
 DEVICES = {2: 4, 3: 3}
 
 
@@ -215,6 +215,7 @@ def config(**fields):
   )
 
 
+@pytest.mark.slow
 def test_a_run_may_have_groups_and_change_them(tmp_path):
   """Rounds on groups, on lone devices, and on groups again, as on these."""
   groups = {'num_devices': 4, 'devices_per_worker': 2}

@@ -1,8 +1,10 @@
 """Evaluation of the global network, gathered whole and block by block."""
 
 from functools import partial
+import itertools
 import re
 
+from covering import rest_is_slow
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -218,8 +220,18 @@ CASES = {
 }
 
 
-@both_ways
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize(
+  ('case', 'way'),
+  rest_is_slow(
+    list(itertools.product(CASES, WAYS)),
+    quick=[
+      ('several walks', 'walk'),
+      ('workers take turns, replicas', 'walk'),
+      ('workers take turns, replicas', 'whole'),
+      ('group norm', 'whole'),
+    ],
+  ),
+)
 def test_evaluation_equals_the_assembled_network(case, way, monkeypatch):
   cut, workers, devices, kwargs = CASES[case]
   net, params, scales, evaluator, state = make(

@@ -39,6 +39,7 @@ def poison(monkeypatch):
   return rounds
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_a_worker_and_says_so(poison, tmp_path, caplog):
   poison |= {0: (2,), 2: (0, 3)}
   whole = train_and_compare(tiny_config(), tmp_path / 'whole')
@@ -60,6 +61,7 @@ def test_a_run_goes_on_without_a_worker_and_says_so(poison, tmp_path, caplog):
   assert again['left_out_total'] == 3
 
 
+@pytest.mark.slow
 def test_data_parallel_goes_on_without_workers(poison, tmp_path):
   poison |= {0: (1, 2)}
   config = tiny_config(protocol='data_parallel', num_rounds=2)
@@ -78,6 +80,7 @@ def test_when_all_workers_fail_the_last_checkpoint_stays(poison, tmp_path):
   assert not (tmp_path / 'summary.json').exists()
 
 
+@pytest.mark.slow
 def test_one_worker_that_fails_stops_a_run_that_excludes_none(poison, tmp_path):
   poison |= {1: (3,)}
   config = tiny_config(**{'faults.leave_out': False})
@@ -100,4 +103,4 @@ def test_a_run_excludes_a_worker_whose_loss_is_far_off(tmp_path, caplog):
   summary = train.train(config, str(tmp_path))
   (row,) = rows(tmp_path)
   assert summary['left_out_total'] == len(row['left_out']) > 0
-  assert 'its loss is over 1.0001 times the median' in caplog.text
+  assert 'its loss or its update is far larger' in caplog.text

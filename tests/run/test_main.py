@@ -206,9 +206,10 @@ def test_the_digits_card_works_for_any_small_set(tmp_path):
   assert summary['rounds'] == 2
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
   'signum',
-  [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.faults)],
+  [signal.SIGTERM, signal.SIGKILL],
 )
 def test_a_killed_run_goes_on_and_ends_bit_equal(signum, tmp_path):
   words = (*TINY, '--config.num_rounds=30')

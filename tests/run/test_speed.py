@@ -2,7 +2,6 @@
 
 import itertools
 
-from covering import rest_is_slow
 import jax
 import numpy as np
 import pytest
@@ -75,9 +74,8 @@ def test_each_device_is_timed_where_they_are_not_alike(monkeypatch):
   assert found.tolist() == [[1, 2], [1, 2], [2, 3], [2, 3]]
 
 
-@pytest.mark.parametrize(
-  'exchange', rest_is_slow(['hand_over', 'masked_psum'], ['hand_over'])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('exchange', ['hand_over', 'masked_psum'])
 def test_a_run_of_unequal_workers(exchange, tmp_path):
   depths = (3, 1, 2, 1)
   config = tiny_config(depths=depths, exchange=exchange)
@@ -108,7 +106,10 @@ def test_a_run_of_unequal_workers(exchange, tmp_path):
       marks=pytest.mark.slow,
     ),
     {'depths': 'by_speed', 'num_devices': 2},
-    {'depths': (2, 1, 1, 1), 'phases.full_before': 1, 'wire_format': 'int8'},
+    pytest.param(
+      {'depths': (2, 1, 1, 1), 'phases.full_before': 1, 'wire_format': 'int8'},
+      marks=pytest.mark.slow,
+    ),
   ],
   ids=['named', 'by_speed', 'phases'],
 )
@@ -132,6 +133,7 @@ def test_a_stopped_run_ends_bit_equal(fields, monkeypatch, tmp_path):
   assert len(rows(tmp_path / 'stopped')) == 4
 
 
+@pytest.mark.slow
 def test_depths_are_elastic(monkeypatch, tmp_path):
   stopped_at(1, monkeypatch, tmp_path, tiny_config(depths=(2, 1, 1, 1)))
   start = len(rows(tmp_path))

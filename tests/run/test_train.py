@@ -6,6 +6,7 @@ import os
 import re
 import signal
 
+from covering import rest_is_slow
 import jax
 import numpy as np
 import pytest
@@ -126,12 +127,14 @@ def stopped_at(round_index, monkeypatch, folder, config, signum=signal.SIGTERM):
     pytest.param(
       {'exchange': 'masked_psum', 'min_depth': 3}, marks=pytest.mark.slow
     ),
-    {'wire_format': 'int8'},
+    pytest.param({'wire_format': 'int8'}, marks=pytest.mark.slow),
     pytest.param({'protocol': 'data_parallel'}, marks=pytest.mark.slow),
     pytest.param(
       {'protocol': 'local_sgd', 'data.sharded': True}, marks=pytest.mark.slow
     ),
-    {'phases.full_before': 1, 'phases.full_after': 1},
+    pytest.param(
+      {'phases.full_before': 1, 'phases.full_after': 1}, marks=pytest.mark.slow
+    ),
   ],
   ids=[
     'resist',
@@ -179,7 +182,10 @@ def test_the_number_of_devices_changes_rounding_only(finished, tmp_path):
   'fields',
   [
     {'num_workers': 2, 'num_devices': 2},
-    {'num_workers': 8, 'min_depth': 1, 'exchange': 'masked_psum'},
+    pytest.param(
+      {'num_workers': 8, 'min_depth': 1, 'exchange': 'masked_psum'},
+      marks=pytest.mark.slow,
+    ),
     pytest.param({'num_devices': 2}, marks=pytest.mark.slow),
     pytest.param({'min_depth': 3}, marks=pytest.mark.slow),
     pytest.param({'wire_format': 'int8'}, marks=pytest.mark.slow),
@@ -258,6 +264,7 @@ def test_a_whole_run_as_on_an_accelerator(tmp_path, monkeypatch, finished):
 
 
 # Orbax's reads beside the one that fails complain from their threads.
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 def test_a_damaged_newest_checkpoint_costs_its_rounds_only(
   finished, tmp_path, monkeypatch, caplog
@@ -283,6 +290,7 @@ def test_divergence_names_round_and_worker_and_keeps_the_checkpoint(tmp_path):
   assert not (tmp_path / 'summary.json').exists()
 
 
+@pytest.mark.slow
 def test_validation_is_reported_beside_the_test(tmp_path):
   config = tiny_config(**{'data.validation': 0.1, 'num_rounds': 1})
   summary = train.train(config, str(tmp_path))
@@ -293,7 +301,7 @@ def test_validation_is_reported_beside_the_test(tmp_path):
 WHOLE_CHAIN = r'f32\[(\d,)*7,3,3,8,8\]'
 
 
-@pytest.mark.parametrize('stream_blocks', [True, False])
+@pytest.mark.parametrize('stream_blocks', rest_is_slow([True, False], [True]))
 def test_no_program_of_a_whole_run_builds_the_chain(stream_blocks, tmp_path):
   """From the first value drawn to the last test, and on from a checkpoint.
 
@@ -349,6 +357,7 @@ def test_blocks_that_are_streamed_give_the_same_accuracy(finished, tmp_path):
   np.testing.assert_allclose(*logits, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_chains_are_cut_at_once(tmp_path):
   config = tiny_config(partition=(1, 2), num_rounds=2)
   config.model.stage_sizes = (5, 6)

@@ -1,0 +1,301 @@
+"""Processes that do not belong together, do not come, or are not ours."""
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from several import LIMIT, TINY, Several
+
+from experiments.launch import local
+from resist_jax.errors import ConfigError
+from resist_jax.run import meeting
+from resist_jax.run.meeting import MeetingError, Place
+
+
+def together(*calls):
+  """Calls functions in threads, as processes; returns what each raises."""
+  found = {}
+
+  def catch(number, call):
+    try:
+      call()
+    except Exception as error:
+      found[number] = error
+
+  threads = [
+    threading.Thread(target=catch, args=pair) for pair in enumerate(calls)
+  ]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join(LIMIT)
+    assert not thread.is_alive()
+  return [found.get(number) for number in range(len(calls))]
+
+
+def coming(
+  me, port, *, count=2, late=0.0, timeout=30, host='127.0.0.1', **said
+):
+  """A process that comes to the meeting."""
+
+  def come():
+    time.sleep(late)
+    meeting.meet(Place(f'{host}:{port}', count, me), said, timeout)
+
+  return come
+
+
+@pytest.mark.parametrize(
+  ('late', 'host'), [(0, '127.0.0.1'), (1, '127.0.0.1'), (2, 'localhost')]
+)
+def test_the_order_of_the_start_does_not_matter(late, host):
+  port = local.free_port()
+  calls = [
+    coming(i, port, count=3, late=0.3 * (i == late), host=host, lr=(1, 2))
+    for i in range(3)
+  ]
+  assert together(*calls) == [None] * 3
+  # The port is free again: JAX's service takes it over.
+  socket.create_server(('127.0.0.1', port)).close()
+
+
+def assert_all_say(errors, kind, says):
+  for error in errors:
+    assert type(error) is kind, error
+    assert says in str(error)
+    assert '\n' not in str(error)
+
+
+def test_another_value_is_named_by_every_process():
+  port = local.free_port()
+  said = [{'lr': 0.1}, {'lr': 0.1}, {'lr': 0.2}]
+  errors = together(
+    *(coming(i, port, count=3, config=said[i]) for i in range(3))
+  )
+  says = 'config.lr is 0.2 in process 2, but 0.1 in process 0'
+  assert_all_say(errors, ConfigError, says)
+
+
+def test_a_field_that_one_process_lacks_is_a_difference():
+  port = local.free_port()
+  errors = together(coming(0, port, a=1), coming(1, port, a=1, b=2))
+  assert_all_say(errors, ConfigError, 'b is 2 in process 1, but None')
+
+
+def test_another_number_of_processes():
+  port = local.free_port()
+  errors = together(coming(0, port), coming(2, port, count=3))
+  says = 'num_processes is 3 in process 2, but 2 in process 0'
+  assert_all_say(errors, ConfigError, says)
+
+
+def test_a_number_that_two_processes_have():
+  port = local.free_port()
+  errors = together(*(coming(i, port, count=3) for i in (0, 1, 1)))
+  assert_all_say(errors, ConfigError, 'process_id 1 was given to two')
+
+
+def test_only_one_process_can_be_process_0():
+  port = local.free_port()
+  first, second = together(
+    coming(0, port, timeout=4), coming(0, port, late=0.5, timeout=1)
+  )
+  assert_all_say([first], MeetingError, 'process 1 did not come')
+  assert_all_say([second], ConfigError, 'cannot listen at')
+
+
+def test_a_process_that_does_not_come_is_named():
+  port = local.free_port()
+  errors = together(
+    coming(0, port, count=4, timeout=1), coming(2, port, count=4, timeout=1)
+  )
+  assert_all_say(errors, MeetingError, 'process 1, 3 did not come to 127')
+
+
+def test_process_0_that_does_not_come():
+  port = local.free_port()
+  (error,) = together(coming(1, port, timeout=1))
+  assert_all_say([error], MeetingError, 'process 0 did not answer at 127')
+
+
+def test_a_host_that_nobody_knows():
+  errors = together(
+    *(coming(i, 7777, timeout=1, host='no.such.host.example') for i in (0, 1))
+  )
+  assert_all_say(errors, ConfigError, 'no.such.host.example:7777 is unknown')
+
+
+def test_a_port_that_is_taken():
+  with socket.create_server(('127.0.0.1', 0)) as server:
+    (error,) = together(coming(0, server.getsockname()[1], timeout=1))
+  assert_all_say([error], ConfigError, 'stop what uses this port')
+
+
+@pytest.mark.parametrize(
+  'answer', [b'', b'HTTP/1.1 400 Bad Request\r\n\r\n', b'[]\n', b'{"x":1}\n']
+)
+def test_somebody_else_at_the_port(answer):
+  with socket.create_server(('127.0.0.1', 0)) as server:
+
+    def serve():
+      with contextlib.suppress(OSError):
+        while True:
+          connection, _ = server.accept()
+          with connection:
+            connection.recv(1000)
+            connection.sendall(answer)
+
+    threading.Thread(target=serve, daemon=True).start()
+    (error,) = together(coming(1, server.getsockname()[1], timeout=1))
+    server.shutdown(socket.SHUT_RDWR)
+  assert_all_say([error], MeetingError, 'is not process 0 of this run')
+
+
+STRANGERS = [
+  b'',
+  b'GET / HTTP/1.1\r\n\r\n',
+  b'\x00\xff\n',
+  b'[' * 100_000 + b'\n',
+  b'{"program": "resist_jax"}\n',
+  b'{"program": "resist_jax", "process_id": "1", "num_processes": 2}\n',
+]
+
+
+def test_strangers_are_not_taken_for_processes():
+  port = local.free_port()
+
+  def disturb():
+    for message in STRANGERS:
+      for _ in range(100):
+        with contextlib.suppress(OSError):
+          connection = socket.create_connection(('127.0.0.1', port))
+          break
+        time.sleep(0.05)
+      with connection, contextlib.suppress(OSError):
+        connection.sendall(message)
+
+  calls = [coming(0, port), disturb, coming(1, port, late=1.0)]
+  assert together(*calls) == [None] * 3
+
+
+def test_what_others_send_is_printed_without_control_characters():
+  port = local.free_port()
+  errors = together(
+    coming(0, port, name='plain'), coming(1, port, name='\x1b[2J\n\x07' * 500)
+  )
+  for error in errors:
+    assert str(error).isprintable()
+    assert len(str(error)) < 400
+
+
+def test_the_coordinator_listens_at_its_own_address_only():
+  assert meeting.bind_address(Place('127.0.0.1:7', 2, 0)) == '127.0.0.1:7'
+  # An address of documentation, which no interface has.
+  assert meeting.bind_address(Place('192.0.2.1:7', 2, 0)) in (
+    '[::]:7',
+    '0.0.0.0:7',
+  )
+
+
+# A flag of process 1 alone, for fields that a run would notice late or never.
+DIFFERENT = [
+  ('--config.lr=0.05', 'config.lr is 0.05 in process 1'),
+  ('--config.seed=1', 'config.seed is 1 in process 1'),
+  ('--config.data.augment=none', "config.data.augment is 'none' in process 1"),
+  ('--config.protocol=local_sgd', "config.protocol is 'local_sgd' in proce"),
+  ('--config.model.widths=8,16', 'config.model.widths is [8, 16] in process 1'),
+]
+
+
+@pytest.mark.parametrize(
+  ('flag', 'says'),
+  [
+    DIFFERENT[0],
+    *(pytest.param(*case, marks=pytest.mark.faults) for case in DIFFERENT[1:]),
+  ],
+)
+def test_processes_that_were_started_differently_end_with_2(
+  flag, says, tmp_path
+):
+  folder = tmp_path / 'run'
+  with Several(folder, only_last=(flag,)) as run:
+    assert [run.wait(i) for i in (0, 1)] == [2, 2], run.output(0)
+    for number in (0, 1):
+      (line,) = run.errors(number)
+      assert says in line
+      assert run.output(number).strip() == line
+  assert not folder.exists()
+
+
+@pytest.mark.faults
+def test_other_data_in_a_folder_of_the_same_name(tmp_path):
+  """A host may keep its data elsewhere, but they must be the same."""
+  import tfds_sets
+
+  for name in ('here', 'there'):
+    tfds_sets.write(tmp_path / name, 'my_set', seed=len(name))
+  common = ('--config.data.name=my_set', f'--config.data.dir={tmp_path}/here')
+  with Several(
+    tmp_path / 'run',
+    *common,
+    only_last=(f'--config.data.dir={tmp_path}/there',),
+  ) as run:
+    assert [run.wait(i) for i in (0, 1)] == [2, 2], run.output(0)
+    for number in (0, 1):
+      (line,) = run.errors(number)
+      assert 'data set my_set.' in line
+      assert 'in process 1, but' in line
+
+
+@pytest.mark.faults
+def test_a_proxy_for_the_web_does_not_matter(tmp_path):
+  env = dict.fromkeys(
+    ('http_proxy', 'https_proxy', 'grpc_proxy'), 'http://127.0.0.1:9'
+  )
+  with Several(tmp_path / 'run', '--config.num_rounds=1', env=env) as run:
+    assert [run.wait(i) for i in (0, 1)] == [0, 0], run.output(0)
+
+
+@pytest.mark.parametrize(
+  ('coordinator', 'code', 'says'),
+  [
+    ('no.such.host.example:7777', 2, 'is unknown here'),
+    ('127.0.0.1:9', 75, 'process 0 did not answer at 127.0.0.1:9 within 30'),
+  ],
+)
+@pytest.mark.faults
+def test_a_process_alone_ends_with_one_line(coordinator, code, says, tmp_path):
+  result = subprocess.run(
+    [sys.executable, '-m', 'resist_jax', *TINY]
+    + [f'--workdir={tmp_path / "run"}', f'--coordinator={coordinator}']
+    + ['--num_processes=2', '--process_id=1', '--config.faults.timeout=5'],
+    capture_output=True,
+    text=True,
+    timeout=LIMIT,
+    check=False,
+  )
+  assert result.returncode == code
+  (line,) = result.stderr.strip().splitlines()
+  assert line.startswith('error: ')
+  assert says in line
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_message_is_json_of_limited_size():
+  """No pickle, and no end of memory."""
+  ours, theirs = socket.socketpair()
+  with ours, theirs:
+    flood = json.dumps({'program': 'x' * 2**21}).encode()
+
+    def send():
+      with contextlib.suppress(OSError):
+        theirs.sendall(flood)
+
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    assert meeting._receive(ours, 10) is None
