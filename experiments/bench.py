@@ -182,7 +182,8 @@ def _random_images(spec: Network, count: int, classes: int) -> data.Dataset:
   images = rng.integers(0, 256, shape).astype(np.uint8)
   split = data.Split(images, rng.integers(0, classes, count).astype(np.int32))
   half = np.full(spec.channels, 0.5, np.float32)
-  return data.Dataset('random', split, {'test': split}, classes, half, half / 2)
+  names = tuple(map(str, range(classes)))
+  return data.Dataset('random', split, {'test': split}, names, half, half / 2)
 
 
 EXCHANGES_TIMED = (

@@ -5,6 +5,7 @@ trains on the same images.
 """
 
 from resist_jax.data.augmentation import Augmentation, augment, choose
+from resist_jax.data.held_out import hold_out
 from resist_jax.data.pipeline import Resident, Stream
 from resist_jax.data.sets import (
   Dataset,
@@ -25,6 +26,7 @@ __all__ = [
   'augment',
   'batch_indices',
   'choose',
+  'hold_out',
   'load',
   'normalise',
 ]

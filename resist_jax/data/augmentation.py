@@ -1,6 +1,5 @@
 """Random crops and flips of training images."""
 
-import re
 from typing import NamedTuple
 
 import jax
@@ -65,8 +64,7 @@ def choose(kind: str, dataset: Dataset) -> Augmentation:
       kind = 'flip'
     else:
       kind = 'crop_flip'
-    # A TFDS name may carry a config and a version: emnist/letters:3.1.0.
-    if re.split('[/:]', dataset.name)[0] in CHARACTERS:
+    if dataset.name in CHARACTERS:
       kind = kind.removesuffix('flip').removesuffix('_')
   pad = height // 8 if kind in ('crop', 'crop_flip') else 0  # CIFAR: 4 of 32.
   return Augmentation(pad, 'flip' in kind, kind.startswith('resized'))

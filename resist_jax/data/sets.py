@@ -12,18 +12,22 @@ import importlib.util
 import math
 import pathlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from resist_jax.data import tfds_source
+from resist_jax.data.held_out import hold_out, random_parts, stratified
+from resist_jax.data.prepared import Examples, Part, Prepared
 from resist_jax.data.streaming import Records, StreamedImages, StreamedLabels
-from resist_jax.errors import ConfigError
+from resist_jax.errors import ConfigError, one_line
 
 MAX_BYTES_IN_MEMORY = 8 * 2**30  # CIFAR takes 0.15 GiB.
-MOMENTS_IMAGES = 2000  # Sampled for mean and deviation if the set streams.
+MOMENTS_IMAGES = 2000  # Sampled for mean and deviation of a large set.
+_LEAST_STD = 0.5 / 255  # Half a level of 8 bits; below, a channel is constant.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,22 +61,29 @@ class Dataset:
   """An image classification data set.
 
   Attributes:
-    name: Its name in the config.
+    name: Its name in the catalog, without config and version.
     train: The training split.
     tests: Splits to evaluate on, by name: `test`, `validation` if a part of
       the training set is held out, and the requested extra test sets.
-    num_classes: Number of classes; labels run from 0 to `num_classes - 1`.
+    class_names: The name of each class, in the order of the labels, which
+      count from 0.
     mean: Mean of each channel over the training images, scaled to [0, 1],
       `float32[C]`.
-    std: Standard deviation of each channel, in the same scale, `float32[C]`.
+    std: Standard deviation of each channel, in the same scale, `float32[C]`; 1
+      for a channel that does not vary.
   """
 
   name: str
   train: Split
   tests: dict[str, Split]
-  num_classes: int
+  class_names: tuple[str, ...]
   mean: np.ndarray
   std: np.ndarray
+
+  @property
+  def num_classes(self) -> int:
+    """Number of classes."""
+    return len(self.class_names)
 
   @property
   def streamed(self) -> bool:
@@ -86,10 +97,13 @@ def load(
   data_dir: str = '',
   validation: float = 0.0,
   *,
+  train_split: str = '',
+  test_split: str = '',
   streaming: str = 'auto',
   image_size: int = 224,
   resize: bool = False,
   extra_tests: Sequence[str] = (),
+  copies: int = 1,
 ) -> Dataset:
   """Loads a data set into memory, or opens its files for streaming.
 
@@ -97,8 +111,14 @@ def load(
     name: `digits` (scikit-learn's 1,797 handwritten digits, 8x8, of which a
       fixed fifth is the test split) or the name of a TFDS image classification
       data set.
-    data_dir: The folder of prepared TFDS data sets; empty for TFDS's default.
+    data_dir: The folder of prepared TFDS data sets, in which `~` and `$NAME`
+      are filled in; empty for TFDS's default.
     validation: Share of the training set to hold out, at least 0 and below 1.
+    train_split: The split to train on, or a part of one such as `train[:80%]`;
+      empty for `train`.
+    test_split: The split to test on; empty for `test`, or `validation` without
+      a `test`. If the set has only `train`, a fifth of it is held out; see
+      `hold_out`.
     streaming: `always`, `never`, or `auto`, which streams images that differ in
       size, are resized, or do not fit in memory.
     image_size: Height and width of resized images, in pixels.
@@ -106,62 +126,92 @@ def load(
       in size are always resized.
     extra_tests: Names of TFDS data sets with the same classes, to evaluate on
       as well.
+    copies: How many copies of images in memory the host would keep, its own
+      one included: virtual devices of a CPU have a copy each.
 
   Returns:
     The data set, with the mean and deviation of its training images.
 
   Raises:
-    ConfigError: If the data set is unknown, does not hold labelled images, or
-      is not prepared and cannot be prepared here, or if it does not fit the
-      other arguments.
+    ConfigError: If the data set is unknown, does not hold labelled images, is
+      damaged, or is not prepared and cannot be prepared here, or if it does not
+      fit the other arguments.
   """
   source = _digits() if name == 'digits' else tfds_source.find(name, data_dir)
-  examples = {'train': source.split('train'), 'test': source.test_split()}
-  shape: Any = source.image_shape
-  sizes_differ = None in shape
-  resized = resize or sizes_differ
-  count = sum(map(len, examples.values()))
-  num_bytes = 0 if sizes_differ else count * math.prod(shape)
-  fits = not resized and num_bytes <= MAX_BYTES_IN_MEMORY
-  if streaming == 'never' and not fits:
-    reason = 'are resized'
-    if sizes_differ:
-      reason = 'differ in size'
-    elif not resize:
-      reason = f'take {num_bytes / 2**30:.0f} GiB'
-    raise ConfigError(
-      f'the images of data set {name!r} {reason}, and only images of one size '
-      f'that take at most {MAX_BYTES_IN_MEMORY / 2**30:.0f} GiB are kept in '
-      'memory: set data.streaming to auto.'
-    )
-  streamed = streaming == 'always' or not fits
-  if resized:
-    shape = (image_size, image_size, shape[2])
-
-  splits = {
-    split: _split(f'{name}, split {split}', records, source, shape, resized)
-    for split, records in examples.items()
-  }
+  train, test = source.train_and_test(train_split, test_split)
+  form = _form(source, len(train) + len(test or ()), resize, image_size)
+  streamed = _streams(name, form, streaming, copies)
+  trained = _split(train, source, form, streamed)
+  if test is None:
+    index, others = hold_out(trained.labels[:])
+    tests = {'test': trained.take(others)}
+    trained = trained.take(index)
+  else:
+    tests = {'test': _split(test, source, form, streamed)}
   for other in extra_tests:
-    extra = _extra_test(other, data_dir, source, shape, resized)
-    splits[re.sub('[^a-z0-9]+', '_', other.lower())] = extra
-  if not streamed:
-    splits = {name: split.in_memory() for name, split in splits.items()}
-  train = splits.pop('train')
+    key = re.sub('[^a-z0-9]+', '_', other.lower())
+    if key in (*tests, 'train', 'validation'):
+      raise ConfigError(
+        f'data.extra_tests names {other!r}, but there is another test that is '
+        f'called {key}: remove one.'
+      )
+    extra = _extra_test(other, data_dir, source, form)
+    tests[key] = _split(extra, source, form, streamed)
   if validation:
-    order = np.random.default_rng(0).permutation(len(train))
-    held_out = max(1, round(validation * len(train)))
-    splits['validation'] = train.take(np.sort(order[:held_out]))
-    train = train.take(np.sort(order[held_out:]))
-  for split in (train, *splits.values()):
+    index, others = random_parts(len(trained), validation)
+    tests['validation'] = trained.take(others)
+    trained = trained.take(index)
+  for split in (trained, *tests.values()):
     if not len(split):
       raise ConfigError(f'data set {name!r} has an empty split.')
-  sample = train.images
-  if not fits:
-    order = np.random.default_rng(0).permutation(len(train))
-    sample = sample.take(np.sort(order[:MOMENTS_IMAGES]), axis=0)
-  mean, std = _moments(sample)
-  return Dataset(name, train, splits, len(source.class_names), mean, std)
+  mean, std = _moments(_sample(trained.images, form))
+  return Dataset(source.kind, trained, tests, source.class_names, mean, std)
+
+
+class _Form(NamedTuple):
+  """What the images of a data set become.
+
+  Attributes:
+    shape: `(H, W, C)` of each.
+    reason: Why they are cut and resized while they are read; '' if not.
+    num_bytes: What all of them take in memory; 0 if they are resized.
+  """
+
+  shape: tuple[int, ...]
+  reason: str
+  num_bytes: int
+
+
+def _form(
+  source: Prepared, num_images: int, resize: bool, image_size: int
+) -> _Form:
+  """Decides what the images of a data set become."""
+  shape: Any = source.image_shape
+  if resize or None in shape:
+    reason = 'differ in size' if None in shape else 'are resized'
+    return _Form((image_size, image_size, shape[2]), reason, 0)
+  return _Form(shape, '', num_images * math.prod(shape))
+
+
+def _streams(name: str, form: _Form, streaming: str, copies: int) -> bool:
+  """Decides whether images stay in their files."""
+  num_bytes = form.num_bytes * copies
+  fits = not form.reason and num_bytes <= MAX_BYTES_IN_MEMORY
+  if streaming != 'never' or fits:
+    return streaming == 'always' or not fits
+  reason = form.reason or f'take {num_bytes / 2**30:.3g} GiB of memory'
+  remedy = 'set data.streaming to auto'
+  if not form.reason and copies > 1:
+    reason += (
+      f', {form.num_bytes / 2**30:.3g} GiB in each of {copies} copies: one for '
+      'each virtual device of this host, and its own'
+    )
+    remedy += ', or lower num_devices'
+  raise ConfigError(
+    f'the images of data set {name!r} {reason}. Only images of one size that '
+    f'take at most {MAX_BYTES_IN_MEMORY / 2**30:.3g} GiB are kept in memory: '
+    f'{remedy}.'
+  )
 
 
 def _digits() -> tfds_source.Prepared:
@@ -173,81 +223,85 @@ def _digits() -> tfds_source.Prepared:
       'install scikit-learn.'
     )
   path = pathlib.Path(package.origin).parent / 'datasets/data/digits.csv.gz'
-  table = np.loadtxt(path, delimiter=',')
+  try:
+    table = np.loadtxt(path, delimiter=',')
+  except (OSError, ValueError, EOFError, zlib.error) as error:
+    raise ConfigError(
+      f"data set 'digits' cannot be read from {path} ({one_line(error)}): pip "
+      'install --force-reinstall scikit-learn.'
+    ) from error
   images = np.round(table[:, :-1] * (255 / 16)).astype(np.uint8)
   images, labels = images.reshape(-1, 8, 8, 1), table[:, -1].astype(np.int64)
-  parts = zip(('train', 'test'), _stratified(labels, 360), strict=True)
-  splits: dict[str, Any] = {
+  parts = zip(('train', 'test'), stratified(labels, 360), strict=True)
+  splits = {
     split: [{'image': images[i], 'label': labels[i]} for i in index]
     for split, index in parts
   }
+
+  def open_split(split: str) -> Examples:
+    if split not in splits:
+      raise ConfigError(
+        f"data set 'digits' has no split {split!r}: leave data.train_split and "
+        'data.test_split empty.'
+      )
+    examples = splits[split]
+    part = Part(split, 0, len(examples))
+    return Examples(f'digits, split {split}', examples, [part])
+
   names = tuple(map(str, range(10)))
-  return tfds_source.Prepared('digits', images.shape[1:], names, splits)
+  shape = images.shape[1:]
+  return Prepared('digits', 'digits', shape, names, tuple(splits), open_split)
 
 
-def _stratified(
-  labels: np.ndarray, num_test: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """Splits examples so that both parts hold the same shares of each class.
-
-  Args:
-    labels: `int[N]`, from 0.
-    num_test: Examples to test on.
-
-  Returns:
-    `(train, test)`: indices, the same as those of scikit-learn's
-    `train_test_split(..., random_state=0, stratify=labels)`.
-  """
-  rng = np.random.RandomState(0)
-
-  def draw(counts: np.ndarray, total: int) -> np.ndarray:
-    """Returns how many of each class to draw; largest remainders go first."""
-    exact = counts / counts.sum() * total
-    drawn = np.floor(exact)
-    remainder = exact - drawn
-    for value in np.unique(remainder)[::-1]:
-      (tied,) = np.nonzero(remainder == value)
-      missing = int(total - drawn.sum())
-      if missing > 0:
-        drawn[rng.choice(tied, min(len(tied), missing), replace=False)] += 1
-    return drawn.astype(int)
-
-  counts = np.bincount(labels)
-  of_train = draw(counts, len(labels) - num_test)
-  of_test = draw(counts - of_train, num_test)
-  train, test = [], []
-  for label, count in enumerate(counts):
-    members = np.flatnonzero(labels == label)[rng.permutation(count)]
-    train.extend(members[: of_train[label]])
-    test.extend(members[of_train[label] :][: of_test[label]])
-  return rng.permutation(train), rng.permutation(test)
-
-
-def _split(name, examples, source, shape, resized) -> Split:
-  records = Records(name, examples, len(source.class_names))
+def _split(
+  examples: Examples, source: Prepared, form: _Form, streamed: bool
+) -> Split:
+  """Opens examples, and reads them unless they are streamed."""
+  records = Records(examples.name, examples, len(source.class_names))
   numbers = np.arange(len(examples), dtype=np.int32)
-  images = StreamedImages(records, numbers, shape, resized)
-  return Split(images, StreamedLabels(records, numbers))
+  height, width, channels = form.shape
+  images = StreamedImages(
+    records, numbers, (height, width, channels), bool(form.reason)
+  )
+  split = Split(images, StreamedLabels(records, numbers))
+  return split if streamed else split.in_memory()
 
 
-def _extra_test(name, data_dir, trained, shape, resized) -> Split:
+def _extra_test(
+  name: str, data_dir: str, trained: Prepared, form: _Form
+) -> Examples:
   """Opens a test set with the classes and image shape of the training set."""
+  remedy = 'remove it from data.extra_tests'
   source = tfds_source.find(name, data_dir)
   if not source.same_classes(trained):
     raise ConfigError(
       f'data.extra_tests names {name!r}, whose {len(source.class_names)} '
       f'classes are not the {len(trained.class_names)} classes of '
-      f'{trained.name!r}: remove it from data.extra_tests.'
+      f'{trained.name!r}: {remedy}.'
     )
   if source.image_shape != trained.image_shape and not (
-    resized and source.image_shape[2] == shape[2]
+    form.reason and source.image_shape[2] == form.shape[2]
   ):
     raise ConfigError(
       f'data.extra_tests names {name!r}, whose images have the shape '
       f'{source.image_shape}, but those of {trained.name!r} have '
-      f'{trained.image_shape}: remove it from data.extra_tests.'
+      f'{trained.image_shape}: {remedy}.'
     )
-  return _split(name, source.test_split(), source, shape, resized)
+  return source.find_test(remedy)
+
+
+def _sample(
+  images: np.ndarray | StreamedImages, form: _Form
+) -> np.ndarray | StreamedImages:
+  """Returns the images whose mean and deviation count for the whole set.
+
+  The choice does not depend on whether they are streamed, nor on the host, by
+  which a run may go on with another number of devices.
+  """
+  if not form.reason and form.num_bytes <= MAX_BYTES_IN_MEMORY:
+    return images
+  order = np.random.default_rng(0).permutation(len(images))
+  return images.take(np.sort(order[:MOMENTS_IMAGES]), axis=0)
 
 
 def _moments(
@@ -255,7 +309,9 @@ def _moments(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns the mean and deviation of each channel, from its histogram.
 
-  A float copy of the images would take four times their memory.
+  A float copy of the images would take four times their memory. A channel that
+  does not vary, such as an opaque alpha, has the deviation 1: divided by its
+  own, a single other pixel would drown all channels.
   """
   values = np.arange(256) / 255
   counts = np.zeros((images.shape[-1], 256), np.int64)
@@ -265,7 +321,8 @@ def _moments(
   share = counts / counts.sum(axis=1, keepdims=True)
   mean = share @ values
   variance = share @ np.square(values) - np.square(mean)
-  std = np.sqrt(np.maximum(variance, 1e-12))
+  std = np.sqrt(np.maximum(variance, 0))
+  std = np.where(std < _LEAST_STD, 1, std)
   return mean.astype(np.float32), std.astype(np.float32)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from resist_jax.errors import ConfigError
+from resist_jax.data.prepared import Examples
+from resist_jax.errors import ConfigError, one_line
 
 MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # Pillow's mode by number of channels.
 # The usual ranges of random resized crops (Inception, ResNet on ImageNet).
@@ -19,6 +20,16 @@ CROP_AREA = (0.08, 1.0)  # Share of the image.
 CROP_RATIO = (3 / 4, 4 / 3)  # Width over height.
 ATTEMPTS = 10  # Crops drawn, of which the first that fits is used.
 THREADS = min(32, 2 * (os.cpu_count() or 1))  # Pillow decodes without the GIL.
+
+# Pillow's modes of at most 8 bits a channel, which it converts to each other.
+_EIGHT_BITS = frozenset(
+  ('1', 'L', 'LA', 'La', 'P', 'PA', 'RGB', 'RGBA', 'RGBa', 'RGBX', 'CMYK',
+   'YCbCr', 'HSV')
+)  # fmt: skip
+# Files whose mode I, of 32 bits, holds 16: Pillow has scaled them to that.
+_SIXTEEN_IN_I = ('PNG', 'PPM')
+# What TFDS sets call the name of an image's file.
+_FILE_NAMES = ('file_name', 'filename', 'image/filename')
 
 Box = tuple[float, float, float, float]  # Left, top, right, bottom.
 
@@ -31,7 +42,9 @@ class Records:
     num_classes: Number of classes; labels run from 0 to `num_classes - 1`.
   """
 
-  def __init__(self, name: str, source: Sequence[Any], num_classes: int):
+  def __init__(
+    self, name: str, source: Sequence[Any] | Examples, num_classes: int
+  ):
     """Wraps a random-access source of examples.
 
     Args:
@@ -57,10 +70,21 @@ class Records:
       The example as the source gives it.
 
     Raises:
-      ConfigError: If its label is out of range.
+      ConfigError: If it has no label, or its label is out of range.
     """
     example = self._source[number]
-    label = int(example['label'])
+    label = example['label']
+    if not isinstance(label, int | np.integer):
+      raise ConfigError(
+        f'image {number} of {self.name} has {label!r} in the place of a label: '
+        'prepare the set again.'
+      )
+    if label == -1:
+      raise ConfigError(
+        f'image {number} of {self.name} has no label (-1), but others have: '
+        'name a part of the split that has labels, such as train[:80%], in '
+        'data.train_split or data.test_split.'
+      )
     if not 0 <= label < self.num_classes:
       raise ConfigError(
         f'image {number} of {self.name} has the label {label}, but the set '
@@ -168,14 +192,38 @@ class StreamedImages:
       return Image.fromarray(raw.squeeze(-1) if raw.shape[-1] == 1 else raw)
     try:
       with Image.open(io.BytesIO(raw)) as image:
-        return image.convert(mode)
-    # Pillow raises each of these for damaged files, depending on their format.
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-      file = record.get('file_name', b'').decode(errors='replace')
+        return _eight_bits(image).convert(mode)
+    except Exception as error:  # Each format raises types of its own.
+      file = next(filter(None, map(record.get, _FILE_NAMES)), '')
+      if isinstance(file, bytes):
+        file = file.decode(errors='replace')
+      reason = one_line(error)
       raise ConfigError(
         f'image {number} of {self.records.name}{file and f" ({file})"} cannot '
-        f'be decoded ({type(error).__name__}): prepare the set again.'
+        f'be decoded ({reason}): mend or remove it, and prepare the set again.'
       ) from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+  """Returns an image whose channels have at most 8 bits.
+
+  Of 16 bits the upper 8 are kept, as Pillow itself does for colours.
+
+  Args:
+    image: An image as Pillow opens it.
+
+  Raises:
+    ValueError: If nothing says which of its values is white.
+  """
+  if image.mode in _EIGHT_BITS:
+    return image
+  sixteen = image.mode == 'I' and image.format in _SIXTEEN_IN_I
+  if sixteen or image.mode.startswith('I;16'):
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+  raise ValueError(
+    f'its pixels are of mode {image.mode}, and only channels of 8 or 16 bits '
+    'are read'
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,71 +1,25 @@
 """Image classification data sets from TFDS, read without TensorFlow."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 import contextlib
-import dataclasses
 import importlib.util
+import json
 import os
+import pathlib
+import re
+import shlex
 from typing import Any
 
 from absl import logging
 import numpy as np
 
-from resist_jax.data.streaming import MODES
-from resist_jax.errors import ConfigError
+from resist_jax.data.prepared import Examples, Part, Prepared
+from resist_jax.data.streaming import MODES, THREADS
+from resist_jax.errors import ConfigError, one_line
 
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-  """A data set on disk, ready to be read.
-
-  Attributes:
-    name: The name under which it was requested.
-    image_shape: `(H, W, C)`; H and W are None if images differ in size.
-    class_names: The name of each label.
-    splits: For each split that has labels, its examples with random access:
-      dictionaries with the keys `label` and `image`. An image is the content of
-      an image file, or `uint8[H, W, C]` if the data set stores pixels.
-  """
-
-  name: str
-  image_shape: tuple[int | None, ...]
-  class_names: tuple[str, ...]
-  splits: dict[str, Sequence[Any]]
-
-  def split(self, name: str) -> Sequence[Any]:
-    """Returns the examples of a split.
-
-    Args:
-      name: Name of the split.
-
-    Returns:
-      Its examples; see `splits`.
-
-    Raises:
-      ConfigError: If there is no such split with labels.
-    """
-    if name not in self.splits:
-      raise ConfigError(
-        f'data set {self.name!r} has no split {name!r} with labels, only '
-        f'{", ".join(self.splits)}.'
-      )
-    return self.splits[name]
-
-  def test_split(self) -> Sequence[Any]:
-    """Returns the examples of `test`, or of `validation` without a `test`."""
-    return self.split('test' if 'test' in self.splits else 'validation')
-
-  def same_classes(self, other: 'Prepared') -> bool:
-    """Returns whether both data sets have the same classes.
-
-    A data set may give its classes no names: TFDS then calls them by number,
-    and only the number of classes is compared.
-    """
-    ours, theirs = self.class_names, other.class_names
-    numbers = tuple(map(str, range(len(ours))))
-    return len(ours) == len(theirs) and (
-      ours == theirs or numbers in (ours, theirs)
-    )
+# NAMESPACE:NAME/CONFIG:VERSION/ARGUMENT=VALUE, of which TFDS needs the NAME.
+_NAME = r'([\w-]+:)?[a-zA-Z]\w*(/[\w+.-]+)?(:[\d.*]+)?(/\w+=[^/]+)?'
 
 
 @contextlib.contextmanager
@@ -85,96 +39,247 @@ def find(name: str, data_dir: str = '') -> Prepared:
 
   Args:
     name: Name in the TFDS catalog, such as `cifar10` or `cifar10_1/v6`.
-    data_dir: The folder of prepared TFDS data sets; empty for TFDS's default.
+    data_dir: The folder of prepared TFDS data sets, in which `~` and `$NAME`
+      are filled in; empty for TFDS's default.
 
   Returns:
     The data set.
 
   Raises:
-    ConfigError: If the data set is unknown, does not hold labelled images, or
-      is not prepared and cannot be prepared here.
+    ConfigError: If the data set is unknown, does not hold labelled images, is
+      damaged, or is not prepared and cannot be prepared here.
   """
   # Imported here because it is slow, and the digits do not need it.
   import tensorflow_datasets as tfds
 
-  where = (
-    data_dir or os.environ.get('TFDS_DATA_DIR') or tfds.core.constants.DATA_DIR
-  )
-  try:
-    builder = tfds.builder(name, data_dir=data_dir or None)
-    if not builder.is_prepared():
-      builder = tfds.builder(
-        name, data_dir=data_dir or None, file_format='array_record'
-      )
-    features = builder.info.features
-  except tfds.core.DatasetNotFoundError:
-    raise ConfigError(
-      f'unknown data set {name!r}: use digits, or a name from the TFDS catalog '
-      'such as cifar10, cifar100, svhn_cropped or fashion_mnist.'
-    ) from None
-  except ImportError as error:
-    raise ConfigError(
-      f'data set {name!r} needs a package that is not installed ({error}): '
-      "pip install 'resist_jax[prepare]'."
-    ) from error
+  given = folder_of_sets(data_dir or os.environ.get('TFDS_DATA_DIR', ''))
+  where = given or os.path.expanduser(tfds.core.constants.DATA_DIR)
+  builder = _builder(name, given, where)
+  features = builder.info.features
   _check_features(name, features)
   if not builder.is_prepared():
     _prepare(name, builder, where)
-  shape, names = features['image'].shape, tuple(features['label'].names)
-  return Prepared(name, shape, names, _open(name, builder))
+  return Prepared(
+    name,
+    builder.name,
+    features['image'].shape,
+    tuple(features['label'].names),
+    tuple(builder.info.splits),
+    lambda split: _open(name, builder, split),
+  )
 
 
-def _open(name: str, builder) -> dict[str, Sequence[Any]]:
-  """Opens the splits that have labels."""
+def folder_of_sets(data_dir: str) -> str:
+  """Returns the folder that `data.dir` names.
+
+  Args:
+    data_dir: A path, in which `~` and `$NAME` are filled in, or a URL.
+
+  Returns:
+    The path or URL.
+
+  Raises:
+    ConfigError: If a name in it is unknown, or TFDS cannot read such a URL.
+  """
+  import tensorflow_datasets as tfds  # Slow to import.
+
+  folder = os.path.expanduser(os.path.expandvars(data_dir))
+  unset = re.search(r'\$(\w+|\{[^}]*\})', folder)
+  if unset or folder.startswith('~'):
+    what = f'{unset[0]} is not set' if unset else 'there is no such user'
+    raise ConfigError(
+      f'the folder of data sets is {data_dir!r}, but {what}: set data.dir to '
+      'the whole path, such as /data/tensorflow_datasets.'
+    )
+  if re.match(r'\w{2,}:/', folder):  # A letter alone is a Windows drive.
+    try:
+      if '://' not in folder:
+        raise ValueError('a URL has two slashes')
+      tfds.core.Path(folder).exists()
+    except KeyError as error:
+      raise ConfigError(
+        f'the folder of data sets is {data_dir!r}, and TFDS does not read such '
+        'URLs: set data.dir to a folder, or to one of gs://, s3:// or az://.'
+      ) from error
+    except Exception as error:  # Each file system raises types of its own.
+      raise ConfigError(
+        f'the folder of data sets is {data_dir!r}, which cannot be read here '
+        f'({one_line(error)}): install what that asks for, or copy the sets '
+        'and set data.dir to their folder.'
+      ) from error
+  return folder
+
+
+def _builder(name: str, given: str, where: str) -> Any:
+  """Finds what reads a set, prepared or not."""
   import tensorflow_datasets as tfds
 
+  if not re.fullmatch(_NAME, name):
+    raise ConfigError(
+      f'{name!r} is no name of a data set: give digits, or NAME, NAME/CONFIG, '
+      'NAME:VERSION or NAME/CONFIG:VERSION as in the TFDS catalog.'
+    )
+  data_dir = given or None
+  try:
+    builder = tfds.builder(name, data_dir=data_dir)
+    if not builder.is_prepared():
+      builder = tfds.builder(
+        name, data_dir=data_dir, file_format='array_record'
+      )
+    if builder.info.features is None:
+      raise ValueError('its features are not described')
+    if builder.is_prepared() and not builder.info.splits:
+      raise ValueError('its splits are not described')
+    return builder
+  except Exception as error:  # TFDS raises many types.
+    raise ConfigError(_refusal(error, name, where)) from error
+
+
+def _refusal(error: Exception, name: str, where: str) -> str:
+  """Says why TFDS finds no set of a name, and what there is."""
+  import tensorflow_datasets as tfds
+
+  there = ', '.join(_on_disk(name, where))
+  holds = _holds(where, there)
+  if isinstance(error, ImportError):
+    return (
+      f'data set {name!r} needs a package that is not installed ({error}): '
+      "install that, or all that TFDS needs: pip install 'resist_jax[prepare]'."
+    )
+  if isinstance(error, tfds.core.DatasetNotFoundError):
+    if there:
+      return f'there is no data set {name!r}, but {holds}: ask for that.'
+    return (
+      f'unknown data set {name!r}, and {holds}: use digits, or a name from the '
+      'TFDS catalog such as cifar10, cifar100, svhn_cropped or fashion_mnist.'
+    )
+  # TFDS puts all arguments before the message of the error itself.
+  reason = ' '.join(str(error).split()).split('}": ')[-1][:200]
+  return (
+    f'data set {name!r} cannot be opened ({type(error).__name__}: {reason}); '
+    f'{holds}{_in_catalog(name)}. Ask for one of those, or if files there are '
+    'damaged, delete them and prepare the set again.'
+  )
+
+
+def _holds(where: str, there: str) -> str:
+  """Says what a folder holds of a set."""
+  if not there and '://' not in where and not os.path.isdir(where):
+    return f'there is no folder {where}'
+  return f'{where} holds {there or "none of it"}'
+
+
+def _in_catalog(name: str) -> str:
+  """Says which configs of a set TFDS knows."""
+  import tensorflow_datasets as tfds
+
+  kind = re.split('[/:]', name)[0]
+  try:
+    configs = list(tfds.builder_cls(kind).builder_configs)
+  except Exception:  # No set of the catalog.
+    return ''
+  known = ', '.join(f'{kind}/{config}' for config in configs[:20])
+  return f'; the catalog has {known or kind}'
+
+
+def _on_disk(name: str, where: str) -> list[str]:
+  """Returns the names of the prepared forms of a set, such as cifar10:3.0.2."""
+  kind = re.split('[/:]', name)[0]
+  snake = re.sub('(?<=[a-z0-9])(?=[A-Z])', '_', kind).lower()
+  found = []
+  if re.fullmatch(r'\w+', kind) and '://' not in where:
+    for spelled in sorted({kind, kind.lower(), snake}):
+      for depth in ('*', '*/*'):
+        root = pathlib.Path(where, spelled)
+        for file in sorted(root.glob(f'{depth}/dataset_info.json')):
+          *config, version = file.parent.relative_to(root).parts
+          found.append(f'{"/".join([spelled, *config])}:{version}')
+  return found
+
+
+def _open(name: str, builder: Any, split: str) -> Examples:
+  """Opens a split or a part of one, and checks that its files are whole."""
+  import tensorflow_datasets as tfds
+
+  title = f'{name}, split {split}'
+  if not builder.info.splits[split].num_examples:
+    return Examples(title, (), ())
   encoded = isinstance(builder.info.features['image'], tfds.features.Image)
   decoders = {'image': tfds.decode.SkipDecoding()} if encoded else None
   try:
-    splits = {
-      split: builder.as_data_source(split=split, decoders=decoders)
-      for split in builder.info.splits
-    }
+    source = builder.as_data_source(split=split, decoders=decoders)
   except NotImplementedError as error:
     raise ConfigError(
       f'data set {name!r} was prepared as {builder.info.file_format.value}, '
       'which cannot be read without TensorFlow: prepare it again with '
       "file_format='array_record'."
     ) from error
-  # The labels of ImageNet's test split are not published: all are -1.
-  return {
-    name: examples
-    for name, examples in splits.items()
-    if not len(examples) or examples[0]['label'] >= 0
-  }
+  files = builder.info.splits[split].file_instructions
+  if builder.info.file_format.value == 'array_record':
+    with ThreadPoolExecutor(THREADS) as pool:
+      list(pool.map(lambda file: _check_file(title, file), files))
+  parts = [Part(file.filename, file.skip, file.take) for file in files]
+  return Examples(title, source, parts)
 
 
-def _check_features(name: str, features) -> None:
-  image = 'image' in features and features['image'].shape
-  classes = 'label' in features and getattr(
-    features['label'], 'num_classes', None
-  )
-  if not image or len(image) != 3 or not classes:
+def _check_file(title: str, file: Any) -> None:
+  """A file that was cut may open, and give records without content."""
+  from array_record.python.array_record_module import ArrayRecordReader
+
+  try:
+    reader = ArrayRecordReader(file.filename, options='readahead_buffer_size:0')
+    count = reader.num_records()
+    reader.close()
+    problem = f'it holds {count} images instead of {file.examples_in_shard}'
+  except Exception as error:
+    count, problem = None, one_line(error)
+  if count != file.examples_in_shard:
+    raise ConfigError(
+      f'a file of {title} is missing or damaged: {file.filename} ({problem}). '
+      'Copy it again, or prepare the set again.'
+    )
+
+
+def _check_features(name: str, features: Any) -> None:
+  import tensorflow_datasets as tfds
+
+  named = isinstance(features, tfds.features.FeaturesDict)
+  kinds: dict[str, Any] = dict(features) if named else {}
+  label, image = kinds.get('label'), kinds.get('image')
+  # A list of labels has the attributes of a label, too: its type tells.
+  labelled = isinstance(label, tfds.features.ClassLabel) and label.num_classes
+  shape = getattr(image, 'shape', None)
+  if not labelled or not isinstance(shape, tuple) or len(shape) != 3:
+    listed = ', '.join(f'{key} {type(kinds[key]).__name__}' for key in kinds)
     raise ConfigError(
       f'data set {name!r} is not one of images with class labels: its features '
-      f'are {", ".join(features)}. Choose another.'
+      f'are {listed or features}, and an image and one ClassLabel label are '
+      'needed. Choose another.'
     )
-  kind = np.dtype(features['image'].np_dtype)
-  if kind != np.uint8 or image[2] not in MODES:
+  assert image is not None
+  kind = np.dtype(image.np_dtype)
+  if kind != np.uint8 or shape[2] not in MODES:
     raise ConfigError(
-      f'the images of data set {name!r} are {kind} with {image[2]} channels, '
+      f'the images of data set {name!r} are {kind} with {shape[2]} channels, '
       'but only uint8 images with 1, 3 or 4 channels are supported.'
     )
 
 
-def _prepare(name: str, builder, where: str) -> None:
+def _prepare(name: str, builder: Any, where: str) -> None:
   """Downloads and prepares a data set, or raises with the command to run."""
   by_hand = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+  arguments = ', '.join((
+    json.dumps(name), f'data_dir={json.dumps(where)}',
+    'file_format="array_record"',
+  ))  # fmt: skip
+  code = (
+    'import tensorflow_datasets as tfds; '
+    f'tfds.builder({arguments}).download_and_prepare()'
+  )
   advice = (
-    f'run `python -c "import tensorflow_datasets as tfds; tfds.builder('
-    f"'{name}', data_dir='{where}', file_format='array_record')"
-    '.download_and_prepare()"` on a machine with internet access, after pip '
-    'install tensorflow, or set --config.data.dir to a folder that holds it.'
+    f'run `python -c {shlex.quote(code)}` on a machine with internet access, '
+    'after pip install tensorflow, or set --config.data.dir to a folder that '
+    'holds it.'
   )
   if by_hand:
     advice = (
@@ -182,16 +287,19 @@ def _prepare(name: str, builder, where: str) -> None:
       f'{os.path.join(where, "downloads", "manual")}; TFDS says: '
       f'"{" ".join(by_hand.split())}" Then {advice}'
     )
+  missing = f'data set {name!r} is not prepared in {where}'
+  if there := _on_disk(name, where):
+    missing += f', which holds {", ".join(there)} (set data.name to that)'
+  elif not os.path.isdir(where) and '://' not in where:
+    missing += ', which does not exist'
   if importlib.util.find_spec('tensorflow') is None:
     raise ConfigError(
-      f'data set {name!r} is not prepared in {where}, and preparing it needs '
-      f'TensorFlow, which is not installed: {advice}'
+      f'{missing}, and preparing it needs TensorFlow, which is not installed: '
+      f'{advice}'
     )
   try:
     builder.download_and_prepare()
   except Exception as error:  # TFDS and its downloaders raise many types.
-    reason = ' '.join(str(error).split())[:120]
     raise ConfigError(
-      f'data set {name!r} is not prepared in {where} and could not be prepared '
-      f'({type(error).__name__}: {reason}): {advice}'
+      f'{missing} and could not be prepared ({one_line(error)}): {advice}'
     ) from error

@@ -6,14 +6,24 @@ Run it as `python -m resist_jax.report DIR... [--out=OUT]`.
 import argparse
 from collections.abc import Mapping, Sequence
 from html import escape
+import itertools
 import json
 from pathlib import Path
+import re
 import sys
 from typing import Any
 
 from resist_jax.errors import ConfigError
 from resist_jax.report import plots, tables
-from resist_jax.report.records import DASH, Run, Summary, load_runs
+from resist_jax.report.records import (
+  ACCURACIES,
+  DASH,
+  Run,
+  Summary,
+  is_number,
+  load_runs,
+  printable,
+)
 
 # For each row of the summary table, its name and the format of its cells. A
 # cell becomes a dash if the summary lacks one of its fields.
@@ -50,6 +60,7 @@ PROVENANCE = (
   ('seconds, with tests', '{seconds_total:,.1f}'),
   ('versions', '{versions_text}'),
 )
+_HOW = ('as deployed', 'as in paper')  # For each of `ACCURACIES`.
 NOTE = """As deployed: with fixed norm statistics, measured for the global model
 after training. As in the paper: with the statistics of each test batch.
 Communication: the paper's count, in which every worker fetches and returns its
@@ -80,7 +91,8 @@ def _rows(
     fields |= _memory(fields.get('memory_per_device'))
     for name in ('bytes_total', 'bytes_per_round', 'wire_bytes_per_round',
                  'parameter_memory', 'peak_memory'):  # fmt: skip
-      if isinstance(count := fields.get(name), int | float):
+      count = fields.get(name)
+      if is_number(count):
         unit, unit_name = plots.byte_unit(count)
         fields[f'{name}_text'] = f'{count / unit:.4g} {unit_name}'
     wire = 'wire_bytes_per_round'
@@ -90,10 +102,13 @@ def _rows(
       ('share_of_wire_parallel', wire, f'{wire}_data_parallel'),
       ('share_of_params', 'params_per_worker', 'params_total'),
     ):
-      if fields.get(part) and fields.get(whole):
-        fields[name] = fields[part] / fields[whole]
-    versions = (fields.get('versions') or {}).items()
-    fields['versions_text'] = ', '.join(f'{k} {v}' for k, v in versions) or DASH
+      share, of = fields.get(part), fields.get(whole)
+      if is_number(share) and is_number(of) and share and of:
+        fields[name] = share / of
+    versions = fields.get('versions')
+    if isinstance(versions, dict):
+      texts = (f'{k} {v}' for k, v in versions.items())
+      fields['versions_text'] = ', '.join(texts) or DASH
     readable.append(fields)
   return [[n, *(_cell(form, s) for s in readable)] for n, form in table]
 
@@ -112,9 +127,23 @@ def _cell(form: str, fields: Summary) -> str:
   """Returns a formatted cell, or a dash if a field is missing."""
   try:
     text = form.format_map(fields)
-  except (KeyError, TypeError, ValueError):
+  except (KeyError, TypeError, ValueError, OverflowError):
     return DASH
   return DASH if text == 'None' else text
+
+
+def _table(summaries: Sequence[Summary]) -> list[tuple[str, str]]:
+  """Returns the rows of the summary table, those of further tests included."""
+  fields = set(itertools.chain.from_iterable(summaries))
+  found = [re.fullmatch(r'(\w+?)_accuracy(_paper)?', name) for name in fields]
+  names = {match[1] for match in found if match}
+  rows = [
+    (f'{name}, {how}', f'{{{name}{ending}:.2%}}')
+    for name in sorted(names - {'test', 'best_test', 'train'})
+    for how, ending in zip(_HOW, ACCURACIES, strict=True)
+  ]
+  end = [name for name, _ in TABLE].index('best, as in paper') + 1
+  return [*TABLE[:end], *rows, *TABLE[end:]]
 
 
 def summary_table(
@@ -132,7 +161,7 @@ def summary_table(
     characters.
   """
   rows = [['', *labels]] if labels else []
-  rows += _rows(TABLE, summaries)
+  rows += _rows(_table(summaries), summaries)
   # The names take 26 of 100 characters, and 2 spaces separate the columns.
   width = max(26, 74 // max(len(summaries), 1) - 2)
   return tables.text_table(rows, max_width=width)
@@ -201,7 +230,7 @@ def _page(runs: Sequence[Run], captions: Mapping[str, str]) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{STYLE}</style></head><body>
 <h1>{title}</h1>
-{_html_table(runs, _rows(TABLE, summaries))}
+{_html_table(runs, _rows(_table(summaries), summaries))}
 <p>{NOTE}</p>
 <h2>Accuracy</h2>
 <div class="plots">{''.join(figures[:3])}</div>
@@ -245,7 +274,7 @@ def main(args: Sequence[str] | None = None) -> int:
   flags = parser.parse_args(args)
   out = flags.out or (Path('report') if flags.dirs[1:] else flags.dirs[0])
   try:
-    print(write_report(flags.dirs, out))
+    print(printable(str(write_report(flags.dirs, out))))
   except (ConfigError, OSError) as error:
     hint = '' if isinstance(error, ConfigError) else '; try another --out.'
     print(f'error: {error}{hint}', file=sys.stderr)

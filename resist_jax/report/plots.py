@@ -31,7 +31,9 @@ PALETTE = (
 )
 EVERYONE, NOBODY = -1, -2  # Stand for a worker in a decomposition image.
 MAX_ROUNDS = 60  # Columns of a decomposition figure that can be told apart.
-_MAX_STRIPS = 120  # Rows for each block: finer than the pixels of any figure.
+# Rows of a decomposition image, for each block and in all: finer than the
+# pixels of any figure.
+_MAX_STRIPS, _MAX_PIXELS = 120, 4800
 _EVERYONE_COLOUR, _NOBODY_COLOUR = '#c9c9c9', '#ffffff'
 
 AXES = {
@@ -208,16 +210,11 @@ def decomposition_image(
   >>> decomposition_image([[[0, 1], [1]], None], num_blocks=2).tolist()
   [[0, -1], [0, -1], [0, -1], [1, -1]]
   """
-  holders = [
-    [
-      [worker for worker, blocks in enumerate(slots or ()) if block in blocks]
-      for block in range(num_blocks)
-    ]
-    for slots in slots_by_round
-  ]
+  holders = [_holders(slots or (), num_blocks) for slots in slots_by_round]
   counts = {len(workers) for column in holders for workers in column} - {0}
-  strips = min(math.lcm(*counts), _MAX_STRIPS)
-  image = np.full((num_blocks, strips, len(holders)), NOBODY)
+  most = max(1, min(_MAX_STRIPS, _MAX_PIXELS // num_blocks))
+  strips = min(math.lcm(*counts), most)
+  image = np.full((num_blocks, strips, len(holders)), NOBODY, np.int16)
   for column, slots in enumerate(slots_by_round):
     if slots is None:
       image[:, :, column] = EVERYONE
@@ -227,6 +224,15 @@ def decomposition_image(
         of_strip = np.arange(strips) * len(workers) // strips
         image[block, :, column] = np.asarray(workers)[of_strip]
   return image.reshape(num_blocks * strips, len(holders))
+
+
+def _holders(slots: Slots, num_blocks: int) -> list[list[int]]:
+  """Returns the workers that hold each block, in ascending order."""
+  workers: list[list[int]] = [[] for _ in range(num_blocks)]
+  for worker, blocks in enumerate(slots):
+    for block in set(blocks):
+      workers[block].append(worker)
+  return workers
 
 
 def decomposition_figure(label: str, rows: Rows) -> Figure | None:
@@ -266,7 +272,7 @@ def decomposition_figure(label: str, rows: Rows) -> Figure | None:
   for axes, (chain, L) in zip(panels, chains.items(), strict=True):
     image = decomposition_image([_slots(row, chain) for row in shown], L)
     present |= {EVERYONE, NOBODY} & set(image.ravel().tolist())
-    pixels = np.array([to_rgb(c) for c in palette])[image]
+    pixels = np.array([to_rgb(c) for c in palette], np.float32)[image]
     _panel(axes, pixels, shown[0]['round'], L)
     axes.set_title(f'{chain}, {L} blocks', fontsize=9, loc='left')
   panels[-1].set_xlabel('round')

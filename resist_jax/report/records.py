@@ -1,12 +1,13 @@
 """Readers of a run's workdir: its config, its rounds and its summary."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import itertools
 import json
+import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeGuard
 
 from resist_jax.errors import ConfigError
 from resist_jax.report import plots
@@ -18,6 +19,13 @@ DASH = '-'
 NUMBERS = ('train_loss', 'test_accuracy', 'test_accuracy_paper', 'bytes_total',
            'wire_bytes_total', 'seconds_training',
            'images_per_second')  # fmt: skip
+# How the accuracies of a test are called, after its name.
+ACCURACIES = ('_accuracy', '_accuracy_paper')
+_CUTS = ('slots', 'num_blocks')
+# No run has more than this, and what a report draws of it fits in memory.
+_MAX_ROWS, _MAX_LINE = 10**6, 2**20
+_MAX_ROUND, _MAX_BLOCKS, _MAX_WORKERS, _MAX_CHAINS = 10**9, 2048, 4096, 16
+_MAX_NUMBER = 1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +36,8 @@ class Run:
     label: The shortest end of the workdir's path that is unique in a report.
     config: The config as one level of dotted names.
     summary: The content of `summary.json`, or what is known so far.
-    rows: Its rounds, ascending, each once.
+    rows: Its rounds, ascending, each once; those of a long run that no picture
+      shows are without slots.
   """
 
   label: str
@@ -56,7 +65,14 @@ def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
   depth = 1
   while len({path.parts[-depth:] for path in paths}) < len(paths):
     depth += 1
-  return [_load_run(path, '/'.join(path.parts[-depth:])) for path in paths]
+  names = [printable('/'.join(path.parts[-depth:])) for path in paths]
+  labels = [' '.join(name.split()) for name in names]
+  return list(map(_load_run, paths, labels))
+
+
+def printable(name: str) -> str:
+  """Returns a name that can be printed and drawn, whatever bytes it has."""
+  return name.encode('utf-8', 'backslashreplace').decode('utf-8')
 
 
 def _load_run(path: Path, label: str) -> Run:
@@ -68,32 +84,53 @@ def _load_run(path: Path, label: str) -> Run:
         'least one round.'
       )
   config = _flatten(_read_json(path / 'config.json'))
-  # A resumed run may repeat rounds, and continues from the last repetition.
-  by_round = {row['round']: row for row in read_rows(path / 'metrics.jsonl')}
-  if not by_round:
-    raise ConfigError(
-      f'{path / "metrics.jsonl"} has no round yet: wait until the run has '
-      'finished one, or omit this run.'
-    )
-  rows = [by_round[number] for number in sorted(by_round)]
+  rows = _drawn_rows(path / 'metrics.jsonl')
   summary = _summary_so_far(config, rows)
   if (path / 'summary.json').is_file():
     written = _read_json(path / 'summary.json')
     # It is out of date if the run finished and was then given more rounds.
-    if (written.get('rounds') or 0) >= rows[-1]['round']:
+    rounds = written.get('rounds')
+    if is_number(rounds) and rounds >= rows[-1]['round']:
       summary = written
-  counts = (len(next(iter(r['slots'].values()))) for r in rows if r['slots'])
+  counts = (row['workers'] for row in rows if row['workers'])
   changes = [str(count) for count, _ in itertools.groupby(counts)]
   if len(changes) > 1:  # The run was resumed with another number of workers.
     summary['num_workers'] = ', then '.join(changes)
   return Run(label, config, {**summary, 'directory': str(path)}, rows)
 
 
+def _drawn_rows(path: Path) -> list[dict[str, Any]]:
+  """Reads what a report draws of each round, ascending, each round once.
+
+  The slots of all rounds of a long run would fill the memory: only rounds that
+  a picture may show keep them.
+  """
+  by_round, first, first_cut = {}, math.inf, math.inf
+  for row in each_row(path):
+    number, chains = row['round'], list(row['slots'].values())
+    first = min(first, number)
+    first_cut = min(first_cut, number) if chains else first_cut
+    far = number >= max(first, first_cut) + plots.MAX_ROUNDS
+    names = ('round', *_measures(row), *(() if far else _CUTS))
+    # A resumed run may repeat rounds, and continues from the last repetition.
+    by_round[number] = {name: row[name] for name in row if name in names}
+    by_round[number]['workers'] = len(chains[0]) if chains else 0
+  if not by_round:
+    raise ConfigError(
+      f'{path} has no round yet: wait until the run has finished one, or omit '
+      'this run.'
+    )
+  return [by_round[number] for number in sorted(by_round)]
+
+
 def _read_json(path: Path) -> dict[str, Any]:
-  try:
-    value = json.loads(path.read_text('utf-8'))
-  except ValueError:  # Neither text nor JSON.
-    value = None
+  value: Any = None
+  # Not text, not JSON, or brackets in hundreds of brackets.
+  with contextlib.suppress(ValueError, RecursionError):
+    read = json.loads(path.read_text('utf-8'))
+    if isinstance(read, dict):
+      json.dumps(_flatten(read))
+      value = read
   if not isinstance(value, dict):
     raise ConfigError(
       f'{path} is not a JSON object: repair it, or omit this run.'
@@ -108,49 +145,107 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     path: The file, which need not exist.
 
   Returns:
+    The rows in the order of the file; see `each_row`.
+
+  Raises:
+    ConfigError: If a line is damaged; see `each_row`.
+  """
+  return list(each_row(path))
+
+
+def each_row(path: Path) -> Iterator[dict[str, Any]]:
+  """Reads the rows of a `metrics.jsonl` one after another.
+
+  Args:
+    path: The file, which need not exist.
+
+  Yields:
     The rows in the order of the file; none if it does not exist. The last line
     is ignored if it has no end: its writer was killed, or is still writing.
 
   Raises:
-    ConfigError: If another line is damaged; names the file and the line.
+    ConfigError: If another line is damaged, or not that of a run; names the
+      file and the line.
   """
   if not path.exists():
-    return []
-  *lines, _ = path.read_text('utf-8', 'replace').split('\n')
-  rows = []
-  for number, line in enumerate(lines, start=1):
-    row: Any = None
-    with contextlib.suppress(ValueError):
-      row = json.loads(line)
-    if not _is_round(row):
-      raise ConfigError(
-        f'{path}, line {number}, is not the record of a round: delete that '
-        'line.'
-      )
-    rows.append(cast(dict[str, Any], row))
-  return rows
+    return
+  chains: set[str] = set()
+  with path.open('rb') as file:
+    # Not the whole file at once: nobody knows how long it is.
+    for number in itertools.count(1):
+      line = file.readline(_MAX_LINE)
+      if not line.endswith(b'\n') and len(line) < _MAX_LINE:
+        return
+      row: Any = None
+      with contextlib.suppress(ValueError, RecursionError):
+        row = json.loads(line)
+      if not (
+        _is_round(row)
+        and len(chains | row['slots'].keys()) <= _MAX_CHAINS
+        and number <= _MAX_ROWS
+      ):
+        raise ConfigError(
+          f'{path}, line {number}, is not the record of a round: delete that '
+          f'line{" and those after it" if number > _MAX_ROWS else ""}.'
+        )
+      chains |= row['slots'].keys()
+      yield row
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+  """Returns whether a value is a number that can be drawn."""
+  is_real = isinstance(value, int | float) and not isinstance(value, bool)
+  return is_real and -_MAX_NUMBER < value < _MAX_NUMBER
+
+
+def _measures(row: Mapping[str, Any]) -> list[str]:
+  """Returns which fields of a row are measured numbers, or missing."""
+  return [n for n in row if n in NUMBERS or n.endswith(ACCURACIES)]
+
+
+def _is_count(value: Any, end: int) -> bool:
+  return type(value) is int and 0 <= value < end
 
 
 def _is_round(row: Any) -> bool:
-  """Returns whether the fields of a row that reports read have their types."""
-  try:
-    numbers = [row.get(name) or 0 for name in NUMBERS]
-    chains = row['slots'].values()
-    blocks = [b for workers in chains for worker in workers for b in worker]
-    integers = [row['round'], *row.get('num_blocks', {}).values(), *blocks]
-  except (AttributeError, KeyError, TypeError):
+  """Returns whether a row has the fields that reports read, and no absurd ones.
+
+  A row is trusted to draw pictures and tables with as many parts as it says.
+  """
+  if not isinstance(row, dict) or not _is_count(row.get('round'), _MAX_ROUND):
     return False
-  typed = all(isinstance(number, int | float) for number in numbers)
-  return typed and all(isinstance(i, int) for i in integers) and all(chains)
+  numbers = [row[name] for name in _measures(row) if row[name] is not None]
+  slots, lengths = row.get('slots'), row.get('num_blocks', {})
+  if not isinstance(slots, dict) or not isinstance(lengths, dict):
+    return False
+  return (
+    all(map(is_number, numbers))
+    and all(_is_count(length, _MAX_BLOCKS + 1) for length in lengths.values())
+    and all(
+      _are_slots(workers, lengths.get(chain, _MAX_BLOCKS))
+      for chain, workers in slots.items()
+    )
+  )
+
+
+def _are_slots(workers: Any, num_blocks: int) -> bool:
+  """Returns whether these are the blocks of each worker, in one chain."""
+  return (
+    isinstance(workers, list)
+    and 0 < len(workers) <= _MAX_WORKERS
+    and all(isinstance(blocks, list) for blocks in workers)
+    and all(_is_count(b, num_blocks) for blocks in workers for b in blocks)
+  )
 
 
 def _summary_so_far(config: Summary, rows: plots.Rows) -> dict[str, Any]:
   """Derives the fields of a summary from the config and the rounds."""
   fields = {**rows[-1], **config, 'rounds': rows[-1]['round']}
-  for name in NUMBERS:
+  for name in sorted({*NUMBERS, *itertools.chain(*map(_measures, rows))}):
     values = [row[name] for row in rows if row.get(name) is not None]
     fields[name] = values[-1] if values else None
-    fields[f'best_{name}'] = max(values, default=None)
+    if name in NUMBERS:
+      fields[f'best_{name}'] = max(values, default=None)
   fields['final_train_loss'] = fields['train_loss']
   fields['dataset'] = config.get('data.name', DASH)
   fields['model'] = config.get('model.name', DASH)

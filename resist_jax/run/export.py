@@ -2,11 +2,16 @@
 
 predict = export.load('runs/resist')
 predict(images).argmax(axis=-1)
+
+A manifest of its files is written last: a model that lacks it is incomplete.
 """
 
+import contextlib
 import dataclasses
 from functools import partial
+import json
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -16,10 +21,13 @@ from orbax.checkpoint import v1 as ocp
 
 from resist_jax import data
 from resist_jax.models.resnet import ResNet
+from resist_jax.run.manifest import check, manifest
+from resist_jax.run.workdir import write_json
 
 PyTree = Any
 
 FOLDER = 'model'
+MANIFEST = 'manifest.json'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,6 +40,8 @@ class Predictor:
     scales: Residual scale of each chain that ResIST cuts, `float32[L]`.
     mean: `float32[C]`, mean of the training images as numbers from 0 to 1.
     std: `float32[C]`, their standard deviation.
+    class_names: The name of each class.
+    image_shape: `(H, W, C)` of the training images.
   """
 
   network: ResNet
@@ -39,18 +49,26 @@ class Predictor:
   scales: dict[str, np.ndarray]
   mean: np.ndarray
   std: np.ndarray
+  class_names: tuple[str, ...]
+  image_shape: tuple[int, ...]
 
-  def __call__(self, images: jax.Array) -> jax.Array:
+  def __call__(self, images: jax.typing.ArrayLike) -> jax.Array:
     """Classifies images.
 
     Args:
-      images: `uint8[B, H, W, C]`, as in the data set.
+      images: Pixels as in the data set, whole numbers from 0 to 255,
+        `[B, H, W, C]`.
 
     Returns:
       Probabilities, `float32[B, num_classes]`.
+
+    Raises:
+      ValueError: If the images are others than the network was trained on.
     """
-    images = data.normalise(jnp.asarray(images), self.mean, self.std)
-    return _classify(self.network, self.variables, images, self.scales)
+    pixels = data.normalise(
+      jnp.asarray(_as_pixels(images, self.image_shape)), self.mean, self.std
+    )
+    return _classify(self.network, self.variables, pixels, self.scales)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -58,8 +76,55 @@ def _classify(network, variables, images, scales):
   return jax.nn.softmax(network.apply(variables, images, scales))
 
 
+def _as_pixels(images: Any, image_shape: tuple[int, ...]) -> Any:
+  """Returns images as `uint8[B, H, W, C]`, or raises what to change."""
+  if not isinstance(images, jax.Array):
+    try:
+      images = np.asarray(images)
+    except ValueError as error:  # A list of unequal images.
+      raise ValueError(
+        f'images cannot be one array ({error}): give images of one size.'
+      ) from error
+  shape, wanted = images.shape, ', '.join(map(str, image_shape))
+  if shape == image_shape:
+    raise ValueError(
+      f'images have the shape {shape}, of a single image: give images[None].'
+    )
+  if (*shape[1:], 1) == image_shape:
+    raise ValueError(
+      f'images have the shape {shape}, without channels: give '
+      'images[..., None].'
+    )
+  if len(shape) != 4 or shape[1:] != image_shape:
+    raise ValueError(
+      f'images have the shape {shape}, but the network was trained on '
+      f'[B, {wanted}]: convert their channels, and resize or crop them.'
+    )
+  if images.dtype == np.uint8:
+    return images
+  if not jnp.issubdtype(images.dtype, np.integer):
+    raise ValueError(
+      f'images are {images.dtype}, but the network was trained on whole '
+      'numbers from 0 to 255: give those as uint8, such as '
+      "(255 * images).round().astype('uint8') for numbers from 0 to 1."
+    )
+  if isinstance(images, jax.core.Tracer):  # Nobody knows its values yet.
+    raise ValueError(
+      f"images are {images.dtype}: inside jit, give images.astype('uint8')."
+    )
+  images = np.asarray(images)
+  if images.size and not (images.min() >= 0 and images.max() <= 255):
+    raise ValueError(
+      f'images hold numbers from {images.min()} to {images.max()}, but the '
+      'network was trained on 0 to 255: scale them to that.'
+    )
+  return images.astype(np.uint8)
+
+
 def save(workdir: pathlib.Path, predictor: Predictor) -> None:
   """Writes a trained model into the folder `model` of its run.
+
+  At any time that folder holds the model before, the new one, or nothing.
 
   Args:
     workdir: Workdir of the run.
@@ -70,18 +135,35 @@ def save(workdir: pathlib.Path, predictor: Predictor) -> None:
     for field in dataclasses.fields(predictor.network)
     if field.name not in ('parent', 'name', 'for_cpu')
   }
-  record = {
+  record: Any = {
     'network': network | {'dtype': jnp.dtype(network['dtype']).name},
     'mean': predictor.mean.tolist(),
     'std': predictor.std.tolist(),
+    'class_names': list(predictor.class_names),
+    'image_shape': list(predictor.image_shape),
   }
   state = {'variables': predictor.variables, 'scales': predictor.scales}
+  folder = workdir.absolute() / FOLDER
+  part = folder.with_name(f'{FOLDER}.part')
   ocp.save(
-    str(workdir.absolute() / FOLDER),
+    str(part),
     jax.tree.map(np.asarray, state),
     overwrite=True,
     custom_metadata=record,
   )
+  if jax.process_index() == 0:
+    write_json(part / MANIFEST, manifest(part))
+    _replace(folder, part)
+
+
+def _replace(folder: pathlib.Path, part: pathlib.Path) -> None:
+  """Puts a whole folder in the place of another one, if there is one."""
+  old = folder.with_name(f'{folder.name}.old')
+  shutil.rmtree(old, ignore_errors=True)
+  if folder.exists():
+    folder.rename(old)
+  part.rename(folder)
+  shutil.rmtree(old, ignore_errors=True)
 
 
 def load(workdir: str | pathlib.Path) -> Predictor:
@@ -95,11 +177,18 @@ def load(workdir: str | pathlib.Path) -> Predictor:
 
   Raises:
     FileNotFoundError: If the run has not finished.
+    ValueError: If a file of the model is missing or damaged.
   """
   folder = pathlib.Path(workdir).absolute() / FOLDER
   if not folder.is_dir():
     raise FileNotFoundError(
       f'{folder} does not exist: a run writes it when it has finished.'
+    )
+  problem = _problem(folder)
+  if problem:
+    raise ValueError(
+      f'the model in {folder} cannot be used: {problem}. The same command as '
+      'that of its run writes it again.'
     )
   metadata = ocp.metadata(str(folder))
   record: Any = metadata.custom_metadata
@@ -113,4 +202,19 @@ def load(workdir: str | pathlib.Path) -> Predictor:
     state['scales'],
     np.array(record['mean'], np.float32),
     np.array(record['std'], np.float32),
+    tuple(record['class_names']),
+    tuple(record['image_shape']),
   )
+
+
+def _problem(folder: pathlib.Path) -> str | None:
+  """Returns what is wrong with the files of a model, None if nothing is."""
+  path = folder / MANIFEST
+  if not path.is_file():
+    return f'{MANIFEST} is missing, as it was not written to its end or is old'
+  listed: Any = None
+  with contextlib.suppress(OSError, ValueError, RecursionError):
+    listed = json.loads(path.read_bytes())
+  if not isinstance(listed, dict) or not listed:
+    return f'{MANIFEST} is not as it was written'
+  return check(folder, listed)

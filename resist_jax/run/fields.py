@@ -170,7 +170,20 @@ FIELDS = {
     Field(
       'data.dir',
       '',
-      "Folder of prepared TFDS sets. Empty: TFDS's own default.",
+      "Folder of prepared TFDS sets; ~ and $NAME are filled in. Empty: TFDS's "
+      'own default.',
+    ),
+    Field(
+      'data.train_split',
+      '',
+      'The split to train on, or a part of one, such as train[:80%]. Empty: '
+      'train.',
+    ),
+    Field(
+      'data.test_split',
+      '',
+      'The split to test on. Empty: test, or validation without a test; of a '
+      'set that has only train, a fixed fifth is held out.',
     ),
     Field(
       'data.sharded',

@@ -104,10 +104,13 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
     config.data.name,
     config.data.dir,
     config.data.validation,
+    train_split=config.data.train_split,
+    test_split=config.data.test_split,
     streaming=config.data.streaming,
     image_size=config.data.image_size,
     resize=config.data.augment.startswith('resized'),
     extra_tests=config.data.extra_tests,
+    copies=_copies(mesh),
   )
   visible = len(dataset.train)
   if config.data.sharded:
@@ -125,6 +128,13 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
   sizes = accounting.measure(shapes, names)
   depths = chosen_depths(config)
   return Setup(config, dataset, network, sizes.num_blocks, sizes, mesh, depths)
+
+
+def _copies(mesh: Mesh) -> int:
+  """Returns how many copies of resident images this host keeps in memory."""
+  here = mesh.local_devices
+  # Virtual devices of a CPU share the memory of the host, which keeps its own.
+  return 1 + sum(device.platform == 'cpu' for device in here)
 
 
 def describe_data(dataset: data.Dataset) -> dict[str, Any]:

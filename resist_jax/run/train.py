@@ -135,6 +135,8 @@ def _predictor(setup: Setup, params, statistics) -> export.Predictor:
     phases.global_scales(setup),
     setup.dataset.mean,
     setup.dataset.std,
+    setup.dataset.class_names,
+    setup.image_shape,
   )
 
 
@@ -262,7 +264,8 @@ def _loop(
       )
     if leaves:
       phase, state = restore.begin_phase(setup, done, assemble(state))
-  if 'test_accuracy' not in progress.last:  # Ended by a lower num_rounds.
+  # Ended by a lower num_rounds, or given more tests since.
+  if any(f'{t}_accuracy' not in progress.last for t in setup.dataset.tests):
     progress = _evaluated(progress, evaluator, state)
   return state, phase, progress
 

@@ -10,7 +10,7 @@ import pytest
 import tfds_sets
 
 from resist_jax import data
-from resist_jax.data import tfds_source
+from resist_jax.data import prepared
 from resist_jax.data.augmentation import augment
 from resist_jax.errors import ConfigError
 
@@ -128,8 +128,13 @@ def digits_of(monkeypatch, image, labels):
   """Puts other images and labels in the place of digits."""
   source = [{'image': image, 'label': label} for label in labels]
   names = tuple(map(str, range(10)))
-  found = tfds_source.Prepared(
-    'digits', image.shape, names, {'train': source, 'test': source}
+
+  def open_split(split):
+    part = prepared.Part(split, 0, len(source))
+    return prepared.Examples(f'digits, split {split}', source, [part])
+
+  found = prepared.Prepared(
+    'digits', 'digits', image.shape, names, ('train', 'test'), open_split
   )
   monkeypatch.setattr(data.sets, '_digits', lambda: found)
   return data.load('digits')

@@ -1,6 +1,7 @@
 """Images from files train as images from memory do, and ImageNet trains."""
 
 import itertools
+import json
 import os
 import signal
 import threading
@@ -335,6 +336,38 @@ def test_extra_tests_of_small_sets_are_read_into_memory(cifar):
   got = dataset.tests['cifar10_1_v6']
   assert isinstance(got.images, np.ndarray)
   assert sorted(map(bytes, got.images)) == sorted(map(bytes, want[0]))
+
+
+def test_a_finished_run_is_tested_on_sets_that_it_is_given(cifar, tmp_path):
+  tfds_sets.write(cifar, 'cifar10_1/v6', counts=(1, 7))
+  least = {'protocol': 'local_sgd', 'num_workers': 1, 'num_devices': 1}
+  config = small_config(cifar, 'never', num_rounds=1, **least)
+  config.model.stage_sizes = (1, 1)
+  first = train.train(config, str(tmp_path))
+  log = rows(tmp_path)
+  config.data.extra_tests = ('cifar10_1/v6',)
+  second = train.train(config, str(tmp_path))
+  assert second['params_hash'] == first['params_hash']
+  assert second['test_accuracy'] == first['test_accuracy']
+  assert 'cifar10_1_v6_accuracy' not in first
+  for name in ('cifar10_1_v6_accuracy', 'cifar10_1_v6_accuracy_paper'):
+    assert second[name] * 7 == pytest.approx(round(second[name] * 7))
+  assert json.loads((tmp_path / 'summary.json').read_text()) == second
+  text = (tmp_path / 'report.html').read_text()
+  accuracy = f'<td>{second["cifar10_1_v6_accuracy"]:.2%}</td>'
+  assert f'<th>cifar10_1_v6, as deployed</th>{accuracy}' in text
+  assert rows(tmp_path) == log
+
+
+def test_splits_are_those_of_the_config(cifar):
+  parts = {'data.train_split': 'train[:80%]', 'data.test_split': 'train[80%:]'}
+  dataset = prepare(small_config(cifar, 'auto', **parts)).dataset
+  assert len(dataset.train) == 32
+  assert {name: len(test) for name, test in dataset.tests.items()} == {
+    'test': 8
+  }
+  with pytest.raises(ConfigError, match=r"no split 'tset' .*\(train, test\)"):
+    prepare(small_config(cifar, 'auto', **{'data.test_split': 'tset'}))
 
 
 def test_sets_that_do_not_fit_get_a_clear_line(photos, cifar):

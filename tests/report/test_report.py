@@ -2,11 +2,14 @@
 
 import html.parser
 import json
+import os
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from resist_jax import report
+from resist_jax.errors import ConfigError
 from resist_jax.report import plots, records
 
 PNG_HEAD = b'\x89PNG\r\n\x1a\n'
@@ -223,6 +226,14 @@ def test_names_of_runs_are_text(tmp_path):
   assert shown[:3] == names
 
 
+def test_a_folder_may_have_any_name(tmp_path, capsys):
+  names = [os.fsdecode(b'r\xff'), 'two\nlines']
+  runs = [str(make_run(tmp_path / name)) for name in names]
+  assert report.main([*runs, f'--out={tmp_path / names[0]}']) == 0
+  assert 'r\\udcff' in capsys.readouterr().out
+  assert report.main([runs[0]]) == 0
+
+
 def test_bytes_of_very_different_runs_share_a_logarithmic_axis():
   evaluated = {'round': 1, 'test_accuracy': 0.5}
   runs = {
@@ -281,10 +292,148 @@ def break_summary(run):
   (run / 'summary.json').write_text('[]')
 
 
+def break_with(**fields):
+  """Returns a damage: a row in the middle that has other fields."""
+
+  def damage(run):
+    first, second, *rest = (run / 'metrics.jsonl').read_text().splitlines()
+    second = json.dumps({**json.loads(second), **fields})
+    lines = '\n'.join([first, second, *rest, ''])
+    (run / 'metrics.jsonl').write_text(lines)
+
+  return damage
+
+
+ABSURD = [
+  {'round': -1},
+  {'round': 10**12},
+  {'round': True},
+  {'round': None},
+  {'slots': None},
+  {'slots': []},
+  {'slots': {'c': []}},
+  {'slots': {'c': [[0], None]}},
+  {'slots': {'c': [['0']]}},
+  {'slots': {'c': [[-1]]}},
+  {'slots': {'c': [[10**9]]}},
+  {'slots': {'c': [[0, 3]]}, 'num_blocks': {'c': 3}},
+  {'slots': {'c': [[]] * 10**5}},
+  {'slots': {f'c{i}': [[0]] for i in range(1000)}},
+  {'num_blocks': {'stage3_chain': 10**9}},
+  {'num_blocks': {'stage3_chain': 3.0}},
+  {'num_blocks': 3},
+  {'train_loss': 'low'},
+  {'train_loss': []},
+  {'test_accuracy': float('nan')},
+  {'test_accuracy': float('inf')},
+  {'seconds_training': 10**400},
+  {'other_accuracy': {}},
+  {'more': 'x' * 2**21},
+]
+
+
+@pytest.mark.parametrize('fields', ABSURD, ids=range(len(ABSURD)))
+def test_a_row_that_no_run_writes_is_named(fields, tmp_path, capsys):
+  run = make_run(tmp_path / 'run')
+  break_with(**fields)(run)
+  assert report.main([str(run)]) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert (
+    f'{run / "metrics.jsonl"}, line 2, is not the record of a round' in line
+  )
+  assert not (run / 'report.html').exists()
+
+
+@pytest.mark.parametrize(
+  'text', ['7', 'null', '[]', '"round"', '{}', '[' * 10**5]
+)
+def test_a_line_that_is_no_row_is_named(text, tmp_path):
+  (tmp_path / 'metrics.jsonl').write_text(f'{text}\n')
+  with pytest.raises(ConfigError, match=r'metrics.jsonl, line 1, is not'):
+    report.read_rows(tmp_path / 'metrics.jsonl')
+
+
+def test_a_log_without_end_is_not_read_to_its_end(tmp_path, monkeypatch):
+  monkeypatch.setattr(records, '_MAX_ROWS', 10**4)
+  run = make_run(tmp_path / 'run')
+  row = (run / 'metrics.jsonl').read_text().splitlines()[-1]
+  with (run / 'metrics.jsonl').open('a') as file:
+    file.writelines(f'{row}\n' for _ in range(10**5))
+  tracemalloc.start()
+  with pytest.raises(ConfigError, match=r'line 10001, .*and those after it'):
+    records.load_runs([run])
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert peak < 20e6
+
+
+def test_slots_of_a_long_run_do_not_fill_the_memory(tmp_path):
+  run = make_run(tmp_path / 'run', num_rounds=400, finished=False)
+  (loaded,) = records.load_runs([run])
+  assert [row['round'] for row in loaded.rows] == [*range(1, 401)]
+  assert ['slots' in row for row in loaded.rows] == [True] * 61 + [False] * 339
+  assert 'num_workers' not in loaded.summary  # They did not change.
+
+
+def test_the_largest_picture_fits_in_memory():
+  """As many blocks and workers as a row may have; blocks of 1 to 60 holders."""
+  blocks, workers = records._MAX_BLOCKS, records._MAX_WORKERS
+  slots = [[*range(w, blocks, workers)] for w in range(workers - 60)]
+  slots += [[*range(w, 60)] for w in range(60)]
+  image = plots.decomposition_image([slots] * plots.MAX_ROUNDS, blocks)
+  assert image.nbytes < 10e6
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {'rounds': 'four'},
+    {'rounds': []},
+    {'bytes_per_round': 'many', 'bytes_per_round_local_sgd': 'more'},
+    {'bytes_total': float('nan'), 'params_per_worker': []},
+    {'versions': ['jax'], 'memory_per_device': 7},
+    {'test_accuracy': 10**400, 'bytes_total': 10**400, 'params_hash': 7},
+    {'x{y}_accuracy': 0.5, '0_accuracy': 0.5, 'é_accuracy_paper': 'high'},
+    {'num_workers': {}, 'device': [[]]},
+  ],
+)
+def test_a_summary_of_wrong_types_becomes_dashes(fields, tmp_path):
+  run = make_run(tmp_path / 'run')
+  summary = json.loads((run / 'summary.json').read_text())
+  (run / 'summary.json').write_text(json.dumps({**summary, **fields}))
+  assert report.write_report([run], tmp_path / 'out').exists()
+
+
+def test_further_tests_have_rows_of_their_own(tmp_path):
+  run = make_run(tmp_path / 'run')
+  summary = json.loads((run / 'summary.json').read_text())
+  summary |= {
+    'cifar10_1_v6_accuracy': 0.125,
+    'cifar10_1_v6_accuracy_paper': 0.25,
+  }
+  (run / 'summary.json').write_text(json.dumps(summary))
+  text = report.summary_table([records.load_runs([run])[0].summary])
+  assert 'cifar10_1_v6, as deployed   12.50%' in text
+  assert 'cifar10_1_v6, as in paper   25.00%' in text
+  assert '12.50%' in report.write_report([run], run).read_text()
+  # A run that has not finished knows them from its log.
+  (run / 'summary.json').unlink()
+  break_with(cifar10_1_v6_accuracy=0.375)(run)
+  text = report.summary_table([records.load_runs([run])[0].summary])
+  assert 'cifar10_1_v6, as deployed   37.50%' in text
+  assert 'best' not in text.replace('best, as in paper', '')
+
+
+def break_deep(run):
+  deep = '{"a":' * 10**5 + '{}' + '}' * 10**5
+  (run / 'config.json').write_text(deep)
+
+
 @pytest.mark.parametrize(
   'damage',
   [
     break_nothing_there,
+    break_deep,
     break_no_round,
     break_not_json,
     break_bytes,

@@ -42,7 +42,8 @@ def make_dataset(num_train=23, num_test=38):
   train = split(num_train)
   tests = {'test': split(num_test), 'validation': split(8)}
   mean, std = np.array([0.4], np.float32), np.array([0.2], np.float32)
-  return data.Dataset('random', train, tests, tiny.CLASSES, mean, std)
+  names = tuple(map(str, range(tiny.CLASSES)))
+  return data.Dataset('random', train, tests, names, mean, std)
 
 
 def make_network(lengths=(2, 3), **kwargs):
@@ -367,7 +368,11 @@ def test_the_predictor_does_not_depend_on_its_batch(way):
   net, params, scales, evaluator, state = make(way)
   variables = {'params': params, 'batch_stats': evaluator.statistics(state)}
   dataset = evaluator.dataset
-  predict = export.Predictor(net, variables, scales, dataset.mean, dataset.std)
+  shape = dataset.train.images.shape[1:]
+  predict = export.Predictor(
+    net, variables, scales, dataset.mean, dataset.std, dataset.class_names,
+    shape,
+  )  # fmt: skip
   images = dataset.tests['test'].images
   together = predict(images)
   np.testing.assert_allclose(together.sum(-1), 1, rtol=1e-5)

@@ -6,6 +6,7 @@ import jax
 import pytest
 from test_train import tiny_config
 
+from resist_jax import data
 from resist_jax.errors import ConfigError
 from resist_jax.run import phases
 from resist_jax.run.setup import prepare
@@ -77,6 +78,17 @@ def test_devices_that_are_missing_are_refused():
   three = tiny_config(num_devices=0, num_workers=3)
   assert prepare(three).mesh.devices.size == 3
   jax.clear_caches()
+
+
+def test_each_virtual_device_is_counted_as_a_copy_of_the_images(monkeypatch):
+  asked = []
+  load = data.load
+  monkeypatch.setattr(
+    data, 'load', lambda *a, **k: asked.append(k['copies']) or load(*a, **k)
+  )
+  prepare(tiny_config())
+  prepare(tiny_config(num_devices=1))
+  assert asked == [5, 2]  # That of the host is one of them.
 
 
 def test_a_run_that_ends_with_full_models_is_summarised_as_resist():

@@ -1,0 +1,213 @@
+"""A data set that is ready to be read: its splits, and which to use."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from resist_jax.errors import ConfigError, one_line
+
+_LOOKED_AT = 32  # Examples of a split that show whether it has labels.
+
+
+class Part(NamedTuple):
+  """Examples of a split that lie in one file, side by side.
+
+  Attributes:
+    file: Path of the file.
+    first: The first of them, counted in the file.
+    count: How many they are.
+  """
+
+  file: str
+  first: int
+  count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+  """The examples of a split, with random access.
+
+  Attributes:
+    name: Name of the data set and split, for messages.
+    source: The examples: dictionaries with the keys `label` and `image`. An
+      image is the content of an image file, or `uint8[H, W, C]` if the data set
+      stores pixels. A label below 0 is none.
+    parts: Where they lie, in order.
+  """
+
+  name: str
+  source: Sequence[Any]
+  parts: Sequence[Part]
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def __getitem__(self, number):
+    """Reads an example.
+
+    Args:
+      number: Its position in the split.
+
+    Returns:
+      The example; see `source`.
+
+    Raises:
+      ConfigError: If it cannot be read.
+    """
+    try:
+      return self.source[number]
+    except Exception as error:  # Readers raise many types.
+      raise ConfigError(
+        f'image {number} of {self.name} cannot be read from '
+        f'{self._file(number)} ({one_line(error)}): prepare the set again.'
+      ) from error
+
+  def _file(self, number: int) -> str:
+    ends = np.cumsum([part.count for part in self.parts])
+    return self.parts[int(np.searchsorted(ends, number, 'right'))].file
+
+  def have_labels(self, remedy: str) -> bool:
+    """Returns whether the examples have labels, by a sample of them.
+
+    Args:
+      remedy: What to do if only some have one.
+
+    Raises:
+      ConfigError: If some of them have labels and others have none.
+    """
+    sample = np.linspace(0, len(self) - 1, min(len(self), _LOOKED_AT))
+    found = {number: self[number]['label'] for number in map(int, sample)}
+    without = [n for n, label in found.items() if label is None or label < 0]
+    if without and len(without) < len(found):
+      raise ConfigError(
+        f'some images of {self.name} have labels and others have none, such '
+        f'as image {without[0]}: {remedy}.'
+      )
+    return not without
+
+  def overlap(self, other: 'Examples') -> bool:
+    """Returns whether two splits share an example."""
+    return any(
+      ours.file == theirs.file
+      and ours.first < theirs.first + theirs.count
+      and theirs.first < ours.first + ours.count
+      for ours in self.parts
+      for theirs in other.parts
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """A data set on disk.
+
+  Attributes:
+    name: The name under which it was requested.
+    kind: Its name in the catalog, without config and version.
+    image_shape: `(H, W, C)`; H and W are None if images differ in size.
+    class_names: The name of each label.
+    splits: Names of its splits.
+    open: Returns the examples of a split, or of a part of one.
+  """
+
+  name: str
+  kind: str
+  image_shape: tuple[int | None, ...]
+  class_names: tuple[str, ...]
+  splits: Sequence[str]
+  open: Callable[[str], Examples]
+
+  def train_and_test(
+    self, train: str = '', test: str = ''
+  ) -> tuple[Examples, Examples | None]:
+    """Returns the examples to train on and those to test on.
+
+    Args:
+      train: The split to train on; empty for `train`.
+      test: The split to test on; empty for the one of `find_test`.
+
+    Returns:
+      Both; None for the tests if the set has only one split, `train`.
+
+    Raises:
+      ConfigError: If there is no such split, or one has no labels, or an image
+        is in both.
+    """
+    trained = self._labelled(train or 'train', 'data.train_split')
+    if test:
+      tested = self._labelled(test, 'data.test_split')
+    elif set(self.splits) == {'train'}:
+      return trained, None
+    else:
+      tested = self.find_test(self._remedy('data.test_split'))
+    if trained.overlap(tested):
+      raise ConfigError(
+        f'{trained.name} and {tested.name} share images, and a test on images '
+        'of the training says nothing: name two parts, such as train[:80%] and '
+        'train[80%:], in data.train_split and data.test_split.'
+      )
+    return trained, tested
+
+  def find_test(self, remedy: str) -> Examples:
+    """Returns the examples of `test`, or of `validation` without a `test`.
+
+    A split without labels counts as none: those of ImageNet's `test` are not
+    published.
+
+    Args:
+      remedy: What to do if neither of these splits is there with labels.
+
+    Raises:
+      ConfigError: If neither is.
+    """
+    for split in ('test', 'validation'):
+      if split in self.splits:
+        examples = self._open(split, remedy)
+        if examples.have_labels(remedy):
+          return examples
+    raise ConfigError(
+      f'data set {self.name!r} has no split test or validation with labels, '
+      f'only {", ".join(self.splits)}: {remedy}.'
+    )
+
+  def _labelled(self, split: str, field: str) -> Examples:
+    remedy = self._remedy(field)
+    examples = self._open(split, remedy)
+    if not examples.have_labels(remedy):
+      raise ConfigError(
+        f'the images of {examples.name} have no labels: {remedy}.'
+      )
+    return examples
+
+  def _remedy(self, field: str) -> str:
+    return (
+      f'set {field} to another of its splits ({", ".join(self.splits)}), or to '
+      'a part of one, such as train[:80%]'
+    )
+
+  def _open(self, split: str, remedy: str) -> Examples:
+    try:
+      examples = self.open(split)
+    except ConfigError:
+      raise
+    except Exception as error:  # TFDS raises many types.
+      raise ConfigError(
+        f'data set {self.name!r} has no split {split!r} ({one_line(error)}): '
+        f'{remedy}.'
+      ) from error
+    if not len(examples):
+      raise ConfigError(f'{examples.name} has no images: {remedy}.')
+    return examples
+
+  def same_classes(self, other: 'Prepared') -> bool:
+    """Returns whether both data sets have the same classes.
+
+    A data set may give its classes no names: TFDS then calls them by number,
+    and only the number of classes is compared.
+    """
+    ours, theirs = self.class_names, other.class_names
+    numbers = tuple(map(str, range(len(ours))))
+    return len(ours) == len(theirs) and (
+      ours == theirs or numbers in (ours, theirs)
+    )
