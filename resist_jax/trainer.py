@@ -473,6 +473,11 @@ def _check_fields(trainer: Trainer) -> None:
       raise ValueError(
         f'{name} is {value!r}; it must be an integer of 1 or more.'
       )
+  seed = trainer.seed
+  if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+    raise ValueError(
+      f'seed is {seed!r}; it must be an integer of 0 or more, less than 2**32.'
+    )
   if trainer.loss_factor and not trainer.loss_factor > 1:
     raise ValueError(
       f'loss_factor is {trainer.loss_factor}; it must be greater than 1, or 0.'
