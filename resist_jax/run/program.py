@@ -12,7 +12,7 @@ from absl import logging
 import jax
 
 from resist_jax import report
-from resist_jax.errors import ConfigError
+from resist_jax.errors import ConfigError, NonFiniteError, WorkdirLostError
 from resist_jax.run import processes, train
 from resist_jax.run.checkpoint import SaveError
 from resist_jax.run.command import Options
@@ -36,7 +36,7 @@ def main(options: Options) -> None:
     summary = train.train(options.config, options.workdir)
   except (ConfigError, processes.StartError) as error:
     _fail(error)
-  except train.NonFiniteError as error:
+  except (NonFiniteError, WorkdirLostError) as error:
     _fail(error, code=1)
   except SaveError as error:
     processes.explain_failure()  # Another process may be the cause.
