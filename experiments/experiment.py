@@ -15,9 +15,8 @@ from ml_collections import ConfigDict
 
 from experiments.runs import RESULTS, load_card, mark_busy, run
 from experiments.table import Table
-from resist_jax.errors import ConfigError
+from resist_jax.errors import ConfigError, NonFiniteError
 from resist_jax.run.interrupt import Interrupt, Interrupted
-from resist_jax.run.train import NonFiniteError
 
 SCALES = ('smoke', 'cpu', 'paper')
 Record = dict[str, Any]

@@ -60,7 +60,7 @@ def run(
 
   Raises:
     ConfigError: If the config, the data or the workdir cannot be used.
-    train.NonFiniteError: If training diverges.
+    NonFiniteError: If training diverges.
     interrupt.Interrupted: On SIGTERM or SIGINT, after a checkpoint.
   """
   if target.exists():

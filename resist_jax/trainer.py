@@ -478,6 +478,11 @@ def _check_fields(trainer: Trainer) -> None:
       raise ValueError(
         f'{name} is {value!r}; it must be an integer of 1 or more.'
       )
+  seed = trainer.seed
+  if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+    raise ValueError(
+      f'seed is {seed!r}; it must be an integer of 0 or more, less than 2**32.'
+    )
   for name in ('loss_factor', 'update_factor'):
     factor = getattr(trainer, name)
     if not (factor == 0 or factor > 1):

@@ -76,6 +76,34 @@ def test_the_last_of_several_flags_counts_whatever_its_type():
   assert config.data.sharded is False
 
 
+# Of each tuple: a value that a flag gives, and what is read.
+VALUES = {
+  'partition': ('1,2', (1, 2)),
+  'depths': ('5,7', (5, 7)),
+  'optimizer.drops': ('0.25,0.5', (0.25, 0.5)),
+  'data.extra_tests': ("('a','b')", ('a', 'b')),
+  'model.stage_sizes': ('1,2,3', (1, 2, 3)),
+  'model.widths': ('8,16', (8, 16)),
+}
+
+
+def test_each_tuple_has_a_value_here():
+  tuples = [f.name for f in fields.each() if isinstance(f.default, tuple)]
+  assert sorted(VALUES) == sorted(tuples)
+
+
+@pytest.mark.parametrize('first', ['--config.{}=9', '--config.{} 9'])
+@pytest.mark.parametrize('last', ['--config.{}={}', '-config.{} {}'])
+@pytest.mark.parametrize('name', VALUES)
+def test_the_last_of_two_flags_of_a_tuple_counts(name, first, last):
+  text, value = VALUES[name]
+  words = f'{first} {last}'.format(name, name, text).split()
+  found = parse(*words).config
+  for part in name.split('.'):
+    found = found[part]
+  assert found == value
+
+
 def test_fields_override_a_card_that_comes_after_them():
   config = parse(
     '--config=imagenet', '--config.seed=3', '--config=cifar10:s8'

@@ -13,6 +13,7 @@ import re
 import sys
 from typing import Any
 
+from resist_jax import folders
 from resist_jax.errors import ConfigError
 from resist_jax.report import plots, tables
 from resist_jax.report.records import (
@@ -268,12 +269,13 @@ def main(args: Sequence[str] | None = None) -> int:
   )
   parser.add_argument(
     '--out',
-    type=Path,
     help='folder to write to (default: DIR, or ./report for several runs)',
   )
   flags = parser.parse_args(args)
-  out = flags.out or (Path('report') if flags.dirs[1:] else flags.dirs[0])
+  out = Path('report') if flags.dirs[1:] else flags.dirs[0]
   try:
+    if flags.out is not None:
+      out = folders.resolve(flags.out, '--out')
     print(printable(str(write_report(flags.dirs, out))))
   except (ConfigError, OSError) as error:
     hint = '' if isinstance(error, ConfigError) else '; try another --out.'

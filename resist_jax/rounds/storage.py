@@ -89,18 +89,49 @@ def read(folder: pathlib.Path, mesh: Mesh) -> Stored:
   Returns:
     What the files hold.
   """
-  from orbax.checkpoint import v1 as ocp  # Slow to import.
-
-  saved: Any = ocp.metadata(str(folder))
-  description = saved.custom_metadata
   sharding = NamedSharding(mesh, SHARDED)
 
   def target(path, leaf):
     workers = any(getattr(key, 'key', None) == 'workers' for key in path)
     if workers and leaf.shape[0] % mesh.shape[WORKER] == 0:
       return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    return np.zeros(leaf.shape, leaf.dtype)
+    return _host_array(path, leaf)
 
+  return _read(folder, target)
+
+
+def read_on_host(folder: pathlib.Path) -> Stored:
+  """Reads a state whole, without waiting for other processes.
+
+  Orbax counts what it does, and processes that have counted differently would
+  wait for each other forever: each must call this equally often.
+
+  Args:
+    folder: Absolute path.
+
+  Returns:
+    What the files hold.
+  """
+  from orbax.checkpoint import v1 as ocp  # Slow to import.
+
+  context = ocp.Context()
+  context.multiprocessing.primary_host = jax.process_index()
+  context.multiprocessing.active_processes = {jax.process_index()}
+  with context:
+    return _read(folder, _host_array)
+
+
+def _host_array(path, leaf):
+  del path
+  return np.zeros(leaf.shape, leaf.dtype)
+
+
+def _read(folder: pathlib.Path, target) -> Stored:
+  """Reads a state into what `target(path, leaf)` gives for each array."""
+  from orbax.checkpoint import v1 as ocp  # Slow to import.
+
+  saved: Any = ocp.metadata(str(folder))
+  description = saved.custom_metadata
   targets = jax.tree_util.tree_map_with_path(target, saved.metadata)
   arrays: Any = ocp.load(str(folder), targets)
   shared, chain = _from_parts(arrays['params'])

@@ -22,7 +22,7 @@ from resist_jax.rounds import State, mesh_sizes
 from resist_jax.rounds.arrays import place, to_host
 from resist_jax.rounds.mesh import REPLICATED, SHARDED, spread
 from resist_jax.rounds.state import assignments_on_host
-from resist_jax.run.evaluate import Batches, Results
+from resist_jax.run.evaluate import Batches, Results, count
 
 PyTree = Any
 _ONE = np.float32(1)
@@ -63,21 +63,21 @@ class BlockWalk:
     self, batches: Sequence[Batches], gathered: Any, statistics: PyTree
   ) -> Results:
     """Applies the network; see `evaluate.Forward`."""
-    hits, measured, sent = [], [], 0
+    counts, measured, sent = [], [], 0
     for start in range(0, len(batches), self._batches_at_once):
       part = batches[start : start + self._batches_at_once]
       found, own, bytes_sent = self._walk(part, gathered, statistics)
-      hits += found
+      counts += found
       measured += [self._collection(steps) for steps in own]
       sent += bytes_sent
-    return Results(hits, measured, sent)
+    return Results(counts, measured, sent)
 
   def _walk(self, groups, state, statistics):
     """Takes batches through the network, without waiting for results.
 
     Returns:
-      For each of the groups, hits `int32[D]`, and by step the statistics of its
-      batches, `[D, C]`; none where they are fixed. Then the bytes sent.
+      For each of the groups, its `evaluate.count`, and by step the statistics
+      of its batches, `[D, C]`; none where they are fixed. Then the bytes sent.
     """
     chain, sent = state.chain, 0
     steps = self._network.pieces()
@@ -104,11 +104,11 @@ class BlockWalk:
           x, found = _apply(self._mesh, self._network, name, *weights, x)
           measured[g][name, i] = found
         waiting[g] = x
-    hits = [
-      _hits(logits, self._put(group.labels()))
+    counts = [
+      _count(logits, self._put(group.labels()))
       for group, logits in zip(groups, waiting, strict=True)
     ]
-    return hits, measured, sent
+    return counts, measured, sent
 
   def _collection(self, steps: Mapping[tuple[str, int | None], PyTree]):
     """Brings the statistics of all pieces to the host, chains stacked."""
@@ -229,7 +229,4 @@ def _apply(
   return on_devices(params, index, scale, statistics, x)
 
 
-@jax.jit
-def _hits(logits: jax.Array, labels: jax.Array) -> jax.Array:
-  """Counts right classifications: `[D, B, n]`, `[D, B]` to `int32[D]`."""
-  return (logits.argmax(axis=-1) == labels).sum(axis=-1)
+_count = jax.jit(count)  # `[D, B, n]`, `[D, B]` to `int32[D, 2]`.

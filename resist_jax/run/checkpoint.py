@@ -1,34 +1,51 @@
-"""Checkpoints of a run's state, written by orbax, with a digest of each.
+"""Checkpoints of a run's state, written by orbax, with a manifest of each.
 
 A checkpoint holds the blocks of each worker as they lie on the devices, and the
 slots that say which blocks they are, so a run can resume from it with any
-number of workers and devices. Each process writes what its own devices hold. A
-digest of the files is written last: a checkpoint without a digest, or with
-another one, is damaged, and the newest intact checkpoint is restored instead.
-Process 0 writes and compares the digests, and all processes restore the
-checkpoint that it selects.
+number of workers and devices. Each process writes what its own devices hold.
+
+Orbax gives a checkpoint its name when all of it is written; then process 0
+lists its files in a manifest. A checkpoint that differs from its manifest is
+damaged, and an older one is restored instead. One without a manifest, because
+the run was killed in between or because the folder of checkpoints was copied
+alone, is read whole before it gets one. Whatever else lies in that folder is
+left alone.
+
+A checkpoint is *known good* when a test at or after its round was finite. The
+newest of these is kept, and a run that diverges falls back on it.
 """
 
 from collections.abc import Mapping
+from functools import partial
+import json
+import os
 import pathlib
+import re
 import shutil
 from typing import Any, NamedTuple
 
 from absl import logging
 import jax
+from jax import lax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from resist_jax.errors import NonFiniteError
 from resist_jax.rounds import State, storage
-from resist_jax.run.workdir import replace_text
+from resist_jax.rounds.mesh import REPLICATED
+from resist_jax.run import processes, workdir
+from resist_jax.run.manifest import check, manifest
 
 KEEP = 3  # The newest and two older ones, in case newer ones are damaged.
 # Seconds that orbax waits. It uses the wall clock, which may jump, and
 # `processes` detects a lost process sooner.
 _TIMEOUT = 20 * 24 * 3600
 _NONE, _DAMAGED = -1, -2  # Returned instead of a round.
+# What orbax calls a checkpoint that it has not finished.
+_UNFINISHED = re.compile(r'[0-9]+\.orbax-checkpoint-tmp(-[0-9]+)?')
 
 
 class Restored(NamedTuple):
@@ -62,12 +79,14 @@ class SaveError(OSError):
     """
     lost = isinstance(error, TimeoutError | jax.errors.JaxRuntimeError)
     self.retryable = lost and jax.process_count() > 1
-    advice = (
-      'the processes could not synchronise, because one is lost or the clock '
-      'of one jumped'
-      if self.retryable
-      else f'make room in {folder}, or make it writable'
-    )
+    advice = f'make room in {folder}, or make it writable'
+    if self.retryable:
+      advice = (
+        'the processes could not synchronise, because one is lost or the clock '
+        'of one jumped'
+      )
+    elif isinstance(error, FileExistsError):
+      advice = f'move that out of {folder}'
     super().__init__(
       f'the checkpoint of round {step} cannot be written '
       f'({_one_line(error)}): {advice}; the same command goes on from the '
@@ -78,20 +97,24 @@ class SaveError(OSError):
 class Checkpoints:
   """The checkpoints of one run."""
 
-  def __init__(self, workdir: pathlib.Path, mesh: Mesh):
+  def __init__(self, folder: pathlib.Path, mesh: Mesh):
     """Opens the folder, and deletes checkpoints that were not completed.
 
     Args:
-      workdir: Workdir of the run, on a file system that all processes share.
+      folder: Workdir of the run, on a file system that all processes share.
       mesh: The mesh whose devices hold the workers' parts of a restored state.
     """
     self._mesh = mesh
-    self._folder = workdir.absolute() / 'checkpoints'  # orbax requires it.
-    self._digests = workdir.absolute() / 'digests'
+    self._workdir = folder.absolute()  # orbax requires it.
+    self._folder = self._workdir / 'checkpoints'
+    self._manifests = self._workdir / 'digests'
+    # The newest that this run wrote or read, and the newest known good one.
+    self._latest: int | None = None
+    self._good: int | None = None
     if jax.process_index() == 0:
       self._folder.mkdir(parents=True, exist_ok=True)
       for path in self._folder.iterdir():
-        if not path.name.isdecimal():
+        if _UNFINISHED.fullmatch(path.name) and not path.is_symlink():
           shutil.rmtree(path, ignore_errors=True)
 
   def save(self, state: State, progress: Mapping[str, Any]) -> None:
@@ -102,22 +125,58 @@ class Checkpoints:
       progress: JSON values; `progress['round']` names the checkpoint.
 
     Raises:
+      NonFiniteError: If the state is not finite; nothing is written.
       SaveError: If it cannot be written.
     """
     step = progress['round']
+    if not _is_finite(state, NamedSharding(self._mesh, REPLICATED)):
+      raise NonFiniteError(
+        f'round {step}: the parameters that its aggregate gave are not finite'
+      )
     try:
       # Not through orbax's checkpoint manager, in which a process that fails
-      # and the others wait for each other. `overwrite`, because a damaged
-      # checkpoint of this round may exist.
+      # and the others wait for each other.
       context = ocp.Context()
       context.asynchronous.timeout_secs = _TIMEOUT
       with context:
+        if jax.process_index() == 0:
+          self._make_way(step)
         storage.write(self._path(step), state, progress)
       if jax.process_index() == 0:
-        self._write_digest(step)
+        self._write_manifest(step)
         self._delete_old(step)
     except Exception as error:  # orbax and its codecs raise many types.
-      raise SaveError(step, error, self._folder.parent) from error
+      raise SaveError(step, error, self._workdir) from error
+    self._latest = step
+
+  def tested(self, round_index: int) -> None:
+    """Records that a test was finite: what was saved before it is known good.
+
+    Args:
+      round_index: The round after which the network was tested.
+    """
+    if self._latest is None or self._latest > round_index:
+      return
+    self._good = self._latest
+    if jax.process_index() == 0:
+      path = self._manifests / 'good.json'
+      workdir.write_json(path, {'round': self._good})
+
+  def distrust(self) -> int | None:
+    """Sets checkpoints aside that are newer than the newest known good one.
+
+    Returns:
+      The round of that one; None if there is none, or none is newer.
+    """
+    if self._good is None or self._latest == self._good:
+      return None
+    if jax.process_index() == 0:
+      for step in self._own():
+        if step > self._good:
+          self._set_aside(step)
+    # A process that ends soon afterwards would end the others meanwhile.
+    processes.barrier()
+    return self._good
 
   def restore(self) -> Restored | None:
     """Reads the newest intact checkpoint, and logs a warning of damaged ones.
@@ -128,9 +187,7 @@ class Checkpoints:
     Raises:
       ValueError: If there are checkpoints and all of them are damaged.
     """
-    step = np.int32(self._newest() if jax.process_index() == 0 else 0)
-    if jax.process_count() > 1:
-      step = multihost_utils.broadcast_one_to_all(step)
+    step = self._choose()
     if step == _NONE:
       return None
     if step == _DAMAGED:
@@ -138,62 +195,204 @@ class Checkpoints:
         f'all {len(self._steps())} checkpoints in {self._folder} are damaged: '
         'move that folder away to start from round 0.'
       )
-    return self._read(int(step))
+    good = self._known_good(step) if jax.process_index() == 0 else _NONE
+    (good,) = _from_process_0(good)
+    self._latest, self._good = step, None if good == _NONE else good
+    stored = storage.read(self._path(step), self._mesh)
+    return Restored(stored, stored.record)
 
-  def _newest(self) -> int:
+  def _choose(self) -> int:
     """Returns the round of the newest intact one, `_NONE` or `_DAMAGED`."""
-    steps = self._steps()
-    if not steps:
-      return _NONE
+    first = jax.process_index() == 0
+    steps = self._steps() if first else []
+    at_the_end = _DAMAGED if steps else _NONE
+    while True:
+      found = self._newest(steps, at_the_end) if first else (_NONE, False)
+      step, listed = _from_process_0(*found)
+      if step < 0 or listed:
+        return step
+      problem = self._read_problem(step)
+      if not _in_any_process(bool(problem)):
+        if first:
+          self._write_manifest(step)
+        return step
+      if first:
+        _warn(step, problem or 'another process cannot read it', steps)
+
+  def _newest(self, steps: list[int], at_the_end: int) -> tuple[int, bool]:
+    """Takes rounds from the end of a list, up to one that may be intact.
+
+    Returns:
+      `(step, listed)`: the round, or `at_the_end`; and False if the checkpoint
+      has to be read, because no manifest says whether it is intact.
+    """
     while steps:
       step = steps.pop()
+      listed = self._listed(step)
+      if listed is None:
+        logging.warning(
+          'the checkpoint of round %d has no manifest, because the run was '
+          'killed or the manifests were not copied: it is used if all of it '
+          'can be read',
+          step,
+        )
+        return step, False
       try:
-        if self._digest_path(step).read_text() == self._digest(step):
-          return step
-        problem = 'its files do not have the digest saved with them'
-      except Exception as error:
+        problem = check(self._path(step), listed)
+      except OSError as error:
         problem = _one_line(error)
-      logging.warning(
-        'the checkpoint of round %d is damaged (%s); %s',
-        step,
-        problem,
-        f'falling back to round {steps[-1]}' if steps else 'there is no other',
-      )
-    return _DAMAGED
+      if problem is None:
+        return step, True
+      _warn(step, problem, steps)
+    return at_the_end, True
+
+  def _read_problem(self, step: int) -> str:
+    """Reads a whole checkpoint; returns why that fails, or ''."""
+    try:
+      found = storage.read_on_host(self._path(step)).record['round']
+    except Exception as error:  # orbax and its codecs raise many types.
+      return _one_line(error) or type(error).__name__
+    return '' if found == step else f'it is that of round {found}'
 
   def _steps(self) -> list[int]:
     """Returns the rounds that have a checkpoint, intact or damaged."""
-    names = [path.name for path in self._folder.iterdir()]
-    return sorted(int(name) for name in names if name.isdecimal())
+    saved = workdir.saved_rounds(self._folder)
+    listed = [s for s in self._manifest_steps() if self._path(s).is_dir()]
+    return sorted({*saved, *listed})
+
+  def _own(self) -> list[int]:
+    """Returns the rounds whose checkpoint this run has certainly written."""
+    saved = workdir.saved_rounds(self._folder)
+    return [step for step in saved if self._listed(step)]
+
+  def _manifest_steps(self) -> list[int]:
+    paths = self._manifests.glob('[0-9]*.json')
+    return [int(path.stem) for path in paths if path.stem.isdecimal()]
 
   def _path(self, step: int) -> pathlib.Path:
     return self._folder / str(step)
 
-  def _digest_path(self, step: int) -> pathlib.Path:
-    return self._digests / f'{step}.sha256'
+  def _manifest_path(self, step: int) -> pathlib.Path:
+    return self._manifests / f'{step}.json'
 
-  def _digest(self, step: int) -> str:
-    return storage.digest_of_files(self._path(step))
+  def _listed(self, step: int) -> dict[str, str] | None:
+    """Returns the manifest of a checkpoint; None if there is none."""
+    return _read_object(self._manifest_path(step)) or None
 
-  def _write_digest(self, step: int) -> None:
-    self._digests.mkdir(exist_ok=True)
-    replace_text(self._digest_path(step), self._digest(step))
+  def _write_manifest(self, step: int) -> None:
+    files = manifest(self._path(step)).items()
+    # Files with such names are those of tools, such as Finder, and of NFS.
+    own = {name: sha for name, sha in files if '/.' not in f'/{name}'}
+    self._manifests.mkdir(exist_ok=True)
+    workdir.write_json(self._manifest_path(step), own)
+
+  def _known_good(self, latest: int) -> int:
+    """Returns the newest known good one up to a round, or `_NONE`."""
+    tested = _read_object(self._manifests / 'good.json').get('round')
+    if not isinstance(tested, int):
+      return _NONE
+    steps = [s for s in self._own() if s <= min(tested, latest)]
+    return max(steps, default=_NONE)
+
+  def _make_way(self, step: int) -> None:
+    """Removes what has the name of a checkpoint that is to be written."""
+    path = self._path(step)
+    if step in self._own():
+      shutil.rmtree(path)
+    elif step in self._steps():  # Orbax wrote it, and it could not be read.
+      self._set_aside(step)
+    elif os.path.lexists(path):
+      raise FileExistsError(f'checkpoints/{step} is something else')
+    self._manifest_path(step).unlink(missing_ok=True)
+
+  def _set_aside(self, step: int) -> None:
+    """Moves a checkpoint out of the way, into the folder `set_aside`."""
+    aside = self._workdir / 'set_aside'
+    logging.warning('the checkpoint of round %d is moved to %s', step, aside)
+    aside.mkdir(exist_ok=True)
+    shutil.rmtree(aside / str(step), ignore_errors=True)
+    (aside / f'{step}.json').unlink(missing_ok=True)
+    # `checkpoints` may be a link to another disk.
+    shutil.move(self._path(step), aside / str(step))
+    if self._manifest_path(step).exists():
+      shutil.move(self._manifest_path(step), aside / f'{step}.json')
 
   def _delete_old(self, newest: int) -> None:
-    """Deletes all checkpoints but `newest` and the `KEEP - 1` before it.
+    """Deletes what this run wrote, but for what it may have to go back to.
 
+    That is `newest`, the `KEEP - 1` before it, and the newest known good one.
     Later ones are damaged, or the run would have resumed from them.
     """
-    keep = [step for step in self._steps() if step <= newest][-KEEP:]
-    for step in set(self._steps()) - set(keep):
-      shutil.rmtree(self._folder / str(step))
-    for path in self._digests.iterdir():
-      if path.name not in {self._digest_path(step).name for step in keep}:
-        path.unlink()
+    own = self._own()
+    keep = {*[s for s in own if s <= newest][-KEEP:], self._good}
+    for step in set(own) - keep:
+      shutil.rmtree(self._path(step), ignore_errors=True)
+    for step in self._manifest_steps():
+      if not self._path(step).exists():
+        self._manifest_path(step).unlink()
 
-  def _read(self, step: int) -> Restored:
-    stored = storage.read(self._path(step), self._mesh)
-    return Restored(stored, stored.record)
+
+@partial(jax.jit, static_argnums=1)
+def _all_finite(state: State, everywhere: NamedSharding) -> jax.Array:
+  """Returns whether all numbers are finite that a state holds."""
+
+  def in_slots(name, x):
+    empty = state.assignments[name].slots >= state.num_blocks[name]
+    return jnp.where(empty.reshape(*empty.shape, *[1] * (x.ndim - 2)), 0, x)
+
+  def held(shared, chain):  # Nobody reads what is in an empty slot.
+    return shared, {
+      name: jax.tree.map(partial(in_slots, name), blocks)
+      for name, blocks in chain.items()
+    }
+
+  arrays: list[Any] = [held(state.shared, state.chain), state.error]
+  if state.carried is not None:
+    arrays += [held(**moment) for moment in state.carried.moments]
+    arrays += state.carried.rest
+  finite = [
+    jnp.isfinite(x).all()
+    for x in jax.tree.leaves(arrays)
+    if jnp.issubdtype(x.dtype, jnp.inexact)
+  ]
+  # All processes get the result, because all have to take the same decision.
+  return lax.with_sharding_constraint(jnp.stack(finite).all(), everywhere)
+
+
+def _is_finite(state: State, everywhere: NamedSharding) -> bool:
+  return bool(np.asarray(_all_finite(state, everywhere)))
+
+
+def _from_process_0(*numbers: int) -> list[int]:
+  """Returns the numbers that process 0 has."""
+  if jax.process_count() == 1:
+    return list(numbers)
+  array = np.array(numbers, np.int32)
+  return multihost_utils.broadcast_one_to_all(array).tolist()
+
+
+def _in_any_process(found: bool) -> bool:
+  if jax.process_count() == 1:
+    return found
+  return bool(multihost_utils.process_allgather(np.array(found)).any())
+
+
+def _read_object(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a JSON object; an empty one if there is none."""
+  try:
+    value = json.loads(path.read_text('utf-8'))
+  except (OSError, ValueError):
+    return {}
+  return value if isinstance(value, dict) else {}
+
+
+def _warn(step: int, problem: str, others: list[int]) -> None:
+  logging.warning(
+    'the checkpoint of round %d is damaged (%s); %s',
+    step,
+    problem,
+    f'falling back to round {others[-1]}' if others else 'there is no other',
+  )
 
 
 def _one_line(error: Exception) -> str:

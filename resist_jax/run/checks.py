@@ -1,5 +1,7 @@
 """The mistakes in a config that need no data and no device, a line for each."""
 
+import math
+
 import ml_collections
 
 from resist_jax import models
@@ -14,6 +16,7 @@ from resist_jax.run.config import (
   differences,
   get_config,
 )
+from resist_jax.run.fields import each
 
 PROTOCOLS = ('resist', 'local_sgd', 'data_parallel')
 AUGMENTATIONS = (
@@ -31,6 +34,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     ConfigError: On the first mistake.
   """
   _check_fields(config)
+  _check_finite(config)
   _one_of(config, 'protocol', PROTOCOLS)
   _one_of(config, 'exchange', tuple(EXCHANGES))
   _one_of(config, 'wire_format', tuple(FORMATS))
@@ -47,8 +51,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
     'checkpoint_every', 'devices_per_worker',
   ):  # fmt: skip
     _at_least(field, config[field], 1)
-  for field in ('num_devices', 'min_depth', 'seed'):
+  for field in ('num_devices', 'min_depth'):
     _at_least(field, config[field], 0)
+  if not 0 <= config.seed < 2**32:
+    raise ConfigError(
+      f'seed is {config.seed}; it must be at least 0 and less than 2**32, '
+      'because larger ones repeat.'
+    )
   for field in PHASE_FIELDS:
     _at_least(f'phases.{field}', config.phases[field], 0)
   _at_least('optimizer.warmup_rounds', config.optimizer.warmup_rounds, 0)
@@ -136,6 +145,18 @@ def _check_fields(config) -> None:
       f'the config {problem} {name}: begin with get_config() of '
       'resist_jax.run.config.'
     )
+
+
+def _check_finite(config) -> None:
+  for field in each():
+    value = config
+    for name in field.name.split('.'):
+      value = value[name]
+    numbers = value if isinstance(value, tuple | list) else (value,)
+    if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
+      raise ConfigError(
+        f'{field.name} is {value}; it must be finite: give a number.'
+      )
 
 
 def _names(config: dict) -> dict:

@@ -15,6 +15,7 @@ import ml_collections
 from ml_collections import config_flags
 
 import resist_jax
+from resist_jax import folders
 from resist_jax.errors import ConfigError
 from resist_jax.run import cards, fields
 
@@ -119,6 +120,7 @@ def parse(argv: Sequence[str], values: flags.FlagValues) -> Options:
       '--workdir=runs/digits.'
     )
   given: dict[str, Any] = {name: values[name].value for name in Options._fields}
+  given['workdir'] = str(folders.resolve(given['workdir'], '--workdir'))
   options = Options(**given)
   _check_processes(options)
   return options

@@ -37,7 +37,7 @@ class Batches:
   """Batches side by side: device d computes row d, in groups too.
 
   Attributes:
-    name: The measurement that hits in these batches count for.
+    name: The measurement that these batches count for.
     split: The set that they are taken from.
     rows: `int32[D * G, B]`, which examples; -1 fills up.
     fixed: Whether to use fixed statistics instead of those of each batch.
@@ -61,13 +61,13 @@ class Results(NamedTuple):
   """What a network made of batches.
 
   Attributes:
-    hits: For each `Batches`, `int32[D * G]`: images classified right.
+    counts: For each `Batches`, `int32[D * G, 2]`, see `count`.
     measured: For each `Batches`, the collection `batch_stats` of its own
       statistics, `[D * G, ...]` on the host, where these were used.
     wire_bytes: What all devices together sent.
   """
 
-  hits: list[jax.Array]
+  counts: list[jax.Array]
   measured: list[PyTree]
   wire_bytes: int
 
@@ -101,10 +101,13 @@ class Evaluation(NamedTuple):
   Attributes:
     accuracies: Shares of 1. For each set, `NAME_accuracy` with recalibrated
       fixed statistics and `NAME_accuracy_paper` with those of each batch.
+    broken: For each of these whose outputs are not all finite, the number of
+      images that have such an output.
     wire_bytes: What all devices together sent for it.
   """
 
   accuracies: dict[str, float]
+  broken: dict[str, int]
   wire_bytes: int
 
 
@@ -169,12 +172,15 @@ class Evaluator:
     tests = self.dataset.tests.items()
     batches = [b for test in tests for b in self._test_batches(*test)]
     results = self.forward.apply(batches, gathered, statistics)
-    right, total = collections.Counter(), collections.Counter()
-    for group, found in zip(batches, to_host(results.hits), strict=True):
-      right[group.name] += int(found.sum())
+    right, broken = collections.Counter(), collections.Counter()
+    total = collections.Counter()
+    for group, found in zip(batches, to_host(results.counts), strict=True):
+      right[group.name] += int(found[:, 0].sum())
+      broken[group.name] += int(found[:, 1].sum())
       total[group.name] += int((group.rows >= 0).sum())
     accuracies = {name: right[name] / total[name] for name in total}
-    return Evaluation(accuracies, sent + more + results.wire_bytes)
+    # `+broken` has no zeros.
+    return Evaluation(accuracies, +broken, sent + more + results.wire_bytes)
 
   def _test_batches(self, name: str, split: data.Split) -> Iterator[Batches]:
     size, numbers = self.batch_size, np.arange(len(split))
@@ -192,6 +198,23 @@ class Evaluator:
     rows = np.pad(numbers, (0, short), constant_values=-1)
     for row in rows.reshape(-1, self.num_devices, size):
       yield Batches(name, split, row, fixed)
+
+
+def count(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """Counts what a network makes of a batch.
+
+  Args:
+    logits: `[..., B, n]`.
+    labels: `[..., B]`; -1 where a row is filled up.
+
+  Returns:
+    `int32[..., 2]`: images classified right, and images whose logits are not
+    all finite, the largest of which says nothing.
+  """
+  right = logits.argmax(axis=-1) == labels
+  broken = ~jnp.isfinite(logits).all(axis=-1) & (labels >= 0)
+  found = jnp.stack([right, broken], axis=-1)
+  return found.sum(axis=-2, dtype=jnp.int32)
 
 
 class WholeNetwork:
@@ -223,9 +246,9 @@ class WholeNetwork:
         scales,
         mutable=[] if statistics else ['batch_stats'],
       )
-      hits = (logits.argmax(axis=-1) == labels[0]).sum(dtype=jnp.int32)
+      found = count(logits, labels[0])
       collection = measured.get('batch_stats', {})
-      return jax.tree.map(lambda x: x[None], (hits, collection))
+      return jax.tree.map(lambda x: x[None], (found, collection))
 
     rows = spread(mesh)
     self._apply = jax.jit(
@@ -256,15 +279,15 @@ class WholeNetwork:
     """Applies the network; see `Forward`."""
     by_row = NamedSharding(self._mesh, spread(self._mesh))
     fixed = place(statistics, NamedSharding(self._mesh, REPLICATED))
-    hits, measured = [], []
+    counts, measured = [], []
     for g, group in enumerate(batches):
       images, labels = place((group.images(), group.labels()), by_row)
       used = fixed if group.fixed else {}
-      jax.block_until_ready(hits[max(g - _AHEAD, 0) : g - _AHEAD + 1])
+      jax.block_until_ready(counts[max(g - _AHEAD, 0) : g - _AHEAD + 1])
       found, own = self._apply(*gathered, used, images, labels)
-      hits.append(found)
+      counts.append(found)
       measured.append(own)
-    return Results(hits, [to_host(own) for own in measured], 0)
+    return Results(counts, [to_host(own) for own in measured], 0)
 
 
 @partial(jax.jit, static_argnames='mesh')

@@ -4,16 +4,26 @@ from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorboardX
 import tqdm
 
 from resist_jax import report
-from resist_jax.run.workdir import replace_text
+from resist_jax.errors import WorkdirLostError
+from resist_jax.run.workdir import is_at, replace_text
 
-# A function that logs the row of a round; see `MetricsLog.write`.
-Log = Callable[[Mapping[str, Any]], None]
+
+class Log(NamedTuple):
+  """How a run logs; a process that does not write does nothing.
+
+  Attributes:
+    write: Logs the row of a round; see `MetricsLog.write`.
+    check: Checks that the log is still there; see `MetricsLog.check`.
+  """
+
+  write: Callable[[Mapping[str, Any]], None]
+  check: Callable[[], None]
 
 
 @contextlib.contextmanager
@@ -29,14 +39,13 @@ def open_log(
     writes: Whether this process writes the log.
 
   Yields:
-    A function that logs a round, or does nothing if this process does not
-    write.
+    The log.
   """
   if not writes:
-    yield lambda row: None
+    yield Log(lambda row: None, lambda: None)
     return
   with MetricsLog(workdir, start_round, num_rounds) as log:
-    yield log.write
+    yield Log(log.write, log.check)
 
 
 class MetricsLog:
@@ -54,7 +63,9 @@ class MetricsLog:
       ConfigError: If `metrics.jsonl` is damaged.
     """
     self._shown_test = '-'
-    path = workdir / 'metrics.jsonl'
+    self._path = path = workdir / 'metrics.jsonl'
+    self._config = workdir / 'config.json'
+    self._kept = start_round
     rows = report.read_rows(path)
     rows = [row for row in rows if row['round'] <= start_round]
     lines = ''.join(json.dumps(row) + '\n' for row in rows)
@@ -72,7 +83,11 @@ class MetricsLog:
 
     Args:
       row: JSON values by name; numbers also go to TensorBoard.
+
+    Raises:
+      WorkdirLostError: See `check`.
     """
+    self.check()
     self._file.write(json.dumps(dict(row)) + '\n')
     self._file.flush()
     for name, value in row.items():
@@ -87,6 +102,25 @@ class MetricsLog:
     shown['img/s'] = f'{row["images_per_second"]:.0f}'
     self._bar.set_postfix(shown, refresh=False)
     self._bar.update()
+    self._kept = row['round']
+
+  def check(self) -> None:
+    """Checks that the workdir is still that of this run.
+
+    Raises:
+      WorkdirLostError: If its files were deleted, moved or replaced.
+    """
+    lost = self._path
+    if is_at(self._path, self._file):
+      if self._config.is_file():
+        return
+      lost = self._config
+    raise WorkdirLostError(
+      f'{lost} was deleted, moved or replaced while the run trained, perhaps '
+      f'with its folder: nothing is kept since round {self._kept}. Put it '
+      'back, and the same command goes on from the newest checkpoint there; '
+      'without a checkpoint it begins anew.'
+    )
 
   def __enter__(self) -> 'MetricsLog':
     return self

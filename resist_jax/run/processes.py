@@ -176,7 +176,7 @@ class _Monitor:
     self.ended: dict[int, tuple[int, str]] = {}
     self.task = ('', now)
     self._exiting = False
-    self._num_barriers = 0
+    self._num_barriers = self._num_told = 0
 
   def begin(self) -> None:
     """Starts both threads, when JAX has connected the processes."""
@@ -351,9 +351,10 @@ class _Monitor:
     self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
     ctypes.CDLL(None).signal(signal.SIGABRT, self._handler)
 
-  def tell_all(self, name: str, text: str) -> dict[int, str]:
+  def tell_all(self, text: str) -> dict[int, str]:
     """Returns the text of every process; if one dies, `check` ends this one."""
-    key = f'{_PREFIX}_{name}'
+    self._num_told += 1
+    key = f'{_PREFIX}_told_{self._num_told}'
     self._store.key_value_set(f'{key}/{self._me}', text)
     return {
       i: self._store.blocking_key_value_get(f'{key}/{i}', _WEEK)
@@ -414,11 +415,10 @@ def doing(name: str) -> None:
     _Monitor.current.task = (name, time.monotonic())
 
 
-def agree(name: str, description: Mapping[str, Any], remedy: str) -> None:
+def agree(description: Mapping[str, Any], remedy: str) -> None:
   """Checks that something is equal in all processes.
 
   Args:
-    name: What is compared; once a run.
     description: Nested JSON values.
     remedy: What the user should do if they differ.
 
@@ -427,7 +427,7 @@ def agree(name: str, description: Mapping[str, Any], remedy: str) -> None:
   """
   if not _Monitor.current:
     return
-  every = _Monitor.current.tell_all(name, json.dumps(description))
+  every = _Monitor.current.tell_all(json.dumps(description))
   problem = meeting.difference(
     {i: json.loads(text) for i, text in every.items()}, remedy
   )

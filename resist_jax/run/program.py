@@ -16,7 +16,7 @@ import jax
 
 import resist_jax
 from resist_jax import report
-from resist_jax.errors import ConfigError
+from resist_jax.errors import ConfigError, NonFiniteError, WorkdirLostError
 from resist_jax.run import processes, train
 from resist_jax.run.checkpoint import SaveError
 from resist_jax.run.command import Options
@@ -48,7 +48,7 @@ def main(options: Options) -> None:
     _fail(error)
   except MeetingError as error:
     _fail(error, code=processes.TRY_AGAIN)
-  except train.NonFiniteError as error:
+  except (NonFiniteError, WorkdirLostError) as error:
     _fail(error, code=1)
   except SaveError as error:
     processes.explain_failure()  # Another process may be the cause.

@@ -1,7 +1,9 @@
 """A run from a config: build, restore, loop over rounds, evaluate, save."""
 
+import contextlib
 import dataclasses
 import math
+import os
 import pathlib
 import time
 from typing import Any, NamedTuple
@@ -12,9 +14,9 @@ from jax.sharding import NamedSharding
 import ml_collections
 import numpy as np
 
-from resist_jax import report
+from resist_jax import folders, report
 from resist_jax.decomposition import Assignment
-from resist_jax.errors import ConfigError
+from resist_jax.errors import ConfigError, NonFiniteError
 from resist_jax.rounds import State, assemble
 from resist_jax.rounds.arrays import place_parts, to_host
 from resist_jax.rounds.mesh import SHARDED, workers_here
@@ -32,13 +34,10 @@ from resist_jax.run.checkpoint import Checkpoints, Restored
 from resist_jax.run.checks import validate
 from resist_jax.run.evaluate import Evaluator
 from resist_jax.run.interrupt import Interrupt, Interrupted
+from resist_jax.run.lock import locked
 from resist_jax.run.phases import Phase
 from resist_jax.run.setup import Setup, describe_data, prepare
 from resist_jax.run.summary import summarise
-
-
-class NonFiniteError(ArithmeticError):
-  """Training diverged; the last good checkpoint is kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +75,9 @@ class Progress:
   last: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+def train(
+  config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]
+) -> dict[str, Any]:
   """Trains a network from its newest checkpoint, or from scratch, to the end.
 
   Args:
@@ -88,19 +89,33 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 
   Raises:
     ConfigError: On a mistake of the user's, before anything is written.
-    NonFiniteError: If a worker's loss or parameters are not finite.
+    NonFiniteError: If training diverges; the message says how to go on.
+    WorkdirLostError: If the workdir is deleted or moved meanwhile.
     Interrupted: On SIGTERM or SIGINT, after a checkpoint.
   """
   started = time.perf_counter()
-  folder = pathlib.Path(workdir)
+  folder = folders.resolve(workdir, 'workdir')
   validate(config)
   workdir_lib.check(folder, config.to_dict())
   setup = prepare(config)
   if jax.process_count() > 1:
     processes.agree(
-      'data', describe_data(setup.dataset), 'give each host the same data.'
+      describe_data(setup.dataset), 'give each host the same data.'
     )
+  # Process 0 writes what is not on the devices; all write checkpoints.
+  first = jax.process_index() == 0
+  with locked(folder) if first else contextlib.nullcontext():
+    if first:  # While data were read, another run may have begun and ended.
+      workdir_lib.check(folder, config.to_dict())
+    _check_shared(folder)
+    return _train_in(folder, setup, started)
 
+
+def _train_in(
+  folder: pathlib.Path, setup: Setup, started: float
+) -> dict[str, Any]:
+  """Trains in a workdir that no other run uses; see `train`."""
+  config, writes = setup.config, jax.process_index() == 0
   checkpoints = Checkpoints(folder, setup.mesh)
   with Interrupt() as interrupt:
     processes.doing('the start')
@@ -108,14 +123,20 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     measured = restored.progress.get('depths_by_speed') if restored else None
     setup = speed.with_depths(setup, measured or ())
     done = restored.progress['round'] if restored else 0
-    # Process 0 writes what is not on the devices; all write checkpoints.
-    writes = jax.process_index() == 0
     if writes:
       workdir_lib.write_json(folder / 'config.json', config.to_dict())
     with metrics.open_log(folder, done, config.num_rounds, writes) as log:
-      state, phase, progress = _loop(
-        setup, checkpoints, log, interrupt, restored, started
-      )
+      try:
+        state, phase, progress = _loop(
+          setup, checkpoints, log, interrupt, restored, started
+        )
+      except NonFiniteError as error:
+        remedy = _remedy(config, folder, checkpoints.distrust())
+        raise NonFiniteError(f'{error}. {remedy}') from error
+      except OSError:
+        log.check()  # If the workdir is gone, that is the reason.
+        raise
+      log.check()
   processes.doing('the export')
   params = assemble(state).params
   statistics = phases.make_evaluator(setup).statistics(state)
@@ -125,6 +146,35 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     workdir_lib.write_json(folder / 'summary.json', summary)
     report.write_report([folder], folder)
   return summary
+
+
+def _check_shared(folder: pathlib.Path) -> None:
+  """Checks that all processes have the same workdir, by a file in it."""
+  if jax.process_count() == 1:
+    return
+  if jax.process_index() == 0:
+    workdir_lib.mark(folder)
+  processes.barrier()
+  processes.agree(
+    {'workdir': {'run_id': workdir_lib.marked(folder)}},
+    'give all processes the same folder, on a file system that they share.',
+  )
+
+
+def _remedy(
+  config: ml_collections.ConfigDict, folder: pathlib.Path, good: int | None
+) -> str:
+  """Says how to go on after a divergence, from a known good round if any."""
+  if good is None:
+    return (
+      f'Lower lr (now {config.lr}) or raise optimizer.warmup_rounds, and '
+      'choose another workdir; the last good checkpoint of this one is kept.'
+    )
+  return (
+    f'What was saved later is moved to {folder / "set_aside"}; the same '
+    f'command goes on from round {good}, the last one whose test was finite. '
+    f'If it ends here again, lower lr (now {config.lr}) in another workdir.'
+  )
 
 
 def _predictor(setup: Setup, params, statistics) -> export.Predictor:
@@ -229,7 +279,7 @@ def _loop(
     # This round runs while the metrics of the one before are read and logged.
     if running:
       progress, asked = _read(setup, running, progress, clock, interrupt)
-      log(progress.last)
+      log.write(progress.last)
     after = assignments_on_host(state)
     running = _Dispatched(index, phase, before, after, measured)
 
@@ -248,7 +298,7 @@ def _loop(
     if evaluates:
       processes.doing(f'the test after round {done}')
       progress = _evaluated(progress, evaluator, state)
-    log(progress.last)
+    log.write(progress.last)
     elapsed = seconds_before + time.perf_counter() - started
     progress = dataclasses.replace(progress, seconds_total=elapsed)
     if jax.process_count() == 1:  # It may have come during the test.
@@ -256,6 +306,8 @@ def _loop(
     processes.doing(f'the checkpoint of round {done}')
     if saves or signum:
       checkpoints.save(state, dataclasses.asdict(progress))
+    if evaluates:
+      checkpoints.tested(done)
     if signum and not last:
       raise Interrupted(
         signum,
@@ -267,6 +319,7 @@ def _loop(
   # Ended by a lower num_rounds, or given more tests since.
   if any(f'{t}_accuracy' not in progress.last for t in setup.dataset.tests):
     progress = _evaluated(progress, evaluator, state)
+    checkpoints.tested(progress.round)
   return state, phase, progress
 
 
@@ -368,9 +421,7 @@ def _excluded(
   if broken and not (config.faults.leave_out and healthy.any()):
     raise NonFiniteError(
       f'round {done}: the loss or the parameters of worker {broken} are not '
-      f'finite. Lower lr (now {config.lr}) or raise optimizer.warmup_rounds, '
-      'and choose another workdir; the last good checkpoint of this one is '
-      'kept.'
+      'finite'
     )
   far = ', '.join(map(str, np.flatnonzero(finite & ~healthy)))
   for workers, reason in (
@@ -388,7 +439,13 @@ def _evaluated(
   progress: Progress, evaluator: Evaluator, state: State
 ) -> Progress:
   """Returns the progress after a test of the global network."""
-  accuracies, sent = evaluator(state)
+  accuracies, broken, sent = evaluator(state)
+  if broken:
+    listed = ', '.join(f'{name} ({n} images)' for name, n in broken.items())
+    raise NonFiniteError(
+      f'round {progress.round}: the outputs of the network are not finite in '
+      f'the test {listed}'
+    )
   best = max(
     progress.best_test_accuracy_paper, accuracies['test_accuracy_paper']
   )

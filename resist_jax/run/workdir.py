@@ -1,11 +1,14 @@
 """The workdir of a run: whether the run may use it, and writing its files."""
 
 from collections.abc import Mapping
+import errno
 import json
 import os
 import pathlib
+import re
+import secrets
 import tempfile
-from typing import Any
+from typing import IO, Any
 
 from resist_jax.errors import ConfigError
 from resist_jax.run.config import ELASTIC, differences
@@ -24,20 +27,13 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
   """
   check_writable(workdir, 'workdir')
   if not (workdir / 'config.json').exists():
-    # A run that was killed in its first seconds leaves `checkpoints` empty.
-    if any(workdir.glob('checkpoints/*')):
+    if saved_rounds(workdir / 'checkpoints'):
       raise ConfigError(
         f'workdir {workdir} holds checkpoints but no config.json: choose '
         'another workdir.'
       )
     return
-  try:
-    before = json.loads((workdir / 'config.json').read_text())
-  except (OSError, ValueError) as error:
-    raise ConfigError(
-      f'{workdir / "config.json"} cannot be read ({error}): choose another '
-      'workdir.'
-    ) from error
+  before = _read_config(workdir / 'config.json')
   # JSON turns tuples into lists: compare both configs as they are written.
   changed = differences(before, json.loads(json.dumps(config)))
   fixed = {
@@ -53,6 +49,36 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
       f'workdir {workdir} belongs to a run of another config ({listed}): '
       'choose another workdir, or set these back.'
     )
+
+
+def _read_config(path: pathlib.Path) -> dict[str, Any]:
+  problem = 'it is not a JSON object'
+  try:
+    config = json.loads(path.read_text('utf-8'))
+    if isinstance(config, dict):
+      return config
+  except (OSError, ValueError, RecursionError) as error:
+    problem = ' '.join(str(error).split())[:100]
+  raise ConfigError(
+    f'{path} is not the config of a run ({problem}): repair it, or choose '
+    'another workdir.'
+  )
+
+
+def saved_rounds(folder: pathlib.Path) -> list[int]:
+  """Returns the rounds that have a checkpoint, ascending.
+
+  Args:
+    folder: Where checkpoints are. Whatever else lies there, such as a copy
+      under another name, a link, or a numbered folder without the file that
+      orbax writes last, is none.
+  """
+  paths = (path.parent for path in folder.glob('[0-9]*/_CHECKPOINT_METADATA'))
+  return sorted(
+    int(path.name)
+    for path in paths
+    if re.fullmatch('0|[1-9][0-9]*', path.name) and not path.is_symlink()
+  )
 
 
 def check_writable(folder: pathlib.Path, what: str) -> None:
@@ -102,3 +128,44 @@ def replace_text(path: pathlib.Path, text: str) -> None:
   part = path.with_name(path.name + '.part')
   part.write_text(text)
   part.replace(path)
+
+
+def is_at(path: pathlib.Path, file: IO) -> bool:
+  """Returns whether a path still leads to a file that is open.
+
+  Args:
+    path: Where the file was when it was opened.
+    file: The file; another one that is put in its place counts as another.
+  """
+  try:
+    return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+  except OSError as error:
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+      return False
+    raise
+
+
+def mark(folder: pathlib.Path) -> str:
+  """Marks a folder, so that other processes can tell whether they see it.
+
+  Args:
+    folder: A folder that exists.
+
+  Returns:
+    A token that no other folder has, which the file `run_id` holds.
+  """
+  token = secrets.token_hex(16)
+  replace_text(folder / 'run_id', token)
+  return token
+
+
+def marked(folder: pathlib.Path) -> str | None:
+  """Returns the token of a folder; None if it has none.
+
+  Args:
+    folder: Any path.
+  """
+  try:
+    return (folder / 'run_id').read_text('utf-8', 'replace')
+  except (FileNotFoundError, NotADirectoryError):
+    return None

@@ -1,6 +1,10 @@
 """Checkpoints come back bit for bit, or not at all."""
 
 import hashlib
+import json
+import pathlib
+import shutil
+import tempfile
 
 import jax
 from jax.sharding import NamedSharding
@@ -9,6 +13,7 @@ from orbax.checkpoint import v1 as ocp
 import pytest
 
 from resist_jax.decomposition import Assignment
+from resist_jax.errors import NonFiniteError
 from resist_jax.rounds import State, make_mesh
 from resist_jax.rounds.mesh import SHARDED
 from resist_jax.rounds.moments import Parts
@@ -166,6 +171,124 @@ def test_no_damage_to_any_file_brings_back_wrong_numbers(tmp_path):
       path.write_bytes(whole)
 
 
+def delete_manifest(tmp_path, step):
+  (tmp_path / 'digests' / f'{step}.json').unlink()
+
+
+@pytest.mark.parametrize('steps', [(1,), (1, 2)])
+def test_a_kill_before_the_manifest_costs_nothing(steps, tmp_path, caplog):
+  save(tmp_path, *steps)
+  delete_manifest(tmp_path, steps[-1])
+  assert_is(restore(tmp_path), steps[-1])
+  assert f'round {steps[-1]} has no manifest' in caplog.text
+  caplog.clear()
+  assert_is(restore(tmp_path), steps[-1])  # It has one now.
+  assert not caplog.text
+
+
+def test_checkpoints_that_were_copied_alone_go_on_and_count_as_own(tmp_path):
+  save(tmp_path / 'from', 1, 2)
+  shutil.copytree(tmp_path / 'from/checkpoints', tmp_path / 'to/checkpoints')
+  (tmp_path / 'to' / 'digests').mkdir()  # As older versions left them.
+  (tmp_path / 'to' / 'digests' / '2.sha256').write_text('0')
+  assert_is(restore(tmp_path / 'to'), 2)
+  save(tmp_path / 'to', 3, 4, 5, 6)
+  # Nobody has read round 1, so nobody knows whose it is.
+  assert names(tmp_path / 'to') == {'1', '4', '5', '6'}
+
+
+def test_a_broken_one_without_manifest_is_passed_over_and_kept(
+  tmp_path, caplog
+):
+  save(tmp_path, 1, 2)
+  delete_manifest(tmp_path, 2)
+  cut(newest_files(tmp_path, 2)[0])
+  assert_is(restore(tmp_path), 1)
+  assert 'falling back to round 1' in caplog.text
+  save(tmp_path, 2)
+  assert (tmp_path / 'set_aside' / '2').is_dir()
+  assert_is(restore(tmp_path), 2)
+
+
+def test_a_file_cut_short_shows_without_manifest(tmp_path):
+  save(tmp_path, 1, 2)
+  for path in newest_files(tmp_path, 2)[:4]:
+    whole = path.read_bytes()
+    cut(path)
+    (tmp_path / 'digests' / '2.json').unlink(missing_ok=True)
+    restored = restore(tmp_path)
+    assert_is(restored, restored.progress['round'])
+    path.write_bytes(whole)
+
+
+def test_a_copy_under_another_number_is_not_that_round(tmp_path, caplog):
+  save(tmp_path, 1, 2)
+  folder = tmp_path / 'checkpoints'
+  shutil.copytree(folder / '2', folder / '7')
+  assert_is(restore(tmp_path), 2)
+  assert 'it is that of round 2' in caplog.text
+  assert names(tmp_path) == {'1', '2', '7'}
+
+
+def names(tmp_path):
+  return {path.name for path in (tmp_path / 'checkpoints').iterdir()}
+
+
+def test_what_others_put_beside_checkpoints_stays(tmp_path, caplog):
+  save(tmp_path, 1, 2)
+  folder = tmp_path / 'checkpoints'
+  elsewhere = tmp_path / 'elsewhere'
+  elsewhere.mkdir()
+  (elsewhere / 'precious').touch()
+  shutil.copytree(folder / '1', folder / '1.bak')
+  shutil.copytree(folder / '2', folder / '2_best')
+  (folder / '2024').mkdir()
+  (folder / '2024' / 'mine').touch()
+  (folder / 'notes.txt').touch()
+  (folder / '.DS_Store').touch()
+  (folder / '99.orbax-checkpoint-tmp').symlink_to(elsewhere)
+  (folder / '0').symlink_to(elsewhere)
+  theirs = names(tmp_path) - {'1', '2'}
+  assert_is(restore(tmp_path), 2)
+  assert not caplog.text
+  save(tmp_path, *range(3, 8))
+  assert names(tmp_path) == theirs | {'5', '6', '7'}
+  for path in (elsewhere / 'precious', folder / '2024' / 'mine'):
+    assert path.exists()
+  assert len(list((folder / '2_best').rglob('*'))) > 5
+
+
+def test_files_that_tools_leave_in_checkpoints_are_no_damage(tmp_path, caplog):
+  save(tmp_path, 1, 2)
+  delete_manifest(tmp_path, 2)
+  store, *others = (
+    tmp_path / 'checkpoints' / '2' / name
+    for name in ('.DS_Store', '.nfs0001', 'Thumbs.db', 'd/.DS_Store')
+  )
+  store.write_text('1')
+  assert_is(restore(tmp_path), 2)  # And gets a manifest.
+  caplog.clear()
+  store.write_text('2')
+  for path in others:
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+  assert_is(restore(tmp_path), 2)
+  assert not caplog.text
+
+
+def test_a_folder_in_the_way_is_not_overwritten(tmp_path):
+  mine = tmp_path / 'checkpoints' / '2' / 'mine'
+  mine.parent.mkdir(parents=True)
+  mine.touch()
+  save(tmp_path, 1)
+  with pytest.raises(SaveError, match='checkpoints/2 is something else') as no:
+    save(tmp_path, 2)
+  assert f'move that out of {tmp_path}' in str(no.value)
+  assert not no.value.retryable
+  assert mine.exists()
+  assert_is(restore(tmp_path), 1)
+
+
 def test_all_damaged_is_an_error(tmp_path):
   save(tmp_path, 1)
   cut(newest_files(tmp_path, 1)[0])
@@ -175,12 +298,14 @@ def test_all_damaged_is_an_error(tmp_path):
     restore(tmp_path)
 
 
-def test_a_half_written_checkpoint_is_deleted(tmp_path):
+@pytest.mark.parametrize('suffix', ['', '-1764288000'])
+def test_a_half_written_checkpoint_is_deleted(suffix, tmp_path):
   save(tmp_path, 1)
-  part = tmp_path / 'checkpoints' / '2.orbax-checkpoint-tmp'
+  part = tmp_path / 'checkpoints' / f'2.orbax-checkpoint-tmp{suffix}'
   part.mkdir()
   (part / 'state').write_text('half')
   assert_is(restore(tmp_path), 1)
+  assert not part.exists()
   save(tmp_path, 2)
   assert_is(restore(tmp_path), 2)
 
@@ -216,3 +341,131 @@ def test_the_digest_is_that_of_the_bytes():
   tree = {'b': np.arange(3, dtype=np.float32), 'a': np.ones((), np.float32)}
   want = hashlib.sha256(tree['a'].tobytes() + tree['b'].tobytes()).hexdigest()
   assert digest_of_arrays(tree) == want
+
+
+def poisoned(where, value):
+  """A state with one number that is not finite."""
+  moment = state(9)
+  moments = [{'shared': moment.shared, 'chain': moment.chain}]
+  error = {'sent': np.ones((4, 7), np.float32)}
+  whole = state(2, carried=Parts(moments, [np.ones(4)]), error=error)
+
+  def poison(path, x):
+    if where not in jax.tree_util.keystr(path, simple=True, separator='/'):
+      return x
+    spoilt = np.array(x)
+    spoilt[(-1,) * x.ndim] = value
+    if not isinstance(x, jax.Array):
+      return spoilt
+    return jax.device_put(spoilt, x.sharding)
+
+  return jax.tree_util.tree_map_with_path(poison, whole)
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+@pytest.mark.parametrize(
+  'where', ['shared/stem', 'chain/chain', 'moments/0/chain', 'rest', 'error']
+)
+def test_what_is_not_finite_is_not_saved(where, value, tmp_path):
+  save(tmp_path, 1)
+  checkpoints = Checkpoints(tmp_path, make_mesh(4))
+  with pytest.raises(NonFiniteError, match=r'round 2: .* not finite'):
+    checkpoints.save(poisoned(where, value), {'round': 2})
+  assert names(tmp_path) == {'1'}
+  checkpoints.save(poisoned('nowhere', value), {'round': 2})
+
+
+def test_an_empty_slot_may_hold_anything(tmp_path):
+  slots = np.array([[0, 2], [1, 3], [4, 5], [0, 5]], np.int32)  # 5 is L.
+  whole = state(1)
+  kernels = np.array(whole.chain['chain']['kernel'])
+  kernels[slots == 5] = np.nan
+  chain = {'chain': {'kernel': kernels}}
+  whole = whole._replace(chain=chain, assignments={'chain': Assignment(slots)})
+  Checkpoints(tmp_path, make_mesh(4)).save(whole, {'round': 1})
+  assert names(tmp_path) == {'1'}
+
+
+def saved_and_tested(tmp_path, steps, tests):
+  """Saves rounds, of which some were tested; returns the checkpoints."""
+  checkpoints = Checkpoints(tmp_path, make_mesh(4))
+  checkpoints.restore()
+  for step in steps:
+    checkpoints.save(state(step), {'round': step, 'note': [1, 2]})
+    if step in tests:
+      checkpoints.tested(step)
+  return checkpoints
+
+
+def test_the_newest_known_good_one_is_kept(tmp_path):
+  saved_and_tested(tmp_path, range(1, 8), tests=[1, 2])
+  assert names(tmp_path) == {'2', '5', '6', '7'}
+  saved_and_tested(tmp_path, [8, 9], tests=[])  # By a run that goes on.
+  assert names(tmp_path) == {'2', '7', '8', '9'}
+  saved_and_tested(tmp_path, [10, 11], tests=[10])
+  assert names(tmp_path) == {'9', '10', '11'}
+  assert {p.name for p in (tmp_path / 'digests').iterdir()} == {
+    '9.json', '10.json', '11.json', 'good.json',
+  }  # fmt: skip
+
+
+@pytest.mark.parametrize('again', [False, True])
+def test_after_a_divergence_newer_ones_are_set_aside(again, tmp_path):
+  checkpoints = saved_and_tested(tmp_path, range(1, 6), tests=[3])
+  if again:
+    checkpoints = saved_and_tested(tmp_path, [], tests=[])
+  shutil.copytree(tmp_path / 'checkpoints/5', tmp_path / 'checkpoints/5_best')
+  assert checkpoints.distrust() == 3
+  assert names(tmp_path) == {'3', '5_best'}
+  aside = {path.name for path in (tmp_path / 'set_aside').iterdir()}
+  assert aside == {'4', '4.json', '5', '5.json'}
+  assert_is(restore(tmp_path), 3)
+  assert saved_and_tested(tmp_path, [4], tests=[]).distrust() == 3
+  assert_is(restore(tmp_path), 3)
+  for name in ('4', '4.json'):  # What is there can be taken back.
+    folder = 'digests' if name.endswith('.json') else 'checkpoints'
+    shutil.move(tmp_path / 'set_aside' / name, tmp_path / folder / name)
+  assert_is(restore(tmp_path), 4)
+
+
+def test_a_test_after_a_checkpoint_makes_that_one_good(tmp_path):
+  checkpoints = saved_and_tested(tmp_path, [2], tests=[])
+  checkpoints.tested(3)
+  checkpoints.save(state(4), {'round': 4})
+  assert checkpoints.distrust() == 2
+  assert names(tmp_path) == {'2'}
+
+
+def test_nothing_is_set_aside_where_that_would_not_help(tmp_path):
+  assert saved_and_tested(tmp_path / 'a', [1, 2], tests=[]).distrust() is None
+  assert saved_and_tested(tmp_path / 'b', [1, 2], tests=[2]).distrust() is None
+  for folder in (tmp_path / 'a', tmp_path / 'b'):
+    assert names(folder) == {'1', '2'}
+
+
+def test_a_known_good_one_that_is_damaged_gives_way_to_an_older_one(tmp_path):
+  saved_and_tested(tmp_path, [1, 2], tests=[2])
+  cut(newest_files(tmp_path, 2)[0])
+  checkpoints = saved_and_tested(tmp_path, [], tests=[])
+  checkpoints.save(state(3), {'round': 3})
+  assert checkpoints.distrust() == 1
+
+
+def test_a_record_of_tests_that_is_damaged_is_none(tmp_path):
+  saved_and_tested(tmp_path, [1, 2], tests=[1])
+  for text in ('', '[]', '{"round": "x"}', 'x'):
+    (tmp_path / 'digests' / 'good.json').write_text(text)
+    assert saved_and_tested(tmp_path, [], tests=[]).distrust() is None
+
+
+def test_checkpoints_may_lie_on_another_disk(tmp_path):
+  there = '/dev/shm' if pathlib.Path('/dev/shm').is_dir() else None
+  with tempfile.TemporaryDirectory(dir=there) as disk:
+    (tmp_path / 'checkpoints').symlink_to(disk)
+    (tmp_path / 'link').symlink_to(tmp_path)
+    checkpoints = saved_and_tested(tmp_path / 'link', range(1, 6), tests=[4])
+    assert names(tmp_path) == {'3', '4', '5'}
+    assert checkpoints.distrust() == 4
+    assert_is(restore(tmp_path), 4)
+    aside = json.loads((tmp_path / 'set_aside' / '5.json').read_text())
+    assert '_CHECKPOINT_METADATA' in aside

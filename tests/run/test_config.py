@@ -8,7 +8,7 @@ import pytest
 
 from resist_jax.errors import ConfigError
 from resist_jax.exchange import FORMATS, Exchange
-from resist_jax.run import checks
+from resist_jax.run import checks, fields
 from resist_jax.run import config as config_lib
 
 
@@ -27,6 +27,8 @@ def test_the_defaults_are_valid():
     ({'eval_every': 0}, 'eval_every'),
     ({'checkpoint_every': 0}, 'checkpoint_every'),
     ({'seed': -1}, 'seed'),
+    ({'seed': 2**32}, r'seed is 4294967296; .* less than 2\*\*32'),
+    ({'seed': 2**63}, 'seed is 9223372036854775808'),
     ({'lr': 0.0}, 'lr is 0.0'),
     ({'lr': float('nan')}, 'lr is nan'),
     ({'min_depth': 23}, 'stage 3: min_depth is 23; a chain of 22 blocks'),
@@ -120,6 +122,19 @@ def test_depths_are_read_from_a_command_line(flag, value):
   flags(argv)
   assert flags.config.depths == value
   checks.validate(flags.config)
+
+
+FLOATS = [f.name for f in fields.each() if isinstance(f.default, float)]
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
+@pytest.mark.parametrize('name', [*FLOATS, 'optimizer.drops'])
+def test_no_float_may_be_infinite(name, value):
+  config = config_lib.get_config()
+  value = (0.5, value) if name == 'optimizer.drops' else value
+  config.update_from_flattened_dict({name: value})
+  with pytest.raises(ConfigError, match=f'^{name} is .*it must be finite'):
+    checks.validate(config)
 
 
 def test_baselines_need_no_partition():

@@ -167,13 +167,13 @@ def logits_seen(patch, evaluator, state):
 
 def _watch_walk(patch, evaluator):
   del evaluator
-  seen, hits = [], block_walk._hits
+  seen, count = [], block_walk._count
 
   def listen(logits, labels):
     seen.append(np.asarray(logits)[np.asarray(labels) >= 0])
-    return hits(logits, labels)
+    return count(logits, labels)
 
-  patch.setattr(block_walk, '_hits', listen)
+  patch.setattr(block_walk, '_count', listen)
   return seen
 
 
@@ -252,6 +252,7 @@ def test_evaluation_equals_the_assembled_network(case, way, monkeypatch):
       hits = np.asarray(want[i]).argmax(-1) == split.labels
       accuracies[f'{name}_{key}'] = hits.mean()
   assert found.accuracies == accuracies
+  assert found.broken == {}
 
 
 @pytest.mark.parametrize('group', [1, 2])
@@ -302,7 +303,7 @@ def test_no_device_ever_holds_a_chain_that_is_cut(monkeypatch):
 
     return run
 
-  for name in ('_apply', '_fetch', '_hits'):
+  for name in ('_apply', '_fetch', '_count'):
     program = getattr(block_walk, name)
     monkeypatch.setattr(block_walk, name, watch(name, program))
   evaluator(state)
@@ -353,6 +354,41 @@ def test_statistics_of_one_batch_are_those_of_the_batch(way):
   mean, square = stem.mean((0, 1, 2)), jnp.square(stem).mean((0, 1, 2))
   np.testing.assert_allclose(norm['mean'], mean, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(norm['mean_square'], square, rtol=1e-4)
+
+
+def test_images_are_counted_whose_logits_are_not_finite():
+  logits = np.eye(3, dtype=np.float32)[[0, 1, 2, 0, 1]]
+  logits[[1, 2, 4], [1, 0, 2]] = np.nan, np.inf, -np.inf
+  labels = np.array([0, 1, 2, 1, -1])  # The last row is filled up.
+  # The largest of numbers that include NaN is NaN: that row counts as right.
+  assert evaluate.count(logits, labels).tolist() == [2, 2]
+  stacked = np.stack([logits, np.ones_like(logits)])
+  both = evaluate.count(stacked, np.stack([labels, labels]))
+  assert both.tolist() == [[2, 2], [1, 0]]
+
+
+@both_ways
+@pytest.mark.parametrize('where', ['head', CHAIN[0]])
+def test_a_network_that_gives_no_numbers_does_not_pass_as_tested(where, way):
+  """In shared parts, and in the blocks of a chain."""
+  *_, evaluator, state = make(way)
+
+  def poison(path, x):
+    if where not in jax.tree_util.keystr(path):
+      return x
+    spoilt = np.array(x)
+    spoilt[..., 0] = np.inf
+    return jax.device_put(spoilt, x.sharding)
+
+  held = state.shared, state.chain
+  shared, chain = jax.tree_util.tree_map_with_path(poison, held)
+  found = evaluator(state._replace(shared=shared, chain=chain))
+  assert found.broken == {
+    'test_accuracy': 38,
+    'test_accuracy_paper': 38,
+    'validation_accuracy': 8,
+    'validation_accuracy_paper': 8,
+  }
 
 
 @both_ways

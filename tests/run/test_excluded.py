@@ -9,6 +9,7 @@ from test_train import rows, stopped_at, tiny_config
 from wire import train_and_compare
 
 from resist_jax.data import Resident
+from resist_jax.errors import NonFiniteError
 from resist_jax.run import classification, train
 
 NO_EXAMPLE = -1  # The loss of this example is not a number.
@@ -72,7 +73,7 @@ def test_data_parallel_goes_on_without_workers(poison, tmp_path):
 
 def test_when_all_workers_fail_the_last_checkpoint_stays(poison, tmp_path):
   poison |= {1: (1,), 2: range(4)}
-  with pytest.raises(train.NonFiniteError, match=r'round 3: .* 0, 1, 2, 3 are'):
+  with pytest.raises(NonFiniteError, match=r'round 3: .* 0, 1, 2, 3 are'):
     train.train(tiny_config(), str(tmp_path))
   assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == [
     '1', '2',
@@ -84,7 +85,7 @@ def test_when_all_workers_fail_the_last_checkpoint_stays(poison, tmp_path):
 def test_one_worker_that_fails_stops_a_run_that_excludes_none(poison, tmp_path):
   poison |= {1: (3,)}
   config = tiny_config(**{'faults.leave_out': False})
-  with pytest.raises(train.NonFiniteError, match=r'round 2: .* worker 3 are'):
+  with pytest.raises(NonFiniteError, match=r'round 2: .* worker 3 are'):
     train.train(config, str(tmp_path))
   # A run that excludes workers continues from the checkpoint, even if the
   # config saved with it lacks the field.

@@ -18,8 +18,8 @@ from several import LIMIT
 import tfds_sets
 
 from resist_jax.errors import ConfigError
+from resist_jax.run import cards, train
 from resist_jax.run import command as command_lib
-from resist_jax.run import train
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = (
@@ -92,6 +92,9 @@ BAD = [
   (['--config.data.name=no_such_set'], "unknown data set 'no_such_set'"),
   (['--config.data.name=mnist'], 'is not prepared in .*pip install'),
   (['--config.data.name=imdb_reviews'], 'not one of images'),
+  (['--config.seed=4294967296'], r'less than 2\*\*32'),
+  (['--config.lr=1e400'], 'lr is inf; it must be finite'),
+  (['--config.faults.timeout=nan'], 'faults.timeout is nan; .* finite'),
 ]
 
 
@@ -173,6 +176,39 @@ def test_a_broken_card(text, says, tmp_path):
   assert '\n' not in line
 
 
+@pytest.mark.parametrize(
+  ('workdir', 'says'),
+  [
+    ('gs://bucket/run', 'a URL'),
+    ('s3://bucket/run', 'a URL'),
+    ('$NO_SUCH_VARIABLE/run', 'is not set'),
+    ('~no_such_user/run', 'no such home'),
+    ('', '--workdir is missing: name the folder'),
+    ('r\udce4n', 'not UTF-8'),
+  ],
+)
+def test_a_workdir_that_is_no_local_folder(
+  workdir, says, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  line = refusal(workdir)
+  assert re.search(says, line), line
+  assert '\n' not in line
+  with pytest.raises(ConfigError):  # Without a command line, too.
+    train.train(cards.load('digits:smoke'), workdir)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_home_folder_is_meant(tmp_path, monkeypatch):
+  """The folder is a file, so nothing is trained."""
+  monkeypatch.setenv('HOME', str(tmp_path))
+  (tmp_path / 'file').touch()
+  monkeypatch.chdir(tmp_path)
+  for workdir in ('~/file', '$HOME/file', '${HOME}/file'):
+    assert f'{tmp_path / "file"} is not a folder' in refusal(workdir)
+  assert [path.name for path in tmp_path.iterdir()] == ['file']
+
+
 def test_a_workdir_below_a_file(tmp_path):
   file = tmp_path / 'file'
   file.write_text('not a folder')
@@ -222,11 +258,7 @@ def test_a_killed_run_goes_on_and_ends_bit_equal(signum, tmp_path):
     killed = subprocess.Popen(
       command(tmp_path / 'killed', *words), cwd=ROOT, stderr=stderr
     )
-    deadline = time.monotonic() + LIMIT
-    while not (tmp_path / 'killed' / 'checkpoints' / '2').exists():
-      assert killed.poll() is None, log.read_text()
-      assert time.monotonic() < deadline
-      time.sleep(0.01)
+    wait_for(tmp_path / 'killed' / 'checkpoints' / '2', killed, log)
     killed.send_signal(signum)
     code = killed.wait(LIMIT)
   if signum == signal.SIGTERM:
@@ -244,3 +276,43 @@ def test_a_killed_run_goes_on_and_ends_bit_equal(signum, tmp_path):
   ]
   for name in ('params_hash', 'bytes_total', 'rounds', 'test_accuracy'):
     assert summaries[0][name] == summaries[1][name]
+
+
+@pytest.mark.faults
+def test_a_second_run_is_refused_and_a_lost_workdir_ends_the_first(tmp_path):
+  folder, log = tmp_path / 'run', tmp_path / 'log'
+  words = (*TINY, '--config.eval_every=100000')
+  # Without checkpoints, which a run may be writing when its folder is moved.
+  more = ('--config.num_rounds=100000', '--config.checkpoint_every=100000')
+  with log.open('w') as stderr:
+    first = subprocess.Popen(
+      command(folder, *words, *more), cwd=ROOT, stderr=stderr
+    )
+    try:
+      wait_for(folder / 'metrics.jsonl', first, log)
+      second = run(folder, *words, *more)
+      assert second.returncode == 2
+      (line,) = second.stderr.strip().splitlines()
+      assert f'is in use by process {first.pid} on' in line
+      assert first.poll() is None, log.read_text()
+      folder.rename(tmp_path / 'moved')
+      assert first.wait(LIMIT) == 1
+    finally:
+      first.kill()
+  (line,) = [x for x in log.read_text().splitlines() if 'error: ' in x]
+  assert 'deleted, moved or replaced while the run trained' in line
+  assert 'Traceback' not in log.read_text()
+  assert not folder.exists()
+  (tmp_path / 'moved').rename(folder)
+  again = run(folder, *words, '--config.num_rounds=1')
+  assert again.returncode == 0, again.stderr
+  assert 'lock' not in {path.name for path in folder.iterdir()}
+
+
+def wait_for(path, process, log):
+  """Waits until a path exists, while a process lives."""
+  deadline = time.monotonic() + LIMIT
+  while not path.exists():
+    assert process.poll() is None, log.read_text()
+    assert time.monotonic() < deadline
+    time.sleep(0.01)

@@ -13,12 +13,13 @@ import pytest
 from wire import train_and_compare
 
 from resist_jax import report, rounds
-from resist_jax.errors import ConfigError
+from resist_jax.errors import ConfigError, NonFiniteError
 from resist_jax.run import config as config_lib
 from resist_jax.run import export, metrics, phases, restore, train
 from resist_jax.run.evaluate import Evaluator
 from resist_jax.run.interrupt import Interrupted
 from resist_jax.run.setup import Setup, prepare
+from resist_jax.trainer import Trainer
 
 
 def tiny_config(**fields):
@@ -288,10 +289,42 @@ def test_a_damaged_newest_checkpoint_costs_its_rounds_only(
 
 def test_divergence_names_round_and_worker_and_keeps_the_checkpoint(tmp_path):
   config = tiny_config(lr=1e30, checkpoint_every=1)
-  with pytest.raises(train.NonFiniteError, match=r'round 1: .* worker \d'):
+  with pytest.raises(NonFiniteError, match=r'round 1: .* worker \d'):
     train.train(config, str(tmp_path))
   assert not list((tmp_path / 'checkpoints').iterdir())
   assert not (tmp_path / 'summary.json').exists()
+
+
+def test_a_test_that_is_not_finite_ends_the_run_at_a_known_good_round(
+  finished, tmp_path, monkeypatch
+):
+  """Training is fine until the state of the last round breaks."""
+  train_round = Trainer.round
+
+  def round_and_break(self, state, batches):
+    state, metrics = train_round(self, state, batches)
+    if state.round == 4:
+      broken = jax.tree.map(lambda x: x * np.float32(np.nan), state.shared)
+      state = state._replace(shared=broken)
+    return state, metrics
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Trainer, 'round', round_and_break)
+    with pytest.raises(NonFiniteError) as caught:
+      train.train(tiny_config(), tmp_path)
+  line = str(caught.value)
+  assert '\n' not in line
+  assert line.startswith('round 4: the outputs of the network are not finite')
+  assert re.search(r'test_accuracy \(\d+ images\), test_accuracy_paper', line)
+  assert 'goes on from round 2, the last one whose test was finite' in line
+  assert 'set_aside' in line
+  assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == [
+    '1', '2',
+  ]  # fmt: skip
+  assert (tmp_path / 'set_aside' / '3').is_dir()
+  assert [row['round'] for row in rows(tmp_path)] == [1, 2, 3]
+  again = train.train(tiny_config(), tmp_path)
+  assert again['params_hash'] == finished[1]['params_hash']
 
 
 @pytest.mark.slow
@@ -395,6 +428,7 @@ def test_another_config_is_refused_and_nothing_is_touched(finished):
 
 def test_checkpoints_without_a_config_are_refused(tmp_path):
   (tmp_path / 'checkpoints' / '7').mkdir(parents=True)
+  (tmp_path / 'checkpoints' / '7' / '_CHECKPOINT_METADATA').touch()
   assert 'no config.json' in differing(tmp_path)
 
 

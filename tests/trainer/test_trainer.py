@@ -408,6 +408,9 @@ MISTAKES = {
   'optimiser': ({'optimizer': 0.1}, 'must be an optax optimiser'),
   'factor': ({'loss_factor': 0.5}, 'loss_factor is 0.5; it must be greater'),
   'averaged': ({'average_gradients': True}, r'use chains=\(\)'),
+  'seed too large': ({'seed': 2**32}, r'seed is 4294967296; .* than 2\*\*32'),
+  'seed negative': ({'seed': -1}, 'seed is -1'),
+  'seed a fraction': ({'seed': 0.5}, 'seed is 0.5; it must be an integer'),
 }
 
 

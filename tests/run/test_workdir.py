@@ -1,0 +1,197 @@
+"""Who may use a workdir, and what a run does when somebody takes it away."""
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from test_train import rows, tiny_config
+
+from resist_jax.errors import ConfigError, WorkdirLostError
+from resist_jax.rounds import storage
+from resist_jax.run import metrics, train, workdir
+from resist_jax.run.lock import locked
+
+ROOT = pathlib.Path(__file__).parents[2]
+HOLD = """
+import pathlib, sys, time
+from resist_jax.run.lock import locked
+with locked(pathlib.Path(sys.argv[1])):
+  print('held', flush=True)
+  time.sleep(1000)
+"""
+
+
+def row(number):
+  return {
+    'round': number,
+    'train_loss': 1.0,
+    'train_accuracy': 0.5,
+    'wire_bytes_total': 1,
+    'images_per_second': 1.0,
+    'slots': {'chain': [[0], [1]]},
+  }
+
+
+@pytest.fixture
+def holder(tmp_path):
+  """A process that holds the lock of `run`."""
+  command = [sys.executable, '-c', HOLD, str(tmp_path / 'run')]
+  process = subprocess.Popen(
+    command, cwd=ROOT, stdout=subprocess.PIPE, text=True
+  )
+  assert process.stdout.readline() == 'held\n'
+  yield process
+  process.kill()
+  process.communicate()
+
+
+def test_a_second_run_is_refused_until_the_first_one_dies(holder, tmp_path):
+  folder = tmp_path / 'run'
+  with pytest.raises(ConfigError, match='is in use by') as caught:
+    train.train(tiny_config(), folder)
+  line = str(caught.value)
+  assert '\n' not in line
+  assert f'process {holder.pid} on {os.uname().nodename}' in line
+  assert 'wait for its end, stop it, or choose another workdir' in line
+  assert [path.name for path in folder.iterdir()] == ['lock']
+  holder.send_signal(signal.SIGKILL)
+  holder.wait()
+  assert (folder / 'lock').exists()  # The file says nothing without a holder.
+  with locked(folder):
+    assert str(holder.pid) not in (folder / 'lock').read_text().split()
+    with pytest.raises(ConfigError, match=f'process {os.getpid()} on'):
+      locked(folder).__enter__()
+  assert not list(folder.iterdir())
+
+
+def test_a_lock_is_released_on_an_error_and_others_do_not_meet(tmp_path):
+  a, b = locked(tmp_path / 'a' / 'run'), locked(tmp_path / 'b')
+  with pytest.raises(ZeroDivisionError), a, b:
+    1 / 0  # noqa: B018
+  with locked(tmp_path / 'a' / 'run'):
+    pass
+
+
+def test_the_lock_of_a_run_that_took_the_place_is_not_removed(tmp_path):
+  first, second = locked(tmp_path / 'run'), locked(tmp_path / 'run')
+  first.__enter__()
+  (tmp_path / 'run').rename(tmp_path / 'moved')
+  second.__enter__()
+  first.__exit__(None, None, None)
+  with pytest.raises(ConfigError, match='in use'):
+    locked(tmp_path / 'run').__enter__()
+  second.__exit__(None, None, None)
+
+
+def move(folder):
+  folder.rename(folder.with_name('moved'))
+
+
+def replace_by_a_copy(folder):
+  move(folder)
+  shutil.copytree(folder.with_name('moved'), folder)
+
+
+def edit_log(folder):
+  """As editors save: a new file takes the name."""
+  workdir.replace_text(folder / 'metrics.jsonl', '')
+
+
+def lose_config(folder):
+  (folder / 'config.json').unlink()
+
+
+@pytest.mark.parametrize(
+  'lose', [shutil.rmtree, move, replace_by_a_copy, edit_log, lose_config]
+)
+def test_a_log_notices_that_its_workdir_is_lost(lose, tmp_path):
+  folder = tmp_path / 'run'
+  folder.mkdir()
+  workdir.write_json(folder / 'config.json', {})
+  with metrics.open_log(folder, 0, 10, True) as log:
+    log.write(row(1))
+    log.write(row(2))
+    lose(folder)
+    with pytest.raises(WorkdirLostError, match='kept since round 2') as caught:
+      log.write(row(3))
+    assert '\n' not in str(caught.value)
+    assert 'deleted, moved or replaced' in str(caught.value)
+    with pytest.raises(WorkdirLostError):
+      log.check()
+
+
+def test_a_run_whose_workdir_is_moved_while_it_saves_says_so(
+  tmp_path, monkeypatch
+):
+  folder, write = tmp_path / 'run', storage.write
+
+  def move_and_write(path, state, record):
+    if record['round'] == 2:
+      move(folder)
+    write(path, state, record)
+
+  monkeypatch.setattr(storage, 'write', move_and_write)
+  with pytest.raises(WorkdirLostError, match='since round 2'):
+    train.train(tiny_config(checkpoint_every=2, eval_every=4), folder)
+  assert [row['round'] for row in rows(tmp_path / 'moved')] == [1, 2]
+
+
+def check(folder):
+  workdir.check(folder, {'lr': 0.1})
+
+
+@pytest.mark.parametrize(
+  'content', [b'[]', b'3', b'null', b'{"lr": 0.', b'', b'\xff\0', b'[' * 10**5]
+)
+def test_a_config_that_is_none_is_refused_in_one_line(content, tmp_path):
+  (tmp_path / 'config.json').write_bytes(content)
+  with pytest.raises(ConfigError, match='is not the config of a run') as caught:
+    check(tmp_path)
+  assert '\n' not in str(caught.value)
+  assert 'repair it, or choose another workdir' in str(caught.value)
+
+
+def test_a_config_that_is_a_folder_is_refused(tmp_path):
+  (tmp_path / 'config.json').mkdir()
+  with pytest.raises(ConfigError, match='is not the config of a run'):
+    check(tmp_path)
+
+
+def test_checkpoints_are_numbered_folders_that_orbax_has_finished(tmp_path):
+  def make(name):
+    (tmp_path / 'checkpoints' / name).mkdir(parents=True)
+    return tmp_path / 'checkpoints' / name / '_CHECKPOINT_METADATA'
+
+  for name in ('2', '10', '2_best', '1.bak', '007', '３'):  # noqa: RUF001
+    make(name).touch()
+  make('2024')
+  (tmp_path / 'checkpoints' / '5').symlink_to(tmp_path / 'checkpoints' / '2')
+  (tmp_path / 'checkpoints' / '6').write_text('a note')
+  assert workdir.saved_rounds(tmp_path / 'checkpoints') == [2, 10]
+  assert workdir.saved_rounds(tmp_path / 'none') == []
+
+
+def test_what_is_no_checkpoint_does_not_need_a_config(tmp_path):
+  folder = tmp_path / 'checkpoints' / '7'
+  folder.mkdir(parents=True)
+  check(tmp_path)
+  (folder / '_CHECKPOINT_METADATA').touch()
+  with pytest.raises(ConfigError, match=r'checkpoints but no config\.json'):
+    check(tmp_path)
+
+
+def test_a_mark_tells_folders_apart(tmp_path):
+  one, two = tmp_path / 'one', tmp_path / 'two'
+  one.mkdir()
+  two.mkdir()
+  token = workdir.mark(one)
+  assert workdir.marked(one) == token
+  assert workdir.marked(two) is None
+  assert workdir.marked(tmp_path / 'none') is None
+  assert workdir.mark(two) != token
+  assert workdir.mark(one) != token
+  assert not list(tmp_path.rglob('*.part'))
