@@ -307,7 +307,7 @@ FIELDS = {
       10.0,
       'Also leave out a worker whose update is, by its norm, more than this '
       'many times as large as those of the others and of recent rounds. 0: '
-      'nobody. In healthy runs of all cards the largest was LARGEST times.',
+      'nobody. In healthy runs no update came near it: see RESULTS.md.',
     ),
     Field(
       'faults.timeout',
