@@ -16,6 +16,7 @@ from experiments import (
   deeper,
   digits,
   ensemble,
+  healthy,
   local_iterations,
   quantised,
   slow_network,
@@ -38,6 +39,7 @@ EXPERIMENTS = tuple(
     quantised,
     ensemble,
     deeper,
+    healthy,
   )
 )
 SCALES = ('paper', 'cpu')  # Smoke runs only show that a command works.

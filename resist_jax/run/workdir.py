@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from resist_jax.errors import ConfigError
 from resist_jax.run.config import ELASTIC, differences
+from resist_jax.run.fields import each
 
 
 def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
@@ -36,10 +37,15 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
   before = _read_config(workdir / 'config.json')
   # JSON turns tuples into lists: compare both configs as they are written.
   changed = differences(before, json.loads(json.dumps(config)))
+  # A field that is younger than the run had what is now its default.
+  defaults = {
+    field.name: json.loads(json.dumps(field.default)) for field in each()
+  }
   fixed = {
-    name: values
-    for name, values in changed.items()
+    name: (old, new)
+    for name, (old, new) in changed.items()
     if not {name, name.split('.')[0]} & ELASTIC
+    and (old is not None or new != defaults.get(name))
   }
   if fixed:
     listed = ', '.join(

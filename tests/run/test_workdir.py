@@ -1,5 +1,6 @@
 """Who may use a workdir, and what a run does when somebody takes it away."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -13,11 +14,13 @@ from test_train import rows, tiny_config
 from resist_jax.errors import ConfigError, WorkdirLostError
 from resist_jax.rounds import storage
 from resist_jax.run import metrics, train, workdir
+from resist_jax.run.config import get_config
 from resist_jax.run.lock import locked
 
 ROOT = pathlib.Path(__file__).parents[2]
 HOLD = """
 import pathlib, sys, time
+from resist_jax.run.config import get_config
 from resist_jax.run.lock import locked
 with locked(pathlib.Path(sys.argv[1])):
   print('held', flush=True)
@@ -195,3 +198,14 @@ def test_a_mark_tells_folders_apart(tmp_path):
   assert workdir.mark(two) != token
   assert workdir.mark(one) != token
   assert not list(tmp_path.rglob('*.part'))
+
+
+def test_a_run_from_before_a_field_goes_on_with_its_default(tmp_path):
+  config = get_config()
+  saved = config.to_dict()
+  del saved['data']['test_split'], saved['optimizer']['momentum']
+  (tmp_path / 'config.json').write_text(json.dumps(saved))
+  workdir.check(tmp_path, config.to_dict())
+  config.data.test_split = 'validation'
+  with pytest.raises(ConfigError, match=r'data.test_split None -> .valid'):
+    workdir.check(tmp_path, config.to_dict())
