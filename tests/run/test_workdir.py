@@ -20,7 +20,6 @@ from resist_jax.run.lock import locked
 ROOT = pathlib.Path(__file__).parents[2]
 HOLD = """
 import pathlib, sys, time
-from resist_jax.run.config import get_config
 from resist_jax.run.lock import locked
 with locked(pathlib.Path(sys.argv[1])):
   print('held', flush=True)
