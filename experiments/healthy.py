@@ -29,7 +29,7 @@ DIGITS: dict[str, Mapping[str, Any]] = {
   'digits_int8': {'wire_format': 'int8'},
   'digits_local_sgd': {'protocol': 'local_sgd'},
   'digits_data_parallel': {'protocol': 'data_parallel'},
-  'digits_phases': {'phases.full_before': 3, 'phases.full_after': 3},
+  'digits_phases': {'phases.full_before': 1, 'phases.full_after': 1},
   'digits_sharded': {'data.sharded': True},
   'digits_warmup': {'optimizer.warmup_rounds': 5, 'lr': 0.3},
   'digits_one_step': {'local_steps': 1, 'batch_size': 8},

@@ -250,7 +250,7 @@ def test_tests_are_spread_over_all_devices():
     trainer = phases.make_phase(setup, 'resist').trainer
     params = setup.network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
     evaluator = phases.make_evaluator(setup)
-    accuracies, wire_bytes = evaluator(trainer.init(params['params']))
+    accuracies, _, wire_bytes = evaluator(trainer.init(params['params']))
     found.append(accuracies)
     sent.append(wire_bytes)
   assert found[0] == pytest.approx(found[1])
