@@ -254,14 +254,13 @@ def _resolve(place: Place) -> tuple[socket.AddressFamily, tuple]:
 
 def _listen(place: Place, wait: float) -> socket.socket:
   """Opens the port, for which the process before may still have a use."""
-  host, _, port = bind_address(place).rpartition(':')
-  host = host.strip('[]')
+  host, port = place._replace(coordinator=bind_address(place)).address
   family = socket.AF_INET6 if ':' in host else socket.AF_INET
   deadline = time.monotonic() + wait
   while True:
     try:
       return socket.create_server(
-        (host, int(port)),
+        (host, port),
         family=family,
         dualstack_ipv6=host == '::' and socket.has_dualstack_ipv6(),
       )

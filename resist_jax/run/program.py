@@ -95,7 +95,9 @@ def _start(options: Options) -> None:
   patience = processes.Patience(
     _seconds(config, 'timeout', 60), _seconds(config, 'progress_timeout', 1800)
   )
-  count = processes.start(place, _description(config), patience)
+  # A process that is alone has nothing to compare, and starts sooner.
+  description = _description(config) if place else {}
+  count = processes.start(place, description, patience)
   counts = [config.get(n, 1) for n in ('num_workers', 'devices_per_worker')]
   if config.get('num_devices'):
     counts = [config.num_devices]

@@ -414,9 +414,8 @@ def _excluded(
   broken = ', '.join(map(str, np.flatnonzero(~finite)))
   if finite.any() and not healthy.any():
     raise NonFiniteError(
-      f'round {done}: the updates of all workers are far larger than those of '
-      'recent rounds. Lower lr or raise optimizer.warmup_rounds, or set '
-      'faults.update_factor to 0 if that is as it should be.'
+      f'round {done}: the losses or updates of all workers are far larger than '
+      'usual (faults.update_factor=0 allows such updates)'
     )
   if broken and not (config.faults.leave_out and healthy.any()):
     raise NonFiniteError(
