@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import hashlib
 import pathlib
 import shutil
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -30,6 +30,9 @@ from resist_jax.rounds.state import (
   place_norms,
   replicate,
 )
+
+if TYPE_CHECKING:
+  from orbax.checkpoint.v1 import AsyncResponse
 
 PyTree = Any
 
@@ -57,6 +60,24 @@ def write(
     state: A state between two rounds.
     record: JSON values to save with it.
   """
+  begin(folder, state, record).result()
+
+
+def begin(
+  folder: pathlib.Path, state: State, record: Mapping[str, Any]
+) -> 'AsyncResponse[None]':
+  """Begins to write a state, which goes on while the next round runs.
+
+  Args:
+    folder: See `write`.
+    state: A state between two rounds; the caller may give it to a round at
+      once, because its numbers are copied to the host first.
+    record: JSON values to save with it.
+
+  Returns:
+    An object whose `result()` waits until the folder is whole, and raises what
+    went wrong.
+  """
   from orbax.checkpoint import v1 as ocp  # Slow to import.
 
   arrays: Any = {'params': _parts(state.shared, state.chain)}
@@ -76,7 +97,9 @@ def write(
     and [np.asarray(x.addressable_data(0)).tolist() for x in state.norms],
     'record': dict(record),
   }
-  ocp.save(str(folder), arrays, overwrite=True, custom_metadata=description)
+  return ocp.save_async(
+    str(folder), arrays, overwrite=True, custom_metadata=description
+  )
 
 
 def read(folder: pathlib.Path, mesh: Mesh) -> Stored:

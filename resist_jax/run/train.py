@@ -282,6 +282,7 @@ def _loop(
       log.write(progress.last)
     after = assignments_on_host(state)
     running = _Dispatched(index, phase, before, after, measured)
+    checkpoints.finish(wait=False)
 
     done = index + 1
     last = done == config.num_rounds
@@ -309,6 +310,7 @@ def _loop(
     if evaluates:
       checkpoints.tested(done)
     if signum and not last:
+      checkpoints.finish()
       raise Interrupted(
         signum,
         f'stopped after round {done} of {config.num_rounds}; the same command '
@@ -320,6 +322,7 @@ def _loop(
   if any(f'{t}_accuracy' not in progress.last for t in setup.dataset.tests):
     progress = _evaluated(progress, evaluator, state)
     checkpoints.tested(progress.round)
+  checkpoints.finish()
   return state, phase, progress
 
 
