@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import hashlib
 import pathlib
 import shutil
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -30,9 +30,6 @@ from resist_jax.rounds.state import (
   place_norms,
   replicate,
 )
-
-if TYPE_CHECKING:
-  from orbax.checkpoint.v1 import AsyncResponse
 
 PyTree = Any
 
@@ -63,9 +60,7 @@ def write(
   begin(folder, state, record).result()
 
 
-def begin(
-  folder: pathlib.Path, state: State, record: Mapping[str, Any]
-) -> 'AsyncResponse[None]':
+def begin(folder: pathlib.Path, state: State, record: Mapping[str, Any]) -> Any:
   """Begins to write a state, which goes on while the next round runs.
 
   Args:

@@ -5,11 +5,11 @@ slots that say which blocks they are, so a run can resume from it with any
 number of workers and devices. Each process writes what its own devices hold.
 
 Orbax writes in the background, while the next rounds run, and gives a
-checkpoint its name when all of it is written; then process 0 lists its files in a manifest. A checkpoint that differs from its manifest is
-damaged, and an older one is restored instead. One without a manifest, because
-the run was killed in between or because the folder of checkpoints was copied
-alone, is read whole before it gets one. Whatever else lies in that folder is
-left alone.
+checkpoint its name when all of it is written; then process 0 lists its files in
+a manifest. A checkpoint that differs from its manifest is damaged, and an older
+one is restored instead. One without a manifest, because the run was killed in
+between or because the folder of checkpoints was copied alone, is read whole
+before it gets one. Whatever else lies in that folder is left alone.
 
 A checkpoint is *known good* when a test at or after its round was finite. The
 newest of these is kept, and a run that diverges falls back on it.

@@ -32,6 +32,7 @@ from resist_jax.run import (
 from resist_jax.run import workdir as workdir_lib
 from resist_jax.run.checkpoint import Checkpoints, Restored
 from resist_jax.run.checks import validate
+from resist_jax.run.config import for_processes
 from resist_jax.run.evaluate import Evaluator
 from resist_jax.run.interrupt import Interrupt, Interrupted
 from resist_jax.run.lock import locked
@@ -95,6 +96,7 @@ def train(
   """
   started = time.perf_counter()
   folder = folders.resolve(workdir, 'workdir')
+  config = for_processes(config, jax.process_count())
   validate(config)
   workdir_lib.check(folder, config.to_dict())
   setup = prepare(config)
