@@ -1,0 +1,119 @@
+"""What a checkpoint after every round costs, in rounds of about ten seconds.
+
+  python -m experiments.checkpoint_cost
+
+Rounds of the paper's ResNet101 on handwritten digits are timed with and without
+a checkpoint after each, in turn. Saving goes on in the background during the
+next round, so a turn ends when its last checkpoint is whole.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+
+from experiments.runs import RESULTS, load_card, provenance, write_record
+from resist_jax.run import restore
+from resist_jax.run.checkpoint import Checkpoints
+from resist_jax.run.checks import validate
+from resist_jax.run.setup import prepare
+
+RESULT = RESULTS / 'checkpoint_cost' / 'digits_resnet101.json'
+FIELDS = {'model.name': 'PreActResNet101', 'batch_size': 32, 'local_steps': 20}
+
+
+def timed(
+  phase,
+  pipeline,
+  state,
+  first: int,
+  count: int,
+  checkpoints: Checkpoints | None,
+) -> tuple[Any, float, float]:
+  """Trains some rounds.
+
+  Args:
+    phase: The compiled rounds.
+    pipeline: Where batches come from.
+    state: The state before.
+    first: Index of the first round.
+    count: How many rounds.
+    checkpoints: Where each is saved; None for nowhere.
+
+  Returns:
+    The state after, the seconds of all rounds and checkpoints, and those of
+    them in which the caller waited for `save`.
+  """
+  begin, waited = time.perf_counter(), 0.0
+  for index in range(first, first + count):
+    state, metrics = phase.trainer.round(state, pipeline.batches(index))
+    jax.block_until_ready(metrics)
+    if checkpoints:
+      since = time.perf_counter()
+      checkpoints.save(state, {'round': index + 1})
+      waited += time.perf_counter() - since
+  if checkpoints:
+    checkpoints.finish()
+  jax.block_until_ready(state)
+  return state, time.perf_counter() - begin, waited
+
+
+def main() -> int:
+  """Runs the experiment."""
+  parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+  parser.add_argument('--turns', type=int, default=5, help='of each kind')
+  parser.add_argument('--rounds', type=int, default=3, help='in a turn')
+  parser.add_argument('--local_steps', type=int, help='of a round')
+  options = parser.parse_args()
+  fields = dict(FIELDS)
+  if options.local_steps:
+    fields['local_steps'] = options.local_steps
+  jax.config.update('jax_num_cpu_devices', 4)
+  config = load_card('digits', '', fields)
+  validate(config)
+  setup = prepare(config)
+  phase, state = restore.start(setup, None)
+  with tempfile.TemporaryDirectory() as folder:
+    checkpoints = Checkpoints(pathlib.Path(folder), setup.mesh)
+    state, _, _ = timed(phase, setup.pipeline, state, 0, 1, checkpoints)
+    turns, done = [], 1
+    for _ in range(options.turns):
+      turn = {}
+      for name, where in (('without', None), ('with', checkpoints)):
+        state, seconds, waited = timed(
+          phase, setup.pipeline, state, done, options.rounds, where
+        )
+        done += options.rounds
+        turn[name] = seconds / options.rounds
+        if where:
+          turn['waited'] = waited / options.rounds
+      turns.append(turn)
+    newest = pathlib.Path(folder) / 'checkpoints' / str(done)
+    size = sum(p.stat().st_size for p in newest.rglob('*') if p.is_file())
+  ratios = [turn['with'] / turn['without'] for turn in turns]
+  record = {
+    'provenance': provenance(),
+    'command': 'python -m experiments.checkpoint_cost',
+    'config': config.to_dict(),
+    'checkpoint_bytes': size,
+    'turns': turns,
+    'seconds_without': statistics.median(turn['without'] for turn in turns),
+    'seconds_waited': statistics.median(turn['waited'] for turn in turns),
+    'ratio': statistics.median(ratios),
+    'ratio_least': min(ratios),
+    'ratio_most': max(ratios),
+  }
+  write_record(RESULT, record)
+  del record['config']
+  print(json.dumps(record, indent=2))
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
