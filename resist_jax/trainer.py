@@ -355,7 +355,10 @@ class Trainer:
     folder = pathlib.Path(folder).absolute()
     name, digest = storage.pointed_at(folder / _POINTER)
     if not name:
-      raise ValueError(f'folder {folder} holds no state: save one there first.')
+      raise ValueError(
+        f'folder {folder} holds no state, or its {_POINTER} is damaged: save '
+        'one there first, or restore another folder.'
+      )
     if not (folder / name).is_dir() or (
       storage.digest_of_files(folder / name) != digest
     ):
@@ -450,8 +453,48 @@ def _sizes(shared, chain, num_blocks) -> accounting.Sizes:
   return accounting.Sizes(outside + inside, outside, blocks, lengths)
 
 
+def _check_types(trainer: Trainer) -> None:
+  """Finds fields of another type, which would fail somewhere inside."""
+  mesh, chains, depths = trainer.mesh, trainer.chains, trainer.depths
+  if mesh is not None and not isinstance(mesh, Mesh):
+    raise ValueError(
+      f'mesh is {mesh!r}; it must be a value such as make_mesh(num_devices), '
+      'or None.'
+    )
+  if isinstance(chains, str):
+    raise ValueError(
+      f'chains is the string {chains!r}; it must hold names: '
+      f'chains=({chains!r},).'
+    )
+  if not _holds(chains, str):
+    raise ValueError(f'chains is {chains!r}; it must hold names of chains.')
+  if not _holds(depths, int | np.integer):
+    raise ValueError(
+      f'depths is {depths!r}; it must hold a whole number for each worker, or '
+      'nothing.'
+    )
+  least = trainer.min_depth
+  least = list(least.values()) if isinstance(least, Mapping) else [least]
+  if not _holds(least, int | np.integer | None):
+    raise ValueError(
+      f'min_depth is {trainer.min_depth!r}; it must be a whole number, or one '
+      'for each chain.'
+    )
+  for name in ('loss_factor', 'update_factor'):
+    value = getattr(trainer, name)
+    if not isinstance(value, int | float | np.number):
+      raise ValueError(f'{name} is {value!r}; it must be a number.')
+
+
+def _holds(values: Any, kind: Any) -> bool:
+  return isinstance(values, Sequence | np.ndarray) and all(
+    isinstance(value, kind) for value in values
+  )
+
+
 def _check_fields(trainer: Trainer) -> None:
   """Finds mistakes that need no parameters."""
+  _check_types(trainer)
   if not callable(trainer.loss_fn):
     raise ValueError('loss_fn must be a function, see Trainer.')
   for method in ('init', 'update'):
@@ -460,11 +503,6 @@ def _check_fields(trainer: Trainer) -> None:
         f'optimizer is {trainer.optimizer!r}; it must be an optax optimiser, '
         'such as optax.sgd(0.1).'
       )
-  if isinstance(trainer.chains, str):
-    raise ValueError(
-      f'chains is the string {trainer.chains!r}; it must hold names: '
-      f'chains=({trainer.chains!r},).'
-    )
   if len(set(trainer.chains)) < len(trainer.chains):
     raise ValueError(f'chains is {trainer.chains}; name each chain once.')
   if not isinstance(trainer.exchange, Exchange):

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 import re
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from resist_jax import folders
 from resist_jax.errors import ConfigError
@@ -251,6 +251,13 @@ def _html_table(runs: Sequence[Run], rows: Sequence[Sequence[str]]) -> str:
   return tables.html_table(head, rows, row_heads=True)
 
 
+class _Parser(argparse.ArgumentParser):
+  """Tells a mistake in one line, as all commands of this package do."""
+
+  def error(self, message: str) -> NoReturn:
+    self.exit(2, f'error: {message}; --help lists all arguments.\n')
+
+
 def main(args: Sequence[str] | None = None) -> int:
   """Writes a report and prints the path of its page.
 
@@ -260,7 +267,7 @@ def main(args: Sequence[str] | None = None) -> int:
   Returns:
     The exit code: 0, or 2 if the input is bad.
   """
-  parser = argparse.ArgumentParser(
+  parser = _Parser(
     'python -m resist_jax.report',
     description='Writes a report of one run, or of several side by side.',
   )

@@ -8,6 +8,7 @@ continue from them.
 from collections.abc import Mapping
 import hashlib
 import pathlib
+import re
 import shutil
 from typing import Any, NamedTuple
 
@@ -315,9 +316,12 @@ def pointed_at(pointer: pathlib.Path) -> tuple[str, str]:
     pointer: The file.
 
   Returns:
-    The name of the newest whole folder, and its digest; '' if there is none.
+    The name of the newest whole folder, and its digest; '' if there is none, or
+    if the pointer is damaged.
   """
   if not pointer.is_file():
     return '', ''
-  name, _, digest = pointer.read_text().strip().partition(' ')
-  return name, digest
+  found = re.fullmatch(rb'(\w+) ([0-9a-f]{64})\n', pointer.read_bytes())
+  if not found:
+    return '', ''
+  return found[1].decode(), found[2].decode()

@@ -1,6 +1,7 @@
 """The mistakes in a config that need no data and no device, a line for each."""
 
 import math
+from typing import Any
 
 import ml_collections
 
@@ -19,6 +20,21 @@ from resist_jax.run.config import (
 from resist_jax.run.fields import each
 
 PROTOCOLS = ('resist', 'local_sgd', 'data_parallel')
+# What a field may hold, and what a message calls it, by the default's type.
+_TYPES: dict[type, Any] = {
+  bool: bool,
+  int: int,
+  float: int | float,
+  str: str,
+  tuple: tuple | list,
+}
+_NAMES = {
+  bool: 'True or False',
+  int: 'a whole number',
+  float: 'a number',
+  str: 'text',
+  tuple: 'a tuple',
+}
 AUGMENTATIONS = (
   'resized_crop_flip', 'resized_crop', 'crop_flip', 'crop', 'flip', 'none',
 )  # fmt: skip
@@ -34,6 +50,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     ConfigError: On the first mistake.
   """
   _check_fields(config)
+  _check_types(config)
   _check_finite(config)
   _one_of(config, 'protocol', PROTOCOLS)
   _one_of(config, 'exchange', tuple(EXCHANGES))
@@ -147,11 +164,29 @@ def _check_fields(config) -> None:
     )
 
 
+def _check_types(config) -> None:
+  """A card that was not made from `get_config` may hold any values."""
+  for field in each():
+    value, default = _value(config, field.name), field.default
+    # A bool is an int for Python, but no number of workers.
+    is_bool = isinstance(value, bool) == isinstance(default, bool)
+    if field.any_type or (is_bool and isinstance(value, _TYPES[type(default)])):
+      continue
+    raise ConfigError(
+      f'{field.name} is {value!r}; it must be {_NAMES[type(default)]}, such as '
+      f'{default!r}.'
+    )
+
+
+def _value(config, name: str):
+  for part in name.split('.'):
+    config = config[part]
+  return config
+
+
 def _check_finite(config) -> None:
   for field in each():
-    value = config
-    for name in field.name.split('.'):
-      value = value[name]
+    value = _value(config, field.name)
     numbers = value if isinstance(value, tuple | list) else (value,)
     if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
       raise ConfigError(

@@ -6,6 +6,7 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
+from absl import logging
 import tensorboardX
 import tqdm
 
@@ -68,6 +69,15 @@ class MetricsLog:
     self._kept = start_round
     rows = report.read_rows(path)
     rows = [row for row in rows if row['round'] <= start_round]
+    missing = start_round - len({row['round'] for row in rows})
+    if missing > 0:
+      logging.warning(
+        '%s has no row of %d of the %d rounds that are done: it was damaged or '
+        'deleted, and goes on without them',
+        path,
+        missing,
+        start_round,
+      )
     lines = ''.join(json.dumps(row) + '\n' for row in rows)
     replace_text(path, lines)
     self._file = path.open('a')

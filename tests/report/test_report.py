@@ -462,8 +462,12 @@ def test_bad_arguments(tmp_path, capsys):
   assert report.main([str(run), str(run)]) == 2
   (tmp_path / 'file').write_text('')
   assert report.main([str(run), f'--out={tmp_path / "file"}']) == 2
+  for args in ([], [str(run), '--ot=x']):
+    with pytest.raises(SystemExit) as stop:
+      report.main(args)
+    assert stop.value.code == 2
   errors = capsys.readouterr().err.splitlines()
-  assert len(errors) == 3
+  assert len(errors) == 5
   assert all(line.startswith('error: ') for line in errors)
 
 

@@ -3,6 +3,7 @@
 import importlib
 
 import absl.flags
+import ml_collections
 from ml_collections import config_flags
 import pytest
 
@@ -159,6 +160,36 @@ def test_a_config_without_a_field_is_refused_with_the_place_to_begin():
   place = str(caught.value).split('begin with get_config() of ')[1]
   module = importlib.import_module(place.removesuffix('.'))
   assert module.get_config is config_lib.get_config
+
+
+@pytest.mark.parametrize(
+  ('name', 'value', 'says'),
+  [
+    ('num_workers', '2', "num_workers is '2'; it must be a whole number"),
+    ('num_workers', 2.0, r'num_workers is 2\.0; it must be a whole number'),
+    ('num_rounds', True, 'num_rounds is True; it must be a whole number'),
+    ('lr', None, 'lr is None; it must be a number'),
+    ('partition', 2, 'partition is 2; it must be a tuple'),
+    ('partition_strided', 1, 'partition_strided is 1; it must be True or F'),
+    ('data.name', 3, r'data\.name is 3; it must be text'),
+    ('optimizer.drops', 0.5, r'optimizer\.drops is 0\.5; it must be a tuple'),
+    ('data', 'digits', 'data'),
+  ],
+)
+def test_a_config_from_elsewhere_may_hold_no_other_types(name, value, says):
+  """That of `get_config` refuses them itself."""
+  fields = config_lib.get_config().to_dict()
+  section, _, last = name.rpartition('.')
+  (fields[section] if section else fields)[last] = value
+  with pytest.raises(ConfigError, match=says) as caught:
+    checks.validate(ml_collections.ConfigDict(fields))
+  assert '\n' not in str(caught.value)
+
+
+def test_whole_numbers_are_numbers_and_lists_are_tuples():
+  fields = config_lib.get_config().to_dict()
+  fields |= {'lr': 1, 'partition': [3]}
+  checks.validate(ml_collections.ConfigDict(fields))
 
 
 def test_elastic_fields_exist():

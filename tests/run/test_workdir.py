@@ -186,6 +186,25 @@ def test_what_is_no_checkpoint_does_not_need_a_config(tmp_path):
     check(tmp_path)
 
 
+@pytest.mark.parametrize('left', [[], [1], [1, 3], [1, 1, 2]])
+def test_a_log_that_lost_rows_says_so(left, tmp_path, caplog):
+  rows = [json.dumps({'round': n, 'slots': {}}) + '\n' for n in left]
+  (tmp_path / 'metrics.jsonl').write_text(''.join(rows))
+  with metrics.MetricsLog(tmp_path, 3, 5):
+    pass
+  (said,) = caplog.messages
+  assert f'has no row of {3 - len({*left})} of the 3 rounds' in said
+  assert 'metrics.jsonl' in said
+
+
+def test_a_whole_log_says_nothing(tmp_path, caplog):
+  rows = [json.dumps({'round': n, 'slots': {}}) + '\n' for n in (1, 2, 3, 4)]
+  (tmp_path / 'metrics.jsonl').write_text(''.join(rows))
+  with metrics.MetricsLog(tmp_path, 3, 5):
+    pass
+  assert not caplog.messages
+
+
 def test_a_mark_tells_folders_apart(tmp_path):
   one, two = tmp_path / 'one', tmp_path / 'two'
   one.mkdir()

@@ -329,6 +329,17 @@ def test_a_damaged_state_is_refused(tmp_path):
     trainer.restore(tmp_path / 'empty')
 
 
+@pytest.mark.parametrize('content', [b'', b'\xff\n', bytes(78), b'../run 1\n'])
+def test_a_damaged_pointer_is_refused_and_written_again(content, tmp_path):
+  trainer = make()
+  trainer.save(tmp_path, trainer.init(network()))
+  (tmp_path / 'state.txt').write_bytes(content)
+  with pytest.raises(ValueError, match=r'state\.txt is damaged'):
+    trainer.restore(tmp_path)
+  trainer.save(tmp_path, trainer.init(network()))
+  assert int(trainer.restore(tmp_path).round) == 0
+
+
 def test_an_iterator_of_steps_equals_arrays():
   trainer = make()
   want, *_ = run(trainer, rounds=2)
@@ -411,6 +422,12 @@ MISTAKES = {
   'seed too large': ({'seed': 2**32}, r'seed is 4294967296; .* than 2\*\*32'),
   'seed negative': ({'seed': -1}, 'seed is -1'),
   'seed a fraction': ({'seed': 0.5}, 'seed is 0.5; it must be an integer'),
+  'mesh a string': ({'mesh': 'cpu'}, "mesh is 'cpu'; it must be a value such"),
+  'chains a number': ({'chains': 3}, 'chains is 3; it must hold names'),
+  'depths a number': ({'depths': 2}, 'depths is 2; it must hold a whole numb'),
+  'depths words': ({'depths': ('a', 'b')}, 'depths is .*; it must hold a whol'),
+  'min_depth a word': ({'min_depth': 'all'}, "min_depth is 'all'; it must be"),
+  'factor a word': ({'loss_factor': 'no'}, "loss_factor is 'no'; it must be"),
 }
 
 
