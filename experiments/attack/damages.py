@@ -35,7 +35,7 @@ from resist_jax.run.lock import locked
 
 LIMIT = 120.0  # Seconds after which a use of the files hangs.
 KILLED_AT, ROUNDS = 4, 6  # The run is killed after a round, and then goes on.
-WHOLES = 12  # Resumes of each class of files that go on to the end of the run.
+WHOLES = 3  # Resumes of each class of files that go on to the end of the run.
 NOT_TRIED = (
   'permissions, which mean nothing to root',
   'damages while a run holds the file open',
