@@ -1,5 +1,6 @@
 """Folders as people name them: with ~ and $HOME, and never as a URL."""
 
+import errno
 import os
 import pathlib
 import re
@@ -57,4 +58,11 @@ def _problem(path: str) -> str:
     path.encode('utf-8')
   except UnicodeEncodeError:
     return 'which is not UTF-8: rename the folder, or name another.'
-  return 'which holds a zero byte: name another.' if '\0' in path else ''
+  if '\0' in path:
+    return 'which holds a zero byte: name another.'
+  try:
+    os.lstat(path)
+  except OSError as error:
+    if error.errno == errno.ENAMETOOLONG:
+      return 'which is too long for a path: choose a shorter one.'
+  return ''

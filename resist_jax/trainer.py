@@ -196,6 +196,11 @@ class Trainer:
     Raises:
       ValueError: See `protocol`.
     """
+    if not isinstance(params, Mapping):
+      raise ValueError(
+        f'params are of the type {type(params).__name__}; they must be a '
+        'dictionary that holds the chains.'
+      )
     return self.distribute(Whole(dict(params)))
 
   def distribute(self, whole: Whole, round_index: int = 0) -> State:

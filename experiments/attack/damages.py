@@ -35,7 +35,7 @@ from resist_jax.run.lock import locked
 
 LIMIT = 120.0  # Seconds after which a use of the files hangs.
 KILLED_AT, ROUNDS = 4, 6  # The run is killed after a round, and then goes on.
-WHOLES = 3  # Resumes of each class of files that go on to the end of the run.
+WHOLES = 1  # Resumes of each class of files that go on to the end of the run.
 NOT_TRIED = (
   'permissions, which mean nothing to root',
   'damages while a run holds the file open',
@@ -279,10 +279,7 @@ def _diverged(folder: pathlib.Path) -> None:
 
 TARGETS = (
   Target('config.json, resume', RESUME, _named('config.json')),
-  Target('config.json, report', REPORT, _named('config.json')),
   Target('metrics.jsonl, resume', RESUME, _named('metrics.jsonl')),
-  Target('metrics.jsonl, report', REPORT, _named('metrics.jsonl')),
-  Target('summary.json, report', REPORT, _named('summary.json')),
   Target('newest checkpoint, resume', RESUME, _checkpoint(0)),
   Target('two checkpoints, resume', RESUME, _checkpoint(1), 200, _lose_newest),
   Target('checkpoint without manifest, resume', RESUME, _checkpoint(0), 200,
@@ -301,6 +298,10 @@ TARGETS = (
   Target('an unfinished checkpoint, resume', RESUME, _unfinished, 40),
   Target('set_aside, resume', RESUME, _named('set_aside/**/*'), 40,
          _diverged),
+  # These draw pictures, and take longest.
+  Target('config.json, report', REPORT, _named('config.json')),
+  Target('metrics.jsonl, report', REPORT, _named('metrics.jsonl')),
+  Target('summary.json, report', REPORT, _named('summary.json')),
 )  # fmt: skip
 
 
@@ -451,27 +452,45 @@ def attack(seed: int, share: float, folder: pathlib.Path) -> dict[str, Any]:
   source = folder / 'source'
   make_source(source)
   attacked, cases = _Attack(source, rng), []
-  wholes = max(1, round(share * WHOLES))
+  not_tried = list(NOT_TRIED)
   for target in TARGETS:
-    damages = list(DAMAGES)  # Each comes equally often.
-    rng.shuffle(damages)
-    for number in range(max(1, round(share * target.count))):
-      damage = damages[number % len(damages)]
-      cases.append(attacked.once(target, damage, number < wholes))
-    found = [c for c in cases if c.group == target.name]
-    bad = [c for c in found if c.outcome in judged.BAD]
-    print(f'{target.name}: {len(found)}, bad {len(bad)}', file=sys.stderr)
+    try:
+      _of_class(attacked, target, share, rng, cases)
+    except KeyboardInterrupt:  # What was counted is kept.
+      done = sum(case.group == target.name for case in cases)
+      rest = [t.name for t in TARGETS[TARGETS.index(target) + 1 :]]
+      not_tried.append(f'stopped after {done} of {target.name}, before {rest}')
+      break
   config = {
     'flags': [*started.TINY, f'--config.num_rounds={ROUNDS}'],
     'killed_after_round': KILLED_AT,
     'damages': list(DAMAGES),
-    'resumes_of_each_class_that_end_the_run': wholes,
+    'resumes_of_each_class_that_end_the_run': max(1, round(share * WHOLES)),
     'limit_seconds': LIMIT,
   }
   record = judged.record(
-    'damages', config, seed, cases, folder, NOT_TRIED, listed=False
+    'damages', config, seed, cases, folder, not_tried, listed=False
   )
   of_damages = {name: Counter[str]() for name in DAMAGES}
   for case in cases:
     of_damages[case.what.rpartition(': ')[2]][case.outcome] += 1
   return {**record, 'by_damage': of_damages}
+
+
+def _of_class(
+  attacked: _Attack,
+  target: Target,
+  share: float,
+  rng: random.Random,
+  cases: list[Case],
+) -> None:
+  """Damages files of a class, and adds what comes of it to `cases`."""
+  wholes = max(1, round(share * WHOLES))
+  damages = list(DAMAGES)  # Each comes equally often.
+  rng.shuffle(damages)
+  for number in range(max(1, round(share * target.count))):
+    damage = damages[number % len(damages)]
+    cases.append(attacked.once(target, damage, number < wholes))
+  found = [case for case in cases if case.group == target.name]
+  bad = [case for case in found if case.outcome in judged.BAD]
+  print(f'{target.name}: {len(found)}, bad {len(bad)}', file=sys.stderr)

@@ -65,7 +65,6 @@ FIELDS: tuple[tuple[str, Any, str], ...] = (
   ('chains', 'blocks', 'chains'),
   ('chains', ('blocks', 'blocks'), 'chains'),
   ('chains', ('block',), 'block'),
-  ('chains', ('out', 'blocks'), 'out|chain'),
   ('chains', 3, 'chains'),
   ('num_workers', 0, 'num_workers'),
   ('num_workers', 2.0, 'num_workers'),

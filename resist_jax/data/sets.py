@@ -161,6 +161,11 @@ def load(
     index, others = random_parts(len(trained), validation)
     tests['validation'] = trained.take(others)
     trained = trained.take(index)
+    if not len(trained):
+      raise ConfigError(
+        f'data.validation is {validation}, which leaves no image of {name!r} '
+        'to train on: lower it.'
+      )
   for split in (trained, *tests.values()):
     if not len(split):
       raise ConfigError(f'data set {name!r} has an empty split.')

@@ -100,7 +100,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
       f'data.extra_tests is {extra}; it must name TFDS sets, each once.'
     )
   drops = config.optimizer.drops
-  if not all(0 < drop < 1 for drop in drops) or list(drops) != sorted(drops):
+  shares = [x for x in drops if isinstance(x, int | float) and 0 < x < 1]
+  if len(shares) < len(drops) or shares != sorted(shares):
     raise ConfigError(
       f'optimizer.drops is {drops}; it must hold shares of the run, between 0 '
       'and 1, in order.'

@@ -112,6 +112,13 @@ def parse(argv: Sequence[str], values: flags.FlagValues) -> Options:
     text = re.sub(r'[\\\'"]', '', str(error).replace('\\n', '. '))
     text = text.split('Attempting to lookup: ')[-1]
     raise ConfigError(f'unknown config field {text}') from error
+  except ConfigError:
+    raise
+  except ValueError as error:  # Such as of `--config.=1`.
+    raise ConfigError(
+      f'a flag of the config cannot be read ({str(error)[:100]}): write '
+      '--config.FIELD=VALUE.'
+    ) from error
   if len(rest) > 1:
     raise ConfigError(f'unexpected argument {rest[1]!r}.')
   if not values['workdir'].value:
