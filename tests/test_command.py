@@ -11,6 +11,7 @@ import pytest
 import resist_jax
 from resist_jax import __main__ as program
 from resist_jax import models
+from resist_jax.errors import ConfigError
 from resist_jax.run import cards, checks, command, fields
 
 CONFIGS = pathlib.Path(__file__).parent.parent / 'experiments' / 'configs'
@@ -102,6 +103,14 @@ def test_the_last_of_two_flags_of_a_tuple_counts(name, first, last):
   for part in name.split('.'):
     found = found[part]
   assert found == value
+
+
+def test_a_flag_without_a_field_is_told_in_one_line():
+  with pytest.raises(
+    ConfigError, match=r'write --config\.FIELD=VALUE'
+  ) as error:
+    parse('--config.')
+  assert '\n' not in str(error.value)
 
 
 def test_fields_override_a_card_that_comes_after_them():

@@ -51,6 +51,7 @@ def test_a_folder_is_found(name, folder, monkeypatch):
     ('gs://', 'a URL'),
     ('r\udce4n', 'not UTF-8: rename'),
     ('r\0n', 'zero byte'),
+    (300 * 'r', 'too long for a path: choose a shorter one'),
   ],
 )
 def test_what_is_no_local_folder_is_refused_in_one_line(

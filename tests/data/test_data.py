@@ -83,6 +83,11 @@ def test_validation_is_held_out():
   assert sorted(parts) == sorted(map(bytes, whole.train.images))
 
 
+def test_a_validation_that_leaves_nothing_to_train_on_is_refused():
+  with pytest.raises(ConfigError, match=r'data\.validation is 0\.9999.*lower'):
+    data.load('digits', validation=0.9999)
+
+
 @pytest.mark.filterwarnings('ignore')  # TFDS's own, while it writes a set.
 @pytest.mark.parametrize(
   ('name', 'shape', 'classes'),

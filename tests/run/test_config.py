@@ -77,6 +77,7 @@ def test_the_defaults_are_valid():
     ({'data.validation': 1.0}, 'data.validation'),
     ({'optimizer.schedule': 'linear'}, 'schedule'),
     ({'optimizer.momentum': 1.0}, 'momentum'),
+    ({'optimizer.drops': ('half',)}, 'optimizer.drops is .*shares of the run'),
     ({'optimizer.weight_decay': -0.1}, 'weight_decay'),
     ({'model.name': 'ResNet50'}, 'PreActResNet101'),
     ({'model.norm': 'layer'}, 'norm'),

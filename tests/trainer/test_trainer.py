@@ -449,6 +449,8 @@ def test_chains_whose_leaves_differ_are_refused():
   params['inner']['blocks']['b'] = params['inner']['blocks']['b'][:3]
   with pytest.raises(ValueError, match=r"leading sizes \['b'\]: 3, \['w'\]: 5"):
     make().init(params)
+  with pytest.raises(ValueError, match='params are of the type NoneType'):
+    make().init(None)
   integers = {**network(), 'count': np.zeros(3, np.int32)}
   with pytest.raises(ValueError, match=r"params\['count'\] is int32"):
     make().init(integers)
