@@ -68,6 +68,7 @@ def main(args: Sequence[str] | None = None) -> int:
       folder = pathlib.Path(name) / kind
       folder.mkdir()
       record = KINDS[kind](options.seed, options.share, folder)
+      record['share'] = options.share
       write_record(options.results / f'{kind}.json', record)
       outcomes = record['outcomes']
       bad += sum(outcomes.get(outcome, 0) for outcome in judged.BAD)
