@@ -175,8 +175,8 @@ def record(
     groups[case.group][case.outcome] += 1
 
   def line(case: Case) -> str:
-    said = _without_places(case.said, folder)
-    return f'{case.group} | {case.what} | {case.outcome} | {said}'
+    what, said = (_without_places(x, folder) for x in (case.what, case.said))
+    return f'{case.group} | {what} | {case.outcome} | {said}'
 
   return {
     'provenance': provenance('1 x cpu'),
