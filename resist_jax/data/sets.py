@@ -8,22 +8,18 @@ worker, step), so a resumed run trains on the same batches.
 from collections.abc import Sequence
 import dataclasses
 import functools
-import importlib.util
 import math
-import pathlib
-import re
 from typing import Any, NamedTuple
-import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resist_jax.data import tfds_source
-from resist_jax.data.held_out import hold_out, random_parts, stratified
-from resist_jax.data.prepared import Examples, Part, Prepared
+from resist_jax.data import sources
+from resist_jax.data.held_out import hold_out, random_parts
+from resist_jax.data.prepared import Examples, Prepared
 from resist_jax.data.streaming import Records, StreamedImages, StreamedLabels
-from resist_jax.errors import ConfigError, one_line
+from resist_jax.errors import ConfigError
 
 MAX_BYTES_IN_MEMORY = 8 * 2**30  # CIFAR takes 0.15 GiB.
 MOMENTS_IMAGES = 2000  # Sampled for mean and deviation of a large set.
@@ -61,7 +57,8 @@ class Dataset:
   """An image classification data set.
 
   Attributes:
-    name: Its name in the catalog, without config and version.
+    name: Its name in the catalog, without config and version, or that of its
+      folder or file.
     train: The training split.
     tests: Splits to evaluate on, by name: `test`, `validation` if a part of
       the training set is held out, and the requested extra test sets.
@@ -109,8 +106,8 @@ def load(
 
   Args:
     name: `digits` (scikit-learn's 1,797 handwritten digits, 8x8, of which a
-      fixed fifth is the test split) or the name of a TFDS image classification
-      data set.
+      fixed fifth is the test split), the path of a folder of images or of a
+      file `*.npz`, or the name of a TFDS image classification data set.
     data_dir: The folder of prepared TFDS data sets, in which `~` and `$NAME`
       are filled in; empty for TFDS's default.
     validation: Share of the training set to hold out, at least 0 and below 1.
@@ -124,8 +121,8 @@ def load(
     image_size: Height and width of resized images, in pixels.
     resize: Whether to resize images that all have one size; images that differ
       in size are always resized.
-    extra_tests: Names of TFDS data sets with the same classes, to evaluate on
-      as well.
+    extra_tests: Names of data sets with the same classes, to evaluate on as
+      well.
     copies: How many copies of images in memory the host would keep, its own
       one included: virtual devices of a CPU have a copy each.
 
@@ -137,7 +134,7 @@ def load(
       damaged, or is not prepared and cannot be prepared here, or if it does not
       fit the other arguments.
   """
-  source = _digits() if name == 'digits' else tfds_source.find(name, data_dir)
+  source = sources.find(name, data_dir)
   train, test = source.train_and_test(train_split, test_split)
   form = _form(source, len(train) + len(test or ()), resize, image_size)
   streamed = _streams(name, form, streaming, copies)
@@ -149,14 +146,14 @@ def load(
   else:
     tests = {'test': _split(test, source, form, streamed)}
   for other in extra_tests:
-    key = re.sub('[^a-z0-9]+', '_', other.lower())
+    key = sources.key(other)
     if key in (*tests, 'train', 'validation'):
       raise ConfigError(
         f'data.extra_tests names {other!r}, but there is another test that is '
         f'called {key}: remove one.'
       )
-    extra = _extra_test(other, data_dir, source, form)
-    tests[key] = _split(extra, source, form, streamed)
+    extra, examples = _extra_test(other, data_dir, source, form)
+    tests[key] = _split(examples, extra, form, streamed)
   if validation:
     index, others = random_parts(len(trained), validation)
     tests['validation'] = trained.take(others)
@@ -187,8 +184,12 @@ def _form(
 ) -> _Form:
   """Decides what the images of a data set become."""
   shape: Any = source.image_shape
-  if resize or None in shape:
-    reason = 'differ in size' if None in shape else 'are resized'
+  reason = 'are resized' if resize else ''
+  if None in shape:
+    reason = 'differ in size'
+  elif source.fitted and max(shape[:2]) > image_size:
+    reason = f'have more than {image_size} pixels a side'
+  if reason:
     return _Form((image_size, image_size, shape[2]), reason, 0)
   return _Form(shape, '', num_images * math.prod(shape))
 
@@ -214,45 +215,6 @@ def _streams(name: str, form: _Form, streaming: str, copies: int) -> bool:
   )
 
 
-def _digits() -> tfds_source.Prepared:
-  """Reads scikit-learn's digits without importing it, which takes seconds."""
-  package = importlib.util.find_spec('sklearn')
-  if package is None or package.origin is None:
-    raise ConfigError(
-      "data set 'digits' comes with scikit-learn, which is not installed: pip "
-      'install scikit-learn.'
-    )
-  path = pathlib.Path(package.origin).parent / 'datasets/data/digits.csv.gz'
-  try:
-    table = np.loadtxt(path, delimiter=',')
-  except (OSError, ValueError, EOFError, zlib.error) as error:
-    raise ConfigError(
-      f"data set 'digits' cannot be read from {path} ({one_line(error)}): pip "
-      'install --force-reinstall scikit-learn.'
-    ) from error
-  images = np.round(table[:, :-1] * (255 / 16)).astype(np.uint8)
-  images, labels = images.reshape(-1, 8, 8, 1), table[:, -1].astype(np.int64)
-  parts = zip(('train', 'test'), stratified(labels, 360), strict=True)
-  splits = {
-    split: [{'image': images[i], 'label': labels[i]} for i in index]
-    for split, index in parts
-  }
-
-  def open_split(split: str) -> Examples:
-    if split not in splits:
-      raise ConfigError(
-        f"data set 'digits' has no split {split!r}: leave data.train_split and "
-        'data.test_split empty.'
-      )
-    examples = splits[split]
-    part = Part(split, 0, len(examples))
-    return Examples(f'digits, split {split}', examples, [part])
-
-  names = tuple(map(str, range(10)))
-  shape = images.shape[1:]
-  return Prepared('digits', 'digits', shape, names, tuple(splits), open_split)
-
-
 def _split(
   examples: Examples, source: Prepared, form: _Form, streamed: bool
 ) -> Split:
@@ -260,19 +222,18 @@ def _split(
   records = Records(examples.name, examples, len(source.class_names))
   numbers = np.arange(len(examples), dtype=np.int32)
   height, width, channels = form.shape
-  images = StreamedImages(
-    records, numbers, (height, width, channels), bool(form.reason)
-  )
+  resized = bool(form.reason) or source.image_shape[:2] != form.shape[:2]
+  images = StreamedImages(records, numbers, (height, width, channels), resized)
   split = Split(images, StreamedLabels(records, numbers))
   return split if streamed else split.in_memory()
 
 
 def _extra_test(
   name: str, data_dir: str, trained: Prepared, form: _Form
-) -> Examples:
+) -> tuple[Prepared, Examples]:
   """Opens a test set with the classes and image shape of the training set."""
   remedy = 'remove it from data.extra_tests'
-  source = tfds_source.find(name, data_dir)
+  source = sources.find(name, data_dir, trained.class_names)
   if not source.same_classes(trained):
     raise ConfigError(
       f'data.extra_tests names {name!r}, whose {len(source.class_names)} '
@@ -280,14 +241,16 @@ def _extra_test(
       f'{trained.name!r}: {remedy}.'
     )
   if source.image_shape != trained.image_shape and not (
-    form.reason and source.image_shape[2] == form.shape[2]
+    source.fitted or (form.reason and source.image_shape[2] == form.shape[2])
   ):
     raise ConfigError(
       f'data.extra_tests names {name!r}, whose images have the shape '
       f'{source.image_shape}, but those of {trained.name!r} have '
       f'{trained.image_shape}: {remedy}.'
     )
-  return source.find_test(remedy)
+  if source.fitted and set(source.splits) == {'train'}:  # All of it.
+    return source, source.open('train')
+  return source, source.find_test(remedy)
 
 
 def _sample(
