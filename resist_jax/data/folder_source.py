@@ -10,19 +10,16 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-from typing import NamedTuple
-
-from PIL import Image
 
 from resist_jax import folders
+from resist_jax.data import headers
 from resist_jax.data.prepared import Prepared, opener
-from resist_jax.data.streaming import THREADS, upright_size
+from resist_jax.data.streaming import THREADS
 from resist_jax.errors import ConfigError, one_line
 
 # Other names of the same split.
 _SPLITS = {'val': 'validation', 'valid': 'validation', 'dev': 'validation'}
 _USUAL = ('train', 'test', 'validation', *_SPLITS)  # Whatever is in them.
-_GREY = ('1', 'L', 'LA', 'La', 'I', 'I;16', 'I;16B', 'I;16L')
 # What desktops and archives leave beside files.
 _LITTER = ('thumbs.db', 'desktop.ini', '__macosx')
 _AGAIN = 'run the same command again'
@@ -56,13 +53,6 @@ class Files:
     }
 
 
-class _Header(NamedTuple):
-  """What the beginning of an image file says."""
-
-  size: tuple[int, int]
-  grey: bool
-
-
 def find(name: str, class_names: Sequence[str] = ()) -> Prepared:
   """Finds the images of a folder.
 
@@ -93,14 +83,11 @@ def find(name: str, class_names: Sequence[str] = ()) -> Prepared:
   splits = {
     split: _files(name, split, place, names) for split, place in places.items()
   }
-  headers = [header for files in splits.values() for header in _headers(files)]
-  sizes = {header.size for header in headers}
-  width, height = sizes.pop() if len(sizes) == 1 else (None, None)
-  channels = 1 if all(header.grey for header in headers) else 3
+  forms = [form for files in splits.values() for form in _headers(files)]
   return Prepared(
     name,
     root.resolve().name,
-    (height, width, channels),
+    headers.common_shape(forms),
     names,
     tuple(splits),
     opener(name, splits, _AGAIN),
@@ -186,15 +173,15 @@ def _below(place: pathlib.Path) -> Iterator[pathlib.Path]:
         yield path
 
 
-def _headers(files: Files) -> list[_Header]:
+def _headers(files: Files) -> list[headers.Header]:
+  """Reads the beginning of every file, so that none is another thing."""
   with ThreadPoolExecutor(THREADS) as pool:
     return list(pool.map(_header, (files.root / path for path in files.paths)))
 
 
-def _header(path: pathlib.Path) -> _Header:
+def _header(path: pathlib.Path) -> headers.Header:
   try:
-    with Image.open(path) as image:
-      return _Header(upright_size(image), image.mode in _GREY)
+    return headers.read(path)
   except Exception as error:  # Each format raises types of its own.
     raise ConfigError(
       f'{path} is no image that can be read ({one_line(error)}): mend or '

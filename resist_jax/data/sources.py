@@ -9,7 +9,12 @@ import zlib
 
 import numpy as np
 
-from resist_jax.data import array_source, folder_source, tfds_source
+from resist_jax.data import (
+  array_source,
+  folder_source,
+  hugging_face_source,
+  tfds_source,
+)
 from resist_jax.data.array_source import Arrays
 from resist_jax.data.held_out import stratified
 from resist_jax.data.prepared import Prepared, opener
@@ -25,8 +30,9 @@ def find(
   """Finds a data set.
 
   Args:
-    name: `digits`, a folder of images, a file `*.npz`, or a name of the TFDS
-      catalog. A name that may be a folder or a set is the set.
+    name: `digits`, a folder of images, a file `*.npz`, `huggingface:NAME`, or
+      a name of the TFDS catalog. A name that may be a folder or a set of that
+      catalog is the set.
     data_dir: The folder of prepared TFDS data sets; see `tfds_source.find`.
     class_names: The classes of the set that this one is a test for; empty for
       a set to train on.
@@ -39,6 +45,8 @@ def find(
   """
   if name == 'digits':
     return digits()
+  if name.startswith(hugging_face_source.PREFIX):
+    return hugging_face_source.find(name)
   if name.endswith('.npz'):
     return array_source.find(name, class_names)
   if _PATH.match(name) or (
@@ -57,6 +65,7 @@ def key(name: str) -> str:
   >>> key('imagenet_v2/top-images'), key('/data/My photos/')
   ('imagenet_v2_top_images', 'my_photos')
   """
+  name = name.removeprefix(hugging_face_source.PREFIX)
   if _PATH.match(name) or name.endswith('.npz'):
     name = pathlib.Path(name).stem
   return re.sub('[^a-z0-9]+', '_', name.lower())

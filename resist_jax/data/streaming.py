@@ -9,7 +9,7 @@ import os
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
 from resist_jax.data.prepared import PREPARE_AGAIN, Source
 from resist_jax.errors import ConfigError, one_line
@@ -204,20 +204,6 @@ class StreamedImages:
         f'image {number} of {self.records.name}{file and f" ({file})"} cannot '
         f'be decoded ({reason}): mend or remove it, and {self.records.remedy}.'
       ) from error
-
-
-def upright_size(image: Image.Image) -> tuple[int, int]:
-  """Returns the width and height that an image has when it stands upright.
-
-  Args:
-    image: An image as Pillow opens it, of which only the beginning is read.
-  """
-  if image.format == 'PNG' and 'exif' not in image.info:
-    return image.size  # Pillow would decode it to look behind its pixels.
-  if image.format == 'TIFF':  # Pillow turns it itself.
-    return image.size
-  turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-  return image.size[::-1] if turned else image.size
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -166,7 +166,7 @@ FIELDS = {
       'data.name',
       'digits',
       'digits, which need no download, the path of a folder of images or of a '
-      'file *.npz, or a TFDS image classification set.',
+      'file *.npz, huggingface:NAME, or a TFDS image classification set.',
     ),
     Field(
       'data.dir',
