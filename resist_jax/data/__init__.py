@@ -5,6 +5,7 @@ trains on the same images.
 """
 
 from resist_jax.data.augmentation import Augmentation, augment, choose
+from resist_jax.data.given import from_arrays, from_source
 from resist_jax.data.held_out import hold_out
 from resist_jax.data.pipeline import Resident, Stream
 from resist_jax.data.sets import (
@@ -14,9 +15,11 @@ from resist_jax.data.sets import (
   load,
   normalise,
 )
+from resist_jax.data.sources import GIVEN
 from resist_jax.data.streaming import StreamedImages
 
 __all__ = [
+  'GIVEN',
   'Augmentation',
   'Dataset',
   'Resident',
@@ -26,6 +29,8 @@ __all__ = [
   'augment',
   'batch_indices',
   'choose',
+  'from_arrays',
+  'from_source',
   'hold_out',
   'load',
   'normalise',

@@ -30,7 +30,12 @@ def read(file: Any | IO[bytes]) -> Header:
     Exception: Of many types, if it is no image.
   """
   with Image.open(file) as image:
-    return Header(_upright_size(image), image.mode in _GREY)
+    return of(image)
+
+
+def of(image: Image.Image) -> Header:
+  """Returns the form of an image, which need not be decoded."""
+  return Header(_upright_size(image), image.mode in _GREY)
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:

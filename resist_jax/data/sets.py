@@ -5,10 +5,11 @@ streams from its files. `batch_indices` is a pure function of (seed, round,
 worker, step), so a resumed run trains on the same batches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import math
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resist_jax.data import sources
+from resist_jax.data.array_source import Arrays
 from resist_jax.data.held_out import hold_out, random_parts
 from resist_jax.data.prepared import Examples, Prepared
 from resist_jax.data.streaming import Records, StreamedImages, StreamedLabels
@@ -135,9 +137,54 @@ def load(
       fit the other arguments.
   """
   source = sources.find(name, data_dir)
-  train, test = source.train_and_test(train_split, test_split)
-  form = _form(source, len(train) + len(test or ()), resize, image_size)
-  streamed = _streams(name, form, streaming, copies)
+  extra: dict[str, Prepared] = {}
+  for other in extra_tests:
+    key = sources.key(other)
+    if key in (*extra, 'train', 'test', 'validation'):
+      raise ConfigError(
+        f'data.extra_tests names {other!r}, but there is another test that is '
+        f'called {key}: remove one.'
+      )
+    extra[key] = sources.find(other, data_dir, source.class_names)
+  splits = source.train_and_test(train_split, test_split)
+  reading = Reading(streaming, image_size, resize, copies)
+  return assemble(source, splits, reading, validation, extra)
+
+
+class Reading(NamedTuple):
+  """How images are read; see `load`."""
+
+  streaming: str = 'auto'
+  image_size: int = 224
+  resize: bool = False
+  copies: int = 1
+
+
+def assemble(
+  source: Prepared,
+  splits: tuple[Examples, Examples | None],
+  reading: Reading,
+  validation: float = 0.0,
+  extra_tests: Mapping[str, Prepared] = MappingProxyType({}),
+) -> Dataset:
+  """Reads the splits of a data set, or opens them for streaming.
+
+  Args:
+    source: The data set.
+    splits: What to train and to test on; see `Prepared.train_and_test`.
+    reading: How images are read.
+    validation: See `load`.
+    extra_tests: Further sets to test on, by the name of the test.
+
+  Returns:
+    The data set, with the mean and deviation of its training images.
+
+  Raises:
+    ConfigError: If something in it does not fit.
+  """
+  train, test = splits
+  form = _form(source, len(train) + len(test or ()), reading)
+  streamed = _streams(source.name, form, reading)
   trained = _split(train, source, form, streamed)
   if test is None:
     index, others = hold_out(trained.labels[:])
@@ -145,14 +192,8 @@ def load(
     trained = trained.take(index)
   else:
     tests = {'test': _split(test, source, form, streamed)}
-  for other in extra_tests:
-    key = sources.key(other)
-    if key in (*tests, 'train', 'validation'):
-      raise ConfigError(
-        f'data.extra_tests names {other!r}, but there is another test that is '
-        f'called {key}: remove one.'
-      )
-    extra, examples = _extra_test(other, data_dir, source, form)
+  for key, extra in extra_tests.items():
+    examples = _extra_test(extra, source, form)
     tests[key] = _split(examples, extra, form, streamed)
   if validation:
     index, others = random_parts(len(trained), validation)
@@ -160,7 +201,7 @@ def load(
     trained = trained.take(index)
   for split in (trained, *tests.values()):
     if not len(split):
-      raise ConfigError(f'data set {name!r} has an empty split.')
+      raise ConfigError(f'data set {source.name!r} has an empty split.')
   mean, std = _moments(_sample(trained.images, form))
   return Dataset(source.kind, trained, tests, source.class_names, mean, std)
 
@@ -179,12 +220,11 @@ class _Form(NamedTuple):
   num_bytes: int
 
 
-def _form(
-  source: Prepared, num_images: int, resize: bool, image_size: int
-) -> _Form:
+def _form(source: Prepared, num_images: int, reading: Reading) -> _Form:
   """Decides what the images of a data set become."""
   shape: Any = source.image_shape
-  reason = 'are resized' if resize else ''
+  image_size = reading.image_size
+  reason = 'are resized' if reading.resize else ''
   if None in shape:
     reason = 'differ in size'
   elif source.fitted and max(shape[:2]) > image_size:
@@ -194,8 +234,9 @@ def _form(
   return _Form(shape, '', num_images * math.prod(shape))
 
 
-def _streams(name: str, form: _Form, streaming: str, copies: int) -> bool:
+def _streams(name: str, form: _Form, reading: Reading) -> bool:
   """Decides whether images stay in their files."""
+  streaming, copies = reading.streaming, reading.copies
   num_bytes = form.num_bytes * copies
   fits = not form.reason and num_bytes <= MAX_BYTES_IN_MEMORY
   if streaming != 'never' or fits:
@@ -224,16 +265,17 @@ def _split(
   height, width, channels = form.shape
   resized = bool(form.reason) or source.image_shape[:2] != form.shape[:2]
   images = StreamedImages(records, numbers, (height, width, channels), resized)
+  arrays = examples.source
+  ready = not (resized or streamed) and isinstance(arrays, Arrays)
+  if ready and arrays.images.shape[1:] == form.shape:
+    return Split(arrays.images, arrays.labels)
   split = Split(images, StreamedLabels(records, numbers))
   return split if streamed else split.in_memory()
 
 
-def _extra_test(
-  name: str, data_dir: str, trained: Prepared, form: _Form
-) -> tuple[Prepared, Examples]:
+def _extra_test(source: Prepared, trained: Prepared, form: _Form) -> Examples:
   """Opens a test set with the classes and image shape of the training set."""
-  remedy = 'remove it from data.extra_tests'
-  source = sources.find(name, data_dir, trained.class_names)
+  remedy, name = 'remove it from data.extra_tests', source.name
   if not source.same_classes(trained):
     raise ConfigError(
       f'data.extra_tests names {name!r}, whose {len(source.class_names)} '
@@ -249,8 +291,8 @@ def _extra_test(
       f'{trained.image_shape}: {remedy}.'
     )
   if source.fitted and set(source.splits) == {'train'}:  # All of it.
-    return source, source.open('train')
-  return source, source.find_test(remedy)
+    return source.open('train')
+  return source.find_test(remedy)
 
 
 def _sample(

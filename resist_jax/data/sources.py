@@ -20,6 +20,7 @@ from resist_jax.data.held_out import stratified
 from resist_jax.data.prepared import Prepared, opener
 from resist_jax.errors import ConfigError, one_line
 
+GIVEN = 'given:'  # How a config names a data set that a program gave.
 # What begins as no name of a catalog does: a path, also one of Windows.
 _PATH = re.compile(r'[./~$\\]|[a-zA-Z]:[/\\]')
 
@@ -45,6 +46,11 @@ def find(
   """
   if name == 'digits':
     return digits()
+  if name.startswith(GIVEN):
+    raise ConfigError(
+      f'the data set is {name!r}, which a program gave: run that program '
+      'again, or call train(config, workdir, dataset=...).'
+    )
   if name.startswith(hugging_face_source.PREFIX):
     return hugging_face_source.find(name)
   if name.endswith('.npz'):
@@ -89,7 +95,7 @@ def digits() -> Prepared:
       f'{remedy}.'
     ) from error
   images = np.round(table[:, :-1] * (255 / 16)).astype(np.uint8)
-  images, labels = images.reshape(-1, 8, 8, 1), table[:, -1].astype(np.int64)
+  images, labels = images.reshape(-1, 8, 8, 1), table[:, -1].astype(np.int32)
   parts = zip(('train', 'test'), stratified(labels, 360), strict=True)
   splits = {
     split: Arrays(images[index], labels[index]) for split, index in parts

@@ -48,8 +48,8 @@ class Records:
 
     Args:
       name: Name of the data set and split, for messages.
-      source: Examples as dictionaries with the keys `label` and `image`; an
-        image is the content of an image file, or `uint8[H, W, C]`.
+      source: Examples as dictionaries with the keys `label` and `image`, see
+        `as_image`.
       num_classes: Number of classes; labels run from 0 to `num_classes - 1`.
     """
     self.name, self.num_classes = name, num_classes
@@ -187,12 +187,9 @@ class StreamedImages:
     return pixels, np.int32(record['label'])
 
   def _decode(self, number: int, record: dict[str, Any]) -> Image.Image:
-    raw, mode = record['image'], MODES[self.image_shape[2]]
-    if isinstance(raw, np.ndarray):
-      image = Image.fromarray(raw.squeeze(-1) if raw.shape[-1] == 1 else raw)
-      return image if image.mode == mode else image.convert(mode)
+    mode = MODES[self.image_shape[2]]
     try:
-      with Image.open(io.BytesIO(raw)) as image:
+      with as_image(record['image']) as image:
         ImageOps.exif_transpose(image, in_place=True)
         return _eight_bits(image).convert(mode)
     except Exception as error:  # Each format raises types of its own.
@@ -204,6 +201,21 @@ class StreamedImages:
         f'image {number} of {self.records.name}{file and f" ({file})"} cannot '
         f'be decoded ({reason}): mend or remove it, and {self.records.remedy}.'
       ) from error
+
+
+def as_image(given: Any) -> Image.Image:
+  """Opens an image.
+
+  Args:
+    given: The content of an image file, `uint8[H, W]`, `uint8[H, W, C]`, or an
+      image of Pillow, of which an upright copy is made.
+  """
+  if isinstance(given, Image.Image):
+    return ImageOps.exif_transpose(given)
+  if isinstance(given, np.ndarray):
+    grey = given.ndim == 3 and given.shape[-1] == 1
+    return Image.fromarray(given.squeeze(-1) if grey else given)
+  return Image.open(io.BytesIO(given))
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

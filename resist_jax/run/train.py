@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 import ml_collections
 import numpy as np
 
-from resist_jax import folders, report
+from resist_jax import data, folders, report
 from resist_jax.decomposition import Assignment
 from resist_jax.errors import ConfigError, NonFiniteError
 from resist_jax.rounds import State, assemble
@@ -36,7 +36,7 @@ from resist_jax.run.evaluate import Evaluator
 from resist_jax.run.interrupt import Interrupt, Interrupted
 from resist_jax.run.lock import locked
 from resist_jax.run.phases import Phase
-from resist_jax.run.setup import Setup, describe_data, prepare
+from resist_jax.run.setup import Setup, describe_data, naming, prepare
 from resist_jax.run.summary import summarise
 
 
@@ -76,13 +76,17 @@ class Progress:
 
 
 def train(
-  config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]
+  config: ml_collections.ConfigDict,
+  workdir: str | os.PathLike[str],
+  dataset: data.Dataset | None = None,
 ) -> dict[str, Any]:
   """Trains a network from its newest checkpoint, or from scratch, to the end.
 
   Args:
     config: As made by `config.get_config`.
     workdir: Folder of the run; the same config in it goes on where it stopped.
+    dataset: What to train on, such as `data.from_arrays` makes; None for the
+      one that the config names. A run goes on with the same images only.
 
   Returns:
     What `summary.json` holds.
@@ -96,8 +100,9 @@ def train(
   started = time.perf_counter()
   folder = folders.resolve(workdir, 'workdir')
   validate(config)
+  config = naming(config, dataset)
   workdir_lib.check(folder, config.to_dict())
-  setup = prepare(config)
+  setup = prepare(config, dataset)
   if jax.process_count() > 1:
     processes.agree(
       describe_data(setup.dataset), 'give each host the same data.'
