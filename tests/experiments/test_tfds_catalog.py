@@ -21,7 +21,7 @@ def test_a_set_that_cannot_be_read_says_why():
   found = tfds_catalog.attempt('chexpert')['reason']
   assert found == 'not one of images with class labels'
   with pytest.raises(tfds_catalog.NoImageSetError):
-    tfds_catalog.attempt('wine_quality')
+    tfds_catalog.attempt('ag_news_subset')
 
 
 def test_the_table_counts_the_sets_of_the_result():
