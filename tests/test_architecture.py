@@ -25,6 +25,7 @@ ARROWS = {
     'data', 'report',
   },
   '__main__': {'run'},
+  'evaluate': {'run'},
 }  # fmt: skip
 
 

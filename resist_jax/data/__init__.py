@@ -13,9 +13,11 @@ from resist_jax.data.sets import (
   Split,
   batch_indices,
   load,
+  load_test,
   normalise,
 )
 from resist_jax.data.sources import GIVEN
+from resist_jax.data.sources import key as test_key
 from resist_jax.data.streaming import StreamedImages
 
 __all__ = [
@@ -33,5 +35,7 @@ __all__ = [
   'from_source',
   'hold_out',
   'load',
+  'load_test',
   'normalise',
+  'test_key',
 ]

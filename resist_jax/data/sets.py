@@ -19,7 +19,7 @@ import numpy as np
 from resist_jax.data import sources
 from resist_jax.data.array_source import Arrays
 from resist_jax.data.held_out import hold_out, random_parts
-from resist_jax.data.prepared import Examples, Prepared
+from resist_jax.data.prepared import Examples, Prepared, opener
 from resist_jax.data.streaming import Records, StreamedImages, StreamedLabels
 from resist_jax.errors import ConfigError
 
@@ -206,6 +206,33 @@ def assemble(
   return Dataset(source.kind, trained, tests, source.class_names, mean, std)
 
 
+def load_test(
+  name: str,
+  class_names: Sequence[str],
+  image_shape: tuple[int, ...],
+  data_dir: str = '',
+) -> Split:
+  """Opens a data set to test a trained network on.
+
+  Args:
+    name: See `load`; of a folder or a file with one split, all images count.
+    class_names: The classes that the network knows.
+    image_shape: `(H, W, C)` of the images that it was trained on.
+    data_dir: See `load`.
+
+  Returns:
+    The images, which are read when they are indexed.
+
+  Raises:
+    ConfigError: If there is no such set, or it does not fit the network.
+  """
+  names = tuple(class_names)
+  trained = Prepared('the run', '', image_shape, names, (), opener('', {}, ''))
+  source = sources.find(name, data_dir, names)
+  form = _Form(image_shape, '', 0)
+  return _split(_extra_test(source, trained, form), source, form, True)
+
+
 class _Form(NamedTuple):
   """What the images of a data set become.
 
@@ -275,18 +302,19 @@ def _split(
 
 def _extra_test(source: Prepared, trained: Prepared, form: _Form) -> Examples:
   """Opens a test set with the classes and image shape of the training set."""
-  remedy, name = 'remove it from data.extra_tests', source.name
+  remedy, name = 'test on another set', source.name
   if not source.same_classes(trained):
     raise ConfigError(
-      f'data.extra_tests names {name!r}, whose {len(source.class_names)} '
-      f'classes are not the {len(trained.class_names)} classes of '
-      f'{trained.name!r}: {remedy}.'
+      f'the test is on {name!r}, whose {len(source.class_names)} classes are '
+      f'not the {len(trained.class_names)} classes of {trained.name!r}: '
+      f'{remedy}.'
     )
+  any_size = form.reason or None in source.image_shape
   if source.image_shape != trained.image_shape and not (
-    source.fitted or (form.reason and source.image_shape[2] == form.shape[2])
+    source.fitted or (any_size and source.image_shape[2] == form.shape[2])
   ):
     raise ConfigError(
-      f'data.extra_tests names {name!r}, whose images have the shape '
+      f'the test is on {name!r}, whose images have the shape '
       f'{source.image_shape}, but those of {trained.name!r} have '
       f'{trained.image_shape}: {remedy}.'
     )

@@ -153,7 +153,7 @@ def prepare(
     ConfigError: If the data or the devices do not fit the config.
   """
   mesh = make_mesh(_num_devices(config), config.devices_per_worker)
-  dataset = dataset or _load(config, mesh)
+  dataset = dataset or load_data(config, _copies(mesh))
   visible = len(dataset.train)
   if config.data.sharded:
     visible //= config.num_workers
@@ -172,8 +172,13 @@ def prepare(
   return Setup(config, dataset, network, sizes.num_blocks, sizes, mesh, depths)
 
 
-def _load(config: ml_collections.ConfigDict, mesh: Mesh) -> data.Dataset:
-  """Loads the data set that a config names."""
+def load_data(config: ml_collections.ConfigDict, copies: int) -> data.Dataset:
+  """Loads the data set that a config names.
+
+  Args:
+    config: A valid one.
+    copies: Copies of images in memory that this host keeps; see `data.load`.
+  """
   return data.load(
     config.data.name,
     config.data.dir,
@@ -184,7 +189,7 @@ def _load(config: ml_collections.ConfigDict, mesh: Mesh) -> data.Dataset:
     image_size=config.data.image_size,
     resize=config.data.augment.startswith('resized'),
     extra_tests=config.data.extra_tests,
-    copies=_copies(mesh),
+    copies=copies,
   )
 
 
