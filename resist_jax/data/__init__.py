@@ -5,6 +5,8 @@ trains on the same images.
 """
 
 from resist_jax.data.augmentation import Augmentation, augment, choose
+from resist_jax.data.folder_source import listed as listed_files
+from resist_jax.data.folder_source import read as read_files
 from resist_jax.data.given import from_arrays, from_source
 from resist_jax.data.held_out import hold_out
 from resist_jax.data.pipeline import Resident, Stream
@@ -34,8 +36,10 @@ __all__ = [
   'from_arrays',
   'from_source',
   'hold_out',
+  'listed_files',
   'load',
   'load_test',
   'normalise',
+  'read_files',
   'test_key',
 ]

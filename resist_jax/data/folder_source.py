@@ -11,10 +11,12 @@ import hashlib
 import os
 import pathlib
 
+import numpy as np
+
 from resist_jax import folders
 from resist_jax.data import headers
 from resist_jax.data.prepared import Prepared, opener
-from resist_jax.data.streaming import THREADS
+from resist_jax.data.streaming import THREADS, Records, StreamedImages
 from resist_jax.errors import ConfigError, one_line
 
 # Other names of the same split.
@@ -171,6 +173,50 @@ def _below(place: pathlib.Path) -> Iterator[pathlib.Path]:
       path = pathlib.Path(folder, file)
       if _shown(path, False):
         yield path
+
+
+def listed(paths: Sequence[str]) -> list[str]:
+  """Returns the files that paths name, with those in folders.
+
+  Args:
+    paths: Files and folders, in which `~` and `$NAME` are filled in.
+  """
+  found = []
+  for path in paths:
+    place = folders.resolve(path, 'a file')
+    found += map(str, sorted(_below(place)) if place.is_dir() else [place])
+  return found
+
+
+def read(
+  paths: Sequence[str], image_shape: tuple[int, ...], resized: bool
+) -> np.ndarray:
+  """Reads image files for a trained network.
+
+  Args:
+    paths: The files.
+    image_shape: `(H, W, C)` of the images that it was trained on.
+    resized: Whether these were cut at the centre and resized to that shape; an
+      image of another shape is in any case.
+
+  Returns:
+    `uint8[N, H, W, C]`.
+
+  Raises:
+    ConfigError: If a file is not there, or no image.
+  """
+  height, width, channels = image_shape
+  records = Records(
+    'the files', Files(pathlib.Path(), paths, [0] * len(paths)), 1
+  )
+  numbers = np.arange(len(paths), dtype=np.int32)
+  images = np.zeros((len(paths), *image_shape), np.uint8)
+  for i, path in enumerate(paths):
+    fits = _header(pathlib.Path(path)).size == (width, height)
+    shape = height, width, channels
+    reader = StreamedImages(records, numbers, shape, resized or not fits)
+    images[i], _ = reader.example(i)
+  return images
 
 
 def _headers(files: Files) -> list[headers.Header]:

@@ -89,6 +89,12 @@ class Dataset:
     """Whether images are read from files instead of memory."""
     return isinstance(self.train.images, StreamedImages)
 
+  @property
+  def resized(self) -> bool:
+    """Whether images are cut and resized while they are read."""
+    images = self.train.images
+    return isinstance(images, StreamedImages) and images.resized
+
 
 @functools.lru_cache(maxsize=1)  # Experiments train many times in one process.
 def load(
@@ -210,6 +216,7 @@ def load_test(
   name: str,
   class_names: Sequence[str],
   image_shape: tuple[int, ...],
+  resized: bool,
   data_dir: str = '',
 ) -> Split:
   """Opens a data set to test a trained network on.
@@ -218,6 +225,7 @@ def load_test(
     name: See `load`; of a folder or a file with one split, all images count.
     class_names: The classes that the network knows.
     image_shape: `(H, W, C)` of the images that it was trained on.
+    resized: Whether these were cut and resized to that shape.
     data_dir: See `load`.
 
   Returns:
@@ -229,7 +237,7 @@ def load_test(
   names = tuple(class_names)
   trained = Prepared('the run', '', image_shape, names, (), opener('', {}, ''))
   source = sources.find(name, data_dir, names)
-  form = _Form(image_shape, '', 0)
+  form = _Form(image_shape, 'are resized' if resized else '', 0)
   return _split(_extra_test(source, trained, form), source, form, True)
 
 

@@ -168,7 +168,11 @@ def _dataset(
   tests = {}
   if options.data:
     tests[data.test_key(options.data)] = data.load_test(
-      options.data, model.class_names, model.image_shape, config.data.dir
+      options.data,
+      model.class_names,
+      model.image_shape,
+      model.resized,
+      config.data.dir,
     )
   try:
     dataset = setup.load_data(config, copies=2)

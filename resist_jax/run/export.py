@@ -42,6 +42,7 @@ class Predictor:
     std: `float32[C]`, their standard deviation.
     class_names: The name of each class.
     image_shape: `(H, W, C)` of the training images.
+    resized: Whether these were cut at the centre and resized to that shape.
   """
 
   network: ResNet
@@ -51,6 +52,7 @@ class Predictor:
   std: np.ndarray
   class_names: tuple[str, ...]
   image_shape: tuple[int, ...]
+  resized: bool = False
 
   def __call__(self, images: jax.typing.ArrayLike) -> jax.Array:
     """Classifies images.
@@ -141,6 +143,7 @@ def save(workdir: pathlib.Path, predictor: Predictor) -> None:
     'std': predictor.std.tolist(),
     'class_names': list(predictor.class_names),
     'image_shape': list(predictor.image_shape),
+    'resized': predictor.resized,
   }
   state = {'variables': predictor.variables, 'scales': predictor.scales}
   folder = workdir.absolute() / FOLDER
@@ -204,6 +207,7 @@ def load(workdir: str | pathlib.Path) -> Predictor:
     np.array(record['std'], np.float32),
     tuple(record['class_names']),
     tuple(record['image_shape']),
+    record.get('resized', False),  # Older models do not say.
   )
 
 

@@ -192,6 +192,7 @@ def _predictor(setup: Setup, params, statistics) -> export.Predictor:
     setup.dataset.std,
     setup.dataset.class_names,
     setup.image_shape,
+    setup.dataset.resized,
   )
 
 
