@@ -26,6 +26,7 @@ ARROWS = {
   },
   '__main__': {'run'},
   'evaluate': {'run'},
+  'export': {'run'},
   'predict': {'run'},
 }  # fmt: skip
 

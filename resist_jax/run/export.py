@@ -67,6 +67,10 @@ class Predictor:
     Raises:
       ValueError: If the images are others than the network was trained on.
     """
+    return jax.nn.softmax(self.logits(images))
+
+  def logits(self, images: jax.typing.ArrayLike) -> jax.Array:
+    """Returns what `softmax` turns into probabilities; see `__call__`."""
     pixels = data.normalise(
       jnp.asarray(_as_pixels(images, self.image_shape)), self.mean, self.std
     )
@@ -75,7 +79,7 @@ class Predictor:
 
 @partial(jax.jit, static_argnums=0)
 def _classify(network, variables, images, scales):
-  return jax.nn.softmax(network.apply(variables, images, scales))
+  return network.apply(variables, images, scales)
 
 
 def _as_pixels(images: Any, image_shape: tuple[int, ...]) -> Any:
