@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+from typing import NoReturn
 
 import numpy as np
 
@@ -99,7 +100,10 @@ def find(name: str, class_names: Sequence[str] = ()) -> Prepared:
 
 def _folders_in(place: pathlib.Path) -> list[pathlib.Path]:
   """Returns the folders in a folder, sorted by name, without hidden ones."""
-  return sorted(path for path in place.iterdir() if _shown(path, True))
+  try:
+    return sorted(path for path in place.iterdir() if _shown(path, True))
+  except OSError as error:
+    _refuse(error)
 
 
 def _shown(path: pathlib.Path, folder: bool) -> bool:
@@ -167,7 +171,7 @@ def _shuffled(path: str) -> bytes:
 
 def _below(place: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yields the files in a folder and in those below it, but hidden ones."""
-  for folder, inside, files in os.walk(place):
+  for folder, inside, files in os.walk(place, onerror=_refuse):
     inside[:] = [d for d in inside if _shown(pathlib.Path(folder, d), True)]
     for file in files:
       path = pathlib.Path(folder, file)
@@ -217,6 +221,13 @@ def read(
     reader = StreamedImages(records, numbers, shape, resized or not fits)
     images[i], _ = reader.example(i)
   return images
+
+
+def _refuse(error: OSError) -> NoReturn:
+  raise ConfigError(
+    f'{error.filename} cannot be read ({error.strerror}): let this user read '
+    'it, or remove it.'
+  ) from error
 
 
 def _headers(files: Files) -> list[headers.Header]:

@@ -9,6 +9,7 @@ import pathlib
 import sys
 from typing import Any
 
+import jax
 import numpy as np
 
 from resist_jax import data, folders
@@ -134,7 +135,7 @@ def _lengths(run: Trained) -> dict[str, int]:
   """Returns L of each chain of blocks that the run's config cuts."""
   params = run.model.variables['params']
   return {
-    name: len(next(iter(params[name].values()))['kernel'])
+    name: len(jax.tree.leaves(params[name])[0])
     for name in sorted(cut_chains(run.config))
     if name in params and not name.endswith('_branch')
   }

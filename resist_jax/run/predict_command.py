@@ -66,7 +66,8 @@ def _opened(out: str | None) -> Iterator[IO[str]]:
     yield sys.stdout
     return
   path = folders.resolve(out, '--out')
-  with path.open('w', encoding='utf-8', newline='') as file:
+  odd = 'surrogateescape'  # Names of files may be no text.
+  with path.open('w', encoding='utf-8', errors=odd, newline='') as file:
     yield file
 
 

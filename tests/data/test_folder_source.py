@@ -289,3 +289,12 @@ def test_a_file_that_vanishes_is_named(tmp_path):
     os.remove(path)
   with pytest.raises(ConfigError, match=r'cannot be read.*1\.png.*run'):
     dataset.train.in_memory()
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason='root may read everything')
+def test_a_folder_that_cannot_be_read_is_named(tmp_path):
+  some(tmp_path)
+  os.chmod(tmp_path / 'cat', 0)
+  message = refusal(tmp_path)
+  os.chmod(tmp_path / 'cat', 0o700)
+  assert f'{tmp_path / "cat"} cannot be read (Permission denied)' in message
