@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import pathlib
+import statistics
 import sys
 from typing import Any
 
@@ -37,12 +38,17 @@ def main(args: Sequence[str] | None = None) -> int:
       options.out or pathlib.Path(options.run) / 'evaluation', '--out'
     )
     workdir.check_writable(out, '--out')
-    measured = evaluate(trained.load(options.run), options)
-    _write(out, measured)
+    runs = trained.folders_of(options.run)
+    found = []
+    for run in runs:
+      found.append(evaluate(trained.load(run), options))
+      _write(out / run.name if runs[1:] else out, found[-1])
+    if runs[1:]:
+      _write_together(out, found)
   except (ConfigError, OSError) as error:
     print('error:', ' '.join(str(error).split()), file=sys.stderr)
     return 2
-  print(_text(measured))
+  print(_together(found) if found[1:] else _text(found[0]))
   print(f'written to {out}')
   return 0
 
@@ -53,7 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     description='Tests the network of a finished run: both kinds of norm '
     'statistics, classes, and shallower networks inside it.',
   )
-  parser.add_argument('run', metavar='RUN', help='workdir of a finished run')
+  parser.add_argument(
+    'run', metavar='RUN',
+    help='workdir of a finished run, or a folder of several',
+  )  # fmt: skip
   parser.add_argument(
     '--data', default='',
     help='test on this set instead, named as in --config.data.name',
@@ -213,6 +222,52 @@ def _write(out: pathlib.Path, measured: Mapping[str, Any]) -> None:
   for test in measured['confusion']:
     figure = plots.depth_figure(measured['depth'], test)
     (out / f'depth_{test}.png').write_bytes(plots.render_png(figure))
+
+
+def _write_together(
+  out: pathlib.Path, found: Sequence[Mapping[str, Any]]
+) -> None:
+  """Writes what several runs have in common: means and deviations."""
+  spread = {
+    name: {'mean': mean, 'deviation': deviation}
+    for name, (mean, deviation) in _spread(found).items()
+  }
+  depth_rows = [row for measured in found for row in measured['depth']]
+  workdir.write_json(
+    out / 'evaluation.json',
+    {'runs': [measured['run'] for measured in found], 'accuracies': spread},
+  )
+  for test in found[0]['confusion'] if depth_rows else ():
+    figure = plots.depth_figure(depth_rows, test)
+    (out / f'depth_{test}.png').write_bytes(plots.render_png(figure))
+
+
+def _spread(
+  found: Sequence[Mapping[str, Any]],
+) -> dict[str, tuple[float, float]]:
+  """Returns mean and standard deviation of each accuracy over runs."""
+  shared = set.intersection(*(set(m['accuracies']) for m in found))
+  values = {
+    name: [measured['accuracies'][name] for measured in found]
+    for name in sorted(shared)
+  }
+  return {
+    name: (statistics.mean(some), statistics.stdev(some))
+    for name, some in values.items()
+  }
+
+
+def _together(found: Sequence[Mapping[str, Any]]) -> str:
+  """Returns what is printed of several runs."""
+  spread = _spread(found)
+  rows = [['', 'runs', 'as deployed', 'as in paper']]
+  for test in found[0]['confusion']:
+    cells = []
+    for end in _ENDS:
+      mean, deviation = spread.get(f'{test}_accuracy{end}', (None, None))
+      cells.append('' if mean is None else f'{mean:.2%} ± {deviation:.2%}')
+    rows.append([test, str(len(found)), *cells])
+  return tables.text_table(rows, right_from=1)
 
 
 def _csv(rows: Sequence[Sequence[Any]]) -> str:

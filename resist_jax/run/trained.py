@@ -52,3 +52,17 @@ def load(workdir: str | os.PathLike[str]) -> Trained:
   except (OSError, ValueError, TypeError) as error:
     raise ConfigError(' '.join(str(error).split())) from error
   return Trained(folder, model, config)
+
+
+def folders_of(workdir: str | os.PathLike[str]) -> list[pathlib.Path]:
+  """Returns the workdirs of finished runs that a folder holds.
+
+  Args:
+    workdir: That of a run, or a folder of several, such as one run a seed.
+
+  Returns:
+    The folder itself, unless it is no run and others lie in it, sorted by name.
+  """
+  folder = folders.resolve(workdir, 'the run')
+  inside = sorted(path.parent for path in folder.glob(f'*/{export.FOLDER}'))
+  return [folder] if (folder / export.FOLDER).exists() else inside or [folder]

@@ -136,6 +136,25 @@ def test_without_the_training_images_the_whole_network_is_tested(
   assert f'{summary["test_accuracy"]:.2%}' in out
 
 
+def test_runs_of_several_seeds_have_a_mean_and_a_deviation(
+  finished, capsys, tmp_path
+):
+  folder, summary = finished
+  (tmp_path / 'seed0').symlink_to(folder)
+  other = train.train(tiny_config(seed=1, num_rounds=2), tmp_path / 'seed1')
+  code, out, _ = command(capsys, tmp_path, '--depths=0,5')
+  assert code == 0
+  found = json.loads((tmp_path / 'evaluation' / 'evaluation.json').read_text())
+  accuracies = [s['test_accuracy'] for s in (summary, other)]
+  spread = found['accuracies']['test_accuracy']
+  assert spread['mean'] == pytest.approx(np.mean(accuracies))
+  assert spread['deviation'] == pytest.approx(np.std(accuracies, ddof=1))
+  assert f'{spread["mean"]:.2%} ± {spread["deviation"]:.2%}' in out
+  for name in ('seed0', 'seed1'):
+    assert (tmp_path / 'evaluation' / name / 'confusion_test.csv').is_file()
+  assert (tmp_path / 'evaluation' / 'depth_test.png').is_file()
+
+
 @pytest.mark.parametrize(
   ('words', 'says'),
   [
