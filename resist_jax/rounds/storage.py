@@ -57,6 +57,22 @@ def write(
     state: A state between two rounds.
     record: JSON values to save with it.
   """
+  begin(folder, state, record).result()
+
+
+def begin(folder: pathlib.Path, state: State, record: Mapping[str, Any]) -> Any:
+  """Begins to write a state, which goes on while the next round runs.
+
+  Args:
+    folder: See `write`.
+    state: A state between two rounds; the caller may give it to a round at
+      once, because its numbers are copied to the host first.
+    record: JSON values to save with it.
+
+  Returns:
+    An object whose `result()` waits until the folder is whole, and raises what
+    went wrong.
+  """
   from orbax.checkpoint import v1 as ocp  # Slow to import.
 
   arrays: Any = {'params': _parts(state.shared, state.chain)}
@@ -76,7 +92,9 @@ def write(
     and [np.asarray(x.addressable_data(0)).tolist() for x in state.norms],
     'record': dict(record),
   }
-  ocp.save(str(folder), arrays, overwrite=True, custom_metadata=description)
+  return ocp.save_async(
+    str(folder), arrays, overwrite=True, custom_metadata=description
+  )
 
 
 def read(folder: pathlib.Path, mesh: Mesh) -> Stored:

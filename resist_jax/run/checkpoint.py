@@ -4,18 +4,19 @@ A checkpoint holds the blocks of each worker as they lie on the devices, and the
 slots that say which blocks they are, so a run can resume from it with any
 number of workers and devices. Each process writes what its own devices hold.
 
-Orbax gives a checkpoint its name when all of it is written; then process 0
-lists its files in a manifest. A checkpoint that differs from its manifest is
-damaged, and an older one is restored instead. One without a manifest, because
-the run was killed in between or because the folder of checkpoints was copied
-alone, is read whole before it gets one. Whatever else lies in that folder is
-left alone.
+Orbax writes in the background, while the next rounds run, and gives a
+checkpoint its name when all of it is written; then process 0 lists its files in
+a manifest. A checkpoint that differs from its manifest is damaged, and an older
+one is restored instead. One without a manifest, because the run was killed in
+between or because the folder of checkpoints was copied alone, is read whole
+before it gets one. Whatever else lies in that folder is left alone.
 
 A checkpoint is *known good* when a test at or after its round was finite. The
 newest of these is kept, and a run that diverges falls back on it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 from functools import partial
 import json
 import os
@@ -111,6 +112,9 @@ class Checkpoints:
     # The newest that this run wrote or read, and the newest known good one.
     self._latest: int | None = None
     self._good: int | None = None
+    self._tested = _NONE  # The round of the newest finite test.
+    # The save that is under way: its round, and orbax's object to wait for.
+    self._saving: tuple[int, ocp.AsyncResponse[None]] | None = None
     if jax.process_index() == 0:
       self._folder.mkdir(parents=True, exist_ok=True)
       for path in self._folder.iterdir():
@@ -118,7 +122,11 @@ class Checkpoints:
           shutil.rmtree(path, ignore_errors=True)
 
   def save(self, state: State, progress: Mapping[str, Any]) -> None:
-    """Saves the state between two rounds; completely or not at all.
+    """Begins to save the state between two rounds.
+
+    It is saved completely or not at all, while the next rounds run; the caller
+    may give the state to a round at once. Before the next one is begun, this
+    one is finished.
 
     Args:
       state: The state of the round.
@@ -126,14 +134,15 @@ class Checkpoints:
 
     Raises:
       NonFiniteError: If the state is not finite; nothing is written.
-      SaveError: If it cannot be written.
+      SaveError: If it or the one before cannot be written.
     """
     step = progress['round']
     if not _is_finite(state, NamedSharding(self._mesh, REPLICATED)):
       raise NonFiniteError(
         f'round {step}: the parameters that its aggregate gave are not finite'
       )
-    try:
+    self.finish()
+    with self._save_errors(step):
       # Not through orbax's checkpoint manager, in which a process that fails
       # and the others wait for each other.
       context = ocp.Context()
@@ -141,13 +150,40 @@ class Checkpoints:
       with context:
         if jax.process_index() == 0:
           self._make_way(step)
-        storage.write(self._path(step), state, progress)
+        self._saving = step, storage.begin(self._path(step), state, progress)
+
+  def finish(self, wait: bool = True) -> None:
+    """Finishes the save that was begun, if there is one.
+
+    Args:
+      wait: Whether to wait for it, rather than to leave it to a later call.
+
+    Raises:
+      SaveError: If it cannot be written.
+    """
+    if self._saving is None:
+      return
+    step, writing = self._saving
+    with self._save_errors(step):
+      try:
+        writing.result(None if wait else 0)
+      except TimeoutError:
+        if wait:
+          raise
+        return
       if jax.process_index() == 0:
         self._write_manifest(step)
         self._delete_old(step)
+    self._saving, self._latest = None, step
+    self._note_good()
+
+  @contextlib.contextmanager
+  def _save_errors(self, step: int) -> Iterator[None]:
+    try:
+      yield
     except Exception as error:  # orbax and its codecs raise many types.
+      self._saving = None
       raise SaveError(step, error, self._workdir) from error
-    self._latest = step
 
   def tested(self, round_index: int) -> None:
     """Records that a test was finite: what was saved before it is known good.
@@ -155,7 +191,12 @@ class Checkpoints:
     Args:
       round_index: The round after which the network was tested.
     """
-    if self._latest is None or self._latest > round_index:
+    self._tested = round_index
+    self._note_good()
+
+  def _note_good(self) -> None:
+    """Notes the newest checkpoint as known good if a test allows it."""
+    if self._latest is None or self._latest > self._tested:
       return
     self._good = self._latest
     if jax.process_index() == 0:
@@ -168,6 +209,7 @@ class Checkpoints:
     Returns:
       The round of that one; None if there is none, or none is newer.
     """
+    self.finish()
     if self._good is None or self._latest == self._good:
       return None
     if jax.process_index() == 0:

@@ -51,7 +51,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     'checkpoint_every', 'devices_per_worker',
   ):  # fmt: skip
     _at_least(field, config[field], 1)
-  for field in ('num_devices', 'min_depth'):
+  for field in ('num_devices', 'min_depth', 'workers_per_process'):
     _at_least(field, config[field], 0)
   if not 0 <= config.seed < 2**32:
     raise ConfigError(

@@ -23,6 +23,7 @@ ELASTIC = frozenset(
   {
     'protocol',
     'num_workers',
+    'workers_per_process',
     'num_devices',
     'devices_per_worker',
     'num_rounds',
@@ -59,6 +60,25 @@ def cut_chains(config: ml_collections.ConfigDict) -> dict[str, int | None]:
   if config.partition_strided:
     chains |= {models.branch_name(stage): None for stage in config.partition}
   return chains
+
+
+def for_processes(
+  config: ml_collections.ConfigDict, num_processes: int
+) -> ml_collections.ConfigDict:
+  """Returns the config with as many workers as the processes are to have.
+
+  Args:
+    config: As made by `get_config`.
+    num_processes: Number of processes of the run.
+
+  Returns:
+    A copy; `num_workers` is unchanged unless `workers_per_process` is set.
+  """
+  each = config.get('workers_per_process')
+  config = config.copy_and_resolve_references()
+  if isinstance(each, int) and each > 0:  # `validate` reports a mistake.
+    config.num_workers = each * num_processes
+  return config
 
 
 def chosen_depths(config: ml_collections.ConfigDict) -> tuple[int, ...]:

@@ -37,6 +37,12 @@ FIELDS = {
     ),
     Field('num_workers', 4, 'S: workers, each of which trains a sub-network.'),
     Field(
+      'workers_per_process',
+      0,
+      'If set, each process has so many workers, and num_workers follows the '
+      'number of processes, which may change whenever the run is resumed.',
+    ),
+    Field(
       'num_devices',
       0,
       'D * G: devices of all workers together. 0 takes as many of the devices '

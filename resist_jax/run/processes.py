@@ -22,7 +22,6 @@ import sys
 import threading
 import time
 from typing import Any, NamedTuple, NoReturn
-import warnings
 
 import jax
 
@@ -106,48 +105,6 @@ def start(
   )
   monitor.begin()
   return place.count
-
-
-def find_place(
-  coordinator: str | None, count: int | None, me: int | None
-) -> Place | None:
-  """Returns where the processes of a run meet.
-
-  Args:
-    coordinator: `HOST:PORT` of process 0. If None, JAX asks SLURM, Open MPI,
-      Kubernetes or the TPU pod.
-    count: Number of processes, if known.
-    me: Number of this process, if known.
-
-  Returns:
-    The place; None if this process is alone, as outside of all clusters.
-
-  Raises:
-    MeetingError: If a cluster does not say where its processes are.
-  """
-  if count == 1:
-    return None
-  if coordinator is not None and count is not None and me is not None:
-    return Place(coordinator, count, me)
-  from jax._src import clusters  # What `jax.distributed.initialize` asks.
-
-  try:
-    with warnings.catch_warnings():
-      # JAX warns about each cluster environment that it fails to query.
-      warnings.simplefilter('ignore')
-      found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-        coordinator, count, me, None, None, _LEAST_WAIT
-      )
-  except Exception as error:  # Each cluster raises its own.
-    raise meeting.MeetingError(
-      f'the cluster does not say where the processes of this run are '
-      f'({meeting.printable(str(error))}): set --coordinator, --num_processes '
-      'and --process_id, or --num_processes=1 for a run of one process.'
-    ) from error
-  coordinator, count, me, devices = found
-  if coordinator is None or count is None or me is None:
-    return None
-  return Place(coordinator, count, me, tuple(devices) if devices else None)
 
 
 class _Monitor:

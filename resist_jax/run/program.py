@@ -17,9 +17,10 @@ import jax
 import resist_jax
 from resist_jax import report
 from resist_jax.errors import ConfigError, NonFiniteError, WorkdirLostError
-from resist_jax.run import processes, train
+from resist_jax.run import places, processes, train
 from resist_jax.run.checkpoint import SaveError
 from resist_jax.run.command import Options
+from resist_jax.run.config import for_processes
 from resist_jax.run.interrupt import Interrupted
 from resist_jax.run.meeting import MeetingError
 
@@ -88,8 +89,8 @@ def main(options: Options) -> None:
 
 def _start(options: Options) -> None:
   """Meets the other processes, and gives CPUs virtual devices."""
-  config: Any = options.config  # A card may lack fields.
-  place = processes.find_place(
+  config: Any = options.config
+  place = places.find_place(
     options.coordinator, options.num_processes, options.process_id
   )
   patience = processes.Patience(
@@ -98,6 +99,7 @@ def _start(options: Options) -> None:
   # A process that is alone has nothing to compare, and starts sooner.
   description = _description(config) if place else {}
   count = processes.start(place, description, patience)
+  config: Any = for_processes(config, count)  # A card may lack fields.
   counts = [config.get(n, 1) for n in ('num_workers', 'devices_per_worker')]
   if config.get('num_devices'):
     counts = [config.num_devices]

@@ -32,6 +32,7 @@ from resist_jax.run import (
 from resist_jax.run import workdir as workdir_lib
 from resist_jax.run.checkpoint import Checkpoints, Restored
 from resist_jax.run.checks import validate
+from resist_jax.run.config import for_processes
 from resist_jax.run.evaluate import Evaluator
 from resist_jax.run.interrupt import Interrupt, Interrupted
 from resist_jax.run.lock import locked
@@ -99,6 +100,7 @@ def train(
   """
   started = time.perf_counter()
   folder = folders.resolve(workdir, 'workdir')
+  config = for_processes(config, jax.process_count())
   validate(config)
   config = naming(config, dataset)
   workdir_lib.check(folder, config.to_dict())
@@ -288,6 +290,7 @@ def _loop(
       log.write(progress.last)
     after = assignments_on_host(state)
     running = _Dispatched(index, phase, before, after, measured)
+    checkpoints.finish(wait=False)
 
     done = index + 1
     last = done == config.num_rounds
@@ -315,6 +318,7 @@ def _loop(
     if evaluates:
       checkpoints.tested(done)
     if signum and not last:
+      checkpoints.finish()
       raise Interrupted(
         signum,
         f'stopped after round {done} of {config.num_rounds}; the same command '
@@ -326,6 +330,7 @@ def _loop(
   if any(f'{t}_accuracy' not in progress.last for t in setup.dataset.tests):
     progress = _evaluated(progress, evaluator, state)
     checkpoints.tested(progress.round)
+  checkpoints.finish()
   return state, phase, progress
 
 

@@ -49,6 +49,7 @@ def save(tmp_path, *steps, **fields):
   for step in steps:
     progress = {'round': step, 'note': [1, 2]}
     checkpoints.save(state(step, **fields), progress)
+  checkpoints.finish()
 
 
 def restore(tmp_path, num_devices=4):
@@ -327,7 +328,7 @@ def test_a_save_that_fails_says_whether_to_try_again(
   def fail(*args, **kwargs):
     raise error
 
-  monkeypatch.setattr(ocp, 'save', fail)
+  monkeypatch.setattr(ocp, 'save_async', fail)
   monkeypatch.setattr(jax, 'process_count', lambda: count)
   with pytest.raises(SaveError, match='the checkpoint of round 2') as caught:
     save(tmp_path, 2)
@@ -373,6 +374,8 @@ def test_what_is_not_finite_is_not_saved(where, value, tmp_path):
     checkpoints.save(poisoned(where, value), {'round': 2})
   assert names(tmp_path) == {'1'}
   checkpoints.save(poisoned('nowhere', value), {'round': 2})
+  checkpoints.finish()
+  assert names(tmp_path) == {'1', '2'}
 
 
 def test_an_empty_slot_may_hold_anything(tmp_path):
@@ -382,7 +385,9 @@ def test_an_empty_slot_may_hold_anything(tmp_path):
   kernels[slots == 5] = np.nan
   chain = {'chain': {'kernel': kernels}}
   whole = whole._replace(chain=chain, assignments={'chain': Assignment(slots)})
-  Checkpoints(tmp_path, make_mesh(4)).save(whole, {'round': 1})
+  checkpoints = Checkpoints(tmp_path, make_mesh(4))
+  checkpoints.save(whole, {'round': 1})
+  checkpoints.finish()
   assert names(tmp_path) == {'1'}
 
 
@@ -394,7 +399,35 @@ def saved_and_tested(tmp_path, steps, tests):
     checkpoints.save(state(step), {'round': step, 'note': [1, 2]})
     if step in tests:
       checkpoints.tested(step)
+  checkpoints.finish()
   return checkpoints
+
+
+def test_a_save_goes_on_while_its_arrays_are_given_away(tmp_path):
+  checkpoints = Checkpoints(tmp_path, make_mesh(4))
+  spoil = jax.jit(
+    lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0
+  )
+  for step in (1, 2, 3):
+    whole = state(step)
+    checkpoints.save(whole, {'round': step, 'note': [1, 2]})
+    chain = spoil(whole.chain)
+    for _ in range(5):  # Each may write where the one before was read.
+      chain = jax.block_until_ready(spoil(chain))
+  checkpoints.finish()
+  assert_is(restore(tmp_path), 3)
+
+
+def test_a_save_that_fails_is_told_when_it_ends_and_costs_no_other(tmp_path):
+  save(tmp_path, 1)
+  checkpoints = Checkpoints(tmp_path, make_mesh(4))
+  checkpoints.save(state(2), {'round': 2, 'note': [1, 2]})
+  shutil.rmtree(tmp_path / 'digests')
+  (tmp_path / 'digests').write_text('This is a file.')
+  with pytest.raises(SaveError, match='round 2 cannot be written'):
+    checkpoints.save(state(3), {'round': 3})
+  (tmp_path / 'digests').unlink()
+  assert_is(restore(tmp_path), 2)
 
 
 def test_the_newest_known_good_one_is_kept(tmp_path):

@@ -12,7 +12,7 @@ from train_several import RUNS, WORKERS, config_of
 
 from experiments.launch import local
 from resist_jax import report
-from resist_jax.run import export, processes, train
+from resist_jax.run import export, places, processes, train
 
 
 @pytest.fixture(scope='module')
@@ -136,8 +136,8 @@ time.sleep(1000)
 
 
 def test_a_process_outside_a_cluster_is_alone():
-  assert processes.find_place(None, None, None) is None
-  assert processes.find_place(None, 1, None) is None
+  assert places.find_place(None, None, None) is None
+  assert places.find_place(None, 1, None) is None
   assert processes.start(None, {}, processes.Patience()) == 1
 
 
@@ -152,9 +152,9 @@ def test_a_cluster_says_where_its_processes_are(monkeypatch):
     'SLURM_STEP_NUM_NODES': '2',
   }.items():
     monkeypatch.setenv(name, value)
-  place = processes.find_place(None, None, None)
+  place = places.find_place(None, None, None)
   assert (place.count, place.me, place.local_devices) == (2, 1, (0,))
   assert place.coordinator.startswith('node1:')
   # Flags override it.
-  given = processes.find_place('here:7', 3, 2)
+  given = places.find_place('here:7', 3, 2)
   assert given == processes.Place('here:7', 3, 2)

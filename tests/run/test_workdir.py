@@ -129,14 +129,14 @@ def test_a_log_notices_that_its_workdir_is_lost(lose, tmp_path):
 def test_a_run_whose_workdir_is_moved_while_it_saves_says_so(
   tmp_path, monkeypatch
 ):
-  folder, write = tmp_path / 'run', storage.write
+  folder, write = tmp_path / 'run', storage.begin
 
   def move_and_write(path, state, record):
     if record['round'] == 2:
       move(folder)
-    write(path, state, record)
+    return write(path, state, record)
 
-  monkeypatch.setattr(storage, 'write', move_and_write)
+  monkeypatch.setattr(storage, 'begin', move_and_write)
   with pytest.raises(WorkdirLostError, match='since round 2'):
     train.train(tiny_config(checkpoint_every=2, eval_every=4), folder)
   assert [row['round'] for row in rows(tmp_path / 'moved')] == [1, 2]

@@ -1,0 +1,175 @@
+"""Starts the process of one host of a run whose hosts come and go.
+
+On every host, with the same words everywhere:
+
+  python -m experiments.launch.elastic --hosts=1:4 --meet=HOST0:29400 -- \
+    --config=cifar100:s4 --workdir=SHARED --config.workers_per_process=1
+
+The arguments after `--` are those of `python -m resist_jax`. PyTorch's elastic
+agent (`pip install 'resist_jax[elastic]'`) watches over the process here. When
+a host is lost, the agents of the others meet anew and start their processes
+again, which go on from the newest checkpoint; a host that comes back is taken
+in by the next such restart. `--config.checkpoint_every=1` is added, so that at
+most one round is lost.
+
+The agents meet at `--meet`. While the host of that address is away, all others
+wait for it, so choose one that does not fail, such as a login node, and start
+`python -m experiments.launch.elastic --meet=HOST0:29400 --only_meet` there.
+
+The exit code is 0 when the run is complete, 2 if the input is wrong, 75 if this
+host has failed too often, and 128 + N after signal N.
+"""
+
+import argparse
+import datetime
+import hashlib
+import logging
+import os
+import pathlib
+import signal
+import sys
+import tempfile
+import time
+from typing import NoReturn
+
+from resist_jax.run.processes import TRY_AGAIN
+
+# Seconds. The defaults wait 30 for the last host and 15 for a lost one.
+_MEETING = {
+  'last_call_timeout': 5,
+  'keep_alive_interval': 2,
+  'keep_alive_max_attempt': 4,
+  'join_timeout': 7 * 24 * 3600,
+}
+_RETRY = 5  # Seconds between two tries to reach the place to meet.
+# Earlier words have less weight than those of the user.
+_DEFAULTS = ('--config.checkpoint_every=1', '--config.faults.timeout=20')
+
+
+def main() -> None:
+  """Reads the command line, and runs the agent of this host."""
+  options = _parse()
+  os.environ['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'  # A port of our own.
+  if options.only_meet:
+    _only_meet(options.meet)
+  with tempfile.TemporaryDirectory() as folder:
+    wrong = pathlib.Path(folder) / 'wrong'
+    code = _watch(options, wrong)
+    sys.exit(2 if wrong.exists() else code)
+
+
+def _parse() -> argparse.Namespace:
+  parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+  parser.add_argument(
+    '--meet', required=True, metavar='HOST:PORT', help='where the agents meet'
+  )
+  parser.add_argument(
+    '--hosts',
+    default='1',
+    metavar='LEAST:MOST',
+    help='how many hosts the run needs, and how many it takes',
+  )
+  parser.add_argument(
+    '--processes_per_host', type=int, default=1, help='one for each GPU, say'
+  )
+  parser.add_argument(
+    '--restarts', type=int, default=100, help='failures of this host in all'
+  )
+  parser.add_argument(
+    '--name', help='name of the run, if several meet at the same address'
+  )
+  parser.add_argument(
+    '--address', help='of this host for the others; by default its name'
+  )
+  parser.add_argument(
+    '--only_meet', action='store_true', help='hold the place to meet only'
+  )
+  parser.add_argument(
+    'args', nargs='*', metavar='-- ARG', help='arguments of resist_jax'
+  )
+  options = parser.parse_args()
+  try:
+    least, _, most = options.hosts.partition(':')
+    options.least, options.most = int(least), int(most or least)
+  except ValueError:
+    parser.error(f'--hosts is {options.hosts!r}; it must be such as 1:4.')
+  if not 1 <= options.least <= options.most:
+    parser.error(f'--hosts is {options.hosts!r}; it must be such as 1:4.')
+  _, colon, port = options.meet.rpartition(':')
+  if not (colon and port.isdecimal()):
+    parser.error(f'--meet is {options.meet!r}; it must be HOST:PORT.')
+  if not (options.only_meet or options.args):
+    parser.error('the arguments of resist_jax are missing: give them after --.')
+  return options
+
+
+def _only_meet(address: str) -> NoReturn:
+  """Holds the store by which the agents find each other, until it is killed."""
+  from torch.distributed import TCPStore
+
+  host, _, port = address.rpartition(':')
+  store = TCPStore(host, int(port), is_master=True, wait_for_workers=False)
+  print(f'the agents can meet at {store.host}:{store.port}', flush=True)
+  while True:
+    signal.pause()
+
+
+def _watch(options: argparse.Namespace, wrong: pathlib.Path) -> int:
+  """Runs the agent until the run is complete; returns an exit code."""
+  from torch.distributed.elastic.multiprocessing import errors
+  from torch.distributed.elastic.multiprocessing.api import SignalException
+  from torch.distributed.elastic.rendezvous import api as rendezvous
+  from torch.distributed.launcher.api import elastic_launch
+
+  logging.getLogger('torch').setLevel(logging.ERROR)
+  launch = elastic_launch(_config(options), sys.executable)
+  child = ('-m', 'experiments.launch.elastic_worker', str(wrong))
+  while True:
+    try:
+      launch(*child, *_DEFAULTS, *options.args)
+    except errors.ChildFailedError:
+      print(
+        f'error: the process of this host has failed {options.restarts + 1} '
+        'times, see above; the same command goes on from the newest '
+        'checkpoint.',
+        file=sys.stderr,
+      )
+      return TRY_AGAIN
+    except SignalException as stop:
+      return 128 + stop.sigval
+    except rendezvous.RendezvousClosedError:
+      print('the other hosts have ended this run.', file=sys.stderr)
+      return 0
+    except (rendezvous.RendezvousError, RuntimeError) as error:
+      _say_waiting(options.meet, error)
+      time.sleep(_RETRY)
+    else:
+      return 0
+
+
+def _say_waiting(address: str, error: Exception) -> None:
+  now = datetime.datetime.now().strftime('%H:%M:%S')
+  reason = ' '.join(str(error.__cause__ or error).split())[:100]
+  print(f'{now} waiting for {address} ({reason})', file=sys.stderr, flush=True)
+
+
+def _config(options: argparse.Namespace):
+  from torch.distributed.launcher.api import LaunchConfig
+
+  # The same words on all hosts are the same run.
+  digest = hashlib.sha256('\n'.join(options.args).encode()).hexdigest()[:12]
+  return LaunchConfig(
+    min_nodes=options.least,
+    max_nodes=options.most,
+    nproc_per_node=options.processes_per_host,
+    run_id=options.name or digest,
+    rdzv_backend='c10d',
+    rdzv_endpoint=options.meet,
+    rdzv_configs=dict(_MEETING),
+    max_restarts=options.restarts,
+    local_addr=options.address,
+  )
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,56 @@
+"""One process of an elastic run, between the agent of its host and resist_jax.
+
+  python -m experiments.launch.elastic_worker WRONG ARG ...
+
+The agent starts again whatever fails. A mistake in the input would fail again,
+so after exit code 2 this process leaves the file WRONG and ends with 0. It dies
+with its agent, and resist_jax with it: a process without an agent would go on
+as a member of a group that has met anew without it.
+"""
+
+import ctypes
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+_PR_SET_PDEATHSIG = 1  # Of Linux: a signal when the parent ends.
+
+
+def die_with_parent(parent: int) -> None:
+  """Lets the kernel kill this process when its parent ends.
+
+  Args:
+    parent: Number of the process that is the parent now.
+  """
+  ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+  if os.getppid() != parent:  # It has ended already.
+    os._exit(1)
+
+
+def main() -> None:
+  """Runs resist_jax, forwards signals to it, and translates its exit code."""
+  die_with_parent(os.getppid())
+  _, wrong, *args = sys.argv
+  me = os.getpid()
+  process = subprocess.Popen(
+    [sys.executable, '-m', 'resist_jax', *args],
+    preexec_fn=lambda: die_with_parent(me),
+  )
+
+  def forward(signum, frame):
+    del frame
+    process.send_signal(signum)
+
+  for signum in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(signum, forward)
+  code = process.wait()
+  if code == 2:
+    pathlib.Path(wrong).touch()
+    code = 0
+  sys.exit(code if code >= 0 else 128 - code)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,164 @@
+"""Hosts that come and go: who starts the processes, and how many workers."""
+
+import importlib.util
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from several import LIMIT, ROOT, TINY
+
+from experiments import storm
+from experiments.launch.local import free_port
+from resist_jax import report
+from resist_jax.errors import ConfigError
+from resist_jax.run import places
+from resist_jax.run.config import for_processes, get_config
+
+torch = pytest.mark.skipif(
+  importlib.util.find_spec('torch') is None,
+  reason="needs PyTorch: pip install '.[elastic]'",
+)
+
+
+def variables(rank, count, port, here=1, **others):
+  """What torchrun gives to a process."""
+  return {
+    'TORCHELASTIC_RUN_ID': 'run',
+    'WORLD_SIZE': str(count),
+    'RANK': str(rank),
+    'LOCAL_RANK': str(rank % here),
+    'LOCAL_WORLD_SIZE': str(here),
+    'MASTER_ADDR': '127.0.0.1',
+    'MASTER_PORT': str(port),
+    **others,
+  }
+
+
+def test_processes_of_one_host_share_its_devices():
+  place = places.of_torchrun(variables(5, 8, 77, here=4))
+  assert place == places.Place('127.0.0.1:77', 8, 5, (1,))
+
+
+def test_one_process_is_alone():
+  assert places.of_torchrun(variables(0, 1, 77)) is None
+
+
+def test_a_port_that_torchrun_keeps_is_refused():
+  kept = variables(0, 2, 77, TORCHELASTIC_USE_AGENT_STORE='True')
+  with pytest.raises(ConfigError, match='TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1'):
+    places.of_torchrun(kept)
+
+
+def test_the_number_of_workers_follows_the_processes():
+  config = get_config()
+  assert for_processes(config, 3).num_workers == 4
+  config.workers_per_process = 2
+  assert for_processes(config, 3).num_workers == 6
+  assert config.num_workers == 4
+
+
+def start(folder, environment, *flags):
+  command = [sys.executable, '-m', 'resist_jax', *TINY, f'--workdir={folder}']
+  each = '--config.workers_per_process=1'
+  return subprocess.Popen(
+    [*command, each, *flags],
+    cwd=ROOT,
+    env={**os.environ, **environment},
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def workers(folder):
+  """How many workers each round had."""
+  rows = report.read_rows(folder / 'metrics.jsonl')
+  return [len(next(iter(row['slots'].values()))) for row in rows]
+
+
+@pytest.mark.faults
+def test_a_run_goes_on_with_the_workers_that_are_left(tmp_path):
+  """As torchrun starts it: three processes, then two, then one."""
+  for rounds, count in ((1, 3), (2, 2), (3, 1)):
+    port = free_port()
+    started = [
+      start(
+        tmp_path, variables(i, count, port), f'--config.num_rounds={rounds}'
+      )
+      for i in range(count)
+    ]
+    ends = [process.communicate(timeout=LIMIT)[1] for process in started]
+    assert [process.returncode for process in started] == [0] * count, ends
+  assert workers(tmp_path) == [3, 2, 1]
+
+
+def worker_command(wrong, *args):
+  module = 'experiments.launch.elastic_worker'
+  return [sys.executable, '-m', module, str(wrong), *args]
+
+
+def test_a_mistake_is_not_started_again(tmp_path):
+  command = worker_command(tmp_path / 'wrong', '--config.lr=-1', '--workdir=x')
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert (done.returncode, (tmp_path / 'wrong').exists()) == (0, True)
+  (line,) = [x for x in done.stderr.splitlines() if x.startswith('error: ')]
+  assert 'lr is -1' in line
+
+
+@pytest.mark.faults
+def test_a_process_dies_with_its_agent(tmp_path):
+  command = worker_command(
+    tmp_path / 'wrong',
+    *TINY,
+    f'--workdir={tmp_path / "run"}',
+    '--config.num_rounds=1000000',
+  )
+  agent = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+  log = tmp_path / 'run' / 'metrics.jsonl'
+  wait_until(lambda: log.exists() and log.stat().st_size)
+  agent.kill()
+  agent.wait()
+  wait_until(lambda: not running(str(tmp_path / 'run')))
+
+
+def wait_until(condition):
+  deadline = time.monotonic() + LIMIT
+  while not condition():
+    assert time.monotonic() < deadline
+    time.sleep(0.1)
+
+
+def running(word):
+  """Whether a process has the word in its command."""
+  for path in pathlib.Path('/proc').glob('[0-9]*/cmdline'):
+    try:
+      if word in path.read_text():
+        return True
+    except OSError:  # It has ended meanwhile.
+      continue
+  return False
+
+
+@torch
+@pytest.mark.faults
+def test_a_lost_host_is_done_without_and_taken_in_again(tmp_path, monkeypatch):
+  monkeypatch.setattr(storm, 'HOSTS', 2)
+  args = [*TINY, '--config.workers_per_process=1', '--config.num_rounds=100000']
+  run = storm.Run(tmp_path, [*args, f'--workdir={tmp_path / "run"}'])
+
+  def count():
+    found = workers(tmp_path / 'run')
+    return found[-1] if found else 0
+
+  try:
+    wait_until(lambda: count() == 2)
+    run.hosts[1].signal(signal.SIGKILL)
+    wait_until(lambda: count() == 1)
+    run.hosts[1].launcher.wait()
+    run.hosts[1].start()
+    wait_until(lambda: count() == 2)
+  finally:
+    run.end()
