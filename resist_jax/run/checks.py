@@ -97,7 +97,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   extra = config.data.extra_tests
   if len(set(extra)) < len(extra) or not all(isinstance(x, str) for x in extra):
     raise ConfigError(
-      f'data.extra_tests is {extra}; it must name TFDS sets, each once.'
+      f'data.extra_tests is {extra}; it must name sets, each once.'
     )
   drops = config.optimizer.drops
   shares = [x for x in drops if isinstance(x, int | float) and 0 < x < 1]
