@@ -207,7 +207,7 @@ def assemble(
     trained = trained.take(index)
     if not len(trained):
       raise ConfigError(
-        f'data.validation is {validation}, which leaves no image of {name!r} '
+        f'data.validation is {validation}, which leaves no image of {source.name!r} '
         'to train on: lower it.'
       )
   for split in (trained, *tests.values()):
