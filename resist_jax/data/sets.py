@@ -207,8 +207,8 @@ def assemble(
     trained = trained.take(index)
     if not len(trained):
       raise ConfigError(
-        f'data.validation is {validation}, which leaves no image of {source.name!r} '
-        'to train on: lower it.'
+        f'data.validation is {validation}, which leaves no image of '
+        f'{source.name!r} to train on: lower it.'
       )
   for split in (trained, *tests.values()):
     if not len(split):
