@@ -23,6 +23,7 @@ from experiments import (
   slow_report,
   table2,
   table3,
+  tfds_catalog,
 )
 from experiments.experiment import Results, machine, of_runs
 from experiments.runs import RESULTS
@@ -116,6 +117,7 @@ def sections(with_figures: bool = False) -> Iterator[Section]:
     ('Workers of unequal speed', list(_unequal())),
     ('Memory', list(_memory())),
     ('Speed', [*_benches(), *_peer()]),
+    ('Sets of the TFDS catalog', list(_catalog())),
   ):
     if tables:
       yield Section(title, tables)
@@ -336,6 +338,11 @@ def _memory() -> Iterator[Table]:
     head = ['whole chain', 'budget', 'most held', 'parameters held']
     row = [f'{r[name] / 2**20:.0f}' for name in names]
     yield Table(caption, 'python -m experiments.memory', head, [row])
+
+
+def _catalog() -> Iterator[Table]:
+  for record in _load('tfds_catalog/*.json'):
+    yield from tfds_catalog.tables(record)
 
 
 def _benches() -> Iterator[Table]:

@@ -259,6 +259,7 @@ def main() -> int:
   parser.add_argument('--gap', type=float, default=40, help='mean seconds')
   parser.add_argument('--rounds', type=int, default=150, help='of the run')
   parser.add_argument('--calm', action='store_true', help='without a storm')
+  parser.add_argument('--folder', help='where outputs stay; else they do not')
   options = parser.parse_args()
   args = [
     '--config=digits:smoke', '--config.model.name=PreActResNet18',
@@ -269,8 +270,11 @@ def main() -> int:
     '--config.workers_per_process=1', '--config.faults.timeout=10',
     f'--config.num_rounds={options.rounds}',
   ]  # fmt: skip
-  with tempfile.TemporaryDirectory() as name:
-    folder = pathlib.Path(name)
+  with contextlib.ExitStack() as stack:
+    folder = pathlib.Path(
+      options.folder or stack.enter_context(tempfile.TemporaryDirectory())
+    ).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder / 'cache'))
     os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
     run = Run(folder, [*args, f'--workdir={folder / "run"}'])

@@ -25,6 +25,9 @@ ARROWS = {
     'data', 'report',
   },
   '__main__': {'run'},
+  'evaluate': {'run'},
+  'export': {'run'},
+  'predict': {'run'},
 }  # fmt: skip
 
 

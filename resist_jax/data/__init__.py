@@ -5,6 +5,9 @@ trains on the same images.
 """
 
 from resist_jax.data.augmentation import Augmentation, augment, choose
+from resist_jax.data.folder_source import listed as listed_files
+from resist_jax.data.folder_source import read as read_files
+from resist_jax.data.given import from_arrays, from_source
 from resist_jax.data.held_out import hold_out
 from resist_jax.data.pipeline import Resident, Stream
 from resist_jax.data.sets import (
@@ -12,11 +15,15 @@ from resist_jax.data.sets import (
   Split,
   batch_indices,
   load,
+  load_test,
   normalise,
 )
+from resist_jax.data.sources import GIVEN
+from resist_jax.data.sources import key as test_key
 from resist_jax.data.streaming import StreamedImages
 
 __all__ = [
+  'GIVEN',
   'Augmentation',
   'Dataset',
   'Resident',
@@ -26,7 +33,13 @@ __all__ = [
   'augment',
   'batch_indices',
   'choose',
+  'from_arrays',
+  'from_source',
   'hold_out',
+  'listed_files',
   'load',
+  'load_test',
   'normalise',
+  'read_files',
+  'test_key',
 ]

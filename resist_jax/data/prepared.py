@@ -1,14 +1,28 @@
 """A data set that is ready to be read: its splits, and which to use."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-from typing import Any, NamedTuple
+import types
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from resist_jax.errors import ConfigError, one_line
 
+PREPARE_AGAIN = 'prepare the set again'  # TFDS then writes its files anew.
 _LOOKED_AT = 32  # Examples of a split that show whether it has labels.
+
+
+class Source(Protocol):
+  """Examples with random access, as grain and PyTorch read them."""
+
+  def __len__(self) -> int:
+    """Returns how many there are."""
+    ...
+
+  def __getitem__(self, number: Any, /) -> Any:
+    """Reads one of them."""
+    ...
 
 
 class Part(NamedTuple):
@@ -35,11 +49,13 @@ class Examples:
       image is the content of an image file, or `uint8[H, W, C]` if the data set
       stores pixels. A label below 0 is none.
     parts: Where they lie, in order.
+    remedy: What to do about an example that cannot be read.
   """
 
   name: str
-  source: Sequence[Any]
+  source: Source
   parts: Sequence[Part]
+  remedy: str = PREPARE_AGAIN
 
   def __len__(self) -> int:
     return len(self.source)
@@ -61,7 +77,7 @@ class Examples:
     except Exception as error:  # Readers raise many types.
       raise ConfigError(
         f'image {number} of {self.name} cannot be read from '
-        f'{self._file(number)} ({one_line(error)}): prepare the set again.'
+        f'{self._file(number)} ({one_line(error)}): {self.remedy}.'
       ) from error
 
   def _file(self, number: int) -> str:
@@ -104,11 +120,14 @@ class Prepared:
 
   Attributes:
     name: The name under which it was requested.
-    kind: Its name in the catalog, without config and version.
+    kind: Its name in the catalog, without config and version, or that of its
+      folder or file.
     image_shape: `(H, W, C)`; H and W are None if images differ in size.
     class_names: The name of each label.
     splits: Names of its splits.
     open: Returns the examples of a split, or of a part of one.
+    fitted: Whether images of another size are cut and resized to that of the
+      training images, where the set is an extra test.
   """
 
   name: str
@@ -117,6 +136,7 @@ class Prepared:
   class_names: tuple[str, ...]
   splits: Sequence[str]
   open: Callable[[str], Examples]
+  fitted: bool = False
 
   def train_and_test(
     self, train: str = '', test: str = ''
@@ -211,3 +231,63 @@ class Prepared:
     return len(ours) == len(theirs) and (
       ours == theirs or numbers in (ours, theirs)
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+  """Some examples of splits, as a source.
+
+  Attributes:
+    splits: All examples, by split.
+    places: The split of each example, and its position there.
+  """
+
+  splits: Mapping[str, Source]
+  places: Sequence[tuple[str, int]]
+
+  def __len__(self) -> int:
+    return len(self.places)
+
+  def __getitem__(self, position):
+    """Reads an example."""
+    split, number = self.places[position]
+    return self.splits[split][number]
+
+
+def opener(
+  name: str, splits: Mapping[str, Source], remedy: str
+) -> Callable[[str], Examples]:
+  """Returns what opens the splits of a set, and parts of them.
+
+  Args:
+    name: Name of the set, for messages.
+    splits: The examples of each split, see `Examples.source`.
+    remedy: See `Examples.remedy`.
+  """
+
+  def open_split(split: str) -> Examples:
+    title = f'{name}, split {split}'
+    if split in splits:
+      parts = [Part(f'{name}, {split}', 0, len(splits[split]))]
+      return Examples(title, splits[split], parts, remedy)
+    ranges = _ranges({key: len(whole) for key, whole in splits.items()}, split)
+    places = [(key, number) for key, chosen in ranges for number in chosen]
+    parts = [Part(f'{name}, {k}', c.start, len(c)) for k, c in ranges]
+    return Examples(title, Chosen(splits, places), parts, remedy)
+
+  return open_split
+
+
+def _ranges(sizes: Mapping[str, int], spec: str) -> list[tuple[str, range]]:
+  """Returns what a text such as train[:80%] means, as TFDS reads it."""
+  import tensorflow_datasets as tfds  # Slow to import, and seldom needed.
+
+  infos = {
+    split: types.SimpleNamespace(num_examples=size)
+    for split, size in sizes.items()
+  }
+  read = tfds.core.ReadInstruction.from_spec(spec).to_absolute(infos)
+  return [
+    (part.splitname, range(sizes[part.splitname])[part.from_ : part.to])
+    for part in read
+  ]

@@ -5,25 +5,23 @@ streams from its files. `batch_indices` is a pure function of (seed, round,
 worker, step), so a resumed run trains on the same batches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
-import importlib.util
 import math
-import pathlib
-import re
+from types import MappingProxyType
 from typing import Any, NamedTuple
-import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resist_jax.data import tfds_source
-from resist_jax.data.held_out import hold_out, random_parts, stratified
-from resist_jax.data.prepared import Examples, Part, Prepared
+from resist_jax.data import sources
+from resist_jax.data.array_source import Arrays
+from resist_jax.data.held_out import hold_out, random_parts
+from resist_jax.data.prepared import Examples, Prepared, opener
 from resist_jax.data.streaming import Records, StreamedImages, StreamedLabels
-from resist_jax.errors import ConfigError, one_line
+from resist_jax.errors import ConfigError
 
 MAX_BYTES_IN_MEMORY = 8 * 2**30  # CIFAR takes 0.15 GiB.
 MOMENTS_IMAGES = 2000  # Sampled for mean and deviation of a large set.
@@ -61,7 +59,8 @@ class Dataset:
   """An image classification data set.
 
   Attributes:
-    name: Its name in the catalog, without config and version.
+    name: Its name in the catalog, without config and version, or that of its
+      folder or file.
     train: The training split.
     tests: Splits to evaluate on, by name: `test`, `validation` if a part of
       the training set is held out, and the requested extra test sets.
@@ -90,6 +89,12 @@ class Dataset:
     """Whether images are read from files instead of memory."""
     return isinstance(self.train.images, StreamedImages)
 
+  @property
+  def resized(self) -> bool:
+    """Whether images are cut and resized while they are read."""
+    images = self.train.images
+    return isinstance(images, StreamedImages) and images.resized
+
 
 @functools.lru_cache(maxsize=1)  # Experiments train many times in one process.
 def load(
@@ -109,8 +114,8 @@ def load(
 
   Args:
     name: `digits` (scikit-learn's 1,797 handwritten digits, 8x8, of which a
-      fixed fifth is the test split) or the name of a TFDS image classification
-      data set.
+      fixed fifth is the test split), the path of a folder of images or of a
+      file `*.npz`, or the name of a TFDS image classification data set.
     data_dir: The folder of prepared TFDS data sets, in which `~` and `$NAME`
       are filled in; empty for TFDS's default.
     validation: Share of the training set to hold out, at least 0 and below 1.
@@ -124,8 +129,8 @@ def load(
     image_size: Height and width of resized images, in pixels.
     resize: Whether to resize images that all have one size; images that differ
       in size are always resized.
-    extra_tests: Names of TFDS data sets with the same classes, to evaluate on
-      as well.
+    extra_tests: Names of data sets with the same classes, to evaluate on as
+      well.
     copies: How many copies of images in memory the host would keep, its own
       one included: virtual devices of a CPU have a copy each.
 
@@ -137,10 +142,55 @@ def load(
       damaged, or is not prepared and cannot be prepared here, or if it does not
       fit the other arguments.
   """
-  source = _digits() if name == 'digits' else tfds_source.find(name, data_dir)
-  train, test = source.train_and_test(train_split, test_split)
-  form = _form(source, len(train) + len(test or ()), resize, image_size)
-  streamed = _streams(name, form, streaming, copies)
+  source = sources.find(name, data_dir)
+  extra: dict[str, Prepared] = {}
+  for other in extra_tests:
+    key = sources.key(other)
+    if key in (*extra, 'train', 'test', 'validation'):
+      raise ConfigError(
+        f'data.extra_tests names {other!r}, but there is another test that is '
+        f'called {key}: remove one.'
+      )
+    extra[key] = sources.find(other, data_dir, source.class_names)
+  splits = source.train_and_test(train_split, test_split)
+  reading = Reading(streaming, image_size, resize, copies)
+  return assemble(source, splits, reading, validation, extra)
+
+
+class Reading(NamedTuple):
+  """How images are read; see `load`."""
+
+  streaming: str = 'auto'
+  image_size: int = 224
+  resize: bool = False
+  copies: int = 1
+
+
+def assemble(
+  source: Prepared,
+  splits: tuple[Examples, Examples | None],
+  reading: Reading,
+  validation: float = 0.0,
+  extra_tests: Mapping[str, Prepared] = MappingProxyType({}),
+) -> Dataset:
+  """Reads the splits of a data set, or opens them for streaming.
+
+  Args:
+    source: The data set.
+    splits: What to train and to test on; see `Prepared.train_and_test`.
+    reading: How images are read.
+    validation: See `load`.
+    extra_tests: Further sets to test on, by the name of the test.
+
+  Returns:
+    The data set, with the mean and deviation of its training images.
+
+  Raises:
+    ConfigError: If something in it does not fit.
+  """
+  train, test = splits
+  form = _form(source, len(train) + len(test or ()), reading)
+  streamed = _streams(source.name, form, reading)
   trained = _split(train, source, form, streamed)
   if test is None:
     index, others = hold_out(trained.labels[:])
@@ -148,24 +198,47 @@ def load(
     trained = trained.take(index)
   else:
     tests = {'test': _split(test, source, form, streamed)}
-  for other in extra_tests:
-    key = re.sub('[^a-z0-9]+', '_', other.lower())
-    if key in (*tests, 'train', 'validation'):
-      raise ConfigError(
-        f'data.extra_tests names {other!r}, but there is another test that is '
-        f'called {key}: remove one.'
-      )
-    extra = _extra_test(other, data_dir, source, form)
-    tests[key] = _split(extra, source, form, streamed)
+  for key, extra in extra_tests.items():
+    examples = _extra_test(extra, source, form)
+    tests[key] = _split(examples, extra, form, streamed)
   if validation:
     index, others = random_parts(len(trained), validation)
     tests['validation'] = trained.take(others)
     trained = trained.take(index)
   for split in (trained, *tests.values()):
     if not len(split):
-      raise ConfigError(f'data set {name!r} has an empty split.')
+      raise ConfigError(f'data set {source.name!r} has an empty split.')
   mean, std = _moments(_sample(trained.images, form))
   return Dataset(source.kind, trained, tests, source.class_names, mean, std)
+
+
+def load_test(
+  name: str,
+  class_names: Sequence[str],
+  image_shape: tuple[int, ...],
+  resized: bool,
+  data_dir: str = '',
+) -> Split:
+  """Opens a data set to test a trained network on.
+
+  Args:
+    name: See `load`; of a folder or a file with one split, all images count.
+    class_names: The classes that the network knows.
+    image_shape: `(H, W, C)` of the images that it was trained on.
+    resized: Whether these were cut and resized to that shape.
+    data_dir: See `load`.
+
+  Returns:
+    The images, which are read when they are indexed.
+
+  Raises:
+    ConfigError: If there is no such set, or it does not fit the network.
+  """
+  names = tuple(class_names)
+  trained = Prepared('the run', '', image_shape, names, (), opener('', {}, ''))
+  source = sources.find(name, data_dir, names)
+  form = _Form(image_shape, 'are resized' if resized else '', 0)
+  return _split(_extra_test(source, trained, form), source, form, True)
 
 
 class _Form(NamedTuple):
@@ -182,19 +255,23 @@ class _Form(NamedTuple):
   num_bytes: int
 
 
-def _form(
-  source: Prepared, num_images: int, resize: bool, image_size: int
-) -> _Form:
+def _form(source: Prepared, num_images: int, reading: Reading) -> _Form:
   """Decides what the images of a data set become."""
   shape: Any = source.image_shape
-  if resize or None in shape:
-    reason = 'differ in size' if None in shape else 'are resized'
+  image_size = reading.image_size
+  reason = 'are resized' if reading.resize else ''
+  if None in shape:
+    reason = 'differ in size'
+  elif source.fitted and max(shape[:2]) > image_size:
+    reason = f'have more than {image_size} pixels a side'
+  if reason:
     return _Form((image_size, image_size, shape[2]), reason, 0)
   return _Form(shape, '', num_images * math.prod(shape))
 
 
-def _streams(name: str, form: _Form, streaming: str, copies: int) -> bool:
+def _streams(name: str, form: _Form, reading: Reading) -> bool:
   """Decides whether images stay in their files."""
+  streaming, copies = reading.streaming, reading.copies
   num_bytes = form.num_bytes * copies
   fits = not form.reason and num_bytes <= MAX_BYTES_IN_MEMORY
   if streaming != 'never' or fits:
@@ -214,45 +291,6 @@ def _streams(name: str, form: _Form, streaming: str, copies: int) -> bool:
   )
 
 
-def _digits() -> tfds_source.Prepared:
-  """Reads scikit-learn's digits without importing it, which takes seconds."""
-  package = importlib.util.find_spec('sklearn')
-  if package is None or package.origin is None:
-    raise ConfigError(
-      "data set 'digits' comes with scikit-learn, which is not installed: pip "
-      'install scikit-learn.'
-    )
-  path = pathlib.Path(package.origin).parent / 'datasets/data/digits.csv.gz'
-  try:
-    table = np.loadtxt(path, delimiter=',')
-  except (OSError, ValueError, EOFError, zlib.error) as error:
-    raise ConfigError(
-      f"data set 'digits' cannot be read from {path} ({one_line(error)}): pip "
-      'install --force-reinstall scikit-learn.'
-    ) from error
-  images = np.round(table[:, :-1] * (255 / 16)).astype(np.uint8)
-  images, labels = images.reshape(-1, 8, 8, 1), table[:, -1].astype(np.int64)
-  parts = zip(('train', 'test'), stratified(labels, 360), strict=True)
-  splits = {
-    split: [{'image': images[i], 'label': labels[i]} for i in index]
-    for split, index in parts
-  }
-
-  def open_split(split: str) -> Examples:
-    if split not in splits:
-      raise ConfigError(
-        f"data set 'digits' has no split {split!r}: leave data.train_split and "
-        'data.test_split empty.'
-      )
-    examples = splits[split]
-    part = Part(split, 0, len(examples))
-    return Examples(f'digits, split {split}', examples, [part])
-
-  names = tuple(map(str, range(10)))
-  shape = images.shape[1:]
-  return Prepared('digits', 'digits', shape, names, tuple(splits), open_split)
-
-
 def _split(
   examples: Examples, source: Prepared, form: _Form, streamed: bool
 ) -> Split:
@@ -260,33 +298,36 @@ def _split(
   records = Records(examples.name, examples, len(source.class_names))
   numbers = np.arange(len(examples), dtype=np.int32)
   height, width, channels = form.shape
-  images = StreamedImages(
-    records, numbers, (height, width, channels), bool(form.reason)
-  )
+  resized = bool(form.reason) or source.image_shape[:2] != form.shape[:2]
+  images = StreamedImages(records, numbers, (height, width, channels), resized)
+  arrays = examples.source
+  ready = not (resized or streamed) and isinstance(arrays, Arrays)
+  if ready and arrays.images.shape[1:] == form.shape:
+    return Split(arrays.images, arrays.labels)
   split = Split(images, StreamedLabels(records, numbers))
   return split if streamed else split.in_memory()
 
 
-def _extra_test(
-  name: str, data_dir: str, trained: Prepared, form: _Form
-) -> Examples:
+def _extra_test(source: Prepared, trained: Prepared, form: _Form) -> Examples:
   """Opens a test set with the classes and image shape of the training set."""
-  remedy = 'remove it from data.extra_tests'
-  source = tfds_source.find(name, data_dir)
+  remedy, name = 'test on another set', source.name
   if not source.same_classes(trained):
     raise ConfigError(
-      f'data.extra_tests names {name!r}, whose {len(source.class_names)} '
-      f'classes are not the {len(trained.class_names)} classes of '
-      f'{trained.name!r}: {remedy}.'
+      f'the test is on {name!r}, whose {len(source.class_names)} classes are '
+      f'not the {len(trained.class_names)} classes of {trained.name!r}: '
+      f'{remedy}.'
     )
+  any_size = form.reason or None in source.image_shape
   if source.image_shape != trained.image_shape and not (
-    form.reason and source.image_shape[2] == form.shape[2]
+    source.fitted or (any_size and source.image_shape[2] == form.shape[2])
   ):
     raise ConfigError(
-      f'data.extra_tests names {name!r}, whose images have the shape '
+      f'the test is on {name!r}, whose images have the shape '
       f'{source.image_shape}, but those of {trained.name!r} have '
       f'{trained.image_shape}: {remedy}.'
     )
+  if source.fitted and set(source.splits) == {'train'}:  # All of it.
+    return source.open('train')
   return source.find_test(remedy)
 
 

@@ -1,6 +1,6 @@
 """Images and labels that are read from their files when they are indexed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import io
@@ -9,9 +9,9 @@ import os
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from resist_jax.data.prepared import Examples
+from resist_jax.data.prepared import PREPARE_AGAIN, Source
 from resist_jax.errors import ConfigError, one_line
 
 MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # Pillow's mode by number of channels.
@@ -40,21 +40,21 @@ class Records:
   Attributes:
     name: Name of the data set and split, for messages.
     num_classes: Number of classes; labels run from 0 to `num_classes - 1`.
+    remedy: What to do about an image that cannot be used.
   """
 
-  def __init__(
-    self, name: str, source: Sequence[Any] | Examples, num_classes: int
-  ):
+  def __init__(self, name: str, source: Source, num_classes: int):
     """Wraps a random-access source of examples.
 
     Args:
       name: Name of the data set and split, for messages.
-      source: Examples as dictionaries with the keys `label` and `image`; an
-        image is the content of an image file, or `uint8[H, W, C]`.
+      source: Examples as dictionaries with the keys `label` and `image`, see
+        `as_image`.
       num_classes: Number of classes; labels run from 0 to `num_classes - 1`.
     """
     self.name, self.num_classes = name, num_classes
     self._source = source
+    self.remedy = getattr(source, 'remedy', PREPARE_AGAIN)
     self._labels = np.full(len(source), -1, np.int32)  # -1: not read yet.
 
   def __len__(self) -> int:
@@ -77,7 +77,7 @@ class Records:
     if not isinstance(label, int | np.integer):
       raise ConfigError(
         f'image {number} of {self.name} has {label!r} in the place of a label: '
-        'prepare the set again.'
+        f'{self.remedy}.'
       )
     if label == -1:
       raise ConfigError(
@@ -89,7 +89,7 @@ class Records:
       raise ConfigError(
         f'image {number} of {self.name} has the label {label}, but the set '
         f'declares {self.num_classes} classes, 0 to {self.num_classes - 1}: '
-        'prepare it again.'
+        f'{self.remedy}.'
       )
     self._labels[number] = label
     return example
@@ -181,17 +181,16 @@ class StreamedImages:
     elif image.size != (width, height):
       raise ConfigError(
         f'image {number} of {self.records.name} has {image.height}x'
-        f'{image.width} pixels, not {height}x{width}: prepare the set again.'
+        f'{image.width} pixels, not {height}x{width}: {self.records.remedy}.'
       )
     pixels = np.asarray(image).reshape(self.image_shape)
     return pixels, np.int32(record['label'])
 
   def _decode(self, number: int, record: dict[str, Any]) -> Image.Image:
-    raw, mode = record['image'], MODES[self.image_shape[2]]
-    if isinstance(raw, np.ndarray):
-      return Image.fromarray(raw.squeeze(-1) if raw.shape[-1] == 1 else raw)
+    mode = MODES[self.image_shape[2]]
     try:
-      with Image.open(io.BytesIO(raw)) as image:
+      with as_image(record['image']) as image:
+        ImageOps.exif_transpose(image, in_place=True)
         return _eight_bits(image).convert(mode)
     except Exception as error:  # Each format raises types of its own.
       file = next(filter(None, map(record.get, _FILE_NAMES)), '')
@@ -200,8 +199,23 @@ class StreamedImages:
       reason = one_line(error)
       raise ConfigError(
         f'image {number} of {self.records.name}{file and f" ({file})"} cannot '
-        f'be decoded ({reason}): mend or remove it, and prepare the set again.'
+        f'be decoded ({reason}): mend or remove it, and {self.records.remedy}.'
       ) from error
+
+
+def as_image(given: Any) -> Image.Image:
+  """Opens an image.
+
+  Args:
+    given: The content of an image file, `uint8[H, W]`, `uint8[H, W, C]`, or an
+      image of Pillow, of which an upright copy is made.
+  """
+  if isinstance(given, Image.Image):
+    return ImageOps.exif_transpose(given)
+  if isinstance(given, np.ndarray):
+    grey = given.ndim == 3 and given.shape[-1] == 1
+    return Image.fromarray(given.squeeze(-1) if grey else given)
+  return Image.open(io.BytesIO(given))
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -49,12 +49,8 @@ def find(name: str, data_dir: str = '') -> Prepared:
     ConfigError: If the data set is unknown, does not hold labelled images, is
       damaged, or is not prepared and cannot be prepared here.
   """
-  # Imported here because it is slow, and the digits do not need it.
-  import tensorflow_datasets as tfds
-
-  given = folder_of_sets(data_dir or os.environ.get('TFDS_DATA_DIR', ''))
-  where = given or os.path.expanduser(tfds.core.constants.DATA_DIR)
-  builder = _builder(name, given, where)
+  where = _where(data_dir)
+  builder = _builder(name, _given(data_dir), where)
   features = builder.info.features
   _check_features(name, features)
   if not builder.is_prepared():
@@ -67,6 +63,36 @@ def find(name: str, data_dir: str = '') -> Prepared:
     tuple(builder.info.splits),
     lambda split: _open(name, builder, split),
   )
+
+
+@_quiet()
+def knows(name: str, data_dir: str = '') -> bool:
+  """Returns whether a name is one of the TFDS catalog, or of a prepared set.
+
+  Args:
+    name: Any name.
+    data_dir: See `find`.
+  """
+  # Imported here because it is slow, and the digits do not need it.
+  import tensorflow_datasets as tfds
+
+  if not re.fullmatch(_NAME, name):
+    return False
+  kind = re.split('[/:]', name)[0]
+  listed = tfds.list_builders(with_community_datasets=False)
+  return kind in listed or bool(_on_disk(name, _where(data_dir)))
+
+
+def _where(data_dir: str) -> str:
+  """Returns the folder in which prepared sets are."""
+  import tensorflow_datasets as tfds
+
+  default = os.path.expanduser(tfds.core.constants.DATA_DIR)
+  return _given(data_dir) or default
+
+
+def _given(data_dir: str) -> str:
+  return folder_of_sets(data_dir or os.environ.get('TFDS_DATA_DIR', ''))
 
 
 def folder_of_sets(data_dir: str) -> str:
@@ -116,8 +142,9 @@ def _builder(name: str, given: str, where: str) -> Any:
 
   if not re.fullmatch(_NAME, name):
     raise ConfigError(
-      f'{name!r} is no name of a data set: give digits, or NAME, NAME/CONFIG, '
-      'NAME:VERSION or NAME/CONFIG:VERSION as in the TFDS catalog.'
+      f'{name!r} is no name of a data set: give digits, the path of a folder '
+      'of images or of a file *.npz, or NAME, NAME/CONFIG, NAME:VERSION or '
+      'NAME/CONFIG:VERSION as in the TFDS catalog.'
     )
   data_dir = given or None
   try:
@@ -150,8 +177,9 @@ def _refusal(error: Exception, name: str, where: str) -> str:
     if there:
       return f'there is no data set {name!r}, but {holds}: ask for that.'
     return (
-      f'unknown data set {name!r}, and {holds}: use digits, or a name from the '
-      'TFDS catalog such as cifar10, cifar100, svhn_cropped or fashion_mnist.'
+      f'unknown data set {name!r}, and {holds}: use digits, a name from the '
+      'TFDS catalog such as cifar10, cifar100, svhn_cropped or fashion_mnist, '
+      'or the path of a folder of images.'
     )
   # TFDS puts all arguments before the message of the error itself.
   reason = ' '.join(str(error).split()).split('}": ')[-1][:200]

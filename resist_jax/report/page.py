@@ -30,6 +30,8 @@ from resist_jax.report.records import (
 # cell becomes a dash if the summary lacks one of its fields.
 TABLE = (
   ('data', '{dataset}'),
+  ('classes', '{classes_text}'),
+  ('pixels, channels', '{image_text}'),
   ('model', '{model}'),
   ('protocol', '{protocol}'),
   ('workers', '{num_workers}'),
@@ -61,6 +63,7 @@ PROVENANCE = (
   ('seconds, with tests', '{seconds_total:,.1f}'),
   ('versions', '{versions_text}'),
 )
+_NAMES = 10  # Classes that a table names.
 _HOW = ('as deployed', 'as in paper')  # For each of `ACCURACIES`.
 NOTE = """As deployed: with fixed norm statistics, measured for the global model
 after training. As in the paper: with the statistics of each test batch.
@@ -89,7 +92,7 @@ def _rows(
   readable = []
   for summary in summaries:
     fields: dict[str, Any] = {'of_rounds': '', **summary}
-    fields |= _memory(fields.get('memory_per_device'))
+    fields |= _memory(fields.get('memory_per_device')) | _images(fields)
     for name in ('bytes_total', 'bytes_per_round', 'wire_bytes_per_round',
                  'parameter_memory', 'peak_memory'):  # fmt: skip
       count = fields.get(name)
@@ -122,6 +125,20 @@ def _memory(memory: Any) -> dict[str, int]:
     return {'parameter_memory': parameters, 'peak_memory': max(peaks)}
   except (AttributeError, KeyError, TypeError, ValueError):
     return {}
+
+
+def _images(fields: Summary) -> dict[str, str]:
+  """Returns what the images show, and their shape, where that is known."""
+  names, shape = fields.get('class_names'), fields.get('image_shape')
+  texts = {}
+  if isinstance(names, list) and names:
+    more = ', …' if names[_NAMES:] else ''
+    texts['classes_text'] = (
+      f'{len(names):,}: {", ".join(map(str, names[:_NAMES]))}{more}'
+    )
+  if isinstance(shape, list) and len(shape) == 3:
+    texts['image_text'] = '{} x {}, {}'.format(*shape)
+  return texts
 
 
 def _cell(form: str, fields: Summary) -> str:

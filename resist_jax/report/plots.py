@@ -350,6 +350,74 @@ def _worker_legend(
   _legend(figure, patches, names, ncols=min(len(names), 4), fontsize=8)
 
 
+def depth_figure(measured: Sequence[Mapping[str, Any]], test: str) -> Figure:
+  """Draws accuracy against the blocks that a network keeps.
+
+  Args:
+    measured: Networks: `order` (`first` or `random`), `blocks`, and the fields
+      `TEST_accuracy` and `TEST_accuracy_paper`, of which one may be missing.
+    test: Name of the test.
+
+  Returns:
+    A figure. Random choices are shown by their mean, and a band from the lowest
+    to the highest.
+  """
+  figure = Figure(figsize=(6.4, 4.2), layout='constrained')
+  axes = figure.add_subplot()
+  orders = ('first', 'random')
+  for order, colour in zip(orders, colours(len(orders)), strict=True):
+    for metric, how, style in CURVES:
+      name = metric.replace('test', test, 1)
+      found: dict[int, list[float]] = {}
+      for row in measured:
+        if row['order'] == order and name in row:
+          found.setdefault(row['blocks'], []).append(100 * row[name])
+      if found:
+        depths = sorted(found)
+        means = [sum(found[k]) / len(found[k]) for k in depths]
+        label = f'{order} blocks, {how.split(",")[0].split(" (")[0]}'
+        axes.plot(depths, means, color=colour, label=label, **style)
+        low, high = ([f(found[k]) for k in depths] for f in (min, max))
+        axes.fill_between(depths, low, high, color=colour, alpha=0.15, lw=0)
+  axes.set(xlabel='blocks kept', ylabel=f'accuracy on {test} (%)')
+  axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+  style_axes(axes)
+  figure.legend(loc='outside lower center', ncols=2, fontsize='small')
+  return figure
+
+
+def confusion_figure(
+  counts: Sequence[Sequence[int]], class_names: Sequence[str]
+) -> Figure:
+  """Draws which classes are taken for which.
+
+  Args:
+    counts: A row for each class, a column for what it was taken for.
+    class_names: Name of each class.
+
+  Returns:
+    A figure whose rows are shares of a class. Numbers stand in it for up to 12
+    classes, and names beside it for up to 40.
+  """
+  table = np.asarray(counts, float)
+  shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
+  n = len(class_names)
+  side = 3.5 + 0.3 * min(n, 20)
+  figure = Figure(figsize=(side, side), layout='constrained')
+  axes = figure.add_subplot()
+  axes.imshow(shares, cmap='Blues', vmin=0, vmax=1)
+  axes.set(xlabel='taken for', ylabel='is')
+  if n <= 40:
+    axes.set_xticks(range(n), class_names, rotation=90, fontsize='small')
+    axes.set_yticks(range(n), class_names, fontsize='small')
+  for row, column in np.ndindex(n, n) if n <= 12 else ():
+    colour = 'white' if shares[row, column] > 0.5 else 'black'
+    text = f'{int(table[row, column])}'
+    place = {'ha': 'center', 'va': 'center', 'fontsize': 'small'}
+    axes.text(column, row, text, color=colour, **place)
+  return figure
+
+
 def render_png(figure: Figure) -> bytes:
   """Returns a figure as a PNG file.
 

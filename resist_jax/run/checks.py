@@ -80,7 +80,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   extra = config.data.extra_tests
   if len(set(extra)) < len(extra) or not all(isinstance(x, str) for x in extra):
     raise ConfigError(
-      f'data.extra_tests is {extra}; it must name TFDS sets, each once.'
+      f'data.extra_tests is {extra}; it must name sets, each once.'
     )
   drops = config.optimizer.drops
   if not all(0 < drop < 1 for drop in drops) or list(drops) != sorted(drops):

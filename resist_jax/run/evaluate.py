@@ -75,7 +75,7 @@ class Results(NamedTuple):
 class Forward(Protocol):
   """Applies the global network that workers hold."""
 
-  def gather(self, state: State) -> tuple[Any, int]:
+  def gather(self, state: Any) -> tuple[Any, int]:
     """Returns what `apply` needs of a state, and the bytes sent for it."""
     ...
 
@@ -121,6 +121,7 @@ class Evaluator:
     num_devices: D * G.
     batch_size: Images in a test batch, whose statistics the paper uses.
     statistics_images: Training images to measure fixed statistics over.
+    fixed: Fixed statistics that were measured before; None to measure them.
   """
 
   forward: Forward
@@ -128,6 +129,7 @@ class Evaluator:
   num_devices: int
   batch_size: int = 100
   statistics_images: int = 2000
+  fixed: PyTree = None
 
   def statistics(self, state: State) -> dict[str, PyTree]:
     """Measures batch norm statistics over a sample of training images.
@@ -144,6 +146,8 @@ class Evaluator:
     return self._statistics(gathered)[0]
 
   def _statistics(self, gathered) -> tuple[dict[str, PyTree], int]:
+    if self.fixed is not None:
+      return self.fixed, 0
     train = self.dataset.train
     order = np.random.default_rng(0).permutation(len(train))
     sample = train.take(np.sort(order[: self.statistics_images]))
@@ -158,11 +162,11 @@ class Evaluator:
 
     return jax.tree.map(mean, *results.measured), results.wire_bytes
 
-  def __call__(self, state: State) -> Evaluation:
+  def __call__(self, state: State | None) -> Evaluation:
     """Measures accuracies over whole sets.
 
     Args:
-      state: What the workers hold.
+      state: What the workers hold; None if `forward` has its own network.
 
     Returns:
       The accuracies, and what they cost.

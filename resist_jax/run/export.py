@@ -42,6 +42,7 @@ class Predictor:
     std: `float32[C]`, their standard deviation.
     class_names: The name of each class.
     image_shape: `(H, W, C)` of the training images.
+    resized: Whether these were cut at the centre and resized to that shape.
   """
 
   network: ResNet
@@ -51,6 +52,7 @@ class Predictor:
   std: np.ndarray
   class_names: tuple[str, ...]
   image_shape: tuple[int, ...]
+  resized: bool = False
 
   def __call__(self, images: jax.typing.ArrayLike) -> jax.Array:
     """Classifies images.
@@ -65,6 +67,10 @@ class Predictor:
     Raises:
       ValueError: If the images are others than the network was trained on.
     """
+    return jax.nn.softmax(self.logits(images))
+
+  def logits(self, images: jax.typing.ArrayLike) -> jax.Array:
+    """Returns what `softmax` turns into probabilities; see `__call__`."""
     pixels = data.normalise(
       jnp.asarray(_as_pixels(images, self.image_shape)), self.mean, self.std
     )
@@ -73,7 +79,7 @@ class Predictor:
 
 @partial(jax.jit, static_argnums=0)
 def _classify(network, variables, images, scales):
-  return jax.nn.softmax(network.apply(variables, images, scales))
+  return network.apply(variables, images, scales)
 
 
 def _as_pixels(images: Any, image_shape: tuple[int, ...]) -> Any:
@@ -141,6 +147,7 @@ def save(workdir: pathlib.Path, predictor: Predictor) -> None:
     'std': predictor.std.tolist(),
     'class_names': list(predictor.class_names),
     'image_shape': list(predictor.image_shape),
+    'resized': predictor.resized,
   }
   state = {'variables': predictor.variables, 'scales': predictor.scales}
   folder = workdir.absolute() / FOLDER
@@ -204,6 +211,7 @@ def load(workdir: str | pathlib.Path) -> Predictor:
     np.array(record['std'], np.float32),
     tuple(record['class_names']),
     tuple(record['image_shape']),
+    record.get('resized', False),  # Older models do not say.
   )
 
 

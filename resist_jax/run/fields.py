@@ -171,7 +171,8 @@ FIELDS = {
     Field(
       'data.name',
       'digits',
-      'digits, which need no download, or any TFDS image classification set.',
+      'digits, which need no download, the path of a folder of images or of a '
+      'file *.npz, huggingface:NAME, or a TFDS image classification set.',
     ),
     Field(
       'data.dir',
@@ -213,7 +214,7 @@ FIELDS = {
     Field(
       'data.extra_tests',
       (),
-      'TFDS sets with the same classes to test on as well.',
+      'Sets with the same classes to test on as well, named as in data.name.',
     ),
     Field(
       'data.validation',

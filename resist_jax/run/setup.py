@@ -2,6 +2,8 @@
 
 import dataclasses
 from functools import cached_property, partial
+import hashlib
+import json
 from typing import Any
 
 import jax
@@ -16,7 +18,12 @@ from resist_jax.models import ResNet
 from resist_jax.rounds import make_mesh, storage
 from resist_jax.rounds.arrays import place
 from resist_jax.rounds.mesh import REPLICATED, workers_here
-from resist_jax.run.config import build_model, chosen_depths, cut_chains
+from resist_jax.run.config import (
+  build_model,
+  chosen_depths,
+  cut_chains,
+  get_config,
+)
 
 PyTree = Any
 
@@ -87,11 +94,57 @@ class Setup:
     return place(self.pipeline.constants, everywhere)
 
 
-def prepare(config: ml_collections.ConfigDict) -> Setup:
+def naming(
+  config: ml_collections.ConfigDict, dataset: data.Dataset | None
+) -> ml_collections.ConfigDict:
+  """Returns a config that names the data set which a program gives.
+
+  Args:
+    config: A valid one.
+    dataset: The data set; the config stays as it is if None.
+
+  Returns:
+    A config whose `data.name` is `given:NAME:DIGEST`, so that a run goes on
+    with the same data only. Other fields of `data` that say where data are and
+    how they are read have their defaults.
+
+  Raises:
+    ConfigError: If it asks for what the data set does not have.
+  """
+  if dataset is None:
+    return config
+  named = config.copy_and_resolve_references()
+  defaults = get_config().data
+  for field in ('validation', 'extra_tests', 'train_split', 'test_split'):
+    if config.data[field] != defaults[field]:
+      raise ConfigError(
+        f'data.{field} is {config.data[field]!r}, but the program gives a data '
+        f'set whose splits are fixed: leave data.{field} at its default.'
+      )
+  images = dataset.train.images
+  crops = isinstance(images, data.StreamedImages) and images.resized
+  if config.data.augment.startswith('resized') and not crops:
+    raise ConfigError(
+      f'data.augment is {config.data.augment!r}, but the images of the data '
+      'set that the program gives are not resized while they are read: give '
+      'from_source an image_size, or choose another augmentation.'
+    )
+  for field in ('dir', 'streaming', 'image_size'):
+    named.data[field] = defaults[field]
+  described = json.dumps(describe_data(dataset), sort_keys=True)
+  digest = hashlib.sha256(described.encode()).hexdigest()[:12]
+  named.data.name = f'{data.GIVEN}{dataset.name}:{digest}'
+  return named
+
+
+def prepare(
+  config: ml_collections.ConfigDict, dataset: data.Dataset | None = None
+) -> Setup:
   """Builds what a run needs, and finds the mistakes that need data or devices.
 
   Args:
     config: A valid one.
+    dataset: What to train on; None for the one that the config names.
 
   Returns:
     The setup.
@@ -100,18 +153,7 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
     ConfigError: If the data or the devices do not fit the config.
   """
   mesh = make_mesh(_num_devices(config), config.devices_per_worker)
-  dataset = data.load(
-    config.data.name,
-    config.data.dir,
-    config.data.validation,
-    train_split=config.data.train_split,
-    test_split=config.data.test_split,
-    streaming=config.data.streaming,
-    image_size=config.data.image_size,
-    resize=config.data.augment.startswith('resized'),
-    extra_tests=config.data.extra_tests,
-    copies=_copies(mesh),
-  )
+  dataset = dataset or load_data(config, _copies(mesh))
   visible = len(dataset.train)
   if config.data.sharded:
     visible //= config.num_workers
@@ -128,6 +170,27 @@ def prepare(config: ml_collections.ConfigDict) -> Setup:
   sizes = accounting.measure(shapes, names)
   depths = chosen_depths(config)
   return Setup(config, dataset, network, sizes.num_blocks, sizes, mesh, depths)
+
+
+def load_data(config: ml_collections.ConfigDict, copies: int) -> data.Dataset:
+  """Loads the data set that a config names.
+
+  Args:
+    config: A valid one.
+    copies: Copies of images in memory that this host keeps; see `data.load`.
+  """
+  return data.load(
+    config.data.name,
+    config.data.dir,
+    config.data.validation,
+    train_split=config.data.train_split,
+    test_split=config.data.test_split,
+    streaming=config.data.streaming,
+    image_size=config.data.image_size,
+    resize=config.data.augment.startswith('resized'),
+    extra_tests=config.data.extra_tests,
+    copies=copies,
+  )
 
 
 def _copies(mesh: Mesh) -> int:

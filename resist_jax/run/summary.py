@@ -40,6 +40,8 @@ def summarise(
     'exchange': config.exchange if setup.chains else 'all_reduce',
     'wire_format': config.wire_format,
     'dataset': config.data.name,
+    'class_names': list(setup.dataset.class_names),
+    'image_shape': list(setup.image_shape),
     'model': config.model.name,
     'num_workers': config.num_workers,
     'depths': list(setup.depths),

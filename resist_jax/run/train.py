@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 import ml_collections
 import numpy as np
 
-from resist_jax import folders, report
+from resist_jax import data, folders, report
 from resist_jax.decomposition import Assignment
 from resist_jax.errors import ConfigError, NonFiniteError
 from resist_jax.rounds import State, assemble
@@ -37,7 +37,7 @@ from resist_jax.run.evaluate import Evaluator
 from resist_jax.run.interrupt import Interrupt, Interrupted
 from resist_jax.run.lock import locked
 from resist_jax.run.phases import Phase
-from resist_jax.run.setup import Setup, describe_data, prepare
+from resist_jax.run.setup import Setup, describe_data, naming, prepare
 from resist_jax.run.summary import summarise
 
 
@@ -77,13 +77,17 @@ class Progress:
 
 
 def train(
-  config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]
+  config: ml_collections.ConfigDict,
+  workdir: str | os.PathLike[str],
+  dataset: data.Dataset | None = None,
 ) -> dict[str, Any]:
   """Trains a network from its newest checkpoint, or from scratch, to the end.
 
   Args:
     config: As made by `config.get_config`.
     workdir: Folder of the run; the same config in it goes on where it stopped.
+    dataset: What to train on, such as `data.from_arrays` makes; None for the
+      one that the config names. A run goes on with the same images only.
 
   Returns:
     What `summary.json` holds.
@@ -98,8 +102,9 @@ def train(
   folder = folders.resolve(workdir, 'workdir')
   config = for_processes(config, jax.process_count())
   validate(config)
+  config = naming(config, dataset)
   workdir_lib.check(folder, config.to_dict())
-  setup = prepare(config)
+  setup = prepare(config, dataset)
   if jax.process_count() > 1:
     processes.agree(
       describe_data(setup.dataset), 'give each host the same data.'
@@ -189,6 +194,7 @@ def _predictor(setup: Setup, params, statistics) -> export.Predictor:
     setup.dataset.std,
     setup.dataset.class_names,
     setup.image_shape,
+    setup.dataset.resized,
   )
 
 

@@ -136,7 +136,7 @@ def digits_of(monkeypatch, image, labels):
   found = prepared.Prepared(
     'digits', 'digits', image.shape, names, ('train', 'test'), open_split
   )
-  monkeypatch.setattr(data.sets, '_digits', lambda: found)
+  monkeypatch.setattr(data.sources, 'digits', lambda: found)
   return data.load('digits')
 
 

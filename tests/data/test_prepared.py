@@ -75,7 +75,7 @@ def shard(folder, split='train'):
     ('a/b/c', 'is no name of a data set'),
     ('a set', 'is no name of a data set'),
     ('a.set', 'is no name of a data set'),
-    ('../own', 'is no name of a data set'),
+    ('../own', 'there is no such folder'),
     ('', 'is no name of a data set'),
     ('own:2.0.0', 'holds own:1.0.0: ask for that'),
     ('own/config', 'holds own:1.0.0: ask for that'),

@@ -18,7 +18,7 @@ from several import LIMIT
 import tfds_sets
 
 from resist_jax.errors import ConfigError
-from resist_jax.run import cards, train
+from resist_jax.run import cards, export, train
 from resist_jax.run import command as command_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -241,6 +241,32 @@ def test_the_digits_card_works_for_any_small_set(tmp_path):
   )
   assert summary['dataset'] == 'cifar10'
   assert summary['rounds'] == 2
+
+
+def test_photographs_in_folders_train_by_their_path(tmp_path):
+  for seed, (split, count) in enumerate((('train', 40), ('test', 8))):
+    for i, (photo, label) in enumerate(tfds_sets.photographs(count, seed)):
+      folder = tmp_path / 'photos' / split / ('china', 'flower')[label]
+      folder.mkdir(parents=True, exist_ok=True)
+      content = tfds_sets.encode(photo, 'JPEG').read()
+      (folder / f'{i}.jpg').write_bytes(content)
+  words = (*TINY, f'--config.data.name={tmp_path / "photos"}')
+  finished = run(tmp_path / 'run', *words, '--config.data.image_size=16')
+  assert finished.returncode == 0, finished.stderr
+  assert '2: china, flower' in finished.stdout
+  assert '16 x 16, 3' in (tmp_path / 'run' / 'report.html').read_text()
+  summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+  assert summary['class_names'] == ['china', 'flower']
+  assert summary['image_shape'] == [16, 16, 3]
+  predict = export.load(tmp_path / 'run')
+  assert predict.class_names == ('china', 'flower')
+  assert predict.image_shape == (16, 16, 3)
+  path = tmp_path / 'photos' / 'test' / 'flower' / 'notes.txt'
+  path.write_text('about flowers')
+  refused = run(tmp_path / 'again', *words)
+  assert refused.returncode == 2
+  (line,) = refused.stderr.splitlines()
+  assert f'{path} is no image' in line
 
 
 @pytest.mark.faults

@@ -1,0 +1,171 @@
+"""Images in arrays: those of a file `*.npz`, or of the caller."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import re
+from typing import Any
+
+import numpy as np
+
+from resist_jax import folders
+from resist_jax.data.prepared import Prepared, opener
+from resist_jax.data.streaming import MODES
+from resist_jax.errors import ConfigError, one_line
+
+_SPLITS = {'': 'train', 'val': 'validation'}  # Other names of the same split.
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+  """Examples in memory, as a source.
+
+  Attributes:
+    images: `uint8[N, H, W, C]`.
+    labels: `int32[N]`.
+  """
+
+  images: np.ndarray
+  labels: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+  def __getitem__(self, number):
+    """Returns an example."""
+    return {'image': self.images[number], 'label': self.labels[number]}
+
+
+def checked(images: Any, labels: Any, what: str = '') -> Arrays:
+  """Returns images and labels as a run trains on them.
+
+  Args:
+    images: `uint8[N, H, W, C]`, or without C for grey ones.
+    labels: Whole numbers from 0, `[N]` or `[N, 1]`.
+    what: What both are called in messages, such as `test_`.
+
+  Raises:
+    ValueError: If they are others; names which, and what to change.
+  """
+  pixels, numbers = np.asarray(images), np.asarray(labels)
+  if pixels.dtype != np.uint8:
+    raise ValueError(
+      f'{what}images are {pixels.dtype}, and uint8 is needed: scale them to '
+      "0 to 255, such as (255 * images).round().astype('uint8') for numbers "
+      'from 0 to 1.'
+    )
+  if pixels.ndim == 3:
+    pixels = pixels[..., None]
+  if pixels.ndim != 4 or pixels.shape[-1] not in MODES:
+    turned = pixels.ndim == 4 and pixels.shape[1] in MODES
+    remedy = 'give images.transpose(0, 2, 3, 1)' if turned else 'reshape them'
+    raise ValueError(
+      f'{what}images have the shape {pixels.shape}, and [N, height, width] or '
+      f'[N, height, width, channels] with 1, 3 or 4 channels is needed: '
+      f'{remedy}.'
+    )
+  if numbers.ndim == 2 and numbers.shape[1] == 1:
+    numbers = numbers[:, 0]
+  if numbers.shape != pixels.shape[:1]:
+    raise ValueError(
+      f'{what}labels have the shape {numbers.shape}, and one label for each '
+      f'of {len(pixels)} images is needed, as a number.'
+    )
+  if not np.issubdtype(numbers.dtype, np.integer):
+    raise ValueError(
+      f'{what}labels are {numbers.dtype}, and whole numbers from 0 are needed: '
+      'number the classes, and give their names as class_names.'
+    )
+  if numbers.size and numbers.min() < 0:
+    raise ValueError(
+      f'{what}labels hold {numbers.min()}, and they count from 0: leave out '
+      'images without a label.'
+    )
+  return Arrays(pixels, numbers.astype(np.int32))
+
+
+def named(
+  splits: Mapping[str, Arrays], class_names: Sequence[str] | None
+) -> tuple[str, ...]:
+  """Returns the names of the classes: their numbers, unless they are given.
+
+  Args:
+    splits: All examples.
+    class_names: What the caller calls the classes, or None.
+
+  Raises:
+    ValueError: If a label has no name, or there is only one class.
+  """
+  largest = max(
+    (int(part.labels.max()) for part in splits.values() if len(part)),
+    default=None,
+  )
+  if largest is None:
+    raise ValueError('there are no images.')
+  if class_names is None:
+    class_names = [str(label) for label in range(largest + 1)]
+  names = tuple(str(name) for name in class_names)
+  if len(names) <= largest or len(names) < 2:
+    raise ValueError(
+      f'there are {len(names)} classes, and a label is {largest}: name at '
+      f'least {max(largest + 1, 2)} in class_names, or number them from 0.'
+    )
+  return names
+
+
+def find(name: str, class_names: Sequence[str] = ()) -> Prepared:
+  """Opens a file of arrays.
+
+  Args:
+    name: Path of a file `*.npz` of `images` and `labels`, and perhaps of
+      `test_images` and `test_labels`, other splits, and `class_names`.
+    class_names: The classes of the set that this one is a test for; empty for
+      a set to train on.
+
+  Returns:
+    The data set.
+
+  Raises:
+    ConfigError: If there is no such file, or its arrays are others.
+  """
+  path = folders.resolve(name, 'a data set')
+  try:
+    # NumPy would leave a damaged file open.
+    with path.open('rb') as raw, np.load(raw, allow_pickle=False) as file:
+      arrays = {key: file[key] for key in file.files}
+    splits = _splits(arrays)
+    names = named(splits, arrays.get('class_names', class_names or None))
+  except FileNotFoundError as error:
+    raise ConfigError(
+      f'the data set is {name!r}, but there is no such file.'
+    ) from error
+  except Exception as error:  # A damaged archive raises many types.
+    reason = str(error) if type(error) is ValueError else one_line(error)
+    raise ConfigError(f'in {path}, {" ".join(reason.split())}') from error
+  shapes = {part.images.shape[1:] for part in splits.values()}
+  if len(shapes) > 1:
+    raise ConfigError(
+      f'in {path}, images have the shapes {sorted(shapes)}: give all splits '
+      'one shape.'
+    )
+  remedy = 'write the file again'
+  return Prepared(
+    name, path.stem, shapes.pop(), names, tuple(splits),
+    opener(name, splits, remedy), fitted=True,
+  )  # fmt: skip
+
+
+def _splits(arrays: Mapping[str, np.ndarray]) -> dict[str, Arrays]:
+  """Returns the examples of each split."""
+  found = {}
+  for key in arrays:
+    match = re.fullmatch(r'(?:(\w+)_)?images', key)
+    if match and (labels := f'{key[: -len("images")]}labels') in arrays:
+      prefix = match[1] or ''
+      part = checked(arrays[key], arrays[labels], prefix and f'{prefix}_')
+      found[_SPLITS.get(prefix, prefix)] = part
+  if 'train' not in found:
+    raise ValueError(
+      f'there are {", ".join(arrays) or "no arrays"}: call them images and '
+      'labels, and test_images and test_labels.'
+    )
+  return found

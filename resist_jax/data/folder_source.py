@@ -1,0 +1,246 @@
+"""Image files in folders: `train/CLASS/*` and `test/CLASS/*`, or `CLASS/*`.
+
+TFDS has a reader of such folders, but it needs TensorFlow, knows three endings,
+and takes every other file for an image of none.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+import dataclasses
+import hashlib
+import os
+import pathlib
+from typing import NoReturn
+
+import numpy as np
+
+from resist_jax import folders
+from resist_jax.data import headers
+from resist_jax.data.prepared import Prepared, opener
+from resist_jax.data.streaming import THREADS, Records, StreamedImages
+from resist_jax.errors import ConfigError, one_line
+
+# Other names of the same split.
+_SPLITS = {'val': 'validation', 'valid': 'validation', 'dev': 'validation'}
+_USUAL = ('train', 'test', 'validation', *_SPLITS)  # Whatever is in them.
+# What desktops and archives leave beside files.
+_LITTER = ('thumbs.db', 'desktop.ini', '__macosx')
+_AGAIN = 'run the same command again'
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+  """The image files of a split; a file is read when it is indexed.
+
+  Attributes:
+    root: The folder that they lie in.
+    paths: Their paths below it.
+    labels: Their labels; -1 for none.
+  """
+
+  root: pathlib.Path
+  paths: Sequence[str]
+  labels: Sequence[int]
+
+  def __len__(self) -> int:
+    return len(self.paths)
+
+  def __getitem__(self, number):
+    """Reads a file, without decoding it."""
+    path = self.paths[number]
+    content = (self.root / path).read_bytes()
+    return {
+      'image': content,
+      'label': self.labels[number],
+      'file_name': str(self.root / path),
+    }
+
+
+def find(name: str, class_names: Sequence[str] = ()) -> Prepared:
+  """Finds the images of a folder.
+
+  Args:
+    name: Path of the folder, in which `~` and `$NAME` are filled in. If it has
+      a folder `train` of folders, its folders are splits, of which `val` is
+      another name for `validation`; otherwise its folders are the classes of
+      the only split, `train`. Classes are sorted by name.
+    class_names: The classes of the set that this one is a test for; not all of
+      them need be here. Empty for a set to train on.
+
+  Returns:
+    The data set. Its images have one channel if all of them are grey, three
+    otherwise.
+
+  Raises:
+    ConfigError: If there is no such folder, or no classes are in it, or a file
+      in it is no image.
+  """
+  root = folders.resolve(name, 'a data set')
+  if not root.is_dir():
+    raise ConfigError(
+      f'the data set is {name!r}, but there is no such folder: name one of '
+      'images, a file *.npz, or a set of the TFDS catalog.'
+    )
+  places = _splits(root)
+  names = tuple(class_names) or _classes(name, places['train'])
+  splits = {
+    split: _files(name, split, place, names) for split, place in places.items()
+  }
+  forms = [form for files in splits.values() for form in _headers(files)]
+  return Prepared(
+    name,
+    root.resolve().name,
+    headers.common_shape(forms),
+    names,
+    tuple(splits),
+    opener(name, splits, _AGAIN),
+    fitted=True,
+  )
+
+
+def _folders_in(place: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the folders in a folder, sorted by name, without hidden ones."""
+  try:
+    return sorted(path for path in place.iterdir() if _shown(path, True))
+  except OSError as error:
+    _refuse(error)
+
+
+def _shown(path: pathlib.Path, folder: bool) -> bool:
+  hidden = path.name.startswith('.') or path.name.lower() in _LITTER
+  return not hidden and path.is_dir() == folder
+
+
+def _splits(root: pathlib.Path) -> dict[str, pathlib.Path]:
+  """Returns the folder of each split."""
+  train = root / 'train'
+  classes = {path.name for path in _folders_in(train)} if train.is_dir() else ()
+  if not classes:
+    return {'train': root}
+  return {
+    _SPLITS.get(path.name, path.name): path
+    for path in _folders_in(root)
+    if path.name in _USUAL or any((path / name).is_dir() for name in classes)
+  }
+
+
+def _classes(name: str, train: pathlib.Path) -> tuple[str, ...]:
+  """Returns the names of the classes: folders that hold a file."""
+  names = [path.name for path in _folders_in(train) if any(_below(path))]
+  if len(names) < 2:
+    found = f'only {names[0]}' if names else 'none'
+    raise ConfigError(
+      f'the data set is {name!r}, and such a folder has a folder for each '
+      f'class, of which {train} has {found}: move the images there, as '
+      'train/CLASS/* and test/CLASS/*, or as CLASS/* alone.'
+    )
+  return tuple(names)
+
+
+def _files(
+  name: str, split: str, place: pathlib.Path, names: tuple[str, ...]
+) -> Files:
+  """Lists the files of a split, those of all classes mixed."""
+  inside = _folders_in(place)
+  unknown = [path.name for path in inside if path.name not in names]
+  found = {
+    str(path.relative_to(place)): names.index(label.name)
+    for label in inside
+    if label.name in names
+    for path in _below(label)
+  }
+  if any(any(_below(place / label)) for label in unknown):
+    raise ConfigError(
+      f'the data set is {name!r}, whose split {split} has the class '
+      f'{unknown[0]!r}, which the training has not: rename '
+      f'{place / unknown[0]}, or remove it.'
+    )
+  if not inside:  # As competitions give out their tests.
+    found = {str(path.relative_to(place)): -1 for path in _below(place)}
+  paths = sorted(found, key=_shuffled)
+  return Files(place, paths, [found[path] for path in paths])
+
+
+def _shuffled(path: str) -> bytes:
+  """Orders files at random, the same on every machine.
+
+  A part such as train[:80%] then has images of all classes.
+  """
+  return hashlib.sha256(os.fsencode(path)).digest()
+
+
+def _below(place: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields the files in a folder and in those below it, but hidden ones."""
+  for folder, inside, files in os.walk(place, onerror=_refuse):
+    inside[:] = [d for d in inside if _shown(pathlib.Path(folder, d), True)]
+    for file in files:
+      path = pathlib.Path(folder, file)
+      if _shown(path, False):
+        yield path
+
+
+def listed(paths: Sequence[str]) -> list[str]:
+  """Returns the files that paths name, with those in folders.
+
+  Args:
+    paths: Files and folders, in which `~` and `$NAME` are filled in.
+  """
+  found = []
+  for path in paths:
+    place = folders.resolve(path, 'a file')
+    found += map(str, sorted(_below(place)) if place.is_dir() else [place])
+  return found
+
+
+def read(
+  paths: Sequence[str], image_shape: tuple[int, ...], resized: bool
+) -> np.ndarray:
+  """Reads image files for a trained network.
+
+  Args:
+    paths: The files.
+    image_shape: `(H, W, C)` of the images that it was trained on.
+    resized: Whether these were cut at the centre and resized to that shape; an
+      image of another shape is in any case.
+
+  Returns:
+    `uint8[N, H, W, C]`.
+
+  Raises:
+    ConfigError: If a file is not there, or no image.
+  """
+  height, width, channels = image_shape
+  records = Records(
+    'the files', Files(pathlib.Path(), paths, [0] * len(paths)), 1
+  )
+  numbers = np.arange(len(paths), dtype=np.int32)
+  images = np.zeros((len(paths), *image_shape), np.uint8)
+  for i, path in enumerate(paths):
+    fits = _header(pathlib.Path(path)).size == (width, height)
+    shape = height, width, channels
+    reader = StreamedImages(records, numbers, shape, resized or not fits)
+    images[i], _ = reader.example(i)
+  return images
+
+
+def _refuse(error: OSError) -> NoReturn:
+  raise ConfigError(
+    f'{error.filename} cannot be read ({error.strerror}): let this user read '
+    'it, or remove it.'
+  ) from error
+
+
+def _headers(files: Files) -> list[headers.Header]:
+  """Reads the beginning of every file, so that none is another thing."""
+  with ThreadPoolExecutor(THREADS) as pool:
+    return list(pool.map(_header, (files.root / path for path in files.paths)))
+
+
+def _header(path: pathlib.Path) -> headers.Header:
+  try:
+    return headers.read(path)
+  except Exception as error:  # Each format raises types of its own.
+    raise ConfigError(
+      f'{path} is no image that can be read ({one_line(error)}): mend or '
+      'remove it.'
+    ) from error

@@ -1,0 +1,74 @@
+"""What the beginning of an image file says, without decoding its pixels."""
+
+from collections.abc import Iterable
+from typing import IO, Any, NamedTuple
+
+from PIL import ExifTags, Image
+
+_GREY = frozenset(('1', 'L', 'LA', 'La', 'I', 'I;16', 'I;16B', 'I;16L'))
+
+
+class Header(NamedTuple):
+  """The form of an image.
+
+  Attributes:
+    size: Width and height of the upright image, in pixels.
+    grey: Whether it has no colours.
+  """
+
+  size: tuple[int, int]
+  grey: bool
+
+
+def read(file: Any | IO[bytes]) -> Header:
+  """Reads the form of an image.
+
+  Args:
+    file: The path of a file, or an open one.
+
+  Raises:
+    Exception: Of many types, if it is no image.
+  """
+  with Image.open(file) as image:
+    return of(image)
+
+
+def of(image: Image.Image) -> Header:
+  """Returns the form of an image, which need not be decoded."""
+  return Header(_upright_size(image), image.mode in _GREY)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+  # To look behind the pixels of a PNG, Pillow would decode them; a TIFF it
+  # turns itself.
+  if image.format == 'TIFF':
+    return image.size
+  if image.format == 'PNG' and 'exif' not in image.info:
+    return image.size
+  turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+  return image.size[::-1] if turned else image.size
+
+
+def common_shape(headers: Iterable[Header]) -> tuple[int | None, ...]:
+  """Returns the shape of all images.
+
+  Args:
+    headers: Their forms. If they are made while they are read, no more are
+      made than the answer needs.
+
+  Returns:
+    `(H, W, C)`. H and W are None if images differ in size; C is 1 if all are
+    grey, and 3 otherwise.
+
+  >>> common_shape([Header((4, 3), True), Header((4, 3), False)])
+  (3, 4, 3)
+  """
+  first, differ, colour = None, False, False
+  for header in headers:
+    first = first or header.size
+    differ |= header.size != first
+    colour |= not header.grey
+    if differ and colour:
+      break
+  width, height = (None, None) if differ or not first else first
+  return height, width, 3 if colour else 1

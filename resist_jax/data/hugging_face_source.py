@@ -1,0 +1,167 @@
+"""Data sets of the Hugging Face Hub, read by its package `datasets`."""
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+import importlib
+import io
+import os
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+
+from resist_jax import folders
+from resist_jax.data import headers
+from resist_jax.data.prepared import Prepared, opener
+from resist_jax.errors import ConfigError, one_line
+
+PREFIX = 'huggingface:'
+_NAME = re.compile(r'([^:@]+)(?::([^:@]+))?(?:@(\w+))?')
+_AGAIN = 'download the set again'
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """The examples of a split, as a source.
+
+  Attributes:
+    table: Rows of the package, whose images are not decoded.
+    image: Name of the column of images.
+    label: Name of the column of labels.
+  """
+
+  table: Any
+  image: str
+  label: str
+
+  def __len__(self) -> int:
+    return len(self.table)
+
+  def __getitem__(self, number):
+    """Reads an example, without decoding its image."""
+    row = self.table[int(number)]
+    stored, label = row[self.image], row[self.label]
+    content = stored['bytes']
+    if content is None:
+      content = pathlib.Path(stored['path']).read_bytes()
+    # A label that is missing is None here, and -1 elsewhere.
+    return {
+      'image': content,
+      'label': -1 if label is None else label,
+      'file_name': stored['path'] or '',
+    }
+
+
+def find(name: str) -> Prepared:
+  """Finds a data set of the Hub, or one that its package has saved.
+
+  Args:
+    name: `huggingface:NAME`, where NAME is that of the Hub, or a folder that
+      `save_to_disk` wrote; then perhaps `:CONFIG`, and `@COLUMN` if several
+      columns are class labels.
+
+  Returns:
+    The data set.
+
+  Raises:
+    ConfigError: If the package is missing, or there is no such set, or it does
+      not hold labelled images.
+  """
+  match = _NAME.fullmatch(name.removeprefix(PREFIX))
+  if not match:
+    raise ConfigError(
+      f'{name!r} is no name of a data set: give {PREFIX}NAME, '
+      f'{PREFIX}NAME:CONFIG or {PREFIX}NAME@COLUMN.'
+    )
+  where, config, column = match.groups()
+  tables = _read(name, where, config)
+  some = next(iter(tables.values()))
+  image, label = _columns(name, some.features, column)
+  splits = {
+    split: Rows(_encoded(table, image), image, label)
+    for split, table in tables.items()
+  }
+  return Prepared(
+    name,
+    where.rstrip('/').split('/')[-1],
+    headers.common_shape(_headers(name, splits)),
+    tuple(some.features[label].names),
+    tuple(splits),
+    opener(name, splits, _AGAIN),
+    fitted=True,
+  )
+
+
+def _read(name: str, where: str, config: str | None) -> Mapping[str, Any]:
+  """Returns the tables of all splits."""
+  try:
+    datasets = _package()
+  except ImportError as error:
+    raise ConfigError(
+      f'data set {name!r} needs the package datasets, which is not installed: '
+      "pip install 'resist_jax[huggingface]', or pip install datasets."
+    ) from error
+  path = os.path.expanduser(os.path.expandvars(where))
+  try:
+    if os.path.isdir(path):
+      found = datasets.load_from_disk(str(folders.resolve(where, 'a set')))
+    else:
+      found = datasets.load_dataset(where, config)
+  except Exception as error:  # The package raises many types.
+    code = f"datasets.load_dataset('{where}').save_to_disk('FOLDER')"
+    raise ConfigError(
+      f'data set {name!r} cannot be read ({one_line(error)}): correct its '
+      f'name, or run {code} on a machine with internet access, copy FOLDER '
+      f'here, and set data.name to {PREFIX}FOLDER.'
+    ) from error
+  return found if isinstance(found, dict) else {'train': found}
+
+
+def _columns(
+  name: str, features: Mapping[str, Any], column: str | None
+) -> tuple[str, str]:
+  """Returns the names of the columns of images and labels."""
+  datasets = _package()
+  images = [k for k, v in features.items() if isinstance(v, datasets.Image)]
+  labels = [
+    k for k, v in features.items() if isinstance(v, datasets.ClassLabel)
+  ]
+  for known, usual in ((images, 'image'), (labels, 'label')):
+    if usual in known:
+      known[:] = [usual]
+  if column in features and isinstance(features[column], datasets.ClassLabel):
+    labels, column = [column], None
+  if len(images) == len(labels) == 1 and column is None:
+    return images[0], labels[0]
+  listed = ', '.join(f'{k} {type(v).__name__}' for k, v in features.items())
+  remedy = (
+    f'name one of {", ".join(labels)}, as in {name.partition("@")[0]}@'
+    f'{labels[0]}'
+    if len(images) == 1 and labels
+    else 'one column of Image and one of ClassLabel are needed. Choose another '
+    'set, or save this one with class_encode_column'
+  )
+  raise ConfigError(f'data set {name!r} has the columns {listed}: {remedy}.')
+
+
+def _encoded(table: Any, image: str) -> Any:
+  return table.cast_column(image, _package().Image(decode=False))
+
+
+def _package() -> Any:
+  """Returns the package `datasets`, an extra that is slow to import."""
+  return importlib.import_module('datasets')
+
+
+def _headers(name: str, splits: Mapping[str, Rows]) -> Iterator[headers.Header]:
+  """Reads the forms of images in a random order, until they are enough."""
+  for split, rows in splits.items():
+    for number in np.random.default_rng(0).permutation(len(rows)):
+      try:
+        yield headers.read(io.BytesIO(rows[number]['image']))
+      except Exception as error:  # Each format raises types of its own.
+        raise ConfigError(
+          f'image {number} of {name}, split {split} is no image that can be '
+          f'read ({one_line(error)}): {_AGAIN}.'
+        ) from error

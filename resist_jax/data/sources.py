@@ -1,0 +1,107 @@
+"""Finds a data set by its name: digits, a path, or one of a catalog."""
+
+from collections.abc import Sequence
+import importlib.util
+import os
+import pathlib
+import re
+import zlib
+
+import numpy as np
+
+from resist_jax.data import (
+  array_source,
+  folder_source,
+  hugging_face_source,
+  tfds_source,
+)
+from resist_jax.data.array_source import Arrays
+from resist_jax.data.held_out import stratified
+from resist_jax.data.prepared import Prepared, opener
+from resist_jax.errors import ConfigError, one_line
+
+GIVEN = 'given:'  # How a config names a data set that a program gave.
+# What begins as no name of a catalog does: a path, also one of Windows.
+_PATH = re.compile(r'[./~$\\]|[a-zA-Z]:[/\\]')
+
+
+def find(
+  name: str, data_dir: str = '', class_names: Sequence[str] = ()
+) -> Prepared:
+  """Finds a data set.
+
+  Args:
+    name: `digits`, a folder of images, a file `*.npz`, `huggingface:NAME`, or
+      a name of the TFDS catalog. A name that may be a folder or a set of that
+      catalog is the set.
+    data_dir: The folder of prepared TFDS data sets; see `tfds_source.find`.
+    class_names: The classes of the set that this one is a test for; empty for
+      a set to train on.
+
+  Returns:
+    The data set.
+
+  Raises:
+    ConfigError: If there is none, or it does not hold labelled images.
+  """
+  if name == 'digits':
+    return digits()
+  if name.startswith(GIVEN):
+    raise ConfigError(
+      f'the data set is {name!r}, which a program gave: run that program '
+      'again, or call train(config, workdir, dataset=...).'
+    )
+  if name.startswith(hugging_face_source.PREFIX):
+    return hugging_face_source.find(name)
+  if name.endswith('.npz'):
+    return array_source.find(name, class_names)
+  if _PATH.match(name) or (
+    os.path.isdir(name) and not tfds_source.knows(name, data_dir)
+  ):
+    return folder_source.find(name, class_names)
+  return tfds_source.find(name, data_dir)
+
+
+def key(name: str) -> str:
+  """Returns what a test on a data set is called in metrics.
+
+  Args:
+    name: See `find`. Of a path, the last part counts.
+
+  >>> key('imagenet_v2/top-images'), key('/data/My photos/')
+  ('imagenet_v2_top_images', 'my_photos')
+  """
+  name = name.removeprefix(hugging_face_source.PREFIX)
+  if _PATH.match(name) or name.endswith('.npz'):
+    name = pathlib.Path(name).stem
+  return re.sub('[^a-z0-9]+', '_', name.lower())
+
+
+def digits() -> Prepared:
+  """Reads scikit-learn's digits without importing it, which takes seconds."""
+  package = importlib.util.find_spec('sklearn')
+  if package is None or package.origin is None:
+    raise ConfigError(
+      "data set 'digits' comes with scikit-learn, which is not installed: pip "
+      'install scikit-learn.'
+    )
+  path = pathlib.Path(package.origin).parent / 'datasets/data/digits.csv.gz'
+  remedy = 'pip install --force-reinstall scikit-learn'
+  try:
+    table = np.loadtxt(path, delimiter=',')
+  except (OSError, ValueError, EOFError, zlib.error) as error:
+    raise ConfigError(
+      f"data set 'digits' cannot be read from {path} ({one_line(error)}): "
+      f'{remedy}.'
+    ) from error
+  images = np.round(table[:, :-1] * (255 / 16)).astype(np.uint8)
+  images, labels = images.reshape(-1, 8, 8, 1), table[:, -1].astype(np.int32)
+  parts = zip(('train', 'test'), stratified(labels, 360), strict=True)
+  splits = {
+    split: Arrays(images[index], labels[index]) for split, index in parts
+  }
+  names = tuple(map(str, range(10)))
+  return Prepared(
+    'digits', 'digits', images.shape[1:], names, tuple(splits),
+    opener('digits', splits, remedy),
+  )  # fmt: skip

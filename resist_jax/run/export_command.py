@@ -1,0 +1,44 @@
+"""The command that writes a finished run's network for another library."""
+
+import argparse
+from collections.abc import Sequence
+import pathlib
+import sys
+
+from resist_jax import folders
+from resist_jax.errors import ConfigError
+from resist_jax.run import formats, trained, workdir
+
+
+def main(args: Sequence[str] | None = None) -> int:
+  """Writes a network, and prints where.
+
+  Args:
+    args: The command line; that of this process if None.
+
+  Returns:
+    The exit code: 0, or 2 if the input is bad.
+  """
+  parser = argparse.ArgumentParser(
+    'python -m resist_jax.export',
+    description='Writes the network of a finished run for another library.',
+  )
+  parser.add_argument('run', metavar='RUN', help='workdir of a finished run')
+  parser.add_argument(
+    '--to', required=True, choices=list(formats.NEEDED), help='the format'
+  )
+  parser.add_argument(
+    '--out', help='file or folder to write (default: in RUN/exported)'
+  )
+  options = parser.parse_args(args)
+  _, name = formats.NEEDED[options.to]
+  default = pathlib.Path(options.run) / 'exported' / name
+  try:
+    out = folders.resolve(options.out or default, '--out')
+    workdir.check_writable(out.parent, '--out')
+    formats.write(trained.load(options.run).model, options.to, out)
+  except (ConfigError, OSError) as error:
+    print('error:', ' '.join(str(error).split()), file=sys.stderr)
+    return 2
+  print(out)
+  return 0

@@ -1,0 +1,125 @@
+"""Writes a trained network in the format of another library.
+
+Each library is an extra: it is imported when its format is asked for.
+"""
+
+from collections.abc import Callable
+import importlib
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+
+from resist_jax import data
+from resist_jax.errors import ConfigError
+from resist_jax.run import onnx_graph, plain, workdir
+from resist_jax.run.export import Predictor
+
+# The package that each format needs, and the name of what is written.
+NEEDED = {
+  'safetensors': ('safetensors', 'model.safetensors'),
+  'torch': ('torch', 'torch'),
+  'savedmodel': ('tensorflow', 'savedmodel'),
+  'onnx': ('onnx', 'model.onnx'),
+}
+
+
+def write(model: Predictor, kind: str, path: pathlib.Path) -> None:
+  """Writes a network.
+
+  Args:
+    model: The network.
+    kind: A key of `NEEDED`.
+    path: The file or folder to write.
+
+  Raises:
+    ConfigError: If the package of the format is not installed.
+  """
+  package, _ = NEEDED[kind]
+  try:
+    importlib.import_module(package)
+  except ImportError as error:
+    raise ConfigError(
+      f'--to={kind} needs the package {package}, which cannot be imported here '
+      f'({error}): pip install {package}.'
+    ) from error
+  path.parent.mkdir(parents=True, exist_ok=True)
+  _WRITERS[kind](model, path)
+
+
+def _safetensors(model: Predictor, path: pathlib.Path) -> None:
+  """Writes the arrays as they were trained, and what else a network needs."""
+  library: Any = importlib.import_module('safetensors.numpy')
+  tree = {**model.variables, 'scales': model.scales}
+  arrays = {
+    '/'.join(str(part.key) for part in place): np.ascontiguousarray(leaf)
+    for place, leaf in jax.tree.leaves_with_path(tree)
+  }
+  record = plain.describe(model) | {
+    'mean': model.mean.tolist(),
+    'std': model.std.tolist(),
+    'cut_heads': model.network.cut_heads,
+  }
+  metadata = {name: json.dumps(value) for name, value in record.items()}
+  library.save_file(arrays, str(path), metadata)
+
+
+def _torch(model: Predictor, path: pathlib.Path) -> None:
+  """Writes a state dict, and the modules that load it."""
+  torch: Any = importlib.import_module('torch')
+  path.mkdir(exist_ok=True)
+  state = {
+    name: torch.tensor(array) for name, array in plain.arrays(model).items()
+  }
+  torch.save(state, path / 'network.pt')
+  workdir.write_json(path / 'network.json', plain.describe(model))
+  modules = pathlib.Path(__file__).with_name('torch_network.py')
+  shutil.copyfile(modules, path / 'network.py')
+
+
+def _savedmodel(model: Predictor, path: pathlib.Path) -> None:
+  """Writes a function of `uint8[B, H, W, C]` that returns logits."""
+  tf: Any = importlib.import_module('tensorflow')
+  jax2tf: Any = importlib.import_module('jax.experimental.jax2tf')
+  apply = model.network.apply
+
+  def logits(variables, images):
+    pixels = data.normalise(images, model.mean, model.std)
+    return apply(variables, pixels, model.scales)
+
+  shape = ', '.join(('b', *map(str, model.image_shape)))
+  converted = jax2tf.convert(
+    logits, polymorphic_shapes=[None, f'({shape})'], with_gradient=False
+  )
+  module = tf.Module()
+  variables = jax.tree.map(np.asarray, dict(model.variables))
+  module.variables_ = tf.nest.map_structure(tf.Variable, variables)
+  signature = tf.TensorSpec([None, *model.image_shape], tf.uint8, 'images')
+  module.logits = tf.function(
+    lambda images: {'logits': converted(module.variables_, images)},
+    input_signature=[signature],
+    autograph=False,
+  )
+  # A constant would not be saved.
+  module.class_names = tf.Variable(list(model.class_names), trainable=False)
+  tf.saved_model.save(module, str(path), signatures=module.logits)
+
+
+def _onnx(model: Predictor, path: pathlib.Path) -> None:
+  """Writes a graph; the names of the classes are in its metadata."""
+  onnx: Any = importlib.import_module('onnx')
+  graph = onnx_graph.build(model)
+  names = json.dumps(list(model.class_names))
+  onnx.helper.set_model_props(graph, {'class_names': names})
+  onnx.save_model(graph, str(path))
+
+
+_WRITERS: dict[str, Callable[[Predictor, pathlib.Path], None]] = {
+  'safetensors': _safetensors,
+  'torch': _torch,
+  'savedmodel': _savedmodel,
+  'onnx': _onnx,
+}

@@ -1,0 +1,96 @@
+"""The command that asks a finished run for the likeliest classes of files."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+import contextlib
+import csv
+import os
+import sys
+from typing import IO
+
+import numpy as np
+
+from resist_jax import data, folders
+from resist_jax.errors import ConfigError
+from resist_jax.run import trained
+from resist_jax.run.export import Predictor
+
+_AT_ONCE = 64  # Files that are read and classified together.
+
+
+def main(args: Sequence[str] | None = None) -> int:
+  """Classifies files, and writes a row of CSV for each.
+
+  Args:
+    args: The command line; that of this process if None.
+
+  Returns:
+    The exit code: 0, or 2 if the input is bad.
+  """
+  parser = argparse.ArgumentParser(
+    'python -m resist_jax.predict',
+    description='Writes the likeliest classes of image files as CSV.',
+  )
+  parser.add_argument('run', metavar='RUN', help='workdir of a finished run')
+  parser.add_argument(
+    'files', metavar='FILE', nargs='+', help='an image, or a folder of images'
+  )
+  parser.add_argument('--top', type=int, default=5, help='classes for a file')
+  parser.add_argument('--out', help='file to write (default: to print)')
+  options = parser.parse_args(args)
+  try:
+    if options.top < 1:
+      raise ConfigError(f'--top is {options.top}; it must be at least 1.')
+    model = trained.load(options.run).model
+    paths = data.listed_files(options.files)
+    with _opened(options.out) as file:
+      writer = csv.writer(file, lineterminator='\n')
+      top = min(options.top, len(model.class_names))
+      numbers = range(1, top + 1)
+      pairs = [(f'class_{i}', f'probability_{i}') for i in numbers]
+      writer.writerow(['file', *(name for pair in pairs for name in pair)])
+      for row in rows(model, paths, top):
+        writer.writerow(row)
+  except BrokenPipeError:  # As in `| head`.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  except (ConfigError, OSError) as error:
+    print('error:', ' '.join(str(error).split()), file=sys.stderr)
+    return 2
+  return 0
+
+
+@contextlib.contextmanager
+def _opened(out: str | None) -> Iterator[IO[str]]:
+  """Opens the file to write, or what prints."""
+  if out is None:
+    yield sys.stdout
+    return
+  path = folders.resolve(out, '--out')
+  odd = 'surrogateescape'  # Names of files may be no text.
+  with path.open('w', encoding='utf-8', errors=odd, newline='') as file:
+    yield file
+
+
+def rows(
+  model: Predictor, paths: Sequence[str], top: int
+) -> Iterator[list[str]]:
+  """Yields a row for each file: its path, then names and probabilities.
+
+  Args:
+    model: The network.
+    paths: Image files.
+    top: Classes for each file, the likeliest first.
+
+  Raises:
+    ConfigError: If a file is not there, or no image.
+  """
+  for start in range(0, len(paths), _AT_ONCE):
+    some = paths[start : start + _AT_ONCE]
+    images = data.read_files(some, model.image_shape, model.resized)
+    filled = np.zeros((min(_AT_ONCE, len(paths)), *images.shape[1:]), np.uint8)
+    filled[: len(images)] = images  # So that one program is enough.
+    shares = np.asarray(model(filled))[: len(images)]
+    order = np.argsort(-shares, axis=-1, kind='stable')[:, :top]
+    for path, classes, share in zip(some, order, shares, strict=True):
+      pairs = ((model.class_names[c], f'{share[c]:.6f}') for c in classes)
+      yield [path, *(text for pair in pairs for text in pair)]

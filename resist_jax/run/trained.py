@@ -1,0 +1,68 @@
+"""A finished run: the network that it left, and its config."""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+import ml_collections
+
+from resist_jax import folders
+from resist_jax.errors import ConfigError
+from resist_jax.run import export
+from resist_jax.run.config import get_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """A finished run.
+
+  Attributes:
+    folder: Its workdir.
+    model: The network that it left.
+    config: Its config; fields that are younger than the run have defaults.
+  """
+
+  folder: pathlib.Path
+  model: export.Predictor
+  config: ml_collections.ConfigDict
+
+
+def load(workdir: str | os.PathLike[str]) -> Trained:
+  """Reads a finished run.
+
+  Args:
+    workdir: Its workdir.
+
+  Raises:
+    ConfigError: If there is no finished run, or it is damaged.
+  """
+  folder = folders.resolve(workdir, 'the run')
+  try:
+    model = export.load(folder)
+    fields = json.loads((folder / 'config.json').read_text('utf-8'))
+    config = get_config()
+    with config.unlocked():
+      config.update(ml_collections.ConfigDict(fields))
+  except FileNotFoundError as error:
+    raise ConfigError(
+      f'{folder} holds no finished run ({error.filename or error}): name the '
+      'workdir of one.'
+    ) from error
+  except (OSError, ValueError, TypeError) as error:
+    raise ConfigError(' '.join(str(error).split())) from error
+  return Trained(folder, model, config)
+
+
+def folders_of(workdir: str | os.PathLike[str]) -> list[pathlib.Path]:
+  """Returns the workdirs of finished runs that a folder holds.
+
+  Args:
+    workdir: That of a run, or a folder of several, such as one run a seed.
+
+  Returns:
+    The folder itself, unless it is no run and others lie in it, sorted by name.
+  """
+  folder = folders.resolve(workdir, 'the run')
+  inside = sorted(path.parent for path in folder.glob(f'*/{export.FOLDER}'))
+  return [folder] if (folder / export.FOLDER).exists() else inside or [folder]

@@ -1,0 +1,122 @@
+"""Arrays of the user's are trained on as they are, or refused in one line."""
+
+import numpy as np
+import pytest
+
+from resist_jax import data
+from resist_jax.data import sets
+from resist_jax.errors import ConfigError
+
+RNG = np.random.default_rng(0)
+NAMES = ('ant', 'bee', 'cow')
+
+
+def images(count, *shape):
+  return RNG.integers(0, 256, (count, *(shape or (8, 8, 3)))).astype(np.uint8)
+
+
+def labels(count):
+  return np.arange(count) % 3
+
+
+def write(folder, **arrays):
+  path = folder / 'own.npz'
+  np.savez(path, **arrays)
+  return str(path)
+
+
+def load(path, **fields):
+  sets.load.cache_clear()
+  return data.load(path, **fields)
+
+
+def test_a_file_of_arrays_is_read_to_the_last_pixel(tmp_path):
+  train, test = images(12), images(6)
+  path = write(
+    tmp_path, images=train, labels=labels(12), test_images=test,
+    test_labels=labels(6)[:, None], class_names=NAMES,
+  )  # fmt: skip
+  dataset = load(path)
+  np.testing.assert_array_equal(dataset.train.images, train)
+  np.testing.assert_array_equal(dataset.tests['test'].images, test)
+  np.testing.assert_array_equal(dataset.tests['test'].labels, labels(6))
+  assert (dataset.class_names, dataset.name) == (NAMES, 'own')
+  cut = load(path, train_split='train[:6]', validation=0.5)
+  np.testing.assert_array_equal(
+    np.sort(np.append(cut.train.labels, cut.tests['validation'].labels)),
+    np.sort(labels(6)),
+  )
+
+
+def test_the_names_of_other_collections_mean_the_same(tmp_path):
+  path = write(
+    tmp_path, train_images=images(12, 8, 8), train_labels=labels(12),
+    val_images=images(3, 8, 8), val_labels=labels(3),
+  )  # fmt: skip
+  dataset = load(path)
+  assert dataset.train.images.shape == (12, 8, 8, 1)
+  assert len(dataset.tests['test']) == 3
+  assert dataset.class_names == ('0', '1', '2')
+
+
+def test_without_a_test_a_fifth_is_held_out(tmp_path):
+  dataset = load(write(tmp_path, images=images(30), labels=labels(30)))
+  assert np.bincount(dataset.train.labels).tolist() == [8] * 3
+  assert np.bincount(dataset.tests['test'].labels).tolist() == [2] * 3
+
+
+def test_arrays_can_be_resized(tmp_path):
+  path = write(tmp_path, images=images(10, 20, 30, 3), labels=labels(10))
+  assert load(path, image_size=16).train.images.shape[1:] == (16, 16, 3)
+  assert load(path).train.images.shape[1:] == (20, 30, 3)
+
+
+def test_another_file_is_an_extra_test(tmp_path):
+  path = write(tmp_path, images=images(10), labels=labels(10))
+  other = tmp_path / 'more'
+  other.mkdir()
+  grey = write(other, images=images(4, 9, 9), labels=labels(4))
+  found = load(path, extra_tests=(grey,)).tests['own']
+  assert found.images.shape == (4, 8, 8, 3)
+  assert found.labels.tolist() == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize(
+  ('arrays', 'says'),
+  [
+    ({'x': images(3)}, 'there are x: call them images and labels'),
+    ({'images': images(3) / 255, 'labels': labels(3)},
+     r'images are float64, .* \(255 \* images\)'),
+    ({'images': images(3, 3, 8, 8), 'labels': labels(3)},
+     r'give images.transpose\(0, 2, 3, 1\)'),
+    ({'images': images(3, 8, 8, 2), 'labels': labels(3)}, 'reshape them'),
+    ({'images': images(3), 'labels': labels(4)}, 'one label for each of 3'),
+    ({'images': images(3), 'labels': np.eye(3)}, 'one label for each of 3'),
+    ({'images': images(3), 'labels': labels(3) / 2}, 'labels are float64'),
+    ({'images': images(3), 'labels': labels(3) - 1}, 'labels hold -1'),
+    ({'images': images(3), 'labels': np.array(NAMES)}, 'number the classes'),
+    ({'images': images(3), 'labels': labels(3), 'class_names': NAMES[:2]},
+     'there are 2 classes, and a label is 2'),
+    ({'images': images(3), 'labels': labels(3) * 0}, 'there are 1 classes'),
+    ({'images': images(0), 'labels': labels(0)}, 'no images'),
+    ({'images': images(3), 'labels': labels(3), 'test_images': images(3, 9, 9),
+      'test_labels': labels(3)}, 'images have the shapes'),
+    ({'images': np.array([None]), 'labels': labels(1)}, 'pickle'),
+  ],
+)  # fmt: skip
+def test_other_arrays_get_a_clear_line(arrays, says, tmp_path):
+  path = write(tmp_path, **arrays)
+  with pytest.raises(ConfigError, match=says) as caught:
+    load(path)
+  assert '\n' not in str(caught.value)
+  assert path in str(caught.value)
+
+
+def test_a_file_that_is_damaged_or_not_there_gets_a_clear_line(tmp_path):
+  path = write(tmp_path, images=images(30), labels=labels(30))
+  with open(path, 'r+b') as file:
+    file.truncate(1000)
+  for name, says in ((path, 'in .*own.npz, '), ('nowhere.npz', 'no such file')):
+    with pytest.raises(ConfigError, match=says) as caught:
+      load(name)
+    assert '\n' not in str(caught.value)

@@ -1,0 +1,300 @@
+"""Folders of images of every kind are read as Pillow reads each file."""
+
+import os
+import re
+
+import numpy as np
+from PIL import ExifTags, Image
+import pytest
+import tfds_sets
+
+from resist_jax import data
+from resist_jax.data import sets, sources, tfds_source
+from resist_jax.errors import ConfigError
+
+RNG = np.random.default_rng(0)
+
+
+def pixels(*shape):
+  return RNG.integers(0, 256, shape).astype(np.uint8)
+
+
+def put(path, image, **options):
+  """Writes an image file; its name says the format."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if isinstance(image, np.ndarray):
+    image = Image.fromarray(image)
+  image.save(path, **options)
+  return path
+
+
+def some(folder, classes=('cat', 'dog'), count=4, shape=(8, 8, 3)):
+  """Writes random images of each class."""
+  for name in classes:
+    for i in range(count):
+      put(folder / name / f'{i}.png', pixels(*shape))
+
+
+def load(folder, **fields):
+  sets.load.cache_clear()
+  return data.load(str(folder), **fields)
+
+
+def refusal(folder, **fields):
+  with pytest.raises(ConfigError) as caught:
+    load(folder, **fields)
+  message = str(caught.value)
+  assert '\n' not in message
+  return message
+
+
+def contents(split):
+  split = split.in_memory()
+  pairs = zip(split.images, split.labels, strict=True)
+  return sorted((bytes(image), int(label)) for image, label in pairs)
+
+
+# Kinds of files.
+
+GREY, COLOUR = pixels(8, 8), pixels(8, 8, 3)
+ALPHA = pixels(8, 8, 4)
+PALETTE = Image.fromarray(COLOUR).quantize(16)
+DEEP = (GREY.astype(np.uint16) << 8) + 77
+IN_COLOUR = {
+  'a.png': (COLOUR, COLOUR),
+  'b.bmp': (COLOUR, COLOUR),
+  'c.tiff': (COLOUR, COLOUR),
+  'd.ppm': (COLOUR, COLOUR),
+  'grey.png': (GREY, np.dstack([GREY] * 3)),
+  'alpha.png': (ALPHA, ALPHA[..., :3]),
+  'grey with alpha.png': (
+    Image.fromarray(ALPHA).convert('LA'),
+    np.asarray(Image.fromarray(ALPHA).convert('LA').convert('RGB')),
+  ),
+  'palette.gif': (PALETTE, np.asarray(PALETTE.convert('RGB'))),
+  'palette.png': (PALETTE, np.asarray(PALETTE.convert('RGB'))),
+  'deep.png': (DEEP, np.dstack([GREY] * 3)),
+  'deep.tif': (DEEP, np.dstack([GREY] * 3)),
+  'two colours.png': (
+    Image.fromarray(GREY).convert('1'),
+    np.asarray(Image.fromarray(GREY).convert('1').convert('RGB')),
+  ),
+}
+
+
+def test_every_kind_of_file_has_the_pixels_that_were_written(tmp_path):
+  for name, (image, _) in IN_COLOUR.items():
+    put(tmp_path / 'train' / 'cat' / name, image)
+  put(tmp_path / 'train' / 'dog' / 'a.WEBP', COLOUR, lossless=True)
+  put(tmp_path / 'train' / 'dog' / 'deeper' / 'a.jpg', COLOUR, quality=90)
+  put(tmp_path / 'test' / 'dog' / 'a.png', COLOUR)
+  jpeg = Image.open(tmp_path / 'train' / 'dog' / 'deeper' / 'a.jpg')
+  dataset = load(tmp_path)
+  wanted = [(bytes(p.tobytes()), 0) for _, p in IN_COLOUR.values()]
+  wanted += [(COLOUR.tobytes(), 1), (np.asarray(jpeg).tobytes(), 1)]
+  assert contents(dataset.train) == sorted(wanted)
+  assert contents(dataset.tests['test']) == [(COLOUR.tobytes(), 1)]
+  assert dataset.class_names == ('cat', 'dog')
+  assert dataset.name == tmp_path.name
+  assert not dataset.streamed
+
+
+def test_a_photograph_that_was_taken_sideways_stands_upright(tmp_path):
+  upright = pixels(8, 12, 3)
+  for orientation, stored in (
+    (3, upright[::-1, ::-1]),
+    (6, np.rot90(upright)),
+    (8, np.rot90(upright, -1)),
+  ):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    for kind in ('png', 'webp', 'tiff'):
+      lossless = {'lossless': True} if kind == 'webp' else {}
+      put(
+        tmp_path / 'cat' / f'{orientation}.{kind}',
+        np.ascontiguousarray(stored), exif=exif, **lossless,
+      )  # fmt: skip
+  put(tmp_path / 'dog' / 'a.png', upright)
+  dataset = load(tmp_path)
+  assert dataset.train.images.shape[1:] == (8, 12, 3)
+  splits = (dataset.train, dataset.tests['test'])
+  found = [image for split in splits for image in split.images[:]]
+  assert len(found) == 10
+  for image in found:
+    np.testing.assert_array_equal(image, upright)
+
+
+def test_grey_images_have_one_channel(tmp_path):
+  some(tmp_path, shape=(8, 8))
+  assert load(tmp_path).train.images.shape[1:] == (8, 8, 1)
+  put(tmp_path / 'cat' / 'in colour.png', COLOUR)
+  assert load(tmp_path).train.images.shape[1:] == (8, 8, 3)
+
+
+def test_images_of_many_sizes_are_resized_and_streamed(tmp_path):
+  for i, (photo, label) in enumerate(tfds_sets.photographs(20)):
+    put(tmp_path / 'train' / 'ab'[label] / f'{i}.jpg', photo)
+  for i, (photo, label) in enumerate(tfds_sets.photographs(6, seed=1)):
+    put(tmp_path / 'test' / 'ab'[label] / f'{i}.jpg', photo)
+  dataset = load(tmp_path, image_size=16)
+  assert dataset.streamed
+  assert dataset.train.images.shape == (20, 16, 16, 3)
+  assert data.choose('auto', dataset).resized_crop
+  test = dataset.tests['test'].in_memory()
+  assert np.bincount(test.labels).tolist() == [3, 3]
+  assert (test.images.std(axis=(1, 2, 3)) > 1).all()
+
+
+def test_images_of_one_size_that_are_large_are_resized(tmp_path):
+  some(tmp_path, shape=(8, 8, 3))
+  assert load(tmp_path, image_size=8).train.images.shape[1:] == (8, 8, 3)
+  small = load(tmp_path, image_size=6)
+  assert small.streamed
+  assert small.train.images.shape[1:] == (6, 6, 3)
+
+
+# Splits.
+
+
+def test_classes_alone_are_split_by_a_fixed_fifth(tmp_path):
+  some(tmp_path, ('a', 'b', 'c'), count=10)
+  (tmp_path / '.cache').mkdir()
+  (tmp_path / 'a' / '.DS_Store').write_bytes(b'x')
+  (tmp_path / 'a' / 'Thumbs.db').write_bytes(b'x')
+  (tmp_path / 'empty').mkdir()
+  dataset = load(tmp_path)
+  assert dataset.class_names == ('a', 'b', 'c')
+  train, test = contents(dataset.train), contents(dataset.tests['test'])
+  assert [label for _, label in test].count(0) == 2
+  assert (len(train), len(test)) == (24, 6)
+  assert not {image for image, _ in train} & {image for image, _ in test}
+  assert contents(load(tmp_path).tests['test']) == test
+
+
+def test_a_part_of_a_split_has_images_of_all_classes(tmp_path):
+  some(tmp_path, ('a', 'b', 'c'), count=20, shape=(8, 8))
+  fields = {'train_split': 'train[:50%]', 'test_split': 'train[50%:]'}
+  parts = load(tmp_path, **fields)
+  for split in (parts.train, parts.tests['test']):
+    assert len(split) == 30
+    assert min(np.bincount(split.labels[:], minlength=3)) >= 5
+  whole = contents(parts.train) + contents(parts.tests['test'])
+  assert len(set(whole)) == 60
+  assert 'share images' in refusal(tmp_path, test_split='train[:10%]')
+  assert "no split 'tset' " in refusal(tmp_path, test_split='tset')
+  assert 'train[:80%]' in refusal(tmp_path, train_split='train[:')
+
+
+def test_a_test_without_labels_gives_way_to_val(tmp_path):
+  some(tmp_path / 'train')
+  some(tmp_path / 'val', count=1)
+  put(tmp_path / 'test' / '1.png', COLOUR)
+  (tmp_path / 'annotations').mkdir()
+  (tmp_path / 'annotations' / 'a.json').write_text('{}')
+  assert len(load(tmp_path).tests['test']) == 2
+  assert 'have no labels' in refusal(tmp_path, test_split='test')
+
+
+def test_a_class_may_be_called_train(tmp_path):
+  some(tmp_path, ('plane', 'train'), count=5)
+  assert load(tmp_path).class_names == ('plane', 'train')
+
+
+def test_another_folder_is_an_extra_test(tmp_path):
+  some(tmp_path / 'own', count=5)
+  some(tmp_path / 'of a friend', count=2, shape=(20, 31))
+  extra = str(tmp_path / 'of a friend')
+  dataset = load(tmp_path / 'own', extra_tests=(extra,))
+  assert set(dataset.tests) == {'test', 'of_a_friend'}
+  found = dataset.tests['of_a_friend']
+  assert found.images.shape == (4, 8, 8, 3)
+  some(tmp_path / 'of a foe', ('cat', 'eel'))
+  extra = str(tmp_path / 'of a foe')
+  message = refusal(tmp_path / 'own', extra_tests=(extra,))
+  assert "the class 'eel', which the training has not" in message
+  some(tmp_path / 'of one class', ('dog',), count=3)
+  extra = str(tmp_path / 'of one class')
+  dataset = load(tmp_path / 'own', extra_tests=(extra,))
+  assert dataset.tests['of_one_class'].labels.tolist() == [1, 1, 1]
+
+
+# Names.
+
+
+def test_a_folder_beside_is_found_unless_a_set_has_its_name(
+  tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv('SOMEWHERE', str(tmp_path))
+  some(tmp_path / 'photos')
+  some(tmp_path / 'mnist')
+  for name in ('photos', './photos', 'photos/', '$SOMEWHERE/photos'):
+    assert load(name).name == 'photos'
+  assert 'mnist' in refusal('mnist', data_dir='$SOMEWHERE')
+  assert load('./mnist').name == 'mnist'
+  assert not tfds_source.knows('photos', '.')
+  assert sources.find('./photos').splits == ('train',)
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+  ('make', 'says'),
+  [
+    (lambda f: f.rmdir(), 'no such folder'),
+    (lambda f: None, 'a folder for each class, of which .* has none'),
+    (lambda f: put(f / '1.png', COLOUR), 'has none: move'),
+    (lambda f: some(f, ('cat',)), 'has only cat: move'),
+    (lambda f: (some(f / 'train'), some(f / 'test', ('eel',))),
+     r"split test has the class 'eel', which the training has not: rename"),
+  ],
+)  # fmt: skip
+def test_a_wrong_folder_gets_a_clear_line(make, says, tmp_path):
+  folder = tmp_path / 'photos'
+  folder.mkdir()
+  make(folder)
+  message = refusal(folder)
+  assert re.search(says, message), message
+  assert str(folder) in message
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path):
+  some(tmp_path)
+  path = tmp_path / 'cat' / 'notes.txt'
+  for content in (b'', b'about cats', b'\x89PNG\r\n\x1a\n'):
+    path.write_bytes(content)
+    message = refusal(tmp_path)
+    assert f'{path} is no image that can be read' in message
+    assert 'mend or remove it' in message
+
+
+@pytest.mark.parametrize('streaming', ['always', 'auto'])
+def test_a_damaged_image_is_named(streaming, tmp_path):
+  for i in range(4):
+    for name in ('cat', 'dog'):
+      put(tmp_path / name / f'{i}.jpg', pixels(64, 64, 3))
+  path = tmp_path / 'cat' / '2.jpg'
+  whole = path.read_bytes()
+  path.write_bytes(whole[: len(whole) // 2])
+  message = refusal(tmp_path, streaming=streaming)
+  assert str(path) in message
+  assert 'mend or remove it' in message
+
+
+def test_a_file_that_vanishes_is_named(tmp_path):
+  some(tmp_path, count=5)
+  dataset = load(tmp_path, streaming='always')
+  for path in tmp_path.rglob('1.png'):
+    os.remove(path)
+  with pytest.raises(ConfigError, match=r'cannot be read.*1\.png.*run'):
+    dataset.train.in_memory()
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason='root may read everything')
+def test_a_folder_that_cannot_be_read_is_named(tmp_path):
+  some(tmp_path)
+  os.chmod(tmp_path / 'cat', 0)
+  message = refusal(tmp_path)
+  os.chmod(tmp_path / 'cat', 0o700)
+  assert f'{tmp_path / "cat"} cannot be read (Permission denied)' in message

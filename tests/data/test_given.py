@@ -1,0 +1,225 @@
+"""A data set that a program gives is checked, trained on, and told apart."""
+
+import json
+
+import numpy as np
+from PIL import ExifTags, Image
+import pytest
+import tfds_sets
+
+from resist_jax import data
+from resist_jax.errors import ConfigError
+from resist_jax.run import config as config_lib
+from resist_jax.run import export, setup, train
+
+RNG = np.random.default_rng(0)
+NAMES = ('ant', 'bee', 'cow')
+
+
+def images(count, *shape):
+  return RNG.integers(0, 256, (count, *(shape or (8, 8, 3)))).astype(np.uint8)
+
+
+def labels(count):
+  return np.arange(count) % 3
+
+
+# Arrays.
+
+
+def test_arrays_are_a_data_set_as_they_are():
+  train, test = images(12), images(6)
+  made = data.from_arrays(
+    train, labels(12), test_images=test, test_labels=labels(6),
+    class_names=NAMES,
+  )  # fmt: skip
+  assert made.train.images is train
+  np.testing.assert_array_equal(made.tests['test'].images, test)
+  assert made.class_names == NAMES
+  np.testing.assert_allclose(made.mean, (train / 255).mean((0, 1, 2)), 1e-6)
+  held = data.from_arrays(images(30, 400, 8), labels(30))
+  assert held.train.images.shape == (24, 400, 8, 1)
+  assert np.bincount(held.tests['test'].labels).tolist() == [2, 2, 2]
+
+
+def test_other_arrays_are_refused_by_name():
+  for fields, says in (
+    ({'test_images': images(3)}, 'give test_images and test_labels'),
+    ({'test_images': images(3) / 2, 'test_labels': labels(3)},
+     'test_images are float64'),
+    ({'test_images': images(3, 9, 9), 'test_labels': labels(3)},
+     r'and test_images \(9, 9, 1\)'),
+    ({'class_names': NAMES[:2]}, 'at least 3 in class_names'),
+  ):  # fmt: skip
+    with pytest.raises(ValueError, match=says) as caught:
+      data.from_arrays(images(6), labels(6), **fields)
+    assert '\n' not in str(caught.value)
+
+
+# Sources.
+
+
+class Photos:
+  """As a data set of torchvision: images of Pillow, and labels."""
+
+  classes = ('china', 'flower')
+
+  def __init__(self, count, seed=0):
+    self.pairs = tfds_sets.photographs(count, seed)
+
+  def __len__(self):
+    return len(self.pairs)
+
+  def __getitem__(self, number):
+    image, label = self.pairs[number]
+    return Image.fromarray(image), label
+
+
+class Rows(Photos):
+  """As a data set of dictionaries."""
+
+  def __getitem__(self, number):
+    image, label = self.pairs[number]
+    content = tfds_sets.encode(image, 'PNG').read()
+    return {'image': content, 'label': np.int64(label), 'more': 'words'}
+
+
+def test_every_kind_of_example_has_the_same_pixels():
+  fields = {'class_names': Photos.classes, 'image_size': 16}
+  found = [
+    data.from_source(source, Photos(4, 1), **fields)
+    for source in (Photos(10), Rows(10), Photos(10).pairs)
+  ]
+  for made in found:
+    assert made.streamed
+    assert made.train.images.shape == (10, 16, 16, 3)
+    np.testing.assert_array_equal(
+      made.train.images[:], found[0].train.images[:]
+    )
+    assert made.train.labels[:].tolist() == [0, 1] * 5
+    assert len(made.tests['test']) == 4
+  assert data.from_source(Photos(10), image_size=8).class_names == (
+    'china', 'flower',
+  )  # fmt: skip
+
+
+def test_images_of_one_size_are_read_into_memory_once():
+  count = []
+
+  class Counted:
+    def __len__(self):
+      return 100
+
+    def __getitem__(self, number):
+      count.append(number)
+      return np.full((8, 8), number, np.uint8), number % 3
+
+  made = data.from_source(Counted(), class_names=NAMES)
+  assert made.train.images.shape == (80, 8, 8, 1)
+  before = len(count)
+  assert set(np.unique(made.train.images)) <= set(range(100))
+  assert len(count) == before
+
+
+def test_an_image_that_lies_on_its_side_stands_up():
+  upright = images(1, 8, 12, 3)[0]
+  exif = Image.Exif()
+  exif[ExifTags.Base.Orientation] = 6
+  sideways = Image.fromarray(np.ascontiguousarray(np.rot90(upright)))
+  sideways.getexif().update(exif)
+  source = [(sideways, 0), (upright, 1)] * 5
+  made = data.from_source(source, class_names=NAMES[:2])
+  for image in made.train.images:
+    np.testing.assert_array_equal(image, upright)
+  assert sideways.size == (8, 12)  # The caller's is as it was.
+
+
+@pytest.mark.parametrize(
+  ('example', 'says'),
+  [
+    (images(1)[0], 'is ndarray uint8'),
+    (5, 'is int: give'),
+    ({'img': images(1)[0], 'label': 0}, 'is dict of img, label: give'),
+    ((images(1)[0], 0.5), 'is tuple of ndarray, float: give'),
+    ((images(1)[0], np.eye(3)[0]), 'where label is a whole number'),
+    ((images(1)[0] / 255, 0), r'is ndarray float64 \(8, 8, 3\): .*ToTensor'),
+    ((images(1, 3, 8, 8)[0], 0), r'is ndarray uint8 \(3, 8, 8\)'),
+    (('photo.jpg', 0), 'is str: give uint8'),
+  ],
+)
+def test_another_example_is_described(example, says):
+  with pytest.raises(ValueError, match=says) as caught:
+    data.from_source([example] * 3, class_names=NAMES)
+  assert '\n' not in str(caught.value)
+
+
+def test_a_source_that_does_not_fit_is_refused():
+  for source, fields, says in (
+    (Photos(4), {}, 'images differ in size: give image_size'),
+    ([], {'class_names': NAMES}, 'train has no examples'),
+    ([(images(1)[0], 0)], {}, 'class_names is missing'),
+    ([(images(1)[0], 7)] * 5, {'class_names': NAMES}, 'has the label 7'),
+  ):
+    with pytest.raises(ValueError, match=says):
+      data.from_source(source, **fields)
+
+
+# Runs.
+
+
+def tiny_config(**fields):
+  config = config_lib.get_config()
+  config.model.name = 'PreActResNet18'
+  config.model.stage_sizes, config.model.widths = (1, 3), (8, 8)
+  config.partition, config.num_workers, config.num_devices = (2,), 2, 2
+  config.num_rounds, config.local_steps, config.batch_size = 2, 2, 8
+  config.eval_every, config.checkpoint_every = 2, 1
+  config.evaluation.statistics_images = 20
+  with config.unlocked():
+    config.update_from_flattened_dict(fields)
+  return config
+
+
+def test_a_run_trains_on_it_and_goes_on_with_no_other(tmp_path):
+  train_images, others = images(40), images(40)
+  fields = {'class_names': NAMES, 'name': 'insects'}
+  made = data.from_arrays(train_images, labels(40), **fields)
+  summary = train.train(tiny_config(), tmp_path / 'run', dataset=made)
+  assert summary['class_names'] == list(NAMES)
+  config = json.loads((tmp_path / 'run' / 'config.json').read_text())
+  kind, name, digest = config['data']['name'].split(':')
+  assert (kind, name, len(digest)) == ('given', 'insects', 12)
+  assert summary['dataset'] == config['data']['name']
+  assert export.load(tmp_path / 'run').class_names == NAMES
+
+  longer = tiny_config(num_rounds=3)
+  other = data.from_arrays(others, labels(40), **fields)
+  with pytest.raises(ConfigError, match=r'another config .data.name') as caught:
+    train.train(longer, tmp_path / 'run', dataset=other)
+  assert '\n' not in str(caught.value)
+  with pytest.raises(ConfigError, match='another config'):
+    train.train(longer, tmp_path / 'run')
+  again = data.from_arrays(train_images.copy(), labels(40), **fields)
+  assert train.train(longer, tmp_path / 'run', dataset=again)['rounds'] == 3
+
+
+def test_a_run_streams_what_a_program_gives(tmp_path):
+  made = data.from_source(Photos(40), Photos(6, 1), image_size=16)
+  summary = train.train(tiny_config(), tmp_path, dataset=made)
+  assert summary['image_shape'] == [16, 16, 3]
+  assert setup.prepare(tiny_config(), made).augmentation.resized_crop
+
+
+def test_what_a_given_data_set_does_not_have_is_refused(tmp_path):
+  made = data.from_arrays(images(40), labels(40))
+  for field, value in (
+    ('data.validation', 0.1),
+    ('data.extra_tests', ('mnist',)),
+    ('data.train_split', 'train[:50%]'),
+    ('data.augment', 'resized_crop'),
+  ):
+    with pytest.raises(ConfigError, match=field):
+      train.train(tiny_config(**{field: value}), tmp_path, dataset=made)
+  with pytest.raises(ConfigError, match='which a program gave'):
+    data.load('given:insects:0123456789ab')
+  assert not list(tmp_path.iterdir())
