@@ -233,18 +233,17 @@ def wire_bytes(
 def _outer_bytes(protocol, load, name, num_devices, pair, outer) -> float:
   """Returns the bytes of a chain: it settles, then moves with all moments."""
   before, after = pair
-  # The first item are the parameters; carried moments move by themselves.
-  block, *carried = load.block_sizes
-  settling = load._replace(block_sizes=(block,), stays=True)
+  exchange, stay = protocol.exchange, before and before.staying()
+  block = load.block_sizes[0]
+  alone = load._replace(block_sizes=(block,))
   moving = load._replace(
     block_sizes=(block, *(moment.block[name] for moment in outer)),
     excludes=False,
   )
-  stay = before and before.staying()
-  exchange = protocol.exchange
-  total = exchange.bytes(settling, num_devices, before, stay)
-  total += exchange.bytes(moving, num_devices, before, after)
-  if carried:
-    rest = load._replace(block_sizes=tuple(carried))
-    total += exchange.bytes(rest, num_devices, before, after)
-  return total
+  # Carried moments move while the blocks stay; both share their fixed costs.
+  return (
+    exchange.bytes(load, num_devices, before, after)
+    - exchange.bytes(alone, num_devices, before, after)
+    + exchange.bytes(alone._replace(stays=True), num_devices, before, stay)
+    + exchange.bytes(moving, num_devices, before, after)
+  )
