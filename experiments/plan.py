@@ -27,6 +27,7 @@ from experiments.costs import NAMES, Cost, Machine, Plan
 from experiments.runs import provenance, write_record
 from resist_jax import __main__ as cli
 from resist_jax import report
+from resist_jax.errors import refused
 from resist_jax.exchange import WORKER
 from resist_jax.report import plots
 from resist_jax.rounds import State
@@ -237,8 +238,7 @@ def main(given: list[str], options: Options) -> None:
       rows = _predict(_plan(config), workers, bandwidth)
       picture = plots.render_png(_draw(rows, bandwidth))
   except ValueError as error:
-    print('error:', ' '.join(str(error).split()), file=sys.stderr)
-    sys.exit(2)
+    sys.exit(refused(error))
   command = ' '.join(['python -m experiments.plan', *given])
   record = {'command': command, 'provenance': provenance(), 'rows': rows}
   path = out / ('plan.json' if picture else 'check.json')

@@ -99,14 +99,18 @@ def attempt(name: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
   """Silences what TFDS prints for every set."""
+  before = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)
-  with (
-    warnings.catch_warnings(),
-    contextlib.redirect_stdout(io.StringIO()),
-    contextlib.redirect_stderr(io.StringIO()),
-  ):
-    warnings.simplefilter('ignore')
-    yield
+  try:
+    with (
+      warnings.catch_warnings(),
+      contextlib.redirect_stdout(io.StringIO()),
+      contextlib.redirect_stderr(io.StringIO()),
+    ):
+      warnings.simplefilter('ignore')
+      yield
+  finally:
+    logging.set_verbosity(before)
 
 
 def _builder(name: str, folder: str) -> Any:

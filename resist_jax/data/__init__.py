@@ -8,7 +8,7 @@ from resist_jax.data.augmentation import Augmentation, augment, choose
 from resist_jax.data.folder_source import listed as listed_files
 from resist_jax.data.folder_source import read as read_files
 from resist_jax.data.given import from_arrays, from_source
-from resist_jax.data.held_out import hold_out
+from resist_jax.data.held_out import hold_out, sample
 from resist_jax.data.pipeline import Resident, Stream
 from resist_jax.data.sets import (
   Dataset,
@@ -41,5 +41,6 @@ __all__ = [
   'load_test',
   'normalise',
   'read_files',
+  'sample',
   'test_key',
 ]

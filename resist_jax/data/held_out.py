@@ -39,6 +39,22 @@ def random_parts(count: int, share: float) -> tuple[np.ndarray, np.ndarray]:
   return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
+def sample(count: int, most: int) -> np.ndarray:
+  """Chooses examples at random, the same in every run.
+
+  Args:
+    count: How many examples there are.
+    most: How many to choose, or all if there are fewer.
+
+  Returns:
+    Indices, ascending.
+
+  >>> len(sample(5, 3)), sample(2, 3).tolist()
+  (3, [0, 1])
+  """
+  return np.sort(np.random.default_rng(0).permutation(count)[:most])
+
+
 def stratified(
   labels: np.ndarray, num_test: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from resist_jax.data import sources
 from resist_jax.data.array_source import Arrays
-from resist_jax.data.held_out import hold_out, random_parts
+from resist_jax.data.held_out import hold_out, random_parts, sample
 from resist_jax.data.prepared import Examples, Prepared, opener
 from resist_jax.data.streaming import Records, StreamedImages, StreamedLabels
 from resist_jax.errors import ConfigError
@@ -341,8 +341,7 @@ def _sample(
   """
   if not form.reason and form.num_bytes <= MAX_BYTES_IN_MEMORY:
     return images
-  order = np.random.default_rng(0).permutation(len(images))
-  return images.take(np.sort(order[:MOMENTS_IMAGES]), axis=0)
+  return images.take(sample(len(images), MOMENTS_IMAGES), axis=0)
 
 
 def _moments(

@@ -34,7 +34,7 @@ from jax.sharding import Mesh, NamedSharding
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from resist_jax.errors import NonFiniteError
+from resist_jax.errors import NonFiniteError, message
 from resist_jax.rounds import State, storage
 from resist_jax.rounds.mesh import REPLICATED
 from resist_jax.run import processes, workdir
@@ -90,7 +90,7 @@ class SaveError(OSError):
       advice = f'move that out of {folder}'
     super().__init__(
       f'the checkpoint of round {step} cannot be written '
-      f'({_one_line(error)}): {advice}; the same command goes on from the '
+      f'({message(error)[:100]}): {advice}; the same command goes on from the '
       'checkpoint before.'
     )
 
@@ -282,7 +282,7 @@ class Checkpoints:
       try:
         problem = check(self._path(step), listed)
       except OSError as error:
-        problem = _one_line(error)
+        problem = message(error)[:100]
       if problem is None:
         return step, True
       _warn(step, problem, steps)
@@ -293,7 +293,7 @@ class Checkpoints:
     try:
       found = storage.read_on_host(self._path(step)).record['round']
     except Exception as error:  # orbax and its codecs raise many types.
-      return _one_line(error) or type(error).__name__
+      return message(error)[:100] or type(error).__name__
     return '' if found == step else f'it is that of round {found}'
 
   def _steps(self) -> list[int]:
@@ -437,7 +437,3 @@ def _warn(step: int, problem: str, others: list[int]) -> None:
     problem,
     f'falling back to round {others[-1]}' if others else 'there is no other',
   )
-
-
-def _one_line(error: Exception) -> str:
-  return ' '.join(str(error).split())[:100]

@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 import resist_jax
 from resist_jax import folders
-from resist_jax.errors import ConfigError
+from resist_jax.errors import ConfigError, message
 from resist_jax.run import cards, fields
 
 _WIDTH = 79
@@ -106,7 +106,7 @@ def parse(argv: Sequence[str], values: flags.FlagValues) -> Options:
   except flags.UnrecognizedFlagError as error:
     raise ConfigError(_unknown(error.flagname, values)) from error
   except flags.Error as error:
-    raise ConfigError(' '.join(str(error).split())) from error
+    raise ConfigError(message(error)) from error
   except (AttributeError, KeyError) as error:
     # The error names the nearest field, in quotes within quotes.
     text = re.sub(r'[\\\'"]', '', str(error).replace('\\n', '. '))

@@ -149,8 +149,7 @@ class Evaluator:
     if self.fixed is not None:
       return self.fixed, 0
     train = self.dataset.train
-    order = np.random.default_rng(0).permutation(len(train))
-    sample = train.take(np.sort(order[: self.statistics_images]))
+    sample = train.take(data.sample(len(train), self.statistics_images))
     # Batches of equal size, so that their mean is the mean over all images.
     size = min(self.batch_size, len(sample))
     count = len(sample) // size

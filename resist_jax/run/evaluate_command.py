@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from resist_jax import data, folders
-from resist_jax.errors import ConfigError
+from resist_jax.errors import ConfigError, refused
 from resist_jax.report import plots, tables
 from resist_jax.run import assess, depth, setup, trained, workdir
 from resist_jax.run.config import cut_chains
@@ -46,8 +46,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if runs[1:]:
       _write_together(out, found)
   except (ConfigError, OSError) as error:
-    print('error:', ' '.join(str(error).split()), file=sys.stderr)
-    return 2
+    return refused(error)
   print(_together(found) if found[1:] else _text(found[0]))
   print(f'written to {out}')
   return 0
@@ -121,7 +120,7 @@ def evaluate(run: Trained, options: argparse.Namespace) -> dict[str, Any]:
   }
   if whole and depths:
     some = {
-      name: split.take(_sample(len(split), options.depth_images))
+      name: split.take(data.sample(len(split), options.depth_images))
       for name, split in dataset.tests.items()
     }
     dataset = dataclasses.replace(dataset, tests=some)
@@ -133,11 +132,6 @@ def evaluate(run: Trained, options: argparse.Namespace) -> dict[str, Any]:
       for row in rows
     ]
   return found
-
-
-def _sample(count: int, most: int) -> np.ndarray:
-  order = np.random.default_rng(0).permutation(count)
-  return np.sort(order[:most])
 
 
 def _lengths(run: Trained) -> dict[str, int]:

@@ -3,10 +3,9 @@
 import argparse
 from collections.abc import Sequence
 import pathlib
-import sys
 
 from resist_jax import folders
-from resist_jax.errors import ConfigError
+from resist_jax.errors import ConfigError, refused
 from resist_jax.run import formats, trained, workdir
 
 
@@ -38,7 +37,6 @@ def main(args: Sequence[str] | None = None) -> int:
     workdir.check_writable(out.parent, '--out')
     formats.write(trained.load(options.run).model, options.to, out)
   except (ConfigError, OSError) as error:
-    print('error:', ' '.join(str(error).split()), file=sys.stderr)
-    return 2
+    return refused(error)
   print(out)
   return 0

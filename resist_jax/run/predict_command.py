@@ -11,7 +11,7 @@ from typing import IO
 import numpy as np
 
 from resist_jax import data, folders
-from resist_jax.errors import ConfigError
+from resist_jax.errors import ConfigError, refused
 from resist_jax.run import trained
 from resist_jax.run.export import Predictor
 
@@ -54,8 +54,7 @@ def main(args: Sequence[str] | None = None) -> int:
   except BrokenPipeError:  # As in `| head`.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except (ConfigError, OSError) as error:
-    print('error:', ' '.join(str(error).split()), file=sys.stderr)
-    return 2
+    return refused(error)
   return 0
 
 

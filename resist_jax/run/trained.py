@@ -8,7 +8,7 @@ import pathlib
 import ml_collections
 
 from resist_jax import folders
-from resist_jax.errors import ConfigError
+from resist_jax.errors import ConfigError, message
 from resist_jax.run import export
 from resist_jax.run.config import get_config
 
@@ -50,7 +50,7 @@ def load(workdir: str | os.PathLike[str]) -> Trained:
       'workdir of one.'
     ) from error
   except (OSError, ValueError, TypeError) as error:
-    raise ConfigError(' '.join(str(error).split())) from error
+    raise ConfigError(message(error)) from error
   return Trained(folder, model, config)
 
 

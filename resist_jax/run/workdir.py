@@ -10,7 +10,7 @@ import secrets
 import tempfile
 from typing import IO, Any
 
-from resist_jax.errors import ConfigError
+from resist_jax.errors import ConfigError, message
 from resist_jax.run.config import ELASTIC, differences
 from resist_jax.run.fields import each
 
@@ -64,7 +64,7 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
     if isinstance(config, dict):
       return config
   except (OSError, ValueError, RecursionError) as error:
-    problem = ' '.join(str(error).split())[:100]
+    problem = message(error)[:100]
   raise ConfigError(
     f'{path} is not the config of a run ({problem}): repair it, or choose '
     'another workdir.'

@@ -2,21 +2,11 @@
 
 import numpy as np
 import pytest
+from tiny_images import NAMES, images, labels
 
 from resist_jax import data
 from resist_jax.data import sets
 from resist_jax.errors import ConfigError
-
-RNG = np.random.default_rng(0)
-NAMES = ('ant', 'bee', 'cow')
-
-
-def images(count, *shape):
-  return RNG.integers(0, 256, (count, *(shape or (8, 8, 3)))).astype(np.uint8)
-
-
-def labels(count):
-  return np.arange(count) % 3
 
 
 def write(folder, **arrays):

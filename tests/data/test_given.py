@@ -6,23 +6,12 @@ import numpy as np
 from PIL import ExifTags, Image
 import pytest
 import tfds_sets
+from tiny_images import NAMES, images, labels
 
 from resist_jax import data
 from resist_jax.errors import ConfigError
 from resist_jax.run import config as config_lib
 from resist_jax.run import export, setup, train
-
-RNG = np.random.default_rng(0)
-NAMES = ('ant', 'bee', 'cow')
-
-
-def images(count, *shape):
-  return RNG.integers(0, 256, (count, *(shape or (8, 8, 3)))).astype(np.uint8)
-
-
-def labels(count):
-  return np.arange(count) % 3
-
 
 # Arrays.
 
