@@ -11,6 +11,13 @@ from resist_jax.errors import ConfigError
 SHAPE = gpt.Shape(4, 16, 2, 12)
 
 
+@pytest.fixture(autouse=True)
+def _promotion():
+  """Adam in optax mixes dtypes; the package does not."""
+  with jax.numpy_dtype_promotion('standard'):
+    yield
+
+
 def test_a_byte_is_predicted_from_those_before_it_only():
   params = gpt.init(SHAPE, 0)
   words = np.random.default_rng(0).integers(256, size=(2, 12)).astype(np.int32)
