@@ -33,6 +33,7 @@ from resist_jax.rounds import (
   make_mesh,
   make_round,
   mesh_sizes,
+  outer,
   storage,
 )
 from resist_jax.rounds import state as states
@@ -88,6 +89,10 @@ class Trainer:
     update_factor: Also exclude workers whose update is more than so many times
       as large as those of the others and of recent rounds, see
       `participation.healthy_updates`; 0 for none.
+    outer: An optax optimiser that takes the negative mean change of a round as
+      its gradient, such as `optax.sgd(0.7, momentum=0.9, nesterov=True)`; its
+      state stays with the block and is carried. None takes the mean itself (the
+      paper).
     on_device: See `rounds.make_round`.
     programs: Set by `compile`.
 
@@ -128,6 +133,7 @@ class Trainer:
   exclude_faulty: bool = True
   loss_factor: float = 0.0
   update_factor: float = 10.0
+  outer: optax.GradientTransformation | None = None
   on_device: bool | None = None
   programs: Round | None = dataclasses.field(default=None, repr=False)
 
@@ -179,6 +185,7 @@ class Trainer:
       self.exclude_faulty,
       self.loss_factor,
       self.update_factor,
+      self.outer,
     )
     protocol.check()
     return protocol
@@ -315,15 +322,13 @@ class Trainer:
       Wire bytes, the mean over all assignments.
     """
     sizes = _sizes(state.shared, state.chain, state.num_blocks)
-    moments = None
-    if state.carried is not None:
-      moments = [
-        _sizes(m['shared'], m['chain'], state.num_blocks)
-        for m in state.carried.moments
-      ]
+    moments = _moment_sizes(state.carried, state.num_blocks)
+    outer = _moment_sizes(state.outer, state.num_blocks)
     D, G = mesh_sizes(self.devices)
     protocol = self._protocol(state.num_blocks)
-    return round(accounting.wire_bytes(sizes, protocol, D, None, G, moments))
+    return round(
+      accounting.wire_bytes(sizes, protocol, D, None, G, moments, outer)
+    )
 
   def save(self, folder: str | pathlib.Path, state: State) -> None:
     """Saves a state; a kill leaves the one saved before, or this one.
@@ -445,6 +450,13 @@ def _make_round(trainer, structure, shapes, lengths, streamed) -> Round:
   )
 
 
+def _moment_sizes(parts, num_blocks) -> list[accounting.Sizes] | None:
+  """Counts the numbers of each moment of an optimiser; None without one."""
+  if parts is None:
+    return None
+  return [_sizes(m['shared'], m['chain'], num_blocks) for m in parts.moments]
+
+
 def _sizes(shared, chain, num_blocks) -> accounting.Sizes:
   """Counts parameters from arrays `[S, ...]`."""
 
@@ -540,6 +552,13 @@ def _check_fields(trainer: Trainer) -> None:
       'average_gradients averages whole networks, but chains cuts '
       f'{tuple(trainer.chains)}: use chains=().'
     )
+  if trainer.outer is not None:
+    outer.check(trainer.outer)
+    if not trainer.exchange.format.exact:
+      raise ValueError(
+        'outer takes small changes of the parameters, which a wire format with '
+        'fewer bits would round away: use wire_format float32.'
+      )
   if trainer.average_gradients and trainer.exchange.format.feedback:
     raise ValueError(
       'wire_format int8 sends changes between rounds, and average_gradients '
@@ -559,6 +578,7 @@ def _check_state(trainer: Trainer, state: State) -> None:
     'chains': (tuple(state.num_blocks), tuple(trainer.chains)),
     'num_workers': (max(workers, default=None), trainer.num_workers),
     'carry': (state.carried is not None, trainer.carry),
+    'outer': (state.outer is not None, trainer.outer is not None),
   }
   for name, (theirs, ours) in differ.items():
     if theirs != ours:

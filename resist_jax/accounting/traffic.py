@@ -168,6 +168,13 @@ def branches(protocol: Protocol, moves: Moves) -> dict[str, int]:
     f'{name}/{scope}': branch
     for name, pair in moves.items()
     for scope, branch in protocol.exchange.branches(*pair).items()
+  } | {
+    f'settle_{name}/{scope}': branch
+    for name, (before, _) in moves.items()
+    if protocol.outer is not None
+    for scope, branch in protocol.exchange.branches(
+      before, before.staying()
+    ).items()
   }
 
 
@@ -178,6 +185,7 @@ def wire_bytes(
   moves: Moves | None = None,
   devices_per_worker: int = 1,
   moments: Sequence[Sizes] | None = None,
+  outer: Sequence[Sizes] | None = None,
 ) -> float:
   """Predicts what a round puts on the wire between workers.
 
@@ -189,6 +197,7 @@ def wire_bytes(
       all assignments.
     devices_per_worker: G; in a group, each device sends its own copy.
     moments: See `paper_bytes`.
+    outer: Sizes of each moment of the outer optimiser; None as for `moments`.
 
   Returns:
     Bytes that all devices together send.
@@ -214,5 +223,27 @@ def wire_bytes(
       protocol.exclude_faulty,
     )
     pair = moves[name] if moves else (None, None)
-    total += protocol.exchange.bytes(load, D, *pair)
+    if protocol.outer is None:
+      total += protocol.exchange.bytes(load, D, *pair)
+    else:
+      total += _outer_bytes(protocol, load, name, D, pair, outer or [sizes])
   return devices_per_worker * total
+
+
+def _outer_bytes(protocol, load, name, num_devices, pair, outer) -> float:
+  """Returns the bytes of a chain: it settles, then moves with all moments."""
+  before, after = pair
+  exchange, stay = protocol.exchange, before and before.staying()
+  block = load.block_sizes[0]
+  alone = load._replace(block_sizes=(block,))
+  moving = load._replace(
+    block_sizes=(block, *(moment.block[name] for moment in outer)),
+    excludes=False,
+  )
+  # Carried moments move while the blocks stay; both share their fixed costs.
+  return (
+    exchange.bytes(load, num_devices, before, after)
+    - exchange.bytes(alone, num_devices, before, after)
+    + exchange.bytes(alone._replace(stays=True), num_devices, before, stay)
+    + exchange.bytes(moving, num_devices, before, after)
+  )

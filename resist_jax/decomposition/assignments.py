@@ -56,6 +56,14 @@ class Assignment(NamedTuple):
   shifts: Any = None
   offsets: Any = None
 
+  def staying(self) -> 'Assignment':
+    """Returns the same assignment, as one that follows it without moves."""
+    if self.order is None:
+      return self
+    S, C = self.order.shape
+    order = np.tile(np.arange(C, dtype=np.int32), (S, 1))
+    return self._replace(order=order, shifts=np.zeros(C, np.int32))
+
 
 @dataclasses.dataclass(frozen=True)
 class Assigner:

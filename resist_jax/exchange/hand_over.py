@@ -298,7 +298,7 @@ def wire_bytes(
   """See `Exchange.bytes`."""
   assigns = assigner(load.division)
   sent: float = (
-    expected_messages(assigns, num_devices)
+    expected_messages(assigns, num_devices, load.stays)
     if before is None or after is None
     else messages(assigns, before, after, num_devices)
   )
@@ -330,12 +330,15 @@ def messages(
   return sum(_away(route, per_device) for route in taken)
 
 
-def expected_messages(assigns: Assigner, num_devices: int) -> float:
+def expected_messages(
+  assigns: Assigner, num_devices: int, stays: bool = False
+) -> float:
   """Returns the mean of `messages` over all assignments.
 
   Args:
     assigns: Assigner of the chain.
     num_devices: D.
+    stays: Whether each block stays, so that replicas travel only.
 
   Returns:
     Blocks a round.
@@ -348,7 +351,7 @@ def expected_messages(assigns: Assigner, num_devices: int) -> float:
   def mean(routes: list[Route]) -> float:
     return sum(_away(route, per_device) for route in routes) / len(routes)
 
-  columns = range(assigns.num_columns)
+  columns = range(0 if stays else assigns.num_columns)
   moved = sum(mean(assigns.column_routes(j)) for j in columns)
   # Offset 0 is never drawn: it would lend a block to its owner.
   replicas = range(assigns.num_replicas)

@@ -18,11 +18,13 @@ class Load(NamedTuple):
     block_sizes: How many numbers a block has: parameters, and each moment of
       the optimiser that is carried with them.
     excludes: Whether faulty workers are excluded from the aggregate.
+    stays: Whether each block stays where it is.
   """
 
   division: Division
   block_sizes: tuple[int, ...]
   excludes: bool = False
+  stays: bool = False
 
 
 def no_branches(before: Assignment, after: Assignment) -> dict[str, int]:

@@ -91,7 +91,7 @@ class Round:
     moves = (state.assignments, state.assignments)
     if 'round' in self.programs:
       batches = _shapes(batches, self._batch_sharding)
-      inputs = (held, state.error, state.norms, *moves)
+      inputs = (held, state.error, state.outer, state.norms, *moves)
       inputs = (*inputs, constants, batches, index)
       return {'round': inputs}
     local = jax.eval_shape(self.programs['begin'], *held, index)
@@ -105,7 +105,7 @@ class Round:
         name: (*device_groups.part(inputs, group), index, index)
         for name, group in self.groups.items()
       },
-      'finish': (local, agreed, state.error, state.norms, *moves),
+      'finish': (local, agreed, state.error, state.outer, state.norms, *moves),
     }
 
   def __call__(
@@ -148,14 +148,14 @@ class Round:
     if 'round' in self.programs:
       batches = place(batches, self._batch_sharding)
       new, metrics = self.programs['round'](
-        (state.shared, state.chain, state.carried),
-        state.error, state.norms, *moves, constants, batches, index,
+        (state.shared, state.chain, state.carried), state.error, state.outer,
+        state.norms, *moves, constants, batches, index,
       )  # fmt: skip
     else:
       local, seconds = self._train(state, constants, batches, index)
       agreed = self.protocol.kept(state.shared, state.chain)
       new, metrics = self.programs['finish'](
-        local, agreed, state.error, state.norms, *moves
+        local, agreed, state.error, state.outer, state.norms, *moves
       )
       for leaf in jax.tree.leaves(agreed):
         leaf.delete()  # No output could take its place.
@@ -301,12 +301,12 @@ def make_round(
   finish = on_mesh(
     partial(synchronise, protocol, optimizer),
     mesh=mesh,
-    in_specs=(*held, REPLICATED, REPLICATED, REPLICATED),
+    in_specs=(*held, SHARDED, REPLICATED, REPLICATED, REPLICATED),
     out_specs=(Synchronised(*specs), SHARDED),
   )
   if on_device and not streamed and 'step' in groups:
     whole = partial(_scan_round, protocol, begin, steps['step'], finish)
-    programs = {'round': jax.jit(whole, donate_argnums=(0, 1))}
+    programs = {'round': jax.jit(whole, donate_argnums=(0, 1, 2))}
   else:
     programs = _host_programs(protocol, begin, steps, finish, groups)
   return Round(protocol, mesh, seed, programs, groups, on_device, streamed)
@@ -328,13 +328,13 @@ def _host_programs(protocol, begin, steps, finish, groups) -> dict[str, Any]:
       )
       for name, step in steps.items()
     },
-    'finish': jax.jit(finish, donate_argnums=(0, 2)),
+    'finish': jax.jit(finish, donate_argnums=(0, 2, 3)),
   }
 
 
 def _scan_round(
-  protocol, begin, step, finish, held, error, norms, before, after, constants,
-  batches, index,
+  protocol, begin, step, finish, held, error, outer, norms, before, after,
+  constants, batches, index,
 ):  # fmt: skip
   """Trains and exchanges in one program, for GPU and TPU."""
   agreed = protocol.kept(*held[:2])
@@ -348,4 +348,4 @@ def _scan_round(
   by_step = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), batches)
   steps = jnp.arange(jax.tree.leaves(by_step)[0].shape[0], dtype=jnp.int32)
   local, _ = lax.scan(body, local, (by_step, steps))
-  return finish(local, agreed, error, norms, before, after)
+  return finish(local, agreed, error, outer, norms, before, after)

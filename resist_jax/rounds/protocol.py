@@ -4,6 +4,8 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+import optax
+
 from resist_jax.decomposition import Assignment, Division, slots_per_worker
 from resist_jax.exchange import Exchange, hand_over
 
@@ -36,6 +38,8 @@ class Protocol:
       see `exchange.participation`.
     loss_factor: See `participation.healthy_losses`.
     update_factor: See `participation.healthy_updates`; 0 judges no updates.
+    outer: Optimiser that takes the mean change of a round; None for the mean
+      itself (the paper).
   """
 
   num_workers: int
@@ -49,6 +53,7 @@ class Protocol:
   exclude_faulty: bool = False
   loss_factor: float = 0.0
   update_factor: float = 0.0
+  outer: optax.GradientTransformation | None = None
 
   @property
   def sends_changes(self) -> bool:
@@ -58,12 +63,12 @@ class Protocol:
   @property
   def keeps_shared(self) -> bool:
     """Whether the shared part before local training is needed after it."""
-    return self.sends_changes or self.judges_updates
+    return self.sends_changes or self.judges_updates or bool(self.outer)
 
   @property
   def keeps_blocks(self) -> bool:
-    """Whether the blocks are, for those without a healthy holder."""
-    return self.exclude_faulty and bool(self.num_blocks)
+    """Whether the blocks are, for those without a healthy holder or `outer`."""
+    return bool(self.num_blocks) and (self.exclude_faulty or bool(self.outer))
 
   @property
   def judges_updates(self) -> bool:

@@ -38,6 +38,7 @@ class State(NamedTuple):
       `collectives.error_shapes`; None where nothing is kept.
     norms: Norms of the updates of recent rounds, replicated; None where nobody
       judges updates.
+    outer: The state of the outer optimiser, as `carried`; None without one.
   """
 
   shared: PyTree
@@ -48,6 +49,7 @@ class State(NamedTuple):
   carried: Parts | None = None
   error: PyTree | None = None
   norms: Norms | None = None
+  outer: Parts | None = None
 
 
 class Whole(NamedTuple):
@@ -57,16 +59,18 @@ class Whole(NamedTuple):
     params: Parameters, with chains `[L, ...]`.
     carried: The optimiser's moments, each shaped as the parameters, and the
       rest of its state, where it is carried; None where it restarts.
+    outer: The same of the outer optimiser; None without one.
   """
 
   params: dict[str, PyTree]
   carried: Parts | None = None
+  outer: Parts | None = None
 
 
 def with_carried(
   whole: Whole, optimizer: optax.GradientTransformation, protocol: Protocol
 ) -> Whole:
-  """Adds or drops the optimiser's state, as a protocol wants it.
+  """Adds or drops the optimisers' states, as a protocol wants them.
 
   Args:
     whole: The global network.
@@ -79,25 +83,35 @@ def with_carried(
   Raises:
     ValueError: If a moment does not keep the blocks of a chain apart.
   """
+  carried, outer = whole.carried, whole.outer
   if not protocol.carry:
-    return whole._replace(carried=None)
-  if whole.carried is not None:
-    return whole
+    carried = None
+  elif carried is None:
+    carried = _first_parts(optimizer, whole.params, protocol, 'carry')
+  if protocol.outer is None:
+    outer = None
+  elif outer is None:
+    outer = _first_parts(protocol.outer, whole.params, protocol, 'outer')
+  return whole._replace(carried=carried, outer=outer)
+
+
+def _first_parts(optimizer, params, protocol, field) -> Parts:
+  """Returns the first state of an optimiser, in parts."""
   # On a CPU where there is one: an accelerator may not hold the whole network.
   with jax.default_device(_host_device()):
-    opt_state = jax.device_get(optimizer.init(whole.params))
-  carried = take_apart(optimizer, opt_state)
+    opt_state = jax.device_get(optimizer.init(params))
+  parts = take_apart(optimizer, opt_state)
   for name, length in protocol.num_blocks.items():
-    for moment in carried.moments:
+    for moment in parts.moments:
       for leaf in jax.tree.leaves(split(moment, [name])[1]):
         if not leaf.ndim or len(leaf) != length:
           raise ValueError(
-            f'carry is on, but the optimiser keeps a moment of shape '
+            f'{field} is set, but its optimiser keeps a moment of shape '
             f'{leaf.shape} for the {length} blocks of chain {name!r}: use an '
-            'optimiser whose moments have the shapes of the parameters, or '
-            'carry=False.'
+            'optimiser whose moments have the shapes of the parameters, or do '
+            f'without {field}.'
           )
-  return whole._replace(carried=carried)
+  return parts
 
 
 def _host_device():
@@ -145,22 +159,26 @@ def distribute(
     }
 
   shared, chain = hand_out(whole.params)
-  carried = None
-  if whole.carried is not None:
-    moments = [hand_out(moment) for moment in whole.carried.moments]
-    carried = Parts(
+
+  def hand_out_parts(parts):
+    if parts is None:
+      return None
+    moments = [hand_out(moment) for moment in parts.moments]
+    return Parts(
       [dict(zip(('shared', 'chain'), m, strict=True)) for m in moments],
-      replicate(whole.carried.rest, S, mesh),
+      replicate(parts.rest, S, mesh),
     )
+
   return State(
     shared,
     chain,
     place_assignments(assignments, mesh),
     np.int32(round_index),
     dict(protocol.num_blocks),
-    carried,
+    hand_out_parts(whole.carried),
     no_error(shared, protocol, mesh),
     place_norms(None, protocol, mesh),
+    hand_out_parts(whole.outer),
   )
 
 
@@ -304,10 +322,13 @@ def assemble(state: State) -> Whole:
     }
     return join(shared, whole)
 
-  carried = None
-  if state.carried is not None:
-    carried = Parts(
-      [gather(**moment) for moment in state.carried.moments],
-      jax.tree.map(first_copy, state.carried.rest),
+  def gather_parts(parts):
+    if parts is None:
+      return None
+    return Parts(
+      [gather(**moment) for moment in parts.moments],
+      jax.tree.map(first_copy, parts.rest),
     )
-  return Whole(gather(state.shared, state.chain), carried)
+
+  params = gather(state.shared, state.chain)
+  return Whole(params, gather_parts(state.carried), gather_parts(state.outer))

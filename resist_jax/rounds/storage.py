@@ -78,9 +78,9 @@ def begin(folder: pathlib.Path, state: State, record: Mapping[str, Any]) -> Any:
 
   arrays: Any = {'params': _parts(state.shared, state.chain)}
   if state.carried is not None:
-    moments, rest = state.carried
-    arrays['moments'] = [_parts(**moment) for moment in moments]
-    arrays['rest'] = jax.tree.map(first_copy, rest)
+    arrays |= _optimiser_parts(state.carried)
+  if state.outer is not None:
+    arrays['outer'] = _optimiser_parts(state.outer)
   if state.error is not None:
     arrays['error'] = {'workers': state.error}
   assignments = assignments_on_host(state)
@@ -89,6 +89,7 @@ def begin(folder: pathlib.Path, state: State, record: Mapping[str, Any]) -> Any:
     'num_blocks': {k: int(n) for k, n in state.num_blocks.items()},
     'slots': {name: a.slots.tolist() for name, a in assignments.items()},
     'carried': state.carried is not None,
+    'outer': state.outer is not None,
     'norms': state.norms
     and [np.asarray(x.addressable_data(0)).tolist() for x in state.norms],
     'record': dict(record),
@@ -154,14 +155,11 @@ def _read(folder: pathlib.Path, target) -> Stored:
   targets = jax.tree_util.tree_map_with_path(target, saved.metadata)
   arrays: Any = ocp.load(str(folder), targets)
   shared, chain = _from_parts(arrays['params'])
-  carried, norms = None, description.get('norms')
+  carried, outer, norms = None, None, description.get('norms')
   if description['carried']:
-    moments = [_from_parts(parts) for parts in arrays.get('moments', ())]
-    names = ('shared', 'chain')
-    carried = Parts(
-      [dict(zip(names, moment, strict=True)) for moment in moments],
-      list(arrays.get('rest', ())),
-    )
+    carried = _optimiser_from_parts(arrays)
+  if description.get('outer'):
+    outer = _optimiser_from_parts(arrays.get('outer', {}))
   state = State(
     shared,
     chain,
@@ -174,6 +172,7 @@ def _read(folder: pathlib.Path, target) -> Stored:
     carried,
     arrays.get('error', {}).get('workers'),
     norms and Norms(*norms),
+    outer,
   )
   return Stored(state, description['record'])
 
@@ -201,6 +200,7 @@ def as_state(
   if (
     not hold_the_same(state.assignments, assignments)
     or (state.carried is not None) != protocol.carry
+    or (state.outer is not None) != (protocol.outer is not None)
     or feedback != (S if protocol.keeps_error else None)
   ):
     return None
@@ -224,7 +224,8 @@ def as_whole(stored: Stored) -> Whole:
     stored.state, lambda tree: jax.tree.map(lambda x: x[None], tree)
   )
   whole = assemble(one_row)
-  for leaf in jax.tree.leaves((stored.state.chain, stored.state.carried)):
+  state = stored.state
+  for leaf in jax.tree.leaves((state.chain, state.carried, state.outer)):
     if isinstance(leaf, jax.Array):
       leaf.delete()  # The old parts would lie beside the new ones.
   return whole
@@ -232,14 +233,21 @@ def as_whole(stored: Stored) -> Whole:
 
 def _map_equal(state: State, function) -> State:
   """Applies a function to what is equal on all workers."""
-  carried = state.carried
-  if carried is not None:
+
+  def in_parts(parts):
+    if parts is None:
+      return None
     moments = [
       {**moment, 'shared': function(moment['shared'])}
-      for moment in carried.moments
+      for moment in parts.moments
     ]
-    carried = Parts(moments, function(carried.rest))
-  return state._replace(shared=function(state.shared), carried=carried)
+    return Parts(moments, function(parts.rest))
+
+  return state._replace(
+    shared=function(state.shared),
+    carried=in_parts(state.carried),
+    outer=in_parts(state.outer),
+  )
 
 
 def _num_rows(tree: PyTree) -> int | None:
@@ -251,6 +259,23 @@ def _parts(shared: PyTree, chain: PyTree) -> dict[str, PyTree]:
   """Returns what to save: once what is equal, and what each worker holds."""
   equal = jax.tree.map(first_copy, shared)
   return {'whole': equal, **({'workers': chain} if chain else {})}
+
+
+def _optimiser_parts(parts: Parts) -> dict[str, PyTree]:
+  """Returns what to save of an optimiser's state."""
+  return {
+    'moments': [_parts(**moment) for moment in parts.moments],
+    'rest': jax.tree.map(first_copy, parts.rest),
+  }
+
+
+def _optimiser_from_parts(arrays: Mapping[str, Any]) -> Parts:
+  moments = [_from_parts(parts) for parts in arrays.get('moments', ())]
+  names = ('shared', 'chain')
+  return Parts(
+    [dict(zip(names, moment, strict=True)) for moment in moments],
+    list(arrays.get('rest', ())),
+  )
 
 
 def _from_parts(parts: PyTree) -> tuple[PyTree, PyTree]:

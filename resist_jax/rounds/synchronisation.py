@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from resist_jax.decomposition import Assignment, split
+from resist_jax.decomposition import Assignment, join, split
 from resist_jax.exchange import (
   Healthy,
   Limits,
@@ -14,6 +14,7 @@ from resist_jax.exchange import (
   collectives,
   participation,
 )
+from resist_jax.rounds import outer as outer_lib
 from resist_jax.rounds.local_training import Local
 from resist_jax.rounds.moments import Parts, take_apart
 from resist_jax.rounds.protocol import Protocol
@@ -28,6 +29,7 @@ class Synchronised(NamedTuple):
   chain: dict[str, PyTree]
   carried: Parts | None
   error: PyTree | None
+  outer: Parts | None
   norms: Norms | None
 
 
@@ -37,6 +39,7 @@ def synchronise(
   local: Local,
   agreed: tuple[PyTree | None, PyTree | None],
   error: PyTree | None,
+  outer: Parts | None,
   norms: Norms | None,
   before: Mapping[str, Assignment],
   after: Mapping[str, Assignment],
@@ -49,6 +52,7 @@ def synchronise(
     local: What local training ends with.
     agreed: The shared part and the blocks before it, see `Protocol.kept`.
     error: What rounding removed from changes so far.
+    outer: State of the outer optimiser; None if there is none.
     norms: Norms of the updates of recent rounds; None if nobody judges them.
     before: The assignment of each chain in the round.
     after: The assignment of each chain in the next round.
@@ -71,7 +75,14 @@ def synchronise(
   elif not protocol.average_gradients:  # With these, all are equal already.
     shared = collectives.mean_over_workers(shared, S, healthy=healthy)
   moves = before, after, healthy
-  chain = _exchange_chains(protocol, chain, *moves, agreed_chain)
+  if outer is None:
+    chain = _exchange_chains(protocol, chain, *moves, agreed_chain)
+  else:
+    settled = _settle(protocol, chain, before, healthy, agreed_chain)
+    params, outer = _outer_step(
+      protocol, (agreed_shared, agreed_chain), (shared, settled), outer, moves
+    )
+    shared, chain = split(params, protocol.num_blocks)
 
   carried = None
   if protocol.carry:
@@ -79,7 +90,7 @@ def synchronise(
   shared, chain = collectives.narrow(
     (shared, chain), split(local.params, protocol.num_blocks)
   )
-  return Synchronised(shared, chain, carried, error, norms), metrics
+  return Synchronised(shared, chain, carried, error, outer, norms), metrics
 
 
 def _judge(
@@ -132,12 +143,51 @@ def _exchange_moments(
   return Parts(exchanged, rest)
 
 
-def _exchange_chains(protocol, chains, before, after, healthy, agreed):
+def _settle(protocol, chains, before, healthy, agreed):
+  """Gives all holders of a block its mean; no block moves."""
+  stay = {name: assignment.staying() for name, assignment in before.items()}
+  moves = before, stay, healthy
+  return _exchange_chains(protocol, chains, *moves, agreed, scope='settle_{}')
+
+
+def _outer_step(
+  protocol: Protocol,
+  agreed: tuple[PyTree, PyTree],
+  settled: tuple[PyTree, PyTree],
+  parts: Parts,
+  moves: tuple,
+) -> tuple[PyTree, Parts]:
+  """Takes a step of the outer optimiser, and hands over what comes of it."""
+  assert protocol.outer is not None
+  before, after, _ = moves
+  shared, chain = agreed
+  new, stepped = outer_lib.step(
+    protocol.outer, (shared, chain or {}), settled, parts
+  )
+  held = [split(tree, protocol.num_blocks) for tree in (new, *stepped.moments)]
+  moved = [
+    # All holders have the same by now, faulty ones too.
+    (shared, _exchange_chains(protocol, chain, before, after, None, None))
+    for shared, chain in held
+  ]
+  moments = [
+    dict(zip(('shared', 'chain'), pair, strict=True)) for pair in moved[1:]
+  ]
+  like = parts.moments
+  moments = [
+    collectives.narrow(*pair) for pair in zip(moments, like, strict=True)
+  ]
+  return join(*moved[0]), Parts(moments, stepped.rest)
+
+
+def _exchange_chains(
+  protocol, chains, before, after, healthy, agreed, scope='{}'
+):
   """Exchanges every chain; `agreed` are their blocks before, or None."""
   agreed = agreed or dict.fromkeys(chains)
   exchanged = {}
   for name, blocks in chains.items():
-    with jax.named_scope(name):
+    with jax.named_scope(scope.format(name)):
       exchanged[name] = protocol.exchange.exchange(
         protocol.division(name),
         blocks,

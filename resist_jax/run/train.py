@@ -284,7 +284,7 @@ def _loop(
     before = assignments_on_host(state)
     batches = setup.pipeline.batches(index)
     state, measured = phase.trainer.round(state, batches)
-    # This round runs while the metrics of the one before are read and logged.
+    # An accelerator runs this round while that before is read and logged.
     if running:
       progress, asked = _read(setup, running, progress, clock, interrupt)
       log.write(progress.last)
@@ -299,10 +299,17 @@ def _loop(
     leaves = not last and phases.name_at(config, done) != phase.name
     if jax.process_count() == 1:
       asked = interrupt.signum or 0
-    if not (evaluates or saves or leaves or asked):
+    # Where the host dispatches steps, it has waited for them: the clock is read
+    # now, or the time of the next round would count for this one.
+    if not (
+      evaluates or saves or leaves or asked or 'seconds_local' in measured
+    ):
       continue
     progress, signum = _read(setup, running, progress, clock, interrupt)
     running, signum = None, asked or signum
+    if not (evaluates or saves or leaves or signum):
+      log.write(progress.last)
+      continue
     clock.stop()
     if evaluates:
       processes.doing(f'the test after round {done}')

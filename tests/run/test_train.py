@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from wire import train_and_compare
 
-from resist_jax import report, rounds
+from resist_jax import data, report, rounds
 from resist_jax.errors import ConfigError, NonFiniteError
 from resist_jax.run import config as config_lib
 from resist_jax.run import export, metrics, phases, restore, train
@@ -256,6 +256,20 @@ def test_a_signal_during_an_evaluation_is_not_lost(tmp_path, monkeypatch):
     with pytest.raises(Interrupted, match='stopped after round 2'):
       train.train(config, str(tmp_path))
   assert [p.name for p in (tmp_path / 'checkpoints').iterdir()] == ['2']
+
+
+def test_a_round_is_timed_before_the_next_one_begins(tmp_path, monkeypatch):
+  """Where the host dispatches steps, they would count for the round before."""
+  logged, batches = [], data.Resident.batches
+
+  def batches_of(self, index):
+    logged.append(len(rows(tmp_path)))
+    return batches(self, index)
+
+  monkeypatch.setattr(data.Resident, 'batches', batches_of)
+  rare = dict.fromkeys(('num_rounds', 'eval_every', 'checkpoint_every'), 4)
+  train.train(tiny_config(**rare), str(tmp_path))
+  assert logged == [0, 1, 2, 3]
 
 
 @pytest.mark.slow

@@ -1,0 +1,84 @@
+"""An optimiser of the global network, which takes the change of a round.
+
+The negative mean change of a round is a gradient (Reddi et al. 2021, section
+2), so an optimiser can amplify or smooth it. Local SGD with momentum in this
+place is known as DiLoCo. Here each holder of a block applies it to the blocks
+that it holds: all of them know the block as it was and the state of the
+optimiser for it, and compute the same. The state then moves on with the block.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from resist_jax.decomposition import join
+from resist_jax.rounds.moments import Parts, put_together, take_apart
+
+PyTree = Any
+
+
+def step(
+  outer: optax.GradientTransformation,
+  before: tuple[PyTree, PyTree],
+  after: tuple[PyTree, PyTree],
+  parts: Parts,
+) -> tuple[PyTree, Parts]:
+  """Takes one step with the change of a round.
+
+  Args:
+    outer: The optimiser, learning rate included.
+    before: The shared part and the chains before local training, `[W, ...]`.
+    after: Their means over the workers after it.
+    parts: The state of the optimiser, see `State.outer`, here `[W, ...]`.
+
+  Returns:
+    All parameters after the step, and the state of the optimiser, whose moments
+    have the structure of the parameters.
+  """
+  moments = [join(**moment) for moment in parts.moments]
+
+  def one_worker(before, after, parts):
+    state = put_together(outer, outer.init(before), parts)
+    change = jax.tree.map(jnp.subtract, before, after)
+    updates, state = outer.update(change, state, before)
+    return optax.apply_updates(before, updates), take_apart(outer, state)
+
+  return jax.vmap(one_worker)(
+    join(*before), join(*after), Parts(moments, parts.rest)
+  )
+
+
+def check(outer: Any) -> None:
+  """Checks that an optimiser treats each number of the parameters alone.
+
+  Each worker knows the blocks that it holds only, so an optimiser that looks at
+  a norm, for example, would do something else on each of them.
+
+  Args:
+    outer: A candidate.
+
+  Raises:
+    ValueError: If it is no optimiser, or couples numbers.
+  """
+  if not callable(getattr(outer, 'update', None)):
+    raise ValueError(
+      f'outer is {outer!r}; it must be an optax optimiser, such as '
+      'optax.sgd(0.7, momentum=0.9, nesterov=True).'
+    )
+  first = np.array([1.0, -2.0], np.float32)
+
+  def updated(others: float) -> np.ndarray:
+    rest = np.float32(others)
+    params = {'a': np.append(first, rest), 'b': rest}
+    updates, _ = outer.update(params, outer.init(params), params)
+    return np.asarray(updates['a'][:2])
+
+  if not np.allclose(updated(1.0), updated(100.0)):
+    raise ValueError(
+      'outer treats the parameters together, as by their norm, but a worker '
+      'holds only some of them: use an optimiser that treats each number '
+      'alone, such as optax.sgd with momentum, or optax.adam.'
+    )

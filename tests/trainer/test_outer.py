@@ -1,0 +1,226 @@
+"""An outer optimiser takes the mean change of a round, block by block."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_trainer import (
+  CHAIN,
+  OPTIMISERS,
+  RATE,
+  T,
+  assert_close,
+  batches,
+  cut,
+  gradient,
+  hands_of,
+  make,
+  merge,
+  network,
+  run,
+)
+
+import resist_jax as resist
+from resist_jax.rounds.state import assignments_on_host
+
+OUTER = {
+  'diloco': optax.sgd(0.7, momentum=0.9, nesterov=True),
+  'adam': optax.adam(0.02),
+  'schedule': optax.sgd(lambda count: 1 / (1 + count), momentum=0.5),
+}
+
+
+@pytest.fixture(autouse=True)
+def _promotion():
+  """Adam in optax mixes dtypes; the package does not."""
+  with jax.numpy_dtype_promotion('standard'):
+    yield
+
+
+def plain_loop(outer, held, S, left_out=()):
+  """Algorithm 1, whose means an optimiser of the whole network takes."""
+  params, sgd = network(), optax.sgd(RATE, momentum=0.9)
+  state = outer.init(params)
+  for r, assignments in enumerate(held):
+    hands, data = hands_of(assignments, S), batches(r, S)
+    ends, counted = [], []
+    for s, mine in enumerate(hands):
+      sub = cut(params, mine)
+      moments = sgd.init(sub)
+      for t in range(T):
+        batch = jax.tree.map(lambda x, s=s, t=t: x[s, t], data)
+        updates, moments = sgd.update(gradient(sub, batch), moments, sub)
+        sub = optax.apply_updates(sub, updates)
+      if (r, s) not in left_out:
+        ends.append(sub)
+        counted.append(mine)
+    # A block that only an excluded worker held has not changed.
+    lost = set(range(5)) - {block for mine in counted for block in mine}
+    if lost:
+      mean = merge_where(ends, counted, params, lost)
+    else:
+      mean = merge(ends, counted)
+    change = jax.tree.map(jnp.subtract, params, mean)
+    updates, state = outer.update(change, state, params)
+    params = optax.apply_updates(params, updates)
+  return params
+
+
+def merge_where(ends, counted, params, lost):
+  """Adds a holder that kept the lost blocks as they were."""
+  kept = sorted(lost)
+  mean = merge([*ends, cut(params, kept)], [*counted, kept])
+  return {**mean, 'out': sum(end['out'] for end in ends) / len(ends)}
+
+
+@pytest.mark.parametrize('name', OUTER)
+@pytest.mark.parametrize('exchange', ['hand_over', 'masked_psum'])
+def test_rounds_equal_a_plain_loop(exchange, name):
+  exchange = getattr(resist.exchange, exchange)()
+  fields = {'exchange': exchange, 'min_depth': 2, 'outer': OUTER[name]}
+  got, held, *_ = run(make(**fields), rounds=4)
+  assert_close(got, plain_loop(OUTER[name], held, 4))
+
+
+def test_without_replicas_and_on_other_devices_too():
+  outer = OUTER['diloco']
+  got, held, *_ = run(make(outer=outer, devices=4), rounds=4)
+  assert_close(got, plain_loop(outer, held, 4))
+  one, *_ = run(make(outer=outer, devices=1, on_device=True), rounds=4)
+  assert_close(one, got)
+
+
+def test_local_sgd_with_it_is_diloco_and_data_parallel_takes_it_too():
+  outer = OUTER['diloco']
+  got, held, *_ = run(make(outer=outer, chains=()), rounds=4)
+  assert_close(got, plain_loop(outer, held, 4))
+  fields = {'chains': (), 'average_gradients': True, 'carry': True}
+  want, *_ = run(make(**fields), rounds=1)
+  got, *_ = run(make(outer=optax.sgd(0.5), **fields), rounds=1)
+  half = jax.tree.map(lambda x, y: (x + y) / 2, network(), want)
+  assert_close(got, half)
+
+
+def test_a_rate_of_one_is_the_mean_itself():
+  want, *_ = run(make(min_depth=2))
+  got, *_ = run(make(min_depth=2, outer=optax.sgd(1.0)))
+  assert_close(got, want, 1e-6)
+
+
+@pytest.mark.parametrize('exchange', ['hand_over', 'masked_psum'])
+def test_a_faulty_worker_is_left_out_of_the_change(exchange):
+  outer, exchange = OUTER['diloco'], getattr(resist.exchange, exchange)()
+  trainer = make(outer=outer, exchange=exchange)
+  state, held = trainer.init(network()), []
+  for r in range(3):
+    held.append(assignments_on_host(state))
+    data = batches(r, 4)
+    if r == 1:
+      data['y'][2] = np.nan
+    state, metrics = trainer.round(state, data)
+    assert np.asarray(metrics['healthy']).tolist() == [True, True, r != 1, True]
+  want = plain_loop(outer, held, 4, left_out={(1, 2)})
+  assert_close(trainer.params(state), want)
+
+
+@pytest.mark.parametrize('carry', [False, True])
+def test_a_restored_training_repeats_to_the_bit(carry, tmp_path):
+  fields = {'outer': OUTER['adam'], 'min_depth': 2, 'carry': carry}
+  trainer = make(OPTIMISERS['adam'](0), **fields)
+  want, *_ = run(trainer, rounds=4)
+  state = trainer.init(network())
+  for r in range(4):
+    trainer.save(tmp_path, state)
+    state = make(OPTIMISERS['adam'](0), **fields).restore(tmp_path)
+    state, _ = trainer.round(state, batches(r, 4))
+  jax.tree.map(np.testing.assert_array_equal, trainer.params(state), want)
+
+
+def test_other_workers_continue_with_the_same_state(tmp_path):
+  trainer = make(outer=OUTER['diloco'], min_depth=2)
+  *_, state, _ = run(trainer, rounds=2)
+  trainer.save(tmp_path, state)
+  other = make(
+    S=2, devices=1, outer=OUTER['diloco'],
+    exchange=resist.exchange.masked_psum(),
+  )  # fmt: skip
+  again = other.whole(other.restore(tmp_path)).outer
+  want = trainer.whole(state).outer
+  jax.tree.map(np.testing.assert_array_equal, again.moments, want.moments)
+  assert max(np.abs(x).max() for x in jax.tree.leaves(again.moments)) > 0
+  without = make(min_depth=2).restore(tmp_path)
+  assert without.outer is None
+
+
+@pytest.mark.parametrize('outer', ['diloco', 'adam'])
+@pytest.mark.parametrize(
+  ('fields', 'devices'),
+  [
+    ({'exchange': resist.exchange.masked_psum()}, 4),
+    ({'exchange': resist.exchange.masked_psum(), 'carry': True}, 2),
+    ({'min_depth': 2}, 4),
+    ({'carry': True, 'min_depth': 2}, 2),
+    ({'chains': ()}, 2),
+  ],
+)
+def test_bytes_are_those_of_the_compiled_program(fields, devices, outer):
+  trainer = make(devices=devices, outer=OUTER[outer], **fields)
+  state = trainer.init(network())
+  programs = trainer.compile(state, batches(0, 4)).programs
+  before = assignments_on_host(state)
+  after = trainer.protocol(network()).assign(0, 1, before)
+  moves = {name: (before[name], after[name]) for name in before}
+  moments = moment_sizes(state, 'carried')
+  predicted = resist.accounting.wire_bytes(
+    resist.accounting.measure(network(), list(state.num_blocks)),
+    trainer.protocol(network()),
+    devices,
+    moves,
+    moments=moments,
+    outer=moment_sizes(state, 'outer'),
+  )
+  branches = resist.accounting.branches(trainer.protocol(network()), moves)
+  read = resist.accounting.compiled_wire_bytes(programs, branches)
+  assert predicted == read > 0
+
+
+def moment_sizes(state, field):
+  parts = getattr(state, field)
+  if parts is None:
+    return None
+  sizes = resist.accounting.measure(network(), list(state.num_blocks))
+  return [sizes] * len(parts.moments)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'says'),
+  [
+    ({'outer': 0.7}, 'outer is 0.7; it must be an optax optimiser'),
+    (
+      {'outer': optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.7))},
+      'outer treats the parameters together',
+    ),
+    (
+      {'outer': optax.lamb(0.1)},
+      'outer treats the parameters together',
+    ),
+    (
+      {
+        'outer': OUTER['diloco'],
+        'exchange': resist.exchange.hand_over('bfloat16'),
+      },
+      'use wire_format float32',
+    ),
+  ],
+)
+def test_a_mistake_is_one_line(fields, says):
+  with pytest.raises(ValueError, match=says) as caught:
+    make(chains=(CHAIN,), **fields)
+  assert '\n' not in str(caught.value)
+
+
+def test_a_state_of_another_trainer_is_refused():
+  state = make().init(network())
+  with pytest.raises(ValueError, match='a trainer with outer=False'):
+    make(outer=OUTER['diloco']).round(state, batches(0, 4))
