@@ -16,6 +16,7 @@ from resist_jax.run.config import (
   chosen_depths,
   differences,
   get_config,
+  value_of,
 )
 from resist_jax.run.fields import each
 
@@ -168,7 +169,7 @@ def _check_fields(config) -> None:
 def _check_types(config) -> None:
   """A card that was not made from `get_config` may hold any values."""
   for field in each():
-    value, default = _value(config, field.name), field.default
+    value, default = value_of(config, field.name), field.default
     # A bool is an int for Python, but no number of workers.
     is_bool = isinstance(value, bool) == isinstance(default, bool)
     if field.any_type or (is_bool and isinstance(value, _TYPES[type(default)])):
@@ -179,15 +180,9 @@ def _check_types(config) -> None:
     )
 
 
-def _value(config, name: str):
-  for part in name.split('.'):
-    config = config[part]
-  return config
-
-
 def _check_finite(config) -> None:
   for field in each():
-    value = _value(config, field.name)
+    value = value_of(config, field.name)
     numbers = value if isinstance(value, tuple | list) else (value,)
     if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
       raise ConfigError(

@@ -295,6 +295,20 @@ FIELDS = {
       'block. Fewer need less memory and more passes.',
     ),
   ),
+  'Log': (
+    Field(
+      'log.tensorboard',
+      True,
+      'Write the log for TensorBoard, too, into the folder tensorboard of the '
+      'workdir.',
+    ),
+    Field(
+      'log.wandb_project',
+      '',
+      'Also send the log to this project of Weights & Biases, which needs the '
+      'package wandb. WANDB_MODE=offline keeps it in the workdir.',
+    ),
+  ),
   'Workers that fail': (
     Field(
       'faults.leave_out',

@@ -1,4 +1,4 @@
-"""The log of a run: a JSON line per round, TensorBoard and a progress bar."""
+"""The log of a run: a JSON line per round, and a progress bar."""
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
@@ -7,7 +7,6 @@ import pathlib
 from typing import Any, NamedTuple
 
 from absl import logging
-import tensorboardX
 import tqdm
 
 from resist_jax import report
@@ -50,7 +49,7 @@ def open_log(
 
 
 class MetricsLog:
-  """Appends one row for each round to `metrics.jsonl` and `tensorboard/`."""
+  """Appends one row for each round to `metrics.jsonl`."""
 
   def __init__(self, workdir: pathlib.Path, start_round: int, num_rounds: int):
     """Opens the log, and drops the rows of rounds that will be repeated.
@@ -63,7 +62,6 @@ class MetricsLog:
     Raises:
       ConfigError: If `metrics.jsonl` is damaged.
     """
-    self._shown_test = '-'
     self._path = path = workdir / 'metrics.jsonl'
     self._config = workdir / 'config.json'
     self._kept = start_round
@@ -81,18 +79,19 @@ class MetricsLog:
     lines = ''.join(json.dumps(row) + '\n' for row in rows)
     replace_text(path, lines)
     self._file = path.open('a')
-    self._board = tensorboardX.SummaryWriter(
-      str(workdir / 'tensorboard'), purge_step=start_round + 1
-    )
+    tests = [row['test_accuracy'] for row in rows if 'test_accuracy' in row]
+    self._shown_test = f'{tests[-1]:.1%}' if tests else '-'
+    # Rounds that follow fast ones may be slow, and each is to be shown.
     self._bar = tqdm.tqdm(
-      total=num_rounds, initial=start_round, unit='round', dynamic_ncols=True
-    )
+      total=num_rounds, initial=start_round, unit='round', dynamic_ncols=True,
+      miniters=1,
+    )  # fmt: skip
 
   def write(self, row: Mapping[str, Any]) -> None:
     """Logs a round.
 
     Args:
-      row: JSON values by name; numbers also go to TensorBoard.
+      row: JSON values by name.
 
     Raises:
       WorkdirLostError: See `check`.
@@ -100,9 +99,6 @@ class MetricsLog:
     self.check()
     self._file.write(json.dumps(dict(row)) + '\n')
     self._file.flush()
-    for name, value in row.items():
-      if isinstance(value, int | float) and name != 'round':
-        self._board.add_scalar(name, value, row['round'])
     shown = {'loss': f'{row["train_loss"]:.3f}'}
     shown['train'] = f'{row["train_accuracy"]:.1%}'
     if 'test_accuracy' in row:
@@ -137,5 +133,4 @@ class MetricsLog:
 
   def __exit__(self, *_) -> None:
     self._bar.close()
-    self._board.close()
     self._file.close()
