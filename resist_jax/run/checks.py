@@ -1,5 +1,7 @@
 """The mistakes in a config that need no data and no device, a line for each."""
 
+from collections.abc import Sequence
+import difflib
 import math
 from typing import Any
 
@@ -9,6 +11,7 @@ from resist_jax import models
 from resist_jax.decomposition import Division
 from resist_jax.errors import ConfigError
 from resist_jax.exchange import FORMATS
+from resist_jax.run import cards
 from resist_jax.run.config import (
   EXCHANGES,
   PHASE_FIELDS,
@@ -19,6 +22,7 @@ from resist_jax.run.config import (
   value_of,
 )
 from resist_jax.run.fields import each
+from resist_jax.run.optimizer import SCHEDULES
 
 PROTOCOLS = ('resist', 'local_sgd', 'data_parallel')
 # What a field may hold, and what a message calls it, by the default's type.
@@ -59,7 +63,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _one_of(config, 'residual_scale', ('evaluation', 'training', 'none'))
   _one_of(config.data, 'augment', ('auto', *AUGMENTATIONS))
   _one_of(config.data, 'streaming', ('auto', 'always', 'never'))
-  _one_of(config.optimizer, 'schedule', ('step', 'cosine', 'constant'))
+  _check_schedule(config)
   _one_of(config.model, 'name', tuple(models.FAMILY))
   _one_of(config.model, 'norm', ('batch', 'group'))
   _one_of(config.model, 'stem', models.STEMS)
@@ -131,6 +135,22 @@ def validate(config: ml_collections.ConfigDict) -> None:
     )
   _check_devices(config)
   _check_model(config)
+
+
+def _check_schedule(config) -> None:
+  name = config.optimizer.schedule
+  if ':' in name:  # Of a card; `phases.schedule` calls it.
+    cards.function(name)
+  elif name not in SCHEDULES:
+    raise ConfigError(
+      f'optimizer.schedule is {name!r}; {_nearest(name, SCHEDULES)}use one of '
+      f'{", ".join(SCHEDULES)}, or MODULE:FUNCTION.'
+    )
+  if name == 'one_cycle' and config.optimizer.warmup_rounds:
+    raise ConfigError(
+      'optimizer.schedule one_cycle has a rise of its own: set '
+      'optimizer.warmup_rounds to 0.'
+    )
 
 
 def _check_devices(config) -> None:
@@ -294,10 +314,22 @@ def _check_depths(config) -> None:
 
 
 def _one_of(config, field: str, values: tuple[str, ...]) -> None:
-  if config[field] not in values:
+  value = config[field]
+  if value not in values:
     raise ConfigError(
-      f'{field} is {config[field]!r}; use one of {", ".join(values)}.'
+      f'{field} is {value!r}; {_nearest(value, values)}use one of '
+      f'{", ".join(values)}.'
     )
+
+
+def _nearest(value: str, values: Sequence[str]) -> str:
+  """Returns a question that names the nearest of some values, if one is near.
+
+  >>> _nearest('cosin', ('step', 'cosine'))
+  'did you mean cosine? Otherwise '
+  """
+  found = difflib.get_close_matches(value, values, 1)
+  return f'did you mean {found[0]}? Otherwise ' if found else ''
 
 
 def _at_least(name: str, value: float, least: int) -> None:

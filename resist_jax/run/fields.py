@@ -146,7 +146,9 @@ FIELDS = {
       'optimizer.schedule',
       'step',
       'step divides the learning rate by 10 at each of optimizer.drops '
-      '(paper); the others are cosine and constant.',
+      '(paper); cosine, linear, one_cycle (rises, then falls) or constant; or '
+      'MODULE:FUNCTION or FILE.py:FUNCTION, a function of the config and the '
+      'number of steps that returns an optax schedule.',
     ),
     Field(
       'optimizer.drops',

@@ -149,6 +149,7 @@ class Loop:
     self._log, self._callbacks = log, callbacks
     self._interrupt = interrupt
     self._evaluator = phases.make_evaluator(setup)
+    self._rate = phases.schedule(setup.config)
     self._clock = Clock(0.0)
     self._running: _Dispatched | None = None
     self._asked = 0  # The signal that some process got, or 0.
@@ -237,8 +238,11 @@ class Loop:
     gathered = _gathered(self.setup, self._running, self._interrupt)
     if not ahead:
       self._clock.stop()
+    seconds = self._clock.seconds()
+    step = (self._running.index + 1) * self.setup.config.local_steps - 1
+    rate: Any = self._rate(step)
     self.progress = _noted(
-      self.setup, self._running, self.progress, gathered, self._clock.seconds()
+      self.setup, self._running, self.progress, gathered, seconds, float(rate)
     )
     self._asked = self._asked or int(gathered['signum'].max())
     self._running = None
@@ -307,6 +311,7 @@ def _noted(
   progress: Progress,
   measured: dict[str, np.ndarray],
   seconds: float,
+  rate: float,
 ) -> Progress:
   """Returns the progress with a round, whose row of the log it makes."""
   config, done = setup.config, running.index + 1
@@ -321,7 +326,7 @@ def _noted(
     'train_accuracy': float(measured['accuracy'][healthy].mean()),
     **({'left_out': excluded} if excluded else {}),
     **_update_norms(measured),
-    'lr': phases.rate_at(config, done * config.local_steps - 1),
+    'lr': rate,
     'seconds_training': seconds,
     # Those of the slowest process, which every exchange waits for.
     'seconds_local': float(measured['seconds_local'].max()) or None,

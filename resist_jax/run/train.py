@@ -67,6 +67,7 @@ def train(
   first = jax.process_index() == 0
   called = Callbacks([*(_own(config) if first else ()), *callbacks])
   setup = prepare(config, dataset)
+  phases.schedule(config)  # If it fails, nothing is written yet.
   if jax.process_count() > 1:
     processes.agree(
       describe_data(setup.dataset), 'give each host the same data.'
