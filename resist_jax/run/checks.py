@@ -73,8 +73,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
     'checkpoint_every', 'devices_per_worker',
   ):  # fmt: skip
     _at_least(field, config[field], 1)
-  for field in ('num_devices', 'min_depth', 'workers_per_process'):
+  for field in (
+    'num_devices', 'min_depth', 'workers_per_process', 'keep_checkpoints',
+  ):  # fmt: skip
     _at_least(field, config[field], 0)
+  for field in ('patience', 'min_gain'):
+    value = config.early_stopping[field]
+    _at_least(f'early_stopping.{field}', value, 0)
   if not 0 <= config.seed < 2**32:
     raise ConfigError(
       f'seed is {config.seed}; it must be at least 0 and less than 2**32, '

@@ -273,6 +273,37 @@ FIELDS = {
       'Rounds between checkpoints. The last round is always saved.',
     ),
     Field(
+      'keep_checkpoints',
+      3,
+      'Newest checkpoints to keep, besides the newest that a test has '
+      'confirmed. 0: all.',
+    ),
+    Field(
+      'keep_best',
+      False,
+      'Also save each round whose test is the best so far, by best_by, and '
+      'keep the best one.',
+    ),
+    Field(
+      'best_by',
+      'auto',
+      'The accuracy that says which test is the best: a name in metrics.jsonl, '
+      'such as validation_accuracy, or test_accuracy_paper with test-batch '
+      'statistics. auto: validation_accuracy if data.validation holds images '
+      'out, otherwise test_accuracy.',
+    ),
+    Field(
+      'early_stopping.patience',
+      0,
+      'Stop after so many tests in a row without a gain, by best_by. 0: train '
+      'all rounds.',
+    ),
+    Field(
+      'early_stopping.min_gain',
+      0.0,
+      'Only more than this counts as a gain; a share of 1, such as 0.001.',
+    ),
+    Field(
       'evaluation.batch_size',
       100,
       "Images of a test batch. The paper's accuracy takes batch statistics "

@@ -17,7 +17,7 @@ from resist_jax.rounds import State, assemble
 from resist_jax.rounds.arrays import place_parts, to_host
 from resist_jax.rounds.mesh import SHARDED, workers_here
 from resist_jax.rounds.state import assignments_on_host
-from resist_jax.run import metrics, phases, processes, restore
+from resist_jax.run import metrics, phases, processes, restore, stopping
 from resist_jax.run.callbacks import Callbacks
 from resist_jax.run.checkpoint import Checkpoints, Restored
 from resist_jax.run.evaluate import Evaluator
@@ -44,6 +44,7 @@ class Progress:
       any other chain.
     depths_by_speed: Depths measured when the run began; empty if the config
       does not ask for them.
+    best: What `stopping` remembers of the tests.
     last: The newest row of the log.
   """
 
@@ -58,6 +59,7 @@ class Progress:
   best_test_accuracy_paper: float = 0.0
   residual_scale: dict[str, float] = dataclasses.field(default_factory=dict)
   depths_by_speed: list[int] = dataclasses.field(default_factory=list)
+  best: dict[str, Any] = dataclasses.field(default_factory=dict)
   last: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -149,6 +151,7 @@ class Loop:
     self._log, self._callbacks = log, callbacks
     self._interrupt = interrupt
     self._evaluator = phases.make_evaluator(setup)
+    self._judged_by = stopping.judged_by(setup)
     self._rate = phases.schedule(setup.config)
     self._clock = Clock(0.0)
     self._running: _Dispatched | None = None
@@ -167,7 +170,10 @@ class Loop:
       Interrupted: On a signal, after a checkpoint.
     """
     self._begin(restored, started)
-    for index in range(self.progress.round, self.setup.config.num_rounds):
+    config = self.setup.config
+    for index in range(self.progress.round, config.num_rounds):
+      if stopping.reason(config, self.progress.best):
+        break
       self._dispatch(index)
       due = self._due(index + 1)
       if jax.process_count() == 1:
@@ -187,10 +193,12 @@ class Loop:
     setup = self.setup
     progress = Progress(**restored.progress) if restored else Progress()
     by_speed = setup.config.depths == 'by_speed'
+    remembers = progress.best.get('by') == self._judged_by
     self.progress = dataclasses.replace(
       progress,
       residual_scale=phases.global_scale(setup),
       depths_by_speed=list(setup.depths) if by_speed else [],
+      best=progress.best if remembers else {},
     )
     self._before = progress.seconds_total - started
     self._clock = Clock(progress.seconds_training)
@@ -257,7 +265,8 @@ class Loop:
     self._apart, done = True, self.progress.round
     if due.evaluates:
       processes.doing(f'the test after round {done}')
-      self.progress = _evaluated(self.progress, self._evaluator, self.state)
+      self._test()
+      due = self._due_after_test(due)
     self._write()
     elapsed = self._before + time.perf_counter()
     self.progress = dataclasses.replace(self.progress, seconds_total=elapsed)
@@ -265,7 +274,7 @@ class Loop:
       self._asked = self._interrupt.signum or 0
     processes.doing(f'the checkpoint of round {done}')
     if due.saves or self._asked:
-      self._checkpoints.save(self.state, dataclasses.asdict(self.progress))
+      self._save()
     if due.evaluates:
       self._checkpoints.tested(done)
     if self._asked and not due.last:
@@ -278,6 +287,31 @@ class Loop:
     if due.leaves:
       whole = assemble(self.state)
       self.phase, self.state = restore.begin_phase(self.setup, done, whole)
+
+  def _test(self) -> None:
+    progress = _evaluated(self.progress, self._evaluator, self.state)
+    gain = self.setup.config.early_stopping.min_gain
+    best = stopping.updated(progress.best, self._judged_by, progress.last, gain)
+    self.progress = dataclasses.replace(progress, best=best)
+
+  def _due_after_test(self, due: _Due) -> _Due:
+    """Returns what is due where a test decides about it, too."""
+    config, best = self.setup.config, self.progress.best
+    stops = bool(stopping.reason(config, best))
+    keeps = config.keep_best and best['round'] == self.progress.round
+    return due._replace(
+      last=due.last or stops,
+      saves=due.saves or stops or keeps,
+      leaves=due.leaves and not stops,
+    )
+
+  def _save(self) -> None:
+    best = self.progress.best.get('round')
+    self._checkpoints.save(
+      self.state,
+      dataclasses.asdict(self.progress),
+      best if self.setup.config.keep_best else None,
+    )
 
   def _end(self) -> None:
     # Ended by a lower num_rounds, or given more tests since.

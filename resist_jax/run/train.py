@@ -15,7 +15,7 @@ import ml_collections
 from resist_jax import data, folders, report
 from resist_jax.errors import ConfigError, NonFiniteError
 from resist_jax.rounds import assemble
-from resist_jax.run import export, metrics, phases, processes, speed
+from resist_jax.run import export, metrics, phases, processes, speed, stopping
 from resist_jax.run import workdir as workdir_lib
 from resist_jax.run.callbacks import Began, Callback, Callbacks, Function
 from resist_jax.run.checkpoint import Checkpoints, Restored
@@ -67,7 +67,8 @@ def train(
   first = jax.process_index() == 0
   called = Callbacks([*(_own(config) if first else ()), *callbacks])
   setup = prepare(config, dataset)
-  phases.schedule(config)  # If it fails, nothing is written yet.
+  phases.schedule(config)  # If one fails, nothing is written yet.
+  stopping.judged_by(setup)
   if jax.process_count() > 1:
     processes.agree(
       describe_data(setup.dataset), 'give each host the same data.'
@@ -108,7 +109,7 @@ def _rounds(
 ) -> Loop:
   """Trains all rounds; callbacks learn of the end when `after` closes."""
   config, writes = setup.config, jax.process_index() == 0
-  checkpoints = Checkpoints(folder, setup.mesh)
+  checkpoints = Checkpoints(folder, setup.mesh, config.keep_checkpoints)
   with Interrupt() as interrupt:
     processes.doing('the start')
     restored = _restore(checkpoints, setup)
