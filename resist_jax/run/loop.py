@@ -36,7 +36,8 @@ class Progress:
     wire_bytes_total: Bytes that rounds sent so far from device to device.
     evaluation_wire_bytes_total: Bytes that tests sent so far.
     images_total: Images that all workers trained on so far.
-    seconds_training: Seconds without compilation, tests and checkpoints.
+    seconds_training: Seconds without compilation, tests, logs and checkpoints;
+      what is written while a round runs may slow it down.
     seconds_total: Seconds with everything.
     left_out_total: How often a round excluded a worker.
     best_test_accuracy_paper: Best accuracy of the evaluations so far.
@@ -203,6 +204,7 @@ class Loop:
     self._before = progress.seconds_total - started
     self._clock = Clock(progress.seconds_training)
     self.phase, self.state = restore.start(setup, restored)
+    self._log.begin()
     self._apart = True  # Whether the processes may be at different points.
 
   def _dispatch(self, index: int) -> None:

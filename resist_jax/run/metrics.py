@@ -18,10 +18,12 @@ class Log(NamedTuple):
   """How a run logs; a process that does not write does nothing.
 
   Attributes:
+    begin: Says that the rounds begin; see `MetricsLog.begin`.
     write: Logs the row of a round; see `MetricsLog.write`.
     check: Checks that the log is still there; see `MetricsLog.check`.
   """
 
+  begin: Callable[[], None]
   write: Callable[[Mapping[str, Any]], None]
   check: Callable[[], None]
 
@@ -42,10 +44,10 @@ def open_log(
     The log.
   """
   if not writes:
-    yield Log(lambda row: None, lambda: None)
+    yield Log(lambda: None, lambda row: None, lambda: None)
     return
   with MetricsLog(workdir, start_round, num_rounds) as log:
-    yield Log(log.write, log.check)
+    yield Log(log.begin, log.write, log.check)
 
 
 class MetricsLog:
@@ -86,6 +88,10 @@ class MetricsLog:
       total=num_rounds, initial=start_round, unit='round', dynamic_ncols=True,
       miniters=1,
     )  # fmt: skip
+
+  def begin(self) -> None:
+    """Starts the clock of the progress bar, when all is compiled."""
+    self._bar.unpause()
 
   def write(self, row: Mapping[str, Any]) -> None:
     """Logs a round.
