@@ -18,6 +18,7 @@ from resist_jax.run.config import (
   get_config,
 )
 from resist_jax.run.fields import each
+from resist_jax.run.module_task import load
 
 PROTOCOLS = ('resist', 'local_sgd', 'data_parallel')
 # What a field may hold, and what a message calls it, by the default's type.
@@ -27,6 +28,7 @@ _TYPES: dict[type, Any] = {
   float: int | float,
   str: str,
   tuple: tuple | list,
+  dict: ml_collections.ConfigDict,
 }
 _NAMES = {
   bool: 'True or False',
@@ -34,6 +36,7 @@ _NAMES = {
   float: 'a number',
   str: 'text',
   tuple: 'a tuple',
+  dict: 'a ConfigDict',
 }
 AUGMENTATIONS = (
   'resized_crop_flip', 'resized_crop', 'crop_flip', 'crop', 'flip', 'none',
@@ -129,7 +132,24 @@ def validate(config: ml_collections.ConfigDict) -> None:
       'blocks: set it to (), or use protocol resist.'
     )
   _check_devices(config)
-  _check_model(config)
+  if config.model.module:
+    _check_module(config)
+  else:
+    _check_model(config)
+
+
+def _check_module(config) -> None:
+  """Whether a chain has enough blocks is found when data are there."""
+  for field, off in (
+    ('partition_strided', False), ('evaluation.stream_blocks', False),
+  ):  # fmt: skip
+    if _value(config, field) != off:
+      raise ConfigError(
+        f'{field} is {_value(config, field)}, which ResNets alone can do, but '
+        f'model.module names {config.model.module!r}: leave it at {off}.'
+      )
+  _check_depths(config)
+  load(config.model.module)
 
 
 def _check_devices(config) -> None:
@@ -197,7 +217,9 @@ def _check_finite(config) -> None:
 
 def _names(config: dict) -> dict:
   return {
-    name: _names(value) if isinstance(value, dict) else True
+    name: _names(value)
+    if isinstance(value, dict) and name != 'options'
+    else True
     for name, value in config.items()
   }
 
@@ -291,7 +313,8 @@ def _check_depths(config) -> None:
       f'depths by_speed leave min_depth {config.min_depth} nothing to say: set '
       'min_depth to 0.'
     )
-  if len(config.partition) > 1 or config.partition_strided:
+  several = len(config.partition) > 1 and not config.model.module
+  if several or config.partition_strided:
     raise ConfigError(
       f'depths is {depths}, of one chain, but partition and partition_strided '
       'cut several: let them cut one.'

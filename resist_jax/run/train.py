@@ -1,5 +1,6 @@
 """A run from a config: build, restore, loop over rounds, evaluate, save."""
 
+from collections.abc import Mapping
 import contextlib
 import dataclasses
 import math
@@ -14,7 +15,7 @@ from jax.sharding import NamedSharding
 import ml_collections
 import numpy as np
 
-from resist_jax import data, folders, report
+from resist_jax import folders, report
 from resist_jax.decomposition import Assignment
 from resist_jax.errors import ConfigError, NonFiniteError
 from resist_jax.rounds import State, assemble
@@ -22,7 +23,6 @@ from resist_jax.rounds.arrays import place_parts, to_host
 from resist_jax.rounds.mesh import SHARDED, workers_here
 from resist_jax.rounds.state import assignments_on_host
 from resist_jax.run import (
-  export,
   metrics,
   phases,
   processes,
@@ -33,12 +33,12 @@ from resist_jax.run import workdir as workdir_lib
 from resist_jax.run.checkpoint import Checkpoints, Restored
 from resist_jax.run.checks import validate
 from resist_jax.run.config import for_processes
-from resist_jax.run.evaluate import Evaluator
 from resist_jax.run.interrupt import Interrupt, Interrupted
 from resist_jax.run.lock import locked
 from resist_jax.run.phases import Phase
 from resist_jax.run.setup import Setup, describe_data, naming, prepare
 from resist_jax.run.summary import summarise
+from resist_jax.run.task import Dataset, Test
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Progress:
 def train(
   config: ml_collections.ConfigDict,
   workdir: str | os.PathLike[str],
-  dataset: data.Dataset | None = None,
+  dataset: Dataset | None = None,
 ) -> dict[str, Any]:
   """Trains a network from its newest checkpoint, or from scratch, to the end.
 
@@ -145,9 +145,8 @@ def _train_in(
         raise
       log.check()
   processes.doing('the export')
-  params = assemble(state).params
-  statistics = phases.make_evaluator(setup).statistics(state)
-  export.save(folder, _predictor(setup, params, statistics))
+  params, scales = assemble(state).params, phases.global_scales(setup)
+  setup.task.save(folder, state, params, scales, phases.make_test(setup))
   summary = summarise(setup, phase, params, dataclasses.asdict(progress))
   if writes:
     workdir_lib.write_json(folder / 'summary.json', summary)
@@ -181,20 +180,6 @@ def _remedy(
     f'What was saved later is moved to {folder / "set_aside"}; the same '
     f'command goes on from round {good}, the last one whose test was finite. '
     f'If it ends here again, lower lr (now {config.lr}) in another workdir.'
-  )
-
-
-def _predictor(setup: Setup, params, statistics) -> export.Predictor:
-  """Returns the network to deploy."""
-  return export.Predictor(
-    setup.network,
-    {'params': params, 'batch_stats': statistics},
-    phases.global_scales(setup),
-    setup.dataset.mean,
-    setup.dataset.std,
-    setup.dataset.class_names,
-    setup.image_shape,
-    setup.dataset.resized,
   )
 
 
@@ -263,7 +248,7 @@ def _loop(
   started: float,
 ) -> tuple[State, Phase, Progress]:
   """Trains the remaining rounds and returns what they end with."""
-  config, evaluator = setup.config, phases.make_evaluator(setup)
+  config, test = setup.config, phases.make_test(setup)
   progress = Progress(**restored.progress) if restored else Progress()
   by_speed = config.depths == 'by_speed'
   progress = dataclasses.replace(
@@ -313,7 +298,7 @@ def _loop(
     clock.stop()
     if evaluates:
       processes.doing(f'the test after round {done}')
-      progress = _evaluated(progress, evaluator, state)
+      progress = _evaluated(progress, test, state)
     log.write(progress.last)
     elapsed = seconds_before + time.perf_counter() - started
     progress = dataclasses.replace(progress, seconds_total=elapsed)
@@ -334,8 +319,8 @@ def _loop(
     if leaves:
       phase, state = restore.begin_phase(setup, done, assemble(state))
   # Ended by a lower num_rounds, or given more tests since.
-  if any(f'{t}_accuracy' not in progress.last for t in setup.dataset.tests):
-    progress = _evaluated(progress, evaluator, state)
+  if not _tested(progress.last, setup.dataset.tests):
+    progress = _evaluated(progress, test, state)
     checkpoints.tested(progress.round)
   checkpoints.finish()
   return state, phase, progress
@@ -370,7 +355,10 @@ def _read(
     'round': done,
     'protocol': running.phase.name,
     'train_loss': float(measured['loss'][healthy].mean()),
-    'train_accuracy': float(measured['accuracy'][healthy].mean()),
+    **{
+      f'train_{name}': float(measured[name][healthy].mean())
+      for name in setup.task.metrics
+    },
     **({'left_out': excluded} if excluded else {}),
     **_update_norms(measured),
     'lr': phases.rate_at(config, done * config.local_steps - 1),
@@ -452,23 +440,26 @@ def _excluded(
   return np.flatnonzero(~healthy).tolist()
 
 
-def _evaluated(
-  progress: Progress, evaluator: Evaluator, state: State
-) -> Progress:
+def _tested(row: Mapping[str, Any], tests: Mapping[str, Any]) -> bool:
+  """Returns whether a row of the log has a test of every set."""
+  return all(any(key.startswith(f'{t}_') for key in row) for t in tests)
+
+
+def _evaluated(progress: Progress, test: Test, state: State) -> Progress:
   """Returns the progress after a test of the global network."""
-  accuracies, broken, sent = evaluator(state)
+  measures, broken, sent = test(state)
   if broken:
-    listed = ', '.join(f'{name} ({n} images)' for name, n in broken.items())
+    listed = ', '.join(f'{name} ({n} examples)' for name, n in broken.items())
     raise NonFiniteError(
       f'round {progress.round}: the outputs of the network are not finite in '
       f'the test {listed}'
     )
   best = max(
-    progress.best_test_accuracy_paper, accuracies['test_accuracy_paper']
+    progress.best_test_accuracy_paper, measures.get('test_accuracy_paper', 0.0)
   )
   return dataclasses.replace(
     progress,
     best_test_accuracy_paper=best,
     evaluation_wire_bytes_total=progress.evaluation_wire_bytes_total + sent,
-    last={**progress.last, **accuracies},
+    last={**progress.last, **measures},
   )

@@ -251,7 +251,7 @@ def test_evaluation_equals_the_assembled_network(case, way, monkeypatch):
     for key, want in (('accuracy', fixed), ('accuracy_paper', paper)):
       hits = np.asarray(want[i]).argmax(-1) == split.labels
       accuracies[f'{name}_{key}'] = hits.mean()
-  assert found.accuracies == accuracies
+  assert found.measures == accuracies
   assert found.broken == {}
 
 
@@ -264,7 +264,7 @@ def test_both_ways_give_the_same(group):
   close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
   jax.tree.map(close, *stats)
   whole, walk = (evaluator(state) for *_, evaluator, state in cases)
-  assert whole.accuracies == walk.accuracies
+  assert whole.measures == walk.measures
   # A walk over training images and one over tests fetch what is gathered once.
   assert walk.wire_bytes == 2 * whole.wire_bytes > 0
 
@@ -394,7 +394,7 @@ def test_a_network_that_gives_no_numbers_does_not_pass_as_tested(where, way):
 @both_ways
 def test_group_norm_needs_no_statistics(way):
   *_, evaluator, state = make(way, form={'norm': 'group'})
-  found = evaluator(state).accuracies
+  found = evaluator(state).measures
   assert evaluator.statistics(state) == {}
   assert found['test_accuracy'] == found['test_accuracy_paper']
 
