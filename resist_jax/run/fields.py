@@ -260,7 +260,7 @@ FIELDS = {
       'A module with a network of your own, by the name that Python imports it '
       'by; model.name and the fields below it then count for nothing, nor do '
       'partition and optimizer.momentum if it has an optimiser. See '
-      'docs/trainer.md.',
+      'help(resist_jax.run.module_task).',
     ),
     Field(
       'model.options',

@@ -300,8 +300,8 @@ def _check(task: ModuleTask) -> None:
     _ = task.metrics
   except Exception as error:  # A function of somebody else's raises anything.
     raise ConfigError(
-      f'{name} does not fit together ({one_line(error)}): see '
-      'docs/trainer.md for what its functions return.'
+      f'{name} does not fit together ({one_line(error)}): the '
+      'docstring of resist_jax.run.module_task says what its functions return.'
     ) from error
   if config.protocol != 'resist':
     return
