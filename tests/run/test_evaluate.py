@@ -225,9 +225,7 @@ CASES = {
     list(itertools.product(CASES, WAYS)),
     quick=[
       ('several walks', 'walk'),
-      ('workers take turns, replicas', 'walk'),
       ('workers take turns, replicas', 'whole'),
-      ('group norm', 'whole'),
     ],
   ),
 )
@@ -255,7 +253,7 @@ def test_evaluation_equals_the_assembled_network(case, way, monkeypatch):
   assert found.broken == {}
 
 
-@pytest.mark.parametrize('group', [1, 2])
+@pytest.mark.parametrize('group', rest_is_slow([1, 2], [2]))
 def test_both_ways_give_the_same(group):
   """On lone devices and on groups of them."""
   devices = {'num_devices': 2 * group, 'group': group}
@@ -269,7 +267,7 @@ def test_both_ways_give_the_same(group):
   assert walk.wire_bytes == 2 * whole.wire_bytes > 0
 
 
-@pytest.mark.parametrize('group', [1, 2])
+@pytest.mark.parametrize('group', rest_is_slow([1, 2], [2]))
 def test_gathering_a_chain_sends_as_many_bytes_as_predicted(group):
   *_, evaluator, state = make('whole', BOTH, 4, 4, min_depth=1, group=group)
   _, predicted = evaluator.forward.gather(state)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+from covering import rest_is_slow
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,7 +73,9 @@ def test_it_goes_on_to_the_same_end(finished, tmp_path, monkeypatch):
   assert summary['params_hash'] == finished[1]['params_hash']
 
 
-@pytest.mark.parametrize('protocol', ['local_sgd', 'data_parallel'])
+@pytest.mark.parametrize(
+  'protocol', rest_is_slow(['local_sgd', 'data_parallel'], ['local_sgd'])
+)
 def test_baselines_cut_nothing(protocol, tmp_path):
   summary = train.train(config(protocol=protocol, num_rounds=1), tmp_path)
   assert summary['num_blocks'] == {}
