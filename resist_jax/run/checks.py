@@ -134,6 +134,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _check_devices(config)
   if config.model.module:
     _check_module(config)
+  elif len(config.model.options):
+    raise ConfigError(
+      'model.options is set, but model.module names no module that reads it.'
+    )
   else:
     _check_model(config)
 

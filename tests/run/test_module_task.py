@@ -165,6 +165,7 @@ def test_images_come_augmented_and_normalised(tmp_path, monkeypatch):
     ({'num_workers': 8, 'num_devices': 4}, 'chain blocks: .*8 workers'),
     ({'batch_size': 300}, '200 training examples'),
     ({'model.options': 3}, 'model.options is 3'),
+    ({'model.module': ''}, 'names no module that reads it'),
   ],
 )
 def test_a_mistake_of_the_card_is_told_in_one_line(fields, words, tmp_path):
