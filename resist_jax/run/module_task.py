@@ -111,6 +111,11 @@ class ModuleTask:
     """See `task.Task`."""
     return self.network.init(seed)
 
+  @property
+  def measures(self) -> tuple[str, ...]:
+    """See `task.Task`."""
+    return 'loss', 'perplexity', *self.metrics
+
   def shapes(self) -> PyTree:
     """See `task.Task`."""
     return jax.eval_shape(lambda: self.init(0))

@@ -5,8 +5,9 @@ A phase trains by a `Trainer`, made from the config of the run.
 
 from collections.abc import Mapping
 import dataclasses
-from typing import Any
+import math
 
+import jax
 from jax.sharding import Mesh
 import ml_collections
 import numpy as np
@@ -14,9 +15,10 @@ import optax
 
 from resist_jax import accounting
 from resist_jax.decomposition import Assignment
+from resist_jax.errors import ConfigError, one_line
 from resist_jax.exchange import DATA
 from resist_jax.rounds import Protocol, mesh_sizes
-from resist_jax.run import optimizer
+from resist_jax.run import cards, optimizer
 from resist_jax.run.config import EXCHANGES
 from resist_jax.run.setup import Setup
 from resist_jax.run.task import Test
@@ -98,20 +100,38 @@ def typical_name(config: ml_collections.ConfigDict) -> str:
 
 
 def schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
-  """Returns the learning rate at a step of the whole run."""
-  return optimizer.make_schedule(
+  """Returns the learning rate at a step of the whole run.
+
+  Args:
+    config: Config of the run, whose schedule may be a function of a card.
+
+  Raises:
+    ConfigError: If that function fails.
+  """
+  name, steps = (
     config.optimizer.schedule,
-    config.lr,
     config.num_rounds * config.local_steps,
-    config.optimizer.warmup_rounds * config.local_steps,
-    config.optimizer.drops,
   )
-
-
-def rate_at(config: ml_collections.ConfigDict, step: int) -> float:
-  """Returns the learning rate of a step of the whole run."""
-  rate: Any = schedule(config)(step)
-  return float(rate)
+  warmup = config.optimizer.warmup_rounds * config.local_steps
+  if ':' not in name:
+    drops = config.optimizer.drops
+    return optimizer.make_schedule(name, config.lr, steps, warmup, drops)
+  try:
+    given = cards.function(name)(config.copy_and_resolve_references(), steps)
+    rate = optimizer.with_warmup(given, warmup)
+    rates = [float(jax.jit(rate)(step)) for step in (0, steps - 1)]
+  except Exception as error:  # A card is a program: it can raise anything.
+    raise ConfigError(
+      f'optimizer.schedule {name} cannot be used ({one_line(error)}): it takes '
+      'the config and the number of steps, and returns a function from a step '
+      'to a rate, made of jax.numpy or optax.'
+    ) from error
+  if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+    raise ConfigError(
+      f'optimizer.schedule {name} gives the rates {rates} at the first and the '
+      'last step: they must be finite and not negative.'
+    )
+  return rate
 
 
 def make_phase(setup: Setup, name: str) -> Phase:

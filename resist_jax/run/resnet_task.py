@@ -46,6 +46,11 @@ class ResNetTask:
     return classification.METRICS
 
   @property
+  def measures(self) -> tuple[str, ...]:
+    """See `task.Task`."""
+    return 'accuracy', 'accuracy_paper'
+
+  @property
   def image_shape(self) -> tuple[int, ...]:
     """`(H, W, C)` of a training image."""
     return self.dataset.train.images.shape[1:]

@@ -10,7 +10,7 @@ from typing import Any
 from resist_jax import accounting
 from resist_jax.rounds import mesh_sizes
 from resist_jax.rounds.storage import digest_of_arrays
-from resist_jax.run import phases
+from resist_jax.run import phases, stopping
 from resist_jax.run.phases import Phase, Traffic
 from resist_jax.run.setup import Setup
 
@@ -51,6 +51,11 @@ def summarise(
     'local_steps': config.local_steps,
     **measures,
     **({'best_test_accuracy_paper': best} if best else {}),
+    'best': {
+      name: progress['best'].get(name) for name in ('by', 'value', 'round')
+    },
+    # Why it ended before the last round; None if it did not.
+    'stopped_early': _stopped_early(config, progress),
     'final_train_loss': last['train_loss'],
     'left_out_total': progress['left_out_total'],
     **_sizes(setup),
@@ -72,6 +77,14 @@ def summarise(
     },
     'params_hash': digest_of_arrays(params),
   }
+
+
+def _stopped_early(config, progress: Mapping[str, Any]) -> str | None:
+  done, count = progress['round'], config.num_rounds
+  why = stopping.reason(config, progress['best'])
+  return (
+    f'after round {done} of {count}: {why}' if why and done < count else None
+  )
 
 
 def _sizes(setup: Setup) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class Task(Protocol):
     cuts: The chains that ResIST cuts: for each, the blocks that a worker runs
       at least; see `decomposition.slots_per_worker`.
     metrics: What the loss reports beside itself.
+    measures: What a test of a set measures, without the name of the set.
   """
 
   @property
@@ -66,6 +67,11 @@ class Task(Protocol):
 
   @property
   def metrics(self) -> tuple[str, ...]:
+    """See above."""
+    ...
+
+  @property
+  def measures(self) -> tuple[str, ...]:
     """See above."""
     ...
 
