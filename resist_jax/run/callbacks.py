@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from resist_jax import data
 from resist_jax.rounds import State
+from resist_jax.run.task import Dataset
 
 # Takes the row of a round, as `metrics.jsonl` has it, and the state after it.
 Function = Callable[[Mapping[str, Any], State], None]
@@ -25,7 +25,7 @@ class Began(NamedTuple):
   """
 
   config: ml_collections.ConfigDict
-  dataset: data.Dataset
+  dataset: Dataset
   workdir: pathlib.Path
   round: int
 

@@ -22,6 +22,7 @@ from resist_jax.run.config import (
   value_of,
 )
 from resist_jax.run.fields import each
+from resist_jax.run.module_task import load
 from resist_jax.run.optimizer import SCHEDULES
 
 PROTOCOLS = ('resist', 'local_sgd', 'data_parallel')
@@ -32,6 +33,7 @@ _TYPES: dict[type, Any] = {
   float: int | float,
   str: str,
   tuple: tuple | list,
+  dict: ml_collections.ConfigDict,
 }
 _NAMES = {
   bool: 'True or False',
@@ -39,6 +41,7 @@ _NAMES = {
   float: 'a number',
   str: 'text',
   tuple: 'a tuple',
+  dict: 'a ConfigDict',
 }
 AUGMENTATIONS = (
   'resized_crop_flip', 'resized_crop', 'crop_flip', 'crop', 'flip', 'none',
@@ -139,7 +142,29 @@ def validate(config: ml_collections.ConfigDict) -> None:
       'blocks: set it to (), or use protocol resist.'
     )
   _check_devices(config)
-  _check_model(config)
+  if config.model.module:
+    _check_module(config)
+  elif len(config.model.options):
+    raise ConfigError(
+      'model.options is set, but model.module names no module that reads it.'
+    )
+  else:
+    _check_model(config)
+
+
+def _check_module(config) -> None:
+  """Whether a chain has enough blocks is found when data are there."""
+  for field, off in (
+    ('partition_strided', False), ('evaluation.stream_blocks', False),
+  ):  # fmt: skip
+    value = value_of(config, field)
+    if value != off:
+      raise ConfigError(
+        f'{field} is {value}, which ResNets alone can do, but '
+        f'model.module names {config.model.module!r}: leave it at {off}.'
+      )
+  _check_depths(config)
+  load(config.model.module)
 
 
 def _check_schedule(config) -> None:
@@ -217,7 +242,9 @@ def _check_finite(config) -> None:
 
 def _names(config: dict) -> dict:
   return {
-    name: _names(value) if isinstance(value, dict) else True
+    name: _names(value)
+    if isinstance(value, dict) and name != 'options'
+    else True
     for name, value in config.items()
   }
 
@@ -311,7 +338,8 @@ def _check_depths(config) -> None:
       f'depths by_speed leave min_depth {config.min_depth} nothing to say: set '
       'min_depth to 0.'
     )
-  if len(config.partition) > 1 or config.partition_strided:
+  several = len(config.partition) > 1 and not config.model.module
+  if several or config.partition_strided:
     raise ConfigError(
       f'depths is {depths}, of one chain, but partition and partition_strided '
       'cut several: let them cut one.'

@@ -257,6 +257,19 @@ FIELDS = {
       'then max pooling.',
     ),
     Field(
+      'model.module',
+      '',
+      'A module with a network of your own, by the name that Python imports it '
+      'by; model.name and the fields below it then count for nothing, nor do '
+      'partition and optimizer.momentum if it has an optimiser. See '
+      'help(resist_jax.run.module_task).',
+    ),
+    Field(
+      'model.options',
+      {},
+      'What a card wants to tell that module, by any names.',
+    ),
+    Field(
       'model.dtype',
       'float32',
       'Format of activations: float32, or bfloat16 on GPU and TPU. Parameters '
@@ -399,6 +412,8 @@ def get_config() -> ml_collections.ConfigDict:
     if section and section not in config:
       config[section] = ml_collections.ConfigDict()
     value = field.default
+    if isinstance(value, dict):
+      value = ml_collections.ConfigDict(value)
     if field.any_type:
       value = ml_collections.FieldReference(value, field_type=object)
     (config[section] if section else config)[name] = value

@@ -1,5 +1,6 @@
 """The rounds of a run: trained, timed, logged, tested and saved."""
 
+from collections.abc import Mapping
 import dataclasses
 import math
 import time
@@ -20,10 +21,10 @@ from resist_jax.rounds.state import assignments_on_host
 from resist_jax.run import metrics, phases, processes, restore, stopping
 from resist_jax.run.callbacks import Callbacks
 from resist_jax.run.checkpoint import Checkpoints, Restored
-from resist_jax.run.evaluate import Evaluator
 from resist_jax.run.interrupt import Interrupt, Interrupted
 from resist_jax.run.phases import Phase
 from resist_jax.run.setup import Setup
+from resist_jax.run.task import Test
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +152,7 @@ class Loop:
     self.setup, self._checkpoints = setup, checkpoints
     self._log, self._callbacks = log, callbacks
     self._interrupt = interrupt
-    self._evaluator = phases.make_evaluator(setup)
+    self._network_test = phases.make_test(setup)
     self._judged_by = stopping.judged_by(setup)
     self._rate = phases.schedule(setup.config)
     self._clock = Clock(0.0)
@@ -291,7 +292,7 @@ class Loop:
       self.phase, self.state = restore.begin_phase(self.setup, done, whole)
 
   def _test(self) -> None:
-    progress = _evaluated(self.progress, self._evaluator, self.state)
+    progress = _tested(self.progress, self._network_test, self.state)
     gain = self.setup.config.early_stopping.min_gain
     best = stopping.updated(progress.best, self._judged_by, progress.last, gain)
     self.progress = dataclasses.replace(progress, best=best)
@@ -317,9 +318,8 @@ class Loop:
 
   def _end(self) -> None:
     # Ended by a lower num_rounds, or given more tests since.
-    tests = self.setup.dataset.tests
-    if any(f'{test}_accuracy' not in self.progress.last for test in tests):
-      self.progress = _evaluated(self.progress, self._evaluator, self.state)
+    if not _has_tests(self.progress.last, self.setup.dataset.tests):
+      self.progress = _tested(self.progress, self._network_test, self.state)
       self._checkpoints.tested(self.progress.round)
     self._checkpoints.finish()
 
@@ -359,7 +359,10 @@ def _noted(
     'round': done,
     'protocol': running.phase.name,
     'train_loss': float(measured['loss'][healthy].mean()),
-    'train_accuracy': float(measured['accuracy'][healthy].mean()),
+    **{
+      f'train_{name}': float(measured[name][healthy].mean())
+      for name in setup.task.metrics
+    },
     **({'left_out': excluded} if excluded else {}),
     **_update_norms(measured),
     'lr': rate,
@@ -441,23 +444,26 @@ def _excluded(
   return np.flatnonzero(~healthy).tolist()
 
 
-def _evaluated(
-  progress: Progress, evaluator: Evaluator, state: State
-) -> Progress:
+def _has_tests(row: Mapping[str, Any], tests: Mapping[str, Any]) -> bool:
+  """Returns whether a row of the log has a test of every set."""
+  return all(any(key.startswith(f'{t}_') for key in row) for t in tests)
+
+
+def _tested(progress: Progress, test: Test, state: State) -> Progress:
   """Returns the progress after a test of the global network."""
-  accuracies, broken, sent = evaluator(state)
+  measures, broken, sent = test(state)
   if broken:
-    listed = ', '.join(f'{name} ({n} images)' for name, n in broken.items())
+    listed = ', '.join(f'{name} ({n} examples)' for name, n in broken.items())
     raise NonFiniteError(
       f'round {progress.round}: the outputs of the network are not finite in '
       f'the test {listed}'
     )
   best = max(
-    progress.best_test_accuracy_paper, accuracies['test_accuracy_paper']
+    progress.best_test_accuracy_paper, measures.get('test_accuracy_paper', 0.0)
   )
   return dataclasses.replace(
     progress,
     best_test_accuracy_paper=best,
     evaluation_wire_bytes_total=progress.evaluation_wire_bytes_total + sent,
-    last={**progress.last, **accuracies},
+    last={**progress.last, **measures},
   )

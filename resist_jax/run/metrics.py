@@ -106,9 +106,12 @@ class MetricsLog:
     self._file.write(json.dumps(dict(row)) + '\n')
     self._file.flush()
     shown = {'loss': f'{row["train_loss"]:.3f}'}
-    shown['train'] = f'{row["train_accuracy"]:.1%}'
+    if 'train_accuracy' in row:
+      shown['train'] = f'{row["train_accuracy"]:.1%}'
     if 'test_accuracy' in row:
       self._shown_test = f'{row["test_accuracy"]:.1%}'
+    elif 'test_loss' in row:  # Of a network that classifies nothing.
+      self._shown_test = f'{row["test_loss"]:.3f}'
     shown['test'] = self._shown_test
     shown['sent'] = f'{row["wire_bytes_total"] / 1e6:.4g}MB'
     shown['img/s'] = f'{row["images_per_second"]:.0f}'

@@ -5,7 +5,6 @@ A phase trains by a `Trainer`, made from the config of the run.
 
 from collections.abc import Mapping
 import dataclasses
-from functools import partial
 import math
 
 import jax
@@ -19,11 +18,10 @@ from resist_jax.decomposition import Assignment
 from resist_jax.errors import ConfigError, one_line
 from resist_jax.exchange import DATA
 from resist_jax.rounds import Protocol, mesh_sizes
-from resist_jax.run import cards, classification, optimizer
-from resist_jax.run.block_walk import BlockWalk
-from resist_jax.run.config import EXCHANGES, cut_chains
-from resist_jax.run.evaluate import Evaluator, WholeNetwork
+from resist_jax.run import cards, optimizer
+from resist_jax.run.config import EXCHANGES
 from resist_jax.run.setup import Setup
+from resist_jax.run.task import Test
 from resist_jax.trainer import Trainer
 
 
@@ -147,16 +145,11 @@ def make_phase(setup: Setup, name: str) -> Phase:
     The phase.
   """
   config, cuts = setup.config, name == 'resist'
-  pad, flip, _ = setup.augmentation
   _, G = mesh_sizes(setup.mesh)
   scale, axis = training_scale(setup, name), DATA if G > 1 else None
-  loss_fn = classification.make_loss(
-    setup.network, setup.dataset, scale, pad, flip, axis
-  )
-  momentum, decay = config.optimizer.momentum, config.optimizer.weight_decay
   trainer = Trainer(
-    loss_fn,
-    optimizer.make_optimizer(schedule(config), momentum, decay),
+    setup.task.make_loss(scale, axis),
+    setup.task.make_optimizer(schedule(config)),
     chains=tuple(setup.chains) if cuts else (),
     mesh=setup.mesh,
     seed=config.seed,
@@ -184,7 +177,7 @@ def _protocol_fields(setup: Setup, name: str) -> dict:
     'num_workers': config.num_workers,
     'local_steps': config.local_steps,
     'exchange': EXCHANGES[config.exchange](config.wire_format),
-    'min_depth': cut_chains(config),
+    'min_depth': setup.task.cuts,
     'depths': setup.depths if name == 'resist' else (),
     'average_gradients': parallel,
     'carry': config.optimizer.carry_momentum or parallel,
@@ -239,20 +232,10 @@ def training_scale(setup: Setup, name: str) -> dict[str, float]:
   return scale
 
 
-def make_evaluator(setup: Setup) -> Evaluator:
+def make_test(setup: Setup) -> Test:
   """Returns what tests the global network, at its residual scale."""
-  evaluation = setup.config.evaluation
-  make = WholeNetwork
-  if evaluation.stream_blocks:
-    at_once = evaluation.batches_at_once
-    make = partial(BlockWalk, batches_at_once=at_once)
-  return Evaluator(
-    make(setup.network, setup.dataset, global_scales(setup), setup.mesh),
-    setup.dataset,
-    setup.mesh.size,
-    evaluation.batch_size,
-    evaluation.statistics_images,
-  )
+  options = setup.config.evaluation
+  return setup.task.make_test(global_scales(setup), setup.mesh, options)
 
 
 def global_scales(setup: Setup) -> dict[str, np.ndarray]:

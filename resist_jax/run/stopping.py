@@ -16,7 +16,7 @@ from resist_jax.run.setup import Setup
 
 
 def judged_by(setup: Setup) -> str:
-  """Returns the accuracy that says which test is the best.
+  """Returns the measure that says which test is the best.
 
   Args:
     setup: Setup of the run.
@@ -28,10 +28,11 @@ def judged_by(setup: Setup) -> str:
     ConfigError: If the config names none that this run measures.
   """
   tests, name = setup.dataset.tests, setup.config.best_by
+  measures = setup.task.measures
   if name == 'auto':
-    held_out = 'validation' in tests
-    return 'validation_accuracy' if held_out else 'test_accuracy'
-  names = [f'{t}_accuracy{end}' for t in tests for end in ('', '_paper')]
+    test = 'validation' if 'validation' in tests else 'test'
+    return f'{test}_{"accuracy" if "accuracy" in measures else "loss"}'
+  names = [f'{test}_{measure}' for test in tests for measure in measures]
   if name not in names:
     nearest = difflib.get_close_matches(name, names, 1)
     raise ConfigError(
@@ -54,8 +55,9 @@ def updated(
     min_gain: What counts as a gain: more than this above the last gain.
 
   Returns:
-    `by`; the best `accuracy`, and its `round`; the accuracy of the last gain,
-    `gained`; and the number of tests since, `tests_since`.
+    `by`; the best `value`, and its `round`; the value of the last gain,
+    `gained`; and the number of tests since, `tests_since`. Of losses and
+    perplexities the least is the best.
 
   >>> best = updated({}, 'x', {'round': 5, 'x': 0.5}, min_gain=0.1)
   >>> best = updated(best, 'x', {'round': 9, 'x': 0.55}, min_gain=0.1)
@@ -63,15 +65,16 @@ def updated(
   (9, 0.5, 1)
   """
   now, done = row[by], row['round']
+  sign = -1 if by.endswith(('_loss', '_perplexity')) else 1
   if not best:
     return {
-      'by': by, 'accuracy': now, 'round': done, 'gained': now, 'tests_since': 0,
+      'by': by, 'value': now, 'round': done, 'gained': now, 'tests_since': 0,
     }  # fmt: skip
   found = dict(best)
-  if now > found['accuracy']:
-    found |= {'accuracy': now, 'round': done}
+  if sign * now > sign * found['value']:
+    found |= {'value': now, 'round': done}
   found['tests_since'] += 1
-  if now > found['gained'] + min_gain:
+  if sign * (now - found['gained']) > min_gain:
     found |= {'gained': now, 'tests_since': 0}
   return found
 
@@ -92,5 +95,5 @@ def reason(config: ml_collections.ConfigDict, best: Mapping[str, Any]) -> str:
   return (
     f'{best["tests_since"]} tests in a row had no gain of more than {least:g} '
     f'in {best["by"]}, which was {best["gained"]:.4f} before, and at best '
-    f'{best["accuracy"]:.4f} after round {best["round"]}'
+    f'{best["value"]:.4f} after round {best["round"]}'
   )

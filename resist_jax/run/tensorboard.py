@@ -38,7 +38,7 @@ class TensorBoard(callbacks.Callback):
     # Markdown takes lines that are indented by four for code.
     text = '\n'.join(f'    {line}' for line in lines)
     self._writer.add_text('config', text, run.round)
-    if run.round == 0:
+    if run.round == 0 and isinstance(run.dataset, data.Dataset):
       picture = grid(run.dataset.train)
       self._writer.add_image('training_images', picture, 0, dataformats='HWC')
 

@@ -12,10 +12,10 @@ from absl import logging
 import jax
 import ml_collections
 
-from resist_jax import data, folders, report
+from resist_jax import folders, report
 from resist_jax.errors import ConfigError, NonFiniteError
 from resist_jax.rounds import assemble
-from resist_jax.run import export, metrics, phases, processes, speed, stopping
+from resist_jax.run import metrics, phases, processes, speed, stopping
 from resist_jax.run import workdir as workdir_lib
 from resist_jax.run.callbacks import Began, Callback, Callbacks, Function
 from resist_jax.run.checkpoint import Checkpoints, Restored
@@ -26,6 +26,7 @@ from resist_jax.run.lock import locked
 from resist_jax.run.loop import Loop
 from resist_jax.run.setup import Setup, describe_data, naming, prepare
 from resist_jax.run.summary import summarise
+from resist_jax.run.task import Dataset
 from resist_jax.run.tensorboard import TensorBoard
 from resist_jax.run.weights_and_biases import WeightsAndBiases
 
@@ -33,7 +34,7 @@ from resist_jax.run.weights_and_biases import WeightsAndBiases
 def train(
   config: ml_collections.ConfigDict,
   workdir: str | os.PathLike[str],
-  dataset: data.Dataset | None = None,
+  dataset: Dataset | None = None,
   callbacks: Sequence[Function | Callback] = (),
 ) -> dict[str, Any]:
   """Trains a network from its newest checkpoint, or from scratch, to the end.
@@ -88,9 +89,8 @@ def _train_in(
     loop = _rounds(folder, setup, callbacks, after, started)
     setup = loop.setup  # It has depths by speed.
     processes.doing('the export')
-    params = assemble(loop.state).params
-    statistics = phases.make_evaluator(setup).statistics(loop.state)
-    export.save(folder, _predictor(setup, params, statistics))
+    params, scales = assemble(loop.state).params, phases.global_scales(setup)
+    setup.task.save(folder, loop.state, params, scales, phases.make_test(setup))
     progress = dataclasses.asdict(loop.progress)
     summary = summarise(setup, loop.phase, params, progress)
     if jax.process_index() == 0:
@@ -171,20 +171,6 @@ def _remedy(
     f'What was saved later is moved to {folder / "set_aside"}; the same '
     f'command goes on from round {good}, the last one whose test was finite. '
     f'If it ends here again, lower lr (now {config.lr}) in another workdir.'
-  )
-
-
-def _predictor(setup: Setup, params, statistics) -> export.Predictor:
-  """Returns the network to deploy."""
-  return export.Predictor(
-    setup.network,
-    {'params': params, 'batch_stats': statistics},
-    phases.global_scales(setup),
-    setup.dataset.mean,
-    setup.dataset.std,
-    setup.dataset.class_names,
-    setup.image_shape,
-    setup.dataset.resized,
   )
 
 

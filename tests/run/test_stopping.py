@@ -38,7 +38,7 @@ def remembered(accuracies, min_gain):
 )
 def test_what_counts_as_a_gain(accuracies, min_gain, want):
   best = remembered(accuracies, min_gain)
-  assert (best['accuracy'], best['round'], best['tests_since']) == want
+  assert (best['value'], best['round'], best['tests_since']) == want
 
 
 def test_a_run_stops_when_its_patience_ends():
@@ -92,7 +92,7 @@ def test_the_summary_says_that_a_run_stopped_early_and_why(stopped):
   best = accuracies.index(max(accuracies))
   assert summary['best'] == {
     'by': 'test_accuracy_paper',
-    'accuracy': accuracies[best],
+    'value': accuracies[best],
     'round': log[1::2][best]['round'],
   }
   assert summary['stopped_early'].startswith(
