@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import gpt, language, text
+from experiments import gpt, language, protocols, text
+from experiments.transformer import BLOCKS, Shape
 from resist_jax.errors import ConfigError
 
-SHAPE = gpt.Shape(4, 16, 2, 12)
+SHAPE = Shape(4, 16, 2, 12)
 
 
 @pytest.fixture(autouse=True)
@@ -34,18 +35,18 @@ def test_a_byte_is_predicted_from_those_before_it_only():
 def test_a_block_that_is_absent_changes_nothing_and_has_no_gradient():
   params, loss_fn = gpt.init(SHAPE, 0), gpt.make_loss(SHAPE)
   batch = text.batch(np.arange(200, dtype=np.uint8), (3,), 12, [0])
-  present = {gpt.BLOCKS: jnp.array([1.0, 0.0, 1.0, 1.0])}
+  present = {BLOCKS: jnp.array([1.0, 0.0, 1.0, 1.0])}
   (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(
     params, present, batch, None
   )
   kept = np.array([0, 2, 3])
   fewer = {
     **params,
-    gpt.BLOCKS: jax.tree.map(lambda x: x[kept], params['blocks']),
+    BLOCKS: jax.tree.map(lambda x: x[kept], params['blocks']),
   }
-  want, _ = loss_fn(fewer, {gpt.BLOCKS: jnp.ones(3)}, batch, None)
+  want, _ = loss_fn(fewer, {BLOCKS: jnp.ones(3)}, batch, None)
   np.testing.assert_allclose(loss, want, rtol=1e-6)
-  for leaf in jax.tree.leaves(grads[gpt.BLOCKS]):
+  for leaf in jax.tree.leaves(grads[BLOCKS]):
     assert not leaf[1].any()
     assert leaf[0].any() or not leaf.any()
 
@@ -54,25 +55,25 @@ def test_a_block_that_is_absent_changes_nothing_and_has_no_gradient():
 def test_a_run_that_stops_goes_on_to_the_same_end(
   protocol, tmp_path, monkeypatch
 ):
-  scale, texts = language.SCALES['smoke'], text.load(text.SOURCES)
-  args = (protocol, 2, scale, 0, texts)
+  task = language.task('python', 'smoke', text.load(text.SOURCES))
+  args = (task, protocol, 2, 0)
   for name in ('whole', 'stopped'):
     (tmp_path / name).mkdir()
-  want = language.run(*args, tmp_path / 'whole')
+  want = protocols.run(*args, tmp_path / 'whole')['curve']
   drawn, draw = [], text.batch
 
   def fail_later(*values):
     drawn.append(values)
-    if len(drawn) > 4:  # For the test, for shapes, and for two rounds.
+    if len(drawn) > 3:  # For shapes, and for two rounds.
       raise RuntimeError('stopped')
     return draw(*values)
 
   monkeypatch.setattr(text, 'batch', fail_later)
   with pytest.raises(RuntimeError, match='stopped'):
-    language.run(*args, tmp_path / 'stopped')
+    protocols.run(*args, tmp_path / 'stopped')
   monkeypatch.setattr(text, 'batch', draw)
-  got = language.run(*args, tmp_path / 'stopped')
-  assert len(drawn) == 5
+  got = protocols.run(*args, tmp_path / 'stopped')['curve']
+  assert len(drawn) == 4
   assert [row['test_loss'] for row in got] == [row['test_loss'] for row in want]
   assert got[-1]['bytes'] == want[-1]['bytes'] > 0
 
