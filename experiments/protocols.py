@@ -6,7 +6,7 @@ and clipped gradients. A run that is stopped goes on where it was.
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import json
 import pathlib
@@ -183,21 +183,6 @@ def _begin(trainer, task: Task, seed: int, folder: pathlib.Path):
   return [row for row in rows if row['round'] <= int(state.round)], state
 
 
-def cells(only: str) -> Iterator[tuple[str, int]]:
-  """Yields protocols and numbers of workers.
-
-  Args:
-    only: Names such as `resist_s4`, separated by commas; empty for all.
-
-  Yields:
-    `(protocol, S)`.
-  """
-  for S in WORKERS:
-    for protocol in PROTOCOLS:
-      if not only or f'{protocol}_s{S}' in only.split(','):
-        yield protocol, S
-
-
 def parser(doc: str | None, scales: Sequence[str]) -> argparse.ArgumentParser:
   """Returns the flags that all such experiments have.
 
@@ -235,12 +220,7 @@ def main(
   """
   try:
     seeds = _seeds(options.seeds)
-    wanted = list(cells(options.only))
-    if not wanted:
-      known = ', '.join(f'{p}_s{S}' for p, S in cells(''))
-      raise ConfigError(
-        f'--only={options.only} names no run: take some of {known}.'
-      )
+    wanted = _wanted(options.only)
     task = load()
     for seed in seeds:
       for protocol, S in wanted:
@@ -267,6 +247,18 @@ def _complete(task: Task, protocol, S, seed, name, options) -> None:
     record['provenance']['busy'] = True
   write_record(target, record)
   shutil.rmtree(folder)
+
+
+def _wanted(only: str) -> list[tuple[str, int]]:
+  """Returns protocols and numbers of workers: all, or those that are named."""
+  known = {f'{p}_s{S}': (p, S) for S in WORKERS for p in PROTOCOLS}
+  names = only.split(',') if only else list(known)
+  for name in names:
+    if name not in known:
+      raise ConfigError(
+        f'--only names {name!r}: take some of {", ".join(known)}.'
+      )
+  return [known[name] for name in names]
 
 
 def _seeds(text: str) -> list[int]:
