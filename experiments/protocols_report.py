@@ -122,7 +122,7 @@ def _caption(records: Sequence[Record]) -> str:
   what = (
     f"bytes of Python's standard library, windows of {shape['length']} bytes"
     if config['data'] == 'python'
-    else f'{config["data"]}, sequences of {shape["length"]}'
+    else f'{config["data"]}, images in {shape["length"]} patches'
   )
   return (
     f'A transformer of {shape["layers"]} blocks of width {shape["width"]} '
@@ -155,8 +155,11 @@ def figures(name: str) -> dict[str, Figure]:
 
 def _figure(runs: Runs) -> Figure:
   workers = sorted({S for _, S in runs})
-  figure = Figure(figsize=(9.2, 0.7 + 2.5 * len(workers)), layout='constrained')
-  every = figure.subplots(len(workers), 3, sharey=True, squeeze=False)
+  # Narrow, so that letters can be read where a picture is 400 pixels wide.
+  figure = Figure(figsize=(6.6, 0.8 + 2 * len(workers)), layout='constrained')
+  every = figure.subplots(
+    len(workers), 3, sharex='col', sharey=True, squeeze=False
+  )
   colour = dict(zip(PROTOCOLS, plots.colours(len(PROTOCOLS)), strict=True))
   for S, line in zip(workers, every, strict=True):
     for axes, x in zip(line, X_AXES, strict=True):
@@ -167,19 +170,26 @@ def _figure(runs: Runs) -> Figure:
             color=colour[protocol],
             label=PROTOCOLS[protocol],
             marker='o',
-            markersize=3,
+            markersize=2.5,
+            linewidth=1.2,
           )
-      axes.set(xlabel=X_AXES[x], title=f'{S} workers')
+      axes.set_xlabel(X_AXES[x] if workers[-1] == S else '')
       plots.style_axes(axes)
       if x != 'steps':
         axes.set_xscale('log')
         axes.xaxis.set_major_locator(LogLocator(numticks=5))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_formatter('{x:,g}')
-    line[0].set_ylabel('test loss (nats)')
-  handles, labels = every[0][0].get_legend_handles_labels()
+    line[0].set_ylabel(f'test loss, {S} workers')
+  handles = {}
+  for axes in every[:, 0]:
+    handles |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
   figure.legend(
-    handles, labels, loc='outside lower center', ncols=3, frameon=False
+    handles.values(),
+    handles.keys(),
+    loc='outside lower center',
+    ncols=3,
+    frameon=False,
   )
   return figure
 
