@@ -18,6 +18,7 @@ from experiments import (
   ensemble,
   healthy,
   local_iterations,
+  protocols_report,
   quantised,
   slow_network,
   slow_report,
@@ -110,6 +111,12 @@ def sections(with_figures: bool = False) -> Iterator[Section]:
     figures = slow_report.figures() if with_figures else {}
     pictures = sorted(slow_network.FOLDER.glob('*.png'))
     yield Section('Slow links', slow, figures, pictures)
+  for name, title in protocols_report.TITLES.items():
+    tables = list(protocols_report.tables(name))
+    if tables:
+      figures = protocols_report.figures(name) if with_figures else {}
+      pictures = sorted((RESULTS / name / 'cpu').glob('*.png'))
+      yield Section(title, tables, figures, pictures)
   for title, tables in (
     ('On an accelerator', [*_accelerator(), *_accelerator_speed()]),
     ("The paper's count of bytes (Table 1)", list(_counts())),
