@@ -1,5 +1,6 @@
 """The language model looks back only, and texts are read from anywhere."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,8 +8,12 @@ import tensorflow_datasets as tfds
 from tfds_sets import prepare
 
 from experiments import gpt, text
+from experiments import language_run as card_module
+from experiments.configs import language as card
 from experiments.transformer import Shape
 from resist_jax.errors import ConfigError
+from resist_jax.run import export
+from resist_jax.run import train as train_lib
 
 SHAPE = Shape(4, 16, 2, 12)
 
@@ -61,3 +66,24 @@ def test_a_set_that_holds_no_text_or_is_not_there_is_refused(tmp_path):
     with pytest.raises(ConfigError, match='a field text') as error:
       text.load(f'tfds:{name}', str(tmp_path))
     assert '\n' not in str(error.value)
+
+
+def test_its_card_trains_and_other_workers_go_on_with_the_same_function(
+  tmp_path,
+):
+  config = card.get_config()
+  config.model.options.update(
+    {'layers': 4, 'width': 16, 'heads': 2, 'length': 12, 'test_windows': 16}
+  )
+  config.num_rounds = config.local_steps = 1
+  with jax.numpy_dtype_promotion('standard'):  # As AdamW in optax needs.
+    first = train_lib.train(config, tmp_path)
+  assert first['test_perplexity'] == pytest.approx(256, rel=0.2)
+  config.num_workers = 2
+  with jax.numpy_dtype_promotion('standard'):
+    train_lib.train(config, tmp_path)
+  params, scales = export.load_parameters(tmp_path)
+  tested = card_module.data(config).tests['test'].arrays
+  loss_fn = card_module.loss(config)
+  found, _ = loss_fn(params, scales, jnp.asarray(tested), None)
+  np.testing.assert_allclose(found, first['test_loss'], rtol=1e-5)
