@@ -193,11 +193,11 @@ def svg(chart: Chart) -> str:
     low, high = -0.4, len(chart.categories) - 0.6
   longest = max(map(len, chart.categories), default=0)
   room = (WIDTH - _LEFT - _RIGHT) / max(len(chart.categories), 1)
-  turned = longest * _LETTER > room
-  below = 24 + 0.62 * _LETTER * longest if turned else 0
+  turned = longest * _LETTER + 8 > room
+  below = 0.62 * _LETTER * longest - 2 if turned else 0
   height = HEIGHT - _TOP - _BOTTOM
   frame = _Frame(low, high or 1, *chart.limits, chart.log, height)
-  total = HEIGHT + below
+  total = HEIGHT + below - (0 if chart.x else 18)
   label = f'{chart.title}: {chart.y} by {chart.x or "setting"}'
   return (
     f'<svg class="chart" viewBox="0 0 {WIDTH} {total:g}" role="img" '
@@ -227,7 +227,8 @@ def _axes(chart: Chart, frame: _Frame, turned: bool) -> str:
   elif chart.log:
     marks = [(v, _number(v)) for v in _decades(frame.low, frame.high)]
   else:
-    marks = [(v, _number(v)) for v in _ticks(frame.low, frame.high, 5)]
+    whole = chart.x == 'round'
+    marks = [(v, _number(v)) for v in _ticks(frame.low, frame.high, 5, whole)]
   for value, name in marks:
     x = frame.x(value)
     place = f'x="{x}" y="{foot + 16:g}" text-anchor="middle"'
@@ -296,8 +297,11 @@ def _thinned(points: Sequence[Point]) -> list[Point]:
   return [points[round(i * step)] for i in range(_MOST)]
 
 
-def _ticks(low: float, high: float, most: int) -> list[float]:
-  found = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+def _ticks(
+  low: float, high: float, most: int, whole: bool = False
+) -> list[float]:
+  steps = [1, 2, 2.5, 5, 10]
+  found = MaxNLocator(most, steps=steps, integer=whole).tick_values(low, high)
   slack = 1e-9 * (high - low)
   return [float(v) for v in found if low - slack <= v <= high + slack]
 

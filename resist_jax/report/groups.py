@@ -147,14 +147,14 @@ def _renamed(
 def _label(runs: Sequence[Run]) -> str:
   """Returns the common part of the names of some runs."""
   if len(runs) == 1:
-    return runs[0].label
+    return protocol_name(runs[0].label)
   paths = [str(run.summary['directory']) for run in runs]
   same = itertools.takewhile(
     lambda letters: len(set(letters)) == 1, zip(*paths, strict=False)
   )
   common = ''.join(letters[0] for letters in same)
   common = re.sub(r'[\W_]*(seed)?[\W_]*$', '', common)
-  return common.rpartition(os.sep)[2] or 'runs'
+  return protocol_name(common.rpartition(os.sep)[2]) or 'runs'
 
 
 def _merged(runs: Sequence[Run]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ TABLE = (
   ('seconds of training', '{seconds_training:,.1f}'),
   ('images per second', '{images_per_second:,.0f}'),
   ('parameters', '{params_total:,}'),
-  ('share of them per worker', '{share_of_params:.1%}'),
+  ('parameters on a worker', '{share_of_params:.1%}'),
   ('parameters per device', '{parameter_memory_text}'),
   ('peak memory per device', '{peak_memory_text}'),
   ('devices', '{num_devices}, {device}'),
@@ -225,7 +225,10 @@ def _page(groups: Sequence[Group], blocks: Mapping[str, Figure]) -> str:
     A page that needs no other file.
   """
   several = any(group.runs[1:] for group in groups)
-  title = groups[0].name
+  first = groups[0]
+  title = f'the run {first.runs[0].label}'
+  if several:
+    title = f'{first.name}, {len(first.runs)} seeds'
   if groups[1:]:
     kind = 'settings' if several else 'runs'
     title = f'{len(groups)} {kind} side by side'

@@ -249,8 +249,9 @@ def decomposition_figure(label: str, rows: Rows) -> Figure | None:
   shown, part = _window(rows, decomposed[0]['round'])
 
   heights = [min(max(0.2 * L, 1.0), 7.0) for L in chains.values()]
-  width = min(max(0.13 * len(shown) + 1.2, 6.0), 9.0)
-  legend_height = 0.22 * math.ceil((min(num_workers, 16) + 1) / 4)
+  # A phone shows few rounds without scrolling.
+  width = min(max(0.13 * len(shown) + 1.2, 4.4), 9.0)
+  legend_height = 0.22 * math.ceil((min(num_workers, 16) + 1) / 3)
   figure = Figure(
     figsize=(width, sum(h + 0.5 for h in heights) + legend_height + 0.5),
     layout='constrained',
@@ -339,7 +340,8 @@ def _worker_legend(
   if NOBODY in present:
     patches.append(Patch(facecolor=palette[NOBODY], edgecolor='#999999'))
     names.append('no worker recorded')
-  _legend(figure, patches, names, ncols=min(len(names), 4), fontsize=8)
+  ncols = 4 if max(map(len, names)) < 12 else 2
+  _legend(figure, patches, names, ncols=min(len(names), ncols), fontsize=8)
 
 
 def depth_figure(measured: Sequence[Mapping[str, Any]], test: str) -> Figure:

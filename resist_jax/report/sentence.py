@@ -62,7 +62,7 @@ def _task(groups: Sequence[Group]) -> list[str]:
   """Says what was trained, on which images, with how many workers."""
   kinds = {}
   for group in groups:
-    data = f'{_text(group, "dataset")}{_images(group.summary)}'
+    data = _text(group, 'dataset') + _images(group.summary)
     workers = _text(group, 'num_workers')
     plural = '' if workers == '1' else 's'
     task = (
@@ -94,14 +94,14 @@ def _images(summary) -> str:
   if isinstance(names, list) and names:
     listed = ', '.join(map(str, names[:_NAMES]))
     more = ', …' if names[_NAMES:] else ''
-    parts.append(f'{len(names):,} classes, {listed}{more}')
+    parts.append(f'{len(names):,} classes ({listed}{more})')
   if isinstance(shape, list) and len(shape) == 3:
     height, width, channels = shape
     parts.append(
       f'images of {height} x {width} pixels in {channels} '
       f'channel{"" if channels == 1 else "s"}'
     )
-  return f' ({"; ".join(parts)})' if parts else ''
+  return f': {", ".join(parts)}' if parts else ''
 
 
 def _result(groups: Sequence[Group]) -> str:
@@ -109,7 +109,11 @@ def _result(groups: Sequence[Group]) -> str:
   tested = [group for group in groups if group.values('test_accuracy')]
   rounds = {group.name: _rounds(group) for group in groups}
   once = len(set(rounds.values())) == 1
-  after = f'After {rounds[groups[0].name]}, ' if once else ''
+  data = {_text(group, 'dataset') for group in groups}
+  after = f'After {rounds[groups[0].name]}' if once else ''
+  if len(data) == 1:
+    after += f'{" on" if once else "On"} {data.pop()}'
+  after += ', ' if after else ''
   parts = []
   for number, group in enumerate(tested):
     verb = '' if number else ' classifies'
@@ -178,7 +182,7 @@ def _alone(group: Group) -> list[str]:
       parts.append(f'{share} of what {protocol_name(protocol)} would send')
   beside = f': {" and ".join(parts)}' if parts else ''
   seconds = group.values('seconds_training')
-  time = f' It trained for {_seconds(seconds)}.' if seconds else ''
+  time = f' Training took {_seconds(seconds)}.' if seconds else ''
   return [f'{_all(kind)} {_bytes(sent)} in a round{beside}.{time}']
 
 
@@ -223,7 +227,7 @@ def _beside(group: Group, base: Group) -> str:
 
 
 def _ranked(name: str, other: str, found: Comparison) -> str:
-  gap = f'{abs(found.points):.1f} points'
+  gap = f'{abs(found.points):.2g} points'
   side = 'above' if found.points > 0 else 'below'
   if found.verdict == 'level':
     return f'{name} and {other} are level in accuracy: {found.why}.'
@@ -276,4 +280,5 @@ def _bytes(count: float) -> str:
 
 
 def _seconds(values: Sequence[float]) -> str:
-  return f'{statistics.median(values):,.3g} seconds'
+  median = statistics.median(values)
+  return f'{median:,.{0 if median >= 100 else 1}f} seconds'

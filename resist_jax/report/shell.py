@@ -27,14 +27,14 @@ code { font-size: .85em; background: #f3f3f3; padding: .1em .3em; }
 figure { margin: 1rem 0; } figcaption { color: #444; font-size: .9rem; }
 summary { cursor: pointer; color: #005a8c; margin: .6rem 0; }
 
-.plots { display: grid; gap: 1.2rem 2rem; align-items: end;
+.plots { display: grid; gap: 1.2rem 2rem; align-items: start;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); }
 .chart { width: 100%; max-width: 30rem; height: auto; display: block;
   font: 12px system-ui, sans-serif; fill: #333; touch-action: pan-y; }
 .chart .title { font-size: 13.5px; font-weight: 600; fill: #222; }
 .chart .grid { stroke: #e6e6e6; } .chart .frame { stroke: #555; fill: none; }
 .chart .bar { stroke-width: 5; opacity: .3; } .chart .band { opacity: .16; }
-.chart .small { opacity: .35; } .chart .on { stroke: #000; stroke-width: 1.6;
+.chart .small { opacity: 0; } .chart .on { stroke: #000; stroke-width: 1.6;
   opacity: 1; }
 .chart g.off { display: none; }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; margin: .3rem 0; }
@@ -63,6 +63,7 @@ table { border-collapse: collapse; font-size: .9rem; margin: .4rem 0;
 th, td { text-align: left; vertical-align: top; padding: .3rem 1.1rem .3rem 0;
   border-bottom: 1px solid #ddd; max-width: 24rem; }
 thead th { border-bottom: 2px solid #999; font-weight: 600; }
+figure .wide td { white-space: nowrap; }
 tbody th { font-weight: normal; color: #555; }
 .swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px;
   margin-right: .4em; }
@@ -74,6 +75,8 @@ tbody th { font-weight: normal; color: #555; }
   background: #e8e8e8; font-weight: 600; margin-right: .4rem; }
 .claims .holds { border-color: #0072b2; } .claims .holds b {
   background: #0072b2; color: #fff; }
+.claims .part { border-color: #0072b2; } .claims .part b {
+  background: #d5e8f5; color: #003b5c; }
 .claims .fails { border-color: #a33a00; } .claims .fails b {
   background: #a33a00; color: #fff; }
 .claims .untested b { background: #fff; outline: 1px solid #999; }
@@ -81,8 +84,8 @@ tbody th { font-weight: normal; color: #555; }
 @media (max-width: 40rem) {
   .plots { grid-template-columns: 100%; }
   .lead p:first-child { font-size: 1.12rem; }
-  .picture img { max-width: none; width: auto; height: 17rem; }
-  .picture::before { content: 'Scroll sideways to see it all.';
+  .picture.far img { max-width: none; }
+  .picture.far::before { content: 'Scroll sideways to see it all.';
     position: sticky; left: 0; color: #555; font-size: .8rem; }
   /* Each row of a table becomes a card, and each cell says what it is. */
   .wide { overflow: visible; background: none; }
@@ -93,14 +96,20 @@ tbody th { font-weight: normal; color: #555; }
     padding: .35rem .7rem; }
   .wide tbody th { border: 0; padding: .1rem 0; color: #222;
     font-weight: 600; }
-  .wide td { border: 0; padding: .1rem 0; display: flex; gap: 1rem;
-    justify-content: space-between; text-align: right;
+  .wide tbody td { border: 0; padding: .1rem 0; display: flex; gap: 1rem;
+    justify-content: space-between; text-align: right; white-space: normal;
     overflow-wrap: anywhere; }
+  figure .wide td:first-child { font-weight: 600; }
   .wide td:empty { display: none; }
+  .wide .pairs tr { display: flex; gap: 1rem; border: 0; margin: 0;
+    border-bottom: 1px solid #ddd; border-radius: 0; padding: .2rem 0;
+    justify-content: space-between; }
+  .wide .pairs th { font-weight: normal; flex: 0 1 45%; }
   .wide td[data-head]::before { content: attr(data-head); color: #555;
     text-align: left; flex: 0 1 auto; max-width: 55%; }
 }
 """
+_PHONE = 480  # A picture of so many pixels can still be read on a phone.
 # Names of a legend hide their lines; the point next to a pointer says its
 # numbers. Without a script, all lines are shown and points have titles.
 SCRIPT = """
@@ -190,8 +199,9 @@ def picture(figure: Figure, text: str, caption: str = '') -> str:
   data = base64.b64encode(plots.render_png(figure)).decode()
   width = round(96 * figure.get_figwidth())  # CSS pixels in an inch.
   below = f'<figcaption>{caption}</figcaption>' if caption else ''
+  far = ' far' if width > _PHONE else ''  # Too wide to be read on a phone.
   return (
-    f'<figure><div class="picture"><img alt="{escape(text)}" '
+    f'<figure><div class="picture{far}"><img alt="{escape(text)}" '
     f'width="{width}" src="data:image/png;base64,{data}"></div>{below}'
     '</figure>\n'
   )

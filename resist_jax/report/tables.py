@@ -94,7 +94,8 @@ def html_table(head: Row, rows: Sequence[Row], row_heads: bool = False) -> str:
     return f'<tr>{tag(row[:heads])}{"".join(cells)}</tr>'
 
   body = '\n'.join(map(line, rows))
+  pairs = ' class="pairs"'  # Names and values, which fit a phone.
   return (
-    f'<div class="wide" tabindex="0"><table>{first}<tbody>\n{body}\n</tbody>'
-    '</table></div>'
+    f'<div class="wide" tabindex="0"><table{"" if head else pairs}>{first}'
+    f'<tbody>\n{body}\n</tbody></table></div>'
   )

@@ -271,6 +271,12 @@ FIELDS = {
       'Rounds between checkpoints. The last round is always saved.',
     ),
     Field(
+      'evaluation.at_start',
+      False,
+      'Also test the network before the first round, so that curves begin at '
+      'round 0. It costs one more test.',
+    ),
+    Field(
       'evaluation.batch_size',
       100,
       "Images of a test batch. The paper's accuracy takes batch statistics "

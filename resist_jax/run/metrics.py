@@ -20,10 +20,12 @@ class Log(NamedTuple):
 
   Attributes:
     write: Logs the row of a round; see `MetricsLog.write`.
+    begin: Logs a test before the first round; see `MetricsLog.begin`.
     check: Checks that the log is still there; see `MetricsLog.check`.
   """
 
   write: Callable[[Mapping[str, Any]], None]
+  begin: Callable[[Mapping[str, Any]], None]
   check: Callable[[], None]
 
 
@@ -43,10 +45,10 @@ def open_log(
     The log.
   """
   if not writes:
-    yield Log(lambda row: None, lambda: None)
+    yield Log(lambda row: None, lambda row: None, lambda: None)
     return
   with MetricsLog(workdir, start_round, num_rounds) as log:
-    yield Log(log.write, log.check)
+    yield Log(log.write, log.begin, log.check)
 
 
 class MetricsLog:
@@ -68,8 +70,9 @@ class MetricsLog:
     self._config = workdir / 'config.json'
     self._kept = start_round
     rows = report.read_rows(path)
-    rows = [row for row in rows if row['round'] <= start_round]
-    missing = start_round - len({row['round'] for row in rows})
+    # A run that begins anew logs round 0, a test before the first one, again.
+    rows = [row for row in rows if row['round'] <= start_round > 0]
+    missing = start_round - len({row['round'] for row in rows} - {0})
     if missing > 0:
       logging.warning(
         '%s has no row of %d of the %d rounds that are done: it was damaged or '
@@ -97,12 +100,7 @@ class MetricsLog:
     Raises:
       WorkdirLostError: See `check`.
     """
-    self.check()
-    self._file.write(json.dumps(dict(row)) + '\n')
-    self._file.flush()
-    for name, value in row.items():
-      if isinstance(value, int | float) and name != 'round':
-        self._board.add_scalar(name, value, row['round'])
+    self.begin(row)
     shown = {'loss': f'{row["train_loss"]:.3f}'}
     shown['train'] = f'{row["train_accuracy"]:.1%}'
     if 'test_accuracy' in row:
@@ -113,6 +111,22 @@ class MetricsLog:
     self._bar.set_postfix(shown, refresh=False)
     self._bar.update()
     self._kept = row['round']
+
+  def begin(self, row: Mapping[str, Any]) -> None:
+    """Logs a row without counting a round, such as a test before the first.
+
+    Args:
+      row: JSON values by name; numbers also go to TensorBoard.
+
+    Raises:
+      WorkdirLostError: See `check`.
+    """
+    self.check()
+    self._file.write(json.dumps(dict(row)) + '\n')
+    self._file.flush()
+    for name, value in row.items():
+      if isinstance(value, int | float) and name != 'round':
+        self._board.add_scalar(name, value, row['round'])
 
   def check(self) -> None:
     """Checks that the workdir is still that of this run.

@@ -274,6 +274,8 @@ def _loop(
   seconds_before = progress.seconds_total
   clock = Clock(progress.seconds_training)
   phase, state = restore.start(setup, restored)
+  if config.evaluation.at_start and not progress.round:
+    progress = _tested_at_start(progress, phase, evaluator, state, log)
   running, asked = None, 0
   for index in range(progress.round, config.num_rounds):
     processes.doing(f'round {index + 1}')
@@ -450,6 +452,23 @@ def _excluded(
         'round %d goes on without worker %s: %s', done, workers, reason
       )
   return np.flatnonzero(~healthy).tolist()
+
+
+def _tested_at_start(
+  progress: Progress,
+  phase: Phase,
+  evaluator: Evaluator,
+  state: State,
+  log: metrics.Log,
+) -> Progress:
+  """Logs a test of the network before round 1, as round 0 of the curves."""
+  processes.doing('the test before round 1')
+  tested = _evaluated(progress, evaluator, state)
+  counted = ('seconds_training', 'bytes_total', 'wire_bytes_total')
+  row = {'round': 0, 'protocol': phase.name, **dict.fromkeys(counted, 0)}
+  log.begin({**row, **tested.last, 'slots': {}, 'num_blocks': {}})
+  sent = tested.evaluation_wire_bytes_total
+  return dataclasses.replace(progress, evaluation_wire_bytes_total=sent)
 
 
 def _evaluated(
