@@ -121,7 +121,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     buckets.setdefault(key, []).append(run)
   made = [Group(_label(b), b, _merged(b)) for b in buckets.values()]
   protocols = [group.protocol for group in made]
-  if len(made) == 1 and len(runs) == 1:
+  if len(made) == 1:
     return made
   if len(set(protocols)) == len(made) and set(protocols) <= set(PROTOCOLS):
     return _renamed(made, lambda group: protocol_name(group.protocol))

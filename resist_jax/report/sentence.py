@@ -131,13 +131,14 @@ def _result(groups: Sequence[Group]) -> str:
   missing = [_name(group) for group in groups if group not in tested]
   if missing:
     verb = 'have' if missing[1:] else 'has'
-    found += f' {_listed(missing)} {verb} not been tested yet.'
+    found += ' ' + _begin(f'{_listed(missing)} {verb} not been tested yet.')
   return _begin(found.strip())
 
 
 def _rounds(group: Group) -> str:
-  summary = group.summary
-  return f'{summary.get("rounds", "?")}{summary.get("of_rounds", "")} rounds'
+  of, _, state = str(group.summary.get('of_rounds', '')).partition(', ')
+  done = f'{group.summary.get("rounds", "?")}{of} rounds'
+  return f'{done}, {state}' if state else done
 
 
 def _percent_of(group: Group, test: str) -> str:
@@ -148,7 +149,7 @@ def _percent_of(group: Group, test: str) -> str:
 
 def further_tests(group: Group) -> list[str]:
   """Returns the names of a group's tests other than `test`."""
-  ends, usual = '_accuracy', ('test', 'train')
+  ends, usual = '_accuracy', ('test', 'best_test', 'train')
   names = {n for run in group.runs for n in run.summary if n.endswith(ends)}
   return sorted({n.removesuffix(ends) for n in names} - set(usual))
 
@@ -270,7 +271,7 @@ def _share(share: float) -> str:
 
 
 def _percent(share: float) -> str:
-  digits = 0 if share >= 0.1 else max(0, -math.floor(math.log10(share)) - 2)
+  digits = 0 if share >= 0.1 else -math.floor(math.log10(share)) - 1
   return f'{share:.{digits}%}'
 
 
