@@ -101,7 +101,10 @@ def _draw(axes: Any, made: Chart) -> None:
     axes.margins(x=0.08)
   elif made.log:
     axes.set_xscale('log')
+    ends = [p.x for line in made.lines for p in line.points]
+    axes.set_xticks(chart.decades(min(ends), max(ends)))
     axes.xaxis.set_major_formatter('{x:,g}')
+    axes.xaxis.set_minor_formatter('')
   else:
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=made.x == 'round'))

@@ -143,7 +143,9 @@ def figures() -> dict[str, Figure]:
   if not links:
     return {}
   figure = Figure(figsize=(1.5 + 4.2 * len(links), 3.2), layout='constrained')
-  every = figure.subplots(1, len(links), sharey=True, squeeze=False)[0]
+  every = figure.subplots(
+    1, len(links), sharex=True, sharey=True, squeeze=False
+  )[0]
   local_colour, exchange_colour = '#bdbdbd', ENSEMBLE[0]  # Of no protocol.
   # The bar of data parallel is so long that the others would vanish beside it.
   shown = [m for m in METHODS if m != 'data_parallel']

@@ -225,7 +225,7 @@ def _axes(chart: Chart, frame: _Frame, turned: bool) -> str:
   if chart.categories:
     marks = list(enumerate(chart.categories))
   elif chart.log:
-    marks = [(v, _number(v)) for v in _decades(frame.low, frame.high)]
+    marks = [(v, _number(v)) for v in decades(frame.low, frame.high)]
   else:
     whole = chart.x == 'round'
     marks = [(v, _number(v)) for v in _ticks(frame.low, frame.high, 5, whole)]
@@ -306,10 +306,18 @@ def _ticks(
   return [float(v) for v in found if low - slack <= v <= high + slack]
 
 
-def _decades(low: float, high: float) -> list[float]:
-  """Returns powers of ten in a range, and their parts if they are few."""
+def decades(low: float, high: float) -> list[float]:
+  """Returns powers of ten in a range, and their parts if they are few.
+
+  Args:
+    low: The lowest number, above 0.
+    high: The highest number.
+
+  >>> decades(3, 400), decades(30, 50)
+  ([3.0, 10.0, 30.0, 100.0, 300.0], [30.0, 40.0, 50.0])
+  """
   powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-  for parts in ((1,), (1, 3), (1, 2, 5)):
+  for parts in ((1,), (1, 3), (1, 2, 5), range(1, 10)):
     found = [m * 10.0**k for k in powers for m in parts]
     found = [v for v in found if low <= v <= high]
     if len(found) >= 3:
