@@ -204,31 +204,40 @@ def _all(kind: str) -> str:
 
 def _beside(group: Group, base: Group) -> str:
   """Says what a group costs and reaches, beside a baseline."""
-  costs, found, name = [], [], _name(group)
-  both = group, base
-  if len({v for g in both for v in g.values('rounds')}) == 1:
-    kind, sent = _sent(*both, field='bytes_total')
-    if sent:
-      share = _share(sent / statistics.mean(base.values(kind)))
-      count = '' if kind.startswith('wire') else " (the paper's count)"
-      costs.append(f'sent {share} the bytes{count} of {_name(base)}')
-    ours, theirs = (g.values('seconds_training') for g in both)
-    same = group.summary.get('device') == base.summary.get('device')
-    if ours and theirs and min(theirs) > 0 and same:
-      share = statistics.median(ours) / statistics.median(theirs)
-      whole = 'its seconds' if costs else f'the seconds of {_name(base)}'
-      costs.append(f'took {_share(share)} {whole}')
-  if costs:
-    found.append(_begin(f'{name} {" and ".join(costs)}.'))
-  ours, theirs = ([100 * v for v in g.values('test_accuracy')] for g in both)
+  name, other = _name(group), _name(base)
+  if len({v for g in (group, base) for v in g.values('rounds')}) != 1:
+    return _begin(f'{name} and {other} have not trained for the same rounds.')
+  costs = _costs(group, base)
+  found = [_begin(f'{name} {" and ".join(costs)}.')] if costs else []
+  ours, theirs = (
+    [100 * v for v in g.values('test_accuracy')] for g in (group, base)
+  )
   verdict = compare(ours, theirs)
   if verdict.verdict != 'untested':
-    found.append(_begin(_ranked(name, _name(base), verdict)))
+    found.append(_begin(_ranked(name, other, verdict)))
   return ' '.join(found)
 
 
+def _costs(group: Group, base: Group) -> list[str]:
+  """Returns what a group sent, and how long it took on equal devices."""
+  costs = []
+  kind, sent = _sent(group, base, field='bytes_total')
+  if sent:
+    share = _share(sent / statistics.mean(base.values(kind)))
+    count = '' if kind.startswith('wire') else " (the paper's count)"
+    costs.append(f'sent {share} the bytes{count} of {_name(base)}')
+  ours, theirs = (g.values('seconds_training') for g in (group, base))
+  same = group.summary.get('device') == base.summary.get('device')
+  if ours and theirs and min(theirs) > 0 and same:
+    share = statistics.median(ours) / statistics.median(theirs)
+    whole = 'its seconds' if costs else f'the seconds of {_name(base)}'
+    costs.append(f'took {_share(share)} {whole}')
+  return costs
+
+
 def _ranked(name: str, other: str, found: Comparison) -> str:
-  gap = f'{abs(found.points):.2g} points'
+  gap = abs(found.points)
+  gap = f'{gap:.{1 if gap >= 1 else 2}f} points'
   side = 'above' if found.points > 0 else 'below'
   if found.verdict == 'level':
     return f'{name} and {other} are level in accuracy: {found.why}.'

@@ -83,8 +83,8 @@ def test_two_protocols_of_one_seed_are_not_ranked(tmp_path):
   )
   assert beside == (
     'ResIST sent 25% of the bytes of local SGD and took 25% of its seconds. '
-    'ResIST ends 10 points above local SGD, which does not rank them: one seed '
-    'ranks nothing.'
+    'ResIST ends 10.0 points above local SGD, which does not rank them: one '
+    'seed ranks nothing.'
   )
   assert 'one seed' in seeds
 
@@ -92,8 +92,14 @@ def test_two_protocols_of_one_seed_are_not_ranked(tmp_path):
 @pytest.mark.parametrize(
   ('base', 'told'),
   [
-    (0.8, 'ResIST is better than local SGD by 10 points, with 3 seeds or more'),
-    (0.95, 'ResIST is worse than local SGD by 5 points, with 3 seeds or more'),
+    (
+      0.8,
+      'ResIST is better than local SGD by 10.0 points, with 3 seeds or more',
+    ),
+    (
+      0.95,
+      'ResIST is worse than local SGD by 5.0 points, with 3 seeds or more',
+    ),
     (0.895, 'ResIST and local SGD are level in accuracy: less than 1 point'),
   ],
 )
@@ -141,6 +147,9 @@ def test_an_unfinished_run_and_one_without_a_test_are_named(tmp_path):
   assert told[0] == (
     'On digits, ResIST (after 2 of 7 rounds, unfinished) classifies 90.0% of '
     'the test images correctly. Local SGD has not been tested yet.'
+  )
+  assert told[1] == (
+    'ResIST and local SGD have not trained for the same rounds.'
   )
   assert 'differ in more than their protocol (num_rounds)' in ' '.join(told)
 
