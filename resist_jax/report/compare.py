@@ -44,7 +44,7 @@ def compare(ours: Sequence[float], theirs: Sequence[float]) -> Comparison:
 
   >>> compare([50, 51, 52], [40, 41, 42]).verdict, compare([50], [40]).verdict
   ('ahead', 'undecided')
-  >>> compare([50, 51, 52], [50.5, 51.5, 52.4]).verdict
+  >>> compare([50, 50.5, 51], [50.2, 50.7, 51.3]).verdict
   'level'
   """
   if not (ours and theirs):
