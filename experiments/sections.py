@@ -19,6 +19,7 @@ from experiments import (
   ensemble,
   healthy,
   local_iterations,
+  protocols_report,
   quantised,
   slow_network,
   slow_report,
@@ -121,6 +122,12 @@ def sections(with_figures: bool = False) -> Iterator[Section]:
     pictures = sorted(slow_network.FOLDER.glob('*.png'))
     judged = claims.slow_links()
     yield Section('Slow links', slow, figures, pictures, judged)
+  for name, title in protocols_report.TITLES.items():
+    tables = list(protocols_report.tables(name))
+    if tables:
+      figures = protocols_report.figures(name) if with_figures else {}
+      pictures = sorted((RESULTS / name / 'cpu').glob('*.png'))
+      yield Section(title, tables, figures, pictures)
   judged_by_title = {COUNTS: claims.counts(), WIRE: claims.wire()}
   for title, tables in (
     ('On an accelerator', [*_accelerator(), *_accelerator_speed()]),
