@@ -25,22 +25,21 @@ def html(groups: Sequence[Group]) -> str:
   Args:
     groups: At least one; the runs of the page.
   """
-  first = [
-    c
-    for c in (
-      _chart(groups, 'By round', 'round', 'test_accuracy', ACCURACY),
-      _by_bytes(groups),
-      _chart(
-        groups, 'By time', 'seconds_training', 'test_accuracy', ACCURACY,
-        name='seconds of training',
-      ),
-    )
-    if c
-  ]  # fmt: skip
+  title, metric, y, scale = 'Accuracy', 'test_accuracy', ACCURACY, 100.0
+  if not any(group.curve('round', metric) for group in groups):
+    # A network that classifies nothing is tested by its loss.
+    title, metric, y, scale = 'Test loss', 'test_loss', 'test loss', 1.0
+  seconds = 'seconds of training'
+  found = [
+    _chart(groups, 'By round', 'round', metric, y, scale),
+    _by_bytes(groups, metric, y, scale),
+    _chart(groups, 'By time', 'seconds_training', metric, y, scale, seconds),
+  ]
+  first = [chart for chart in found if chart]
   if not first:
     return '<h2>Accuracy</h2>\n<p>No round has been tested yet.</p>'
   others = list(_others(groups))
-  body = f'<h2>Accuracy</h2>\n{_figure(first, shared=True)}'
+  body = f'<h2>{title}</h2>\n{_figure(first, shared=True)}'
   if others:
     body += f'<h2>Other measures</h2>\n{_figure(others, shared=False)}'
   return body
@@ -76,13 +75,15 @@ def _chart(
   return Chart(title, name or x, y, lines) if lines else None
 
 
-def _by_bytes(groups: Sequence[Group]) -> Chart | None:
-  """Returns accuracy by bytes: on the wire, if all runs know what that was.
+def _by_bytes(
+  groups: Sequence[Group], metric: str, y: str, scale: float
+) -> Chart | None:
+  """Returns a measure by bytes: on the wire, if all runs know what that was.
 
   Two counts never share an axis.
   """
   charts = (
-    _chart(groups, 'By bytes', count, 'test_accuracy', ACCURACY, name=name)
+    _chart(groups, 'By bytes', count, metric, y, scale, name)
     for count, name in _COUNTS.items()
   )
   found = next((c for c in charts if c and _all_sent(c)), None)

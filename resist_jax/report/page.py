@@ -43,6 +43,7 @@ TABLE = (
   ('test accuracy, as deployed', '{test_accuracy:.2%}'),
   ('test accuracy, as in paper', '{test_accuracy_paper:.2%}'),
   ('best, as in paper', '{best_test_accuracy_paper:.2%}'),
+  ('test loss', '{test_loss:.4g}'),
   ('final training loss', '{final_train_loss:.4g}'),
   ('communication', '{bytes_total_text}'),
   ('communication per round', '{bytes_per_round_text}'),
@@ -281,7 +282,7 @@ def _numbers(groups: Sequence[Group], rows: Sequence[Sequence[str]]) -> str:
   """Returns a table of what differs, and one of what is the same."""
   same = [row for row in rows if len(set(row[1:])) == 1]
   if not groups[1:]:
-    return _html_table(groups, rows)
+    return _html_table(groups, [row for row in rows if row[1] != DASH])
   other = [row for row in rows if row not in same]
   found = _html_table(groups, other) if other else ''
   common = [row[:2] for row in same if row[1] != DASH]

@@ -16,8 +16,8 @@ Summary = Mapping[str, Any]
 
 DASH = '-'
 # Fields of a round that are numbers, or missing.
-NUMBERS = ('train_loss', 'test_accuracy', 'test_accuracy_paper', 'bytes_total',
-           'wire_bytes_total', 'seconds_training',
+NUMBERS = ('train_loss', 'test_loss', 'test_accuracy', 'test_accuracy_paper',
+           'bytes_total', 'wire_bytes_total', 'seconds_training',
            'images_per_second')  # fmt: skip
 # How the accuracies of a test are called, after its name.
 ACCURACIES = ('_accuracy', '_accuracy_paper')

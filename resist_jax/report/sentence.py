@@ -106,7 +106,7 @@ def _images(summary) -> str:
 
 def _result(groups: Sequence[Group]) -> str:
   """Says how well the groups classify, and which have not finished."""
-  tested = [group for group in groups if group.values('test_accuracy')]
+  tested = [group for group in groups if _tests(group)]
   rounds = {group.name: _rounds(group) for group in groups}
   once = len(set(rounds.values())) == 1
   data = {_text(group, 'dataset') for group in groups}
@@ -116,15 +116,17 @@ def _result(groups: Sequence[Group]) -> str:
   after += ', ' if after else ''
   parts = []
   for number, group in enumerate(tested):
-    verb = '' if number else ' classifies'
-    rest = '' if number else ' of the test images correctly'
     own = '' if once else f' (after {rounds[group.name]})'
-    text = f'{_name(group)}{own}{verb} {_percent_of(group, "test")}{rest}'
+    text = f'{_name(group)}{own} reaches a test loss of {_loss_of(group)}'
+    if group.values('test_accuracy'):
+      verb = '' if number else ' classifies'
+      rest = '' if number else ' of the test images correctly'
+      text = f'{_name(group)}{own}{verb} {_percent_of(group, "test")}{rest}'
     for test in further_tests(group):
       if group.values(f'{test}_accuracy'):
         text += f' ({_percent_of(group, test)} on the test {test})'
     parts.append(text)
-  counts = {len(group.values('test_accuracy')) for group in tested} - {1}
+  counts = {len(_tests(group)) for group in tested} - {1}
   seeds = ' or '.join(map(str, sorted(counts)))
   note = f' (mean and deviation of {seeds} seeds)' if counts else ''
   found = f'{after}{_listed(parts)}{note}.' if parts else ''
@@ -139,6 +141,17 @@ def _rounds(group: Group) -> str:
   of, _, state = str(group.summary.get('of_rounds', '')).partition(', ')
   done = f'{group.summary.get("rounds", "?")}{of} rounds'
   return f'{done}, {state}' if state else done
+
+
+def _tests(group: Group) -> list[float]:
+  """Returns the accuracies, or of a network without them the losses."""
+  return group.values('test_accuracy') or group.values('test_loss')
+
+
+def _loss_of(group: Group) -> str:
+  found = group.values('test_loss') or [math.nan]
+  deviation = f' ± {statistics.stdev(found):.2g}' if found[1:] else ''
+  return f'{statistics.mean(found):.4g}{deviation}'
 
 
 def _percent_of(group: Group, test: str) -> str:
@@ -264,7 +277,7 @@ def _other_settings(groups: Sequence[Group]) -> str:
 def _seeds(groups: Sequence[Group]) -> list[str]:
   """Says what so few seeds cannot say."""
   fewest = min(len(group.runs) for group in groups)
-  if fewest >= SEEDS or not any(g.values('test_accuracy') for g in groups):
+  if fewest >= SEEDS or not any(map(_tests, groups)):
     return []
   if fewest > 1:
     return [f'{fewest} seeds are too few to rank runs; {SEEDS} would do.']

@@ -161,6 +161,21 @@ def test_other_data_cannot_be_compared(tmp_path):
   assert not any('points' in text for text in told[:-2])
 
 
+def test_a_network_that_classifies_nothing_is_told_by_its_loss(tmp_path):
+  run = put(tmp_path / 'run', 0.5, test_loss=1.25)
+  for name in ('summary.json', 'metrics.jsonl'):
+    text = (run / name).read_text().replace('"test_accuracy"', '"test_loss"')
+    (run / name).write_text(text)
+  summary = json.loads((run / 'summary.json').read_text())
+  assert summary['test_loss'] == 1.25
+  assert said(run)[0] == (
+    'After 2 rounds on digits, run (ResIST) reaches a test loss of 1.25.'
+  )
+  shown = curves.html(groups.grouped(records.load_runs([run])))
+  assert shown.startswith('<h2>Test loss</h2>')
+  assert shown.count('test loss: 0.5</title>') == 3
+
+
 def test_further_tests_are_named(tmp_path):
   run = put(tmp_path / 'run', 0.9, v6_accuracy=0.25, v6_accuracy_paper=0.5)
   assert (
