@@ -17,7 +17,7 @@ from experiments.experiment import of_runs
 from experiments.protocols import PROTOCOLS
 from experiments.runs import RESULTS
 from experiments.table import Table
-from resist_jax.report import plots
+from resist_jax.report import colours, plots
 
 Record = dict[str, Any]
 Runs = Mapping[tuple[str, int], Sequence[Record]]  # By protocol and workers.
@@ -160,16 +160,19 @@ def _figure(runs: Runs) -> Figure:
   every = figure.subplots(
     len(workers), 3, sharex='col', sharey=True, squeeze=False
   )
-  colour = dict(zip(PROTOCOLS, plots.colours(len(PROTOCOLS)), strict=True))
+  looks = dict(
+    zip(PROTOCOLS, colours.styles(map(_kind, PROTOCOLS)), strict=True)
+  )
   for S, line in zip(workers, every, strict=True):
     for axes, x in zip(line, X_AXES, strict=True):
       for (protocol, count), found in runs.items():
         if count == S:
           axes.plot(
             *_curve(found, x),
-            color=colour[protocol],
+            color=looks[protocol].colour,
+            linestyle=_dashes(looks[protocol]),
             label=PROTOCOLS[protocol],
-            marker='o',
+            marker=looks[protocol].marker,
             markersize=2.5,
             linewidth=1.2,
           )
@@ -192,6 +195,17 @@ def _figure(runs: Runs) -> Figure:
     frameon=False,
   )
   return figure
+
+
+def _kind(name: str) -> str:
+  """Returns which of the three protocols a variant is one of."""
+  if name == 'diloco':
+    return 'local_sgd'
+  return next(kind for kind in colours.PROTOCOLS if name.startswith(kind))
+
+
+def _dashes(look: colours.Style) -> Any:
+  return (0, look.dashes) if look.dashes else '-'
 
 
 def _curve(found: Sequence[Record], x: str) -> tuple[list[float], list[float]]:
