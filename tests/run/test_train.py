@@ -345,7 +345,7 @@ def test_a_test_that_is_not_finite_ends_the_run_at_a_known_good_round(
   line = str(caught.value)
   assert '\n' not in line
   assert line.startswith('round 4: the outputs of the network are not finite')
-  assert re.search(r'test_accuracy \(\d+ images\), test_accuracy_paper', line)
+  assert re.search(r'test_accuracy \(\d+ examples\), test_accuracy_paper', line)
   assert 'goes on from round 2, the last one whose test was finite' in line
   assert 'set_aside' in line
   assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == [
