@@ -23,6 +23,7 @@ from resist_jax.run import (
   optimizer,
   phases,
 )
+from resist_jax.run.cards import cifar10
 from resist_jax.run.config import EXCHANGES, build_model, cut_chains
 from resist_jax.run.setup import Setup
 
