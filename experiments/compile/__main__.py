@@ -43,7 +43,7 @@ def main() -> int:
     target = targets.parse(options.target)
     wanted = [
       case
-      for case in cases.cases(target.count)
+      for case in cases.cases(target.num_devices)
       if re.search(options.only, case.name)
     ]
     if not wanted:

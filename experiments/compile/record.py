@@ -6,20 +6,24 @@ import time
 from typing import Any
 
 import jax
+from jax._src.lib import xla_client
+import numpy as np
 
-from experiments.compile import programs as lowered
+from experiments.compile import programs
 from experiments.compile.cases import Case
 from experiments.compile.programs import Call, Problem
 from experiments.compile.targets import Target
 from experiments.runs import provenance
-from resist_jax import accounting
+from resist_jax import accounting, models
 from resist_jax.accounting import hlo
 
-LOOPS = ('one_program', 'host_stepped', 'streamed')
-ROUNDS = (*LOOPS, 'exchange')
+ROUNDS = ('one_program', 'host_stepped', 'streamed', 'exchange')
+TRAINS = ('round', 'step')  # The programs that compute gradients.
 
 
-def compile_call(call: Call, target: Target) -> tuple[Any, dict[str, float]]:
+def compile_call(
+  call: Call, target: Target
+) -> tuple[Any, dict[str, float], dict[str, float]]:
   """Compiles a program.
 
   Args:
@@ -27,19 +31,35 @@ def compile_call(call: Call, target: Target) -> tuple[Any, dict[str, float]]:
     target: What to compile it for.
 
   Returns:
-    `(executable, seconds)`: seconds by what was done.
+    `(executable, costs, seconds)`: operations and bytes, the body of a loop
+    counted once; and seconds by what was done.
   """
   function, args = call
   since = time.perf_counter()
-  platform = 'cuda' if target.platform == 'gpu' else 'tpu'
-  low = function.trace(*args).lower(lowering_platforms=(platform,))
+  low = function.lower(*args)
   middle = time.perf_counter()
   executable = low.compile(compiler_options=target.options())
   seconds = {
     'lower': middle - since,
     'compile': time.perf_counter() - middle,
   }
-  return executable, seconds
+  return executable, _costs(low, executable), seconds
+
+
+def _costs(low, executable) -> dict[str, float]:
+  """Returns `flops`, and `bytes accessed` in the memory of the device."""
+  found = executable.cost_analysis()
+  if found is not None:
+    return found
+  # The GPU compiler leaves this to the client, and here is only that of CPUs.
+  # Convolutions are calls of a library by now: their operations are those of
+  # the program as it was written.
+  client = jax.devices('cpu')[0].client
+  analyse = xla_client._xla.hlo_module_cost_analysis
+  written = low.compiler_ir('hlo').as_hlo_module()
+  (optimised,) = executable.runtime_executable().hlo_modules()
+  flops = analyse(client, written)['flops']
+  return {**analyse(client, optimised), 'flops': flops}
 
 
 def record(case: Case, target: Target, scale: str) -> dict[str, Any]:
@@ -51,19 +71,25 @@ def record(case: Case, target: Target, scale: str) -> dict[str, Any]:
     scale: A key of `cases.SCALES`.
 
   Returns:
-    JSON values: where it comes from, the case, its programs as read, and what
-    `accounting` predicts.
+    JSON values: where it comes from, the case, and its programs, each as read
+    and as predicted.
   """
   # Without this, the cache may return a program whose scopes have other names.
   jax.config.update('jax_compilation_cache_include_metadata_in_key', True)
   size = case.num_devices * case.devices_per_worker
   mesh = target.mesh(size, case.devices_per_worker)
-  found = lowered.problem(case, mesh, scale)
-  read = {}
-  for name, call in lowered.calls(case, found, mesh).items():
-    executable, seconds = compile_call(call, target)
-    read[name] = _read(executable, case, found) | {'seconds': seconds}
-  where = provenance(f'{size} x {target.kind}, compiled for only')
+  found = programs.problem(case, mesh, scale)
+  read, predicted = {}, {}
+  for name, call in programs.calls(case, found, mesh).items():
+    predicted[name] = predict(name, call, case, found, target)
+    executable, costs, seconds = compile_call(call, target)
+    read[name] = {
+      **_read(executable, case, found),
+      'flops': costs['flops'],
+      'hbm_bytes': costs['bytes accessed'],
+      'seconds': seconds,
+    }
+  where = provenance(f'{size} x {target.kind}, which are not here')
   where['versions'] |= target.compiler()
   return {
     'provenance': where,
@@ -73,26 +99,25 @@ def record(case: Case, target: Target, scale: str) -> dict[str, Any]:
     'batch_size': found.batch_size,
     'local_steps': found.protocol.local_steps,
     'programs': read,
-    'predicted': predict(case, found),
+    'predicted': predicted,
   }
 
 
 def _read(executable, case: Case, found: Problem) -> dict[str, Any]:
-  text = executable.as_text()
-  costs = executable.cost_analysis()
+  text, memory = executable.as_text(), executable.memory_analysis()
   kinds = collections.Counter(c.kind for c in hlo.collectives(text))
+  wire = {'between_workers': _wire(text, case, found, False)}
+  if case.devices_per_worker > 1:
+    wire['inside_groups'] = _wire(text, case, found, True)
   return {
-    'memory': accounting.memory_parts(executable.memory_analysis()),
-    'donated': executable.memory_analysis().alias_size_in_bytes,
-    'flops': costs.get('flops'),
-    'hbm_bytes': costs.get('bytes accessed'),
+    'memory': accounting.memory_parts(memory),
+    'donated': memory.alias_size_in_bytes,
     'collectives': dict(kinds),
-    'wire': _wire(text, case, found, False),
-    'wire_inside_groups': _wire(text, case, found, True),
+    'wire': wire,
   }
 
 
-def _wire(text: str, case: Case, found: Problem, inside: bool):
+def _wire(text: str, case: Case, found: Problem, inside: bool) -> int | str:
   """Returns the bytes that a program sends, or why they cannot be read."""
   branches = {}
   if case.form in ROUNDS:
@@ -110,27 +135,103 @@ def _moves(found: Problem):
   return {name: (before[name], after[name]) for name in before}
 
 
-def predict(case: Case, found: Problem) -> dict[str, Any]:
-  """Predicts what the compiler will say.
+def predict(
+  name: str, call: Call, case: Case, found: Problem, target: Target
+) -> dict[str, Any]:
+  """Predicts what the compiler will say of a program.
 
   Args:
-    case: What to compile.
-    found: What it trains.
+    name: Its name in the case.
+    call: The program.
+    case: What is compiled.
+    found: What is trained.
+    target: What it is compiled for.
 
   Returns:
-    JSON values by name: bytes of `memory` of a device, by part; `wire` bytes of
-    a round; FLOPs of a local step of a device.
+    JSON values by name: bytes of the `arguments` on a device; of its `scratch`,
+    by part, where a program trains; and `wire` bytes of one execution.
   """
+  return {
+    'arguments': _argument_bytes(call),
+    'scratch': _scratch(name, case, found, target) if name in TRAINS else {},
+    'wire': _predicted_wire(name, case, found),
+    'flops': _flops(name, case, found),
+  }
+
+
+def _argument_bytes(call: Call) -> int:
+  """Returns the bytes of a program's arguments on the first device."""
+  total = 0
+  for x in jax.tree.leaves(call[1]):
+    if isinstance(x, jax.ShapeDtypeStruct | np.generic):
+      sharding = getattr(x, 'sharding', None)
+      shape = sharding.shard_shape(x.shape) if sharding else x.shape
+      total += int(np.prod(shape)) * x.dtype.itemsize
+  return total
+
+
+def _scratch(name, case, found, target) -> dict[str, int]:
+  """Predicts what a program that trains needs besides its arguments."""
+  if found.setup is None:
+    return {}  # Activations are counted for residual networks.
+  fused = target.platform == 'tpu'
+  numbers = models.num_activations(
+    found.setup.network, found.setup.image_shape, _lengths(found), fused
+  )
+  width = np.dtype(case.dtype).itemsize
+  images = found.batch_size // case.devices_per_worker
+  held = accounting.predicted_memory(
+    found.sizes, found.protocol, case.num_devices, width * numbers * images
+  )
+  parts = ['activations', 'gradients']
+  if name == 'round':
+    parts += ['exchange'] + ['optimizer'] * (not found.protocol.carry)
+  return {part: held[part] for part in parts}
+
+
+def _lengths(found: Problem) -> dict[str, int]:
+  protocol = found.protocol
+  return {k: protocol.slots_per_worker(k) for k in protocol.num_blocks}
+
+
+def _flops(name, case, found) -> float | None:
+  """Predicts the operations of one local step of a device."""
+  if found.setup is None or name not in TRAINS:
+    return None
+  per_image = models.predicted_flops(
+    found.setup.network, found.setup.image_shape, _lengths(found)
+  )
+  return per_image * found.batch_size / case.devices_per_worker
+
+
+def _predicted_wire(name, case, found) -> dict[str, float]:
+  """Predicts what one execution of a program sends."""
   D, G = case.num_devices, case.devices_per_worker
   sizes, protocol = found.sizes, found.protocol
-  wire: float = 2 * (D - 1) * G * 4 * sum(
-    sizes.block[name]
-    * (sizes.num_blocks[name] if case.form == 'evaluation' else 1)
-    for name in sizes.block
-  )  # fmt: skip
-  if case.form in ROUNDS:
-    wire = accounting.wire_bytes(sizes, protocol, D, _moves(found), G)
-  return {
-    'memory': accounting.predicted_memory(sizes, protocol, D),
-    'wire': wire,
-  }
+  if case.form not in ROUNDS:
+    verb, *chain = name.split(' ', 1)
+    blocks = {
+      'gather': sizes.num_blocks,
+      'fetch': dict.fromkeys(sizes.block, 1),
+    }
+    count = blocks.get(verb, {}).get(chain[0] if chain else '', 0)
+    block = sizes.block[chain[0]] if count else 0
+    sent = 2 * (D - 1) * G * accounting.BYTES_PER_PARAM * block * count
+    return {'between_workers': sent}
+  # All communication between workers is in the exchange, unless they average
+  # gradients; then it is in the only program.
+  sends = name in ('round', 'finish')
+  moves = _moves(found)
+  between = accounting.wire_bytes(sizes, protocol, D, moves, G) if sends else 0
+  if G == 1:
+    return {'between_workers': between}
+  assert found.setup is not None
+  statistics = models.num_statistics(
+    found.setup.network, found.setup.image_shape, _lengths(found)
+  )
+  metrics = 1 + len(found.metrics)
+  inside = accounting.predicted_group_bytes(
+    sizes, protocol, G, statistics, metrics
+  )
+  steps = {'round': protocol.local_steps, 'step': 1}.get(name, 0)
+  return {'between_workers': between, 'inside_groups': steps * inside}

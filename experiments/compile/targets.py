@@ -100,7 +100,7 @@ class Target(NamedTuple):
     return f'{several}{self.kind}:{"x".join(map(str, self.shape))}'
 
   @property
-  def count(self) -> int:
+  def num_devices(self) -> int:
     """Number of devices."""
     return self.slices * math.prod(self.shape)
 
@@ -198,7 +198,7 @@ def parse(text: str) -> Target:
   Raises:
     ConfigError: If it is not such a name.
 
-  >>> parse('2*v5p:2x2x1').count
+  >>> parse('2*v5p:2x2x1').num_devices
   8
   """
   found = re.fullmatch(r'(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)', text)
