@@ -4,6 +4,11 @@
 loops. Their bytes are counted as those of ring algorithms, summed over all
 devices.
 
+Where TPUs form several slices, the text is the program of one slice, which all
+of them run. It sends to the others through hosts; the attributes of such a
+`send` say which devices take part. An all-reduce over slices has become one
+inside each slice, one between them of padded shards, and an all-gather.
+
 The names of scopes are metadata, which the key of JAX's persistent compilation
 cache leaves out by default. A program that differs from a cached one only in
 its scopes then comes back with the cached names, unless
@@ -27,7 +32,8 @@ _RING_PASSES = {
   'collective-broadcast': 1,
   'reduce-scatter': 1,
 }
-# The text does not say how much these send, or between which devices.
+# The text does not say how much these send, or between which devices, unless a
+# `send` is to another slice.
 _UNCOUNTED = ('ragged-all-to-all', 'send')
 _KINDS = ('collective-permute', *_RING_PASSES, *_UNCOUNTED)
 # Other instructions call computations that never communicate.
@@ -41,6 +47,14 @@ _INSTRUCTION = re.compile(
   r'\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)'
 )
 _NAME = re.compile(r'%([\w.\-]+)')
+# What a send to other slices belongs to, and between which devices: pairs, all
+# devices of a group, or devices at the same places of slices. The number of a
+# device is that of its slice times 100,000, plus its place in it.
+_TO_SLICES = re.compile(
+  r'_xla_megascale_target="?(\S+?)"?,_xla_megascale_transfer_type="(\w+)"'
+)
+_SLICE = 100_000
+_SAME_PLACES = re.compile(r'\{([\d,]+)\}x\{(\d+):(\d+)\}')
 
 
 class Collective(NamedTuple):
@@ -102,6 +116,7 @@ class _Program(NamedTuple):
   branches: Mapping[str, int]
   group_size: int = 1
   inside: bool = False
+  num_slices: int = 1
 
   def counts(self, devices: Iterable[int]) -> bool:
     """Returns whether to count what these devices send to each other."""
@@ -139,6 +154,8 @@ def wire_bytes(
   """
   program = _parse(text, branches)
   program = program._replace(group_size=group_size, inside=inside)
+  if program.num_slices > 1 and group_size > 1:
+    raise ValueError('The text numbers devices by slice: groups are unknown.')
   return _computation_bytes(program, program.entry)
 
 
@@ -182,7 +199,21 @@ def _parse(text: str, branches: Mapping[str, int]) -> _Program:
     raise ValueError('The text holds no ENTRY computation.')
   module = next((line for line in lines if line.startswith('HloModule')), '')
   counts = re.findall(r'\b(?:num_partitions|replica_count)=(\d+)', module)
-  return _Program(computations, entry, math.prod(map(int, counts)), branches)
+  slices = [_slices(target) for target, _ in _TO_SLICES.findall(text)]
+  return _Program(
+    computations,
+    entry,
+    math.prod(map(int, counts)),
+    branches,
+    num_slices=max(map(max, slices), default=1),
+  )
+
+
+def _slices(target: str) -> list[int]:
+  """Returns the numbers of slices, from 1, that a send goes between."""
+  if crossed := _SAME_PLACES.fullmatch(target):
+    return _numbers(crossed[1])
+  return [number // _SLICE for number in _numbers(target)]
 
 
 def _closing(text: str) -> int:
@@ -232,17 +263,36 @@ def _sent(program: _Program, instruction: _Instruction) -> int:
 
 def _collective_bytes(program: _Program, instruction: _Instruction) -> int:
   kind, size = instruction.kind, instruction.operand_bytes
+  to_slices = _TO_SLICES.search(instruction.attributes)
+  if kind == 'send' and to_slices and not program.inside:
+    return size * _passes_between_slices(*to_slices.groups())
   if kind in _UNCOUNTED:
     raise ValueError(f'Cannot count {instruction.name}: {instruction.op_name}')
+  size *= program.num_slices  # Each of them runs this text.
   if kind == 'collective-permute':
     pairs = instruction.lists('source_target_pairs')
     return size * sum(s != t and program.counts((s, t)) for s, t in pairs)
-  passes = _RING_PASSES[kind]
   groups = replica_groups(instruction.attributes, program.num_devices)
-  return size * sum(
-    passes * (g - 1) * (g if kind == 'all-gather' else 1)
-    for g in map(len, filter(program.counts, groups))
-  )
+  counted = filter(program.counts, groups)
+  return size * sum(_ring_passes(kind, len(group)) for group in counted)
+
+
+def _ring_passes(kind: str, group: int) -> int:
+  """Returns how often a group sends one operand."""
+  shards = group if kind == 'all-gather' else 1
+  return _RING_PASSES[kind] * (group - 1) * shards
+
+
+def _passes_between_slices(target: str, transfer: str) -> int:
+  """Returns how often devices of all slices send one operand to others."""
+  if transfer == 'ONE_TO_ONE':
+    return target.count('->')
+  kind = transfer.lower().replace('_', '-')
+  if crossed := _SAME_PLACES.fullmatch(target):
+    places = int(crossed[3]) - int(crossed[2]) + 1
+    return places * _ring_passes(kind, len(_slices(target)))
+  groups = re.findall(r'\{([\d,]+)\}', target)
+  return sum(_ring_passes(kind, len(_numbers(group))) for group in groups)
 
 
 def _loop_bytes(program: _Program, loop: _Instruction) -> int:

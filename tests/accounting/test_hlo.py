@@ -342,6 +342,44 @@ def test_a_loop_tests_its_condition_once_more():
   assert hlo.wire_bytes(text, {}) == 5 * 64 + 6 * 32
 
 
+def between_slices(target, transfer):
+  """A program of two slices of four devices, as the TPU compiler prints it."""
+  return module(
+    '  %c = (f32[8], f32[8], u32[]) collective-permute-start(%x), '
+    'source_target_pairs={{0,1},{1,2}}\n'
+    '  %after = token[] after-all()\n'
+    '  %s = (f32[8], u32[], token[]) send(%x, %after), channel_id=2, '
+    'is_host_transfer=true, frontend_attributes={'
+    '_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    f'_xla_megascale_target={target},'
+    f'_xla_megascale_transfer_type="{transfer}"'
+    '}\n'
+    '  %r = (f32[8], u32[], token[]) recv(%after), channel_id=2\n'
+    '  %sent = token[] send-done(%s), channel_id=2\n'
+    '  ROOT %done = f32[8] collective-permute-done(%c)'
+  )
+
+
+@pytest.mark.parametrize(
+  ('target', 'transfer', 'copies'),
+  [
+    ('{{100003->200000},{200003->100000}}', 'ONE_TO_ONE', 2),
+    ('"{1,2}x{0:3}"', 'ALL_REDUCE', 4 * 2),
+    ('"{1,2,3}x{0:3}"', 'ALL_REDUCE', 4 * 2 * 2),
+    ('"{1,2}x{0:3}"', 'ALL_GATHER', 4 * 2),
+    ('{{100000,100001,200000,200001}}', 'ALL_TO_ALL', 3),
+    ('{{100000,200000},{100001,200001}}', 'ALL_REDUCE', 2 * 2),
+  ],
+)
+def test_what_slices_send_to_each_other(target, transfer, copies):
+  text = between_slices(target, transfer)
+  slices = 3 if '3}x' in target else 2
+  # Every slice runs the permute of two pairs.
+  assert hlo.wire_bytes(text, {}) == (2 * slices + copies) * 32
+  with pytest.raises(ValueError, match='groups are unknown'):
+    hlo.wire_bytes(text, {}, group_size=2)
+
+
 def test_what_cannot_be_read_is_an_error():
   with pytest.raises(ValueError, match='no ENTRY'):
     hlo.wire_bytes('module @jit_f {}', {})
