@@ -1,6 +1,7 @@
 """Compiles the programs of a case, and reads what the compiler says of them."""
 
 import collections
+from collections.abc import Mapping
 import dataclasses
 import time
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from experiments.compile import programs
 from experiments.compile.cases import Case
+from experiments.compile.faults import faults
 from experiments.compile.programs import Call, Problem
 from experiments.compile.targets import Target
 from experiments.runs import provenance
@@ -85,6 +87,7 @@ def record(case: Case, target: Target, scale: str) -> dict[str, Any]:
     executable, costs, seconds = compile_call(call, target)
     read[name] = {
       **_read(executable, case, found),
+      'faults': faults(name, call[1], executable.as_text(), _scopes(found)),
       'flops': costs['flops'],
       'hbm_bytes': costs['bytes accessed'],
       'seconds': seconds,
@@ -119,13 +122,14 @@ def _read(executable, case: Case, found: Problem) -> dict[str, Any]:
 
 def _wire(text: str, case: Case, found: Problem, inside: bool) -> int | str:
   """Returns the bytes that a program sends, or why they cannot be read."""
-  branches = {}
-  if case.form in ROUNDS:
-    branches = accounting.branches(found.protocol, _moves(found))
   try:
-    return hlo.wire_bytes(text, branches, case.devices_per_worker, inside)
+    return hlo.wire_bytes(text, _scopes(found), case.devices_per_worker, inside)
   except ValueError as error:
     return str(error)
+
+
+def _scopes(found: Problem) -> Mapping[str, int]:
+  return accounting.branches(found.protocol, _moves(found))
 
 
 def _moves(found: Problem):

@@ -38,6 +38,10 @@ _UNCOUNTED = ('ragged-all-to-all', 'send')
 _KINDS = ('collective-permute', *_RING_PASSES, *_UNCOUNTED)
 # Other instructions call computations that never communicate.
 _CALLERS = ('async', 'call', 'custom-call', 'fusion')
+_CALLED = (
+  *('calls', 'to_apply', 'called_computations', 'condition', 'body'),
+  *('branch_computations', 'true_computation', 'false_computation'),
+)
 # The counter of a loop and its test consist of these.
 _COUNTER_OPS = ('add', 'call', 'compare', 'copy', 'fusion', 'get-tuple-element')
 
@@ -174,6 +178,56 @@ def collectives(text: str) -> list[Collective]:
     for i in instructions
     if i.kind in _KINDS
   ]
+
+
+def collectives_in_branches(
+  text: str, scopes: Iterable[str]
+) -> list[Collective]:
+  """Lists the collectives that a device may reach without the others.
+
+  A collective in a branch of a conditional waits for ever if another device
+  takes another branch.
+
+  Args:
+    text: HLO of a compiled SPMD program.
+    scopes: The `jax.named_scope`s around conditionals whose branch all devices
+      choose alike.
+
+  Returns:
+    Each collective in a branch of any other conditional, once.
+  """
+  program = _parse(text, dict.fromkeys(scopes, 0))
+  found: dict[str, Collective] = {}
+  seen = set()
+
+  def walk(name: str, branch: bool):
+    if (name, branch) in seen:
+      return
+    seen.add((name, branch))
+    for i in program.computations[name]:
+      if branch and i.kind in _KINDS:
+        described = Collective(i.kind, _dtypes(i), i.operand_bytes, i.op_name)
+        found[i.name] = described
+      choice = i.kind == 'conditional'
+      alike = choice and _scope(i.op_name, program.branches) is not None
+      for called in i.called(*_CALLED):
+        walk(called, branch or (choice and not alike))
+
+  walk(program.entry, False)
+  return list(found.values())
+
+
+def num_donated(text: str) -> int:
+  """Counts the arguments whose memory an output takes over.
+
+  Args:
+    text: HLO of a compiled program.
+
+  Returns:
+    The number of arrays.
+  """
+  aliases = re.search(r'\binput_output_alias=\{ (.*?) \}, ', text)
+  return len(re.findall(r'\(\d+, \{', aliases[1])) if aliases else 0
 
 
 def _parse(text: str, branches: Mapping[str, int]) -> _Program:

@@ -342,6 +342,24 @@ def test_a_loop_tests_its_condition_once_more():
   assert hlo.wire_bytes(text, {}) == 5 * 64 + 6 * 32
 
 
+def test_a_collective_in_a_branch_is_found():
+  alone = loop(3, switch('move_x', [lambda x: x, psum]))
+  text = compiled(alone, X, index=0)
+  (found,) = hlo.collectives_in_branches(text, ['move'])
+  assert (found.kind, found.bytes) == ('all-reduce', 32)
+  assert not hlo.collectives_in_branches(text, ['other', 'move_x'])
+  assert not hlo.collectives_in_branches(compiled(loop(3, psum), X), [])
+
+
+def test_donated_arguments_are_counted():
+  def step(donated):
+    run = jax.jit(lambda x, y: (x + 1, y + 1), donate_argnums=donated)
+    return run.lower(X, X).compile().as_text()
+
+  for donated in ((), (0,), (0, 1)):
+    assert hlo.num_donated(step(donated)) == len(donated)
+
+
 def between_slices(target, transfer):
   """A program of two slices of four devices, as the TPU compiler prints it."""
   return module(
