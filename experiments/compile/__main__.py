@@ -22,20 +22,20 @@ import sys
 
 import jax
 
-from experiments.compile import cases, record, targets
-from experiments.runs import RESULTS, write_record
+from experiments.compile import cases, record, tables, targets
+from experiments.runs import write_record
 from resist_jax.errors import ConfigError, refused
 
 
 def main() -> int:
-  """Compiles; returns 1 if something that was predicted is not so."""
+  """Compiles; returns 1 if a program has a fault, see `faults`."""
   parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
   parser.add_argument('--target', required=True, help='such as v5e:2x2, h100:8')
   parser.add_argument('--only', default='', help='cases whose names have this')
   parser.add_argument('--scale', choices=cases.SCALES, default='paper')
   parser.add_argument('--list', action='store_true', help='only name the cases')
   parser.add_argument(
-    '--out', type=pathlib.Path, default=RESULTS / 'compile', help='a folder'
+    '--out', type=pathlib.Path, default=tables.FOLDER, help='a folder'
   )
   options = parser.parse_args()
   jax.config.update('jax_platforms', 'cpu')  # Ask for no device.
@@ -62,7 +62,13 @@ def main() -> int:
     if not path.exists():
       print(case.name, file=sys.stderr, flush=True)
       write_record(path, record.record(case, target, options.scale))
-  return 0
+  (table,) = tables.tables(options.out, folder.name)
+  print(table.caption, table.text(), sep='\n\n')
+  return any(
+    program['faults']
+    for found in tables.load(folder)
+    for program in found['programs'].values()
+  )
 
 
 def file_name(target: targets.Target) -> str:
