@@ -60,11 +60,12 @@ def _table(records: list[dict[str, Any]]) -> Table:
   )
   caption = (
     f'Programs compiled for {target.name} at the {scale} scale by {compiler}; '
-    'none was run. In brackets, how far the prediction is off: "=" means not at all. Workers '
-    'are S, on D devices or groups of G. Memory is that of a device; "sent" is '
-    'what all devices together send in one execution. Operations and memory '
-    'traffic count the body of a loop once, so a round counts one step. "At '
-    f'least" divides them by {chip.flops / 1e12:.0f} TFLOP/s and '
+    'none was run. In brackets, how far the prediction is off: "=" means not '
+    'at all. Workers are S, on D devices or groups of G. Memory is that of a '
+    'device; "sent" is what all devices together send in one execution, in '
+    'groups between workers + inside them. Operations and memory traffic count '
+    'the body of a loop once, so those of a round hold one step. "At least" '
+    f'divides them by {chip.flops / 1e12:.0f} TFLOP/s and '
     f'{chip.bandwidth / 1e9:.0f} GB/s.'
   )
   rows = [
