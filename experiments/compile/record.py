@@ -156,17 +156,24 @@ def predict(
     by part, where a program trains; and `wire` bytes of one execution.
   """
   return {
-    'arguments': _argument_bytes(call),
+    'arguments': _argument_bytes(_read_arguments(name, call[1], found)),
     'scratch': _scratch(name, case, found, target) if name in TRAINS else {},
     'wire': _predicted_wire(name, case, found),
     'flops': _flops(name, case, found),
   }
 
 
-def _argument_bytes(call: Call) -> int:
+def _read_arguments(name: str, args: tuple, found: Problem) -> tuple:
+  """Leaves out what a program does not read: moments that restart."""
+  if name == 'finish' and not found.protocol.carry:
+    return (args[0]._replace(opt_state=None), *args[1:])
+  return args
+
+
+def _argument_bytes(args: tuple) -> int:
   """Returns the bytes of a program's arguments on the first device."""
   total = 0
-  for x in jax.tree.leaves(call[1]):
+  for x in jax.tree.leaves(args):
     if isinstance(x, jax.ShapeDtypeStruct | np.generic):
       sharding = getattr(x, 'sharding', None)
       shape = sharding.shard_shape(x.shape) if sharding else x.shape

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 import json
 import pathlib
+import shlex
 from typing import Any
 
 from experiments.compile import targets
@@ -73,7 +74,8 @@ def _table(records: list[dict[str, Any]]) -> Table:
     for record in records
     for name in record['programs']
   ]
-  command = f'python -m experiments.compile --target={target.name}'
+  command = 'python -m experiments.compile '
+  command += shlex.quote(f'--target={target.name}')
   if scale != 'paper':
     command += f' --scale={scale}'
   return Table(caption, command, HEAD, rows)
