@@ -25,6 +25,7 @@ from experiments import (
   table3,
   tfds_catalog,
 )
+from experiments.compile import tables as compiled
 from experiments.experiment import Results, machine, of_runs
 from experiments.runs import RESULTS
 from experiments.table import Table
@@ -112,6 +113,7 @@ def sections(with_figures: bool = False) -> Iterator[Section]:
     yield Section('Slow links', slow, figures, pictures)
   for title, tables in (
     ('On an accelerator', [*_accelerator(), *_accelerator_speed()]),
+    ('Compiled for accelerators', list(compiled.tables())),
     ("The paper's count of bytes (Table 1)", list(_counts())),
     ('On the wire', list(_wire())),
     ('Workers of unequal speed', list(_unequal())),

@@ -25,8 +25,9 @@ class Resident:
   """A training set that stays in device memory; a batch is a list of indices.
 
   Attributes:
-    constants: `(uint8[N, H, W, C], int32[N])`: images and labels, which all
-      rounds share.
+    constants: `(uint8[N, H * W * C], int32[N])`: images and labels, which all
+      rounds share. An image is a row, because a TPU would pad its width to 128
+      pixels to pick it from others, in a second copy of all images.
   """
 
   def __init__(self, images: np.ndarray, labels: Any, indices: Indices):
@@ -38,7 +39,7 @@ class Resident:
       indices: Maps a round's number to the examples that it trains on,
         `int32[S, T, B]`.
     """
-    self.constants: PyTree = (images, labels)
+    self.constants: PyTree = (images.reshape(len(images), -1), labels)
     self._indices = indices
 
   def batches(self, round_index: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Programs compiled for accelerators that are not here keep what we promise."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import tiny
 
 from experiments import shapes
-from experiments.compile import cases, programs, targets
+from experiments.compile import cases, programs, tables, targets
 from experiments.compile.faults import faults
 from resist_jax import accounting, models, rounds
 from resist_jax.errors import ConfigError
@@ -200,3 +201,39 @@ def test_a_target_that_is_none_is_told_in_one_line(text):
 def test_targets_have_names():
   for name in ('v5e:4x4', '2*v5p:2x2x1', 'h100:8'):
     assert targets.parse(name).name == name
+
+
+def test_tables_say_how_far_predictions_are_off(tmp_path):
+  folder = tmp_path / 'paper_v5e_2x2'
+  folder.mkdir()
+  made = {
+    'provenance': {'versions': {'jax': '1.0', 'libtpu': '2.0'}},
+    'target': 'v5e:2x2',
+    'scale': 'paper',
+    'case': dataclasses.asdict(cases.Case('one_program', 'resist', 8, 4, 2)),
+    'programs': {
+      'round': {
+        'memory': {'arguments': 2 * 2**20, 'temporary': 10 * 2**20},
+        'wire': {'between_workers': 3_000_000, 'inside_groups': 'Cannot'},
+        'flops': 197e9,
+        'hbm_bytes': 1.638e9,
+        'seconds': {'compile': 61.4},
+      }
+    },
+    'predicted': {
+      'round': {
+        'arguments': 2 * 2**20,
+        'scratch': {'activations': 8 * 2**20, 'gradients': 2**20},
+        'wire': {'between_workers': 3_000_000, 'inside_groups': 5e6},
+      }
+    },
+  }
+  (folder / 'a.json').write_text(json.dumps(made))
+  (table,) = tables.tables(tmp_path)
+  assert 'by jax 1.0, libtpu 2.0; none was run' in table.caption
+  (row,) = table.rows
+  assert row == [
+    'ResNet101, resist, one program', 'round', '8 on 4 x 2', '2.0 (=)',
+    '10.0 (-10.0%)', '3.0 (=) + unread (5.0 predicted)', '197.0', '1.64',
+    '2.00', '61',
+  ]  # fmt: skip
