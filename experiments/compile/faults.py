@@ -18,13 +18,19 @@ _REPLACED = {
 
 
 def faults(
-  name: str, args: tuple[Any, ...], text: str, scopes: Iterable[str]
+  name: str,
+  args: tuple[Any, ...],
+  written: str,
+  text: str,
+  scopes: Iterable[str],
 ) -> list[str]:
   """Finds what is wrong with a program of a round.
 
   Args:
     name: Its name in `Round.programs`.
     args: What it is called with.
+    written: The program before the compiler changed it; StableHLO. The TPU
+      compiler replaces numbers of 64 bits by pairs.
     text: Its compiled HLO.
     scopes: Where all devices choose the same branch, see
       `accounting.branches`.
@@ -35,7 +41,7 @@ def faults(
     donated, so that there are two of them.
   """
   found = []
-  wide = sorted(set(re.findall(r'\bf64\[[\d,]*\]', text)))
+  wide = sorted(set(re.findall(r'tensor<(?:\d+x)*f64>', written)))
   if wide:
     found.append(f'{name} computes in float64: {", ".join(wide[:3])}')
   for collective in hlo.collectives_in_branches(text, scopes):

@@ -25,7 +25,7 @@ TRAINS = ('round', 'step')  # The programs that compute gradients.
 
 def compile_call(
   call: Call, target: Target
-) -> tuple[Any, dict[str, float], dict[str, float]]:
+) -> tuple[Any, Any, dict[str, float]]:
   """Compiles a program.
 
   Args:
@@ -33,8 +33,8 @@ def compile_call(
     target: What to compile it for.
 
   Returns:
-    `(executable, costs, seconds)`: operations and bytes, the body of a loop
-    counted once; and seconds by what was done.
+    `(lowered, executable, seconds)`: the program as written and as compiled,
+    and seconds by what was done.
   """
   function, args = call
   since = time.perf_counter()
@@ -45,11 +45,11 @@ def compile_call(
     'lower': middle - since,
     'compile': time.perf_counter() - middle,
   }
-  return executable, _costs(low, executable), seconds
+  return low, executable, seconds
 
 
 def _costs(low, executable) -> dict[str, float]:
-  """Returns `flops`, and `bytes accessed` in the memory of the device."""
+  """Returns `flops`, and `bytes accessed`; the body of a loop counts once."""
   found = executable.cost_analysis()
   if found is not None:
     return found
@@ -84,10 +84,12 @@ def record(case: Case, target: Target, scale: str) -> dict[str, Any]:
   read, predicted = {}, {}
   for name, call in programs.calls(case, found, mesh).items():
     predicted[name] = predict(name, call, case, found, target)
-    executable, costs, seconds = compile_call(call, target)
+    low, executable, seconds = compile_call(call, target)
+    costs = _costs(low, executable)
+    texts = low.as_text(), executable.as_text()
     read[name] = {
       **_read(executable, case, found),
-      'faults': faults(name, call[1], executable.as_text(), _scopes(found)),
+      'faults': faults(name, call[1], *texts, _scopes(found)),
       'flops': costs['flops'],
       'hbm_bytes': costs['bytes accessed'],
       'seconds': seconds,

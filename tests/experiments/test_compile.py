@@ -57,8 +57,9 @@ plain_loss = tiny.make_loss(NETWORK)
 
 
 def found_in(program, args, scopes):
-  text = program.lower(*args).compile().as_text()
-  return faults('round', args, text, scopes)
+  low = program.lower(*args)
+  texts = low.as_text(), low.compile().as_text()
+  return faults('round', args, *texts, scopes)
 
 
 @pytest.mark.parametrize('target', TARGETS)
