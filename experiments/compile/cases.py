@@ -13,6 +13,7 @@ FORMS = (
   'exchange',
   'evaluation',
   'evaluation_by_blocks',
+  'plain_flax',  # The step of one sub-network, as Flax users write it.
 )
 
 
@@ -112,6 +113,7 @@ def cases(count: int) -> Iterator[Case]:
   yield Case('one_program', 'resist', D, D)
   yield from _exchanges(D)
   yield Case('host_stepped', 'resist', D, D)
+  yield Case('plain_flax', 'resist', D, D)
   yield Case('one_program', 'local_sgd', D, D)
   yield Case('one_program', 'data_parallel', D, D)
   for protocol in ('resist', 'local_sgd', 'data_parallel'):

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from experiments import gpt, language, shapes
+from experiments.compile import plain
 from experiments.compile.cases import SCALES, Case
 from experiments.runs import load_card
 from resist_jax import accounting, data, models
@@ -196,6 +197,8 @@ def calls(case: Case, found: Problem, mesh: Mesh) -> dict[str, Call]:
     return _evaluation(found, held, mesh)
   if case.form == 'evaluation_by_blocks':
     return _by_blocks(found, held, mesh)
+  if case.form == 'plain_flax':
+    return _plain(found, mesh)
   run = make_round(
     found.loss_fn,
     found.optimizer,
@@ -269,6 +272,21 @@ def _by_blocks(found: Problem, held, mesh: Mesh) -> dict[str, Call]:
     x = shapes.on_mesh(jax.eval_shape(_partial(walk, 3, args), *args[3:])[0],
                        mesh, spread(mesh))  # fmt: skip
   return programs
+
+
+def _plain(found: Problem, mesh: Mesh) -> dict[str, Call]:
+  """Returns the step of a worker's sub-network without any worker."""
+  setup, protocol = found.setup, found.protocol
+  assert setup is not None
+  lengths = {k: protocol.slots_per_worker(k) for k in protocol.num_blocks}
+  like = setup.network.with_chain_lengths(lengths)
+  init, update = plain.step(like, found.optimizer)
+  B, alone = found.batch_size, Mesh(mesh.devices.flatten()[:1], ('worker',))
+  images = jax.ShapeDtypeStruct((B, *setup.image_shape), jnp.uint8)
+  labels = jax.ShapeDtypeStruct((B,), jnp.int32)
+  wide = jax.ShapeDtypeStruct(images.shape, jnp.float32)
+  args = jax.eval_shape(init, wide), images, labels
+  return {'plain step': (update, shapes.on_mesh(args, alone))}
 
 
 def _partial(function, count: int, args: tuple) -> Callable:

@@ -20,7 +20,8 @@ from resist_jax import accounting, models
 from resist_jax.accounting import hlo
 
 ROUNDS = ('one_program', 'host_stepped', 'streamed', 'exchange')
-TRAINS = ('round', 'step')  # The programs that compute gradients.
+# The programs that compute gradients.
+TRAINS = ('round', 'step', 'plain step')
 
 
 def compile_call(

@@ -134,6 +134,8 @@ def _workers(case: Mapping[str, Any]) -> str:
   S, D, G = (
     case[k] for k in ('num_workers', 'num_devices', 'devices_per_worker')
   )
+  if case['form'] == 'plain_flax':
+    return f'1 of {S}'
   return f'{S} on {D}' + (f' x {G}' if G > 1 else '')
 
 

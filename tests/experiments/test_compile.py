@@ -189,8 +189,20 @@ def test_programs_are_described_for_devices_of_any_kind(form):
   case = next(c for c in cases.cases(4) if c.form == form)
   mesh = rounds.make_mesh(4)
   found = programs.problem(case, mesh, 'smoke')
-  for name, (program, args) in programs.calls(case, found, mesh).items():
-    assert program.eval_shape(*args), name
+  with jax.numpy_dtype_promotion('standard'):  # Flax's own layers need it.
+    for name, (program, args) in programs.calls(case, found, mesh).items():
+      assert program.eval_shape(*args), name
+
+
+def test_a_plain_step_has_as_many_parameters_as_a_worker():
+  case = next(c for c in cases.cases(4) if c.form == 'plain_flax')
+  mesh = rounds.make_mesh(4)
+  found = programs.problem(case, mesh, 'smoke')
+  with jax.numpy_dtype_promotion('standard'):
+    ((_, (state, *_)),) = programs.calls(case, found, mesh).values()
+  params, *_ = state
+  count = sum(x.size for x in jax.tree.leaves(params))
+  assert count == accounting.params_per_worker(found.sizes, found.protocol)
 
 
 @pytest.mark.parametrize('text', ['v5e', 'v5e:', 'a100:4', 'v5e:2y2', '*v5e:2'])
