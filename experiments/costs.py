@@ -25,6 +25,7 @@ from resist_jax.run import checks, phases
 from resist_jax.run import config as config_lib
 from resist_jax.run.config import EXCHANGES
 from resist_jax.run.phases import Traffic
+from resist_jax.run.resnet_task import ResNetTask
 from resist_jax.run.setup import Setup
 
 NAMES = 'local_sgd', 'data_parallel', 'resist'
@@ -84,11 +85,12 @@ class Plan:
     params = jax.eval_shape(
       lambda: network.init(jax.random.key(0), np.zeros((1, *image), np.float32))
     )['params']
-    chains = list(config_lib.cut_chains(config))
-    sizes = accounting.measure(params, chains)
-    self.image, blocks = image, sizes.num_blocks
+    cuts = config_lib.cut_chains(config)
+    sizes = accounting.measure(params, list(cuts))
+    self.image, self.network, blocks = image, network, sizes.num_blocks
     none: Any = None  # Predictions need neither data nor devices.
-    self.setup = Setup(config, none, network, blocks, sizes, none)
+    task = ResNetTask(network, none, cuts, config.optimizer, 'none')
+    self.setup = Setup(config, task, blocks, sizes, none)
 
   def traffic(self, name: str, num_workers: int) -> tuple[Traffic, str]:
     """Returns what a protocol sends, and the name of its exchange.
@@ -126,7 +128,7 @@ class Plan:
     protocol, sizes = traffic.protocol, traffic.sizes
     S, T = protocol.num_workers, protocol.local_steps
     lengths = {k: protocol.slots_per_worker(k) for k in protocol.num_blocks}
-    flops = models.predicted_flops(self.setup.network, self.image, lengths)
+    flops = models.predicted_flops(self.network, self.image, lengths)
     without_losses = dataclasses.replace(protocol, exclude_faulty=False)
     sent = accounting.wire_bytes(sizes, without_losses, S) / S
     times = T if protocol.average_gradients else 1 + protocol.carry

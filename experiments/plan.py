@@ -128,7 +128,8 @@ def _check(config: Any, workers: Sequence[int]) -> list[dict[str, Any]]:
       config = config.copy_and_resolve_references()
       config.update({'protocol': name, 'num_workers': S, 'num_devices': S})
       setup = prepare(config)
-      plan = Plan(config, setup.image_shape, setup.dataset.num_classes)
+      task: Any = setup.task
+      plan = Plan(config, task.image_shape, task.dataset.num_classes)
       phase, state = restore.start(setup, None)
       exchange = config.exchange if setup.chains else 'all_reduce'
       cost, batches = plan.cost(phase, exchange), setup.pipeline.batches(0)

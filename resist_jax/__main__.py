@@ -43,4 +43,9 @@ def main(options: command.Options) -> None:
 
 
 if __name__ == '__main__':
+  # XLA warns about what we chose, in the middle of what we say. It reads this
+  # when it is loaded; 1 is what JAX sets, perhaps in the process before this
+  # one, and 0 shows the warnings.
+  if os.environ.get('TF_CPP_MIN_LOG_LEVEL', '1') == '1':
+    os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'
   app.run(main, flags_parser=parse)

@@ -134,7 +134,7 @@ def test_each_field_has_a_reason():
 
   def walk(config, prefix=''):
     for name, value in config.items():
-      if isinstance(value, dict):
+      if value and isinstance(value, dict):
         walk(value, f'{prefix}{name}.')
       else:
         flat[prefix + name] = value

@@ -14,18 +14,13 @@ from experiments import gpt, language, shapes
 from experiments.compile import plain
 from experiments.compile.cases import SCALES, Case
 from experiments.runs import load_card
-from resist_jax import accounting, data, models
+from resist_jax import accounting, data
 from resist_jax.rounds import LossFn, Protocol, make_round
 from resist_jax.rounds.mesh import SHARDED, spread
-from resist_jax.run import (
-  block_walk,
-  classification,
-  evaluate,
-  optimizer,
-  phases,
-)
+from resist_jax.run import block_walk, evaluate, phases, resnet_task
 from resist_jax.run.cards import cifar10
-from resist_jax.run.config import EXCHANGES, build_model, cut_chains
+from resist_jax.run.config import EXCHANGES
+from resist_jax.run.resnet_task import ResNetTask
 from resist_jax.run.setup import Setup
 
 PyTree = Any
@@ -47,7 +42,6 @@ class Problem(NamedTuple):
     batches: Shapes of a round's batches, `[S, T, ...]`; streamed, a list of
       those of a step, `[S, ...]`.
     batch_size: B.
-    setup: What tests of the network are made of; None without any.
   """
 
   loss_fn: LossFn
@@ -60,6 +54,7 @@ class Problem(NamedTuple):
   batches: PyTree
   batch_size: int
   setup: Setup | None
+  task: ResNetTask | None
 
 
 def problem(case: Case, mesh: Mesh, scale: str) -> Problem:
@@ -79,34 +74,30 @@ def problem(case: Case, mesh: Mesh, scale: str) -> Problem:
 
 def _images(case: Case, mesh: Mesh, scale: str) -> Problem:
   setup = make_setup(case, mesh, scale)
-  config, network, dataset = setup.config, setup.network, setup.dataset
-  pad, flip, _ = setup.augmentation
+  config, task = setup.config, setup.task
+  assert isinstance(task, ResNetTask)
   axis = mesh.axis_names[1] if case.devices_per_worker > 1 else None
   scales = phases.training_scale(setup, case.protocol)
-  loss_fn = classification.make_loss(network, dataset, scales, pad, flip, axis)
-  rate = phases.schedule(config)
-  sgd = optimizer.make_optimizer(
-    rate, config.optimizer.momentum, config.optimizer.weight_decay
-  )
   traffic = phases.describe(setup, case.protocol)
   S, T, B = case.num_workers, config.local_steps, config.batch_size
   constants = shapes.on_mesh(setup.pipeline.constants, mesh)
   batches: Any = jax.ShapeDtypeStruct((S, T, B), jnp.int32)
   if case.form == 'streamed':
-    images = jax.ShapeDtypeStruct((S, B, *setup.image_shape), jnp.uint8)
+    images = jax.ShapeDtypeStruct((S, B, *task.image_shape), jnp.uint8)
     labels = jax.ShapeDtypeStruct((S, B), jnp.int32)
     constants, batches = None, T * [(images, labels)]
   return Problem(
-    loss_fn,
-    classification.METRICS,
-    sgd,
+    task.make_loss(scales, axis),
+    task.metrics,
+    task.make_optimizer(phases.schedule(config)),
     traffic.protocol,
-    _parameters(network, setup.image_shape),
+    task.shapes(),
     traffic.sizes,
     constants,
     batches,
     B,
     setup,
+    task,
   )
 
 
@@ -143,17 +134,10 @@ def make_setup(case: Case, mesh: Mesh, scale: str) -> Setup:
   dataset = data.Dataset(
     config.data.name, split, {'test': split}, names, half, half
   )
-  network = build_model(config, len(names), for_cpu=False)
-  chains = list(cut_chains(config)) if case.protocol == 'resist' else []
-  params = _parameters(network, images.shape[1:])
-  sizes = accounting.measure(params, chains)
-  return Setup(config, dataset, network, sizes.num_blocks, sizes, mesh)
-
-
-def _parameters(network: models.ResNet, image: tuple[int, ...]):
-  images = jax.ShapeDtypeStruct((1, *image), jnp.float32)
-  found = jax.eval_shape(network.init, jax.random.key(0), images)
-  return found['params']
+  task = resnet_task.make(config, dataset, on_cpu=False)
+  chains = list(task.cuts) if case.protocol == 'resist' else []
+  sizes = accounting.measure(task.shapes(), chains)
+  return Setup(config, task, sizes.num_blocks, sizes, mesh)
 
 
 def _language(case: Case, mesh: Mesh, scale: str) -> Problem:
@@ -174,6 +158,7 @@ def _language(case: Case, mesh: Mesh, scale: str) -> Problem:
     None,
     jax.ShapeDtypeStruct(text, jnp.int32),
     B,
+    None,
     None,
   )
 
@@ -215,28 +200,29 @@ def calls(case: Case, found: Problem, mesh: Mesh) -> dict[str, Call]:
 
 
 def _tests(found: Problem, mesh: Mesh):
-  """Returns a setup with its scales, and shapes of a batch and statistics."""
-  setup = found.setup
+  """Returns a task, scales, and shapes of a batch and of statistics."""
+  setup, task = found.setup, found.task
   assert setup is not None
+  assert task is not None
   B, n = setup.config.evaluation.batch_size, mesh.size
-  images = jax.ShapeDtypeStruct((n, B, *setup.image_shape), jnp.uint8)
+  images = jax.ShapeDtypeStruct((n, B, *task.image_shape), jnp.uint8)
   labels = jax.ShapeDtypeStruct((n, B), jnp.int32)
   batch = shapes.on_mesh((images, labels), mesh, spread(mesh))
 
   def measured(params, images):
-    return setup.network.apply(
+    return task.network.apply(
       {'params': params}, images, mutable=['batch_stats']
     )[1]['batch_stats']
 
-  one = jax.ShapeDtypeStruct((1, *setup.image_shape), jnp.float32)
+  one = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.float32)
   statistics = jax.eval_shape(measured, found.params, one)
   scales = phases.global_scales(setup)
-  return setup, scales, batch, shapes.on_mesh(statistics, mesh)
+  return task, scales, batch, shapes.on_mesh(statistics, mesh)
 
 
 def _evaluation(found: Problem, held, mesh: Mesh) -> dict[str, Call]:
-  setup, scales, batch, statistics = _tests(found, mesh)
-  whole = evaluate.WholeNetwork(setup.network, setup.dataset, scales, mesh)
+  task, scales, batch, statistics = _tests(found, mesh)
+  whole = evaluate.WholeNetwork(task.network, task.dataset, scales, mesh)
   chains, programs = {}, {}
   for name, blocks in held.chain.items():
     where = jax.ShapeDtypeStruct((held.num_blocks[name],), jnp.int32)
@@ -251,14 +237,14 @@ def _evaluation(found: Problem, held, mesh: Mesh) -> dict[str, Call]:
 
 
 def _by_blocks(found: Problem, held, mesh: Mesh) -> dict[str, Call]:
-  setup, _, (images, _), statistics = _tests(found, mesh)
+  task, _, (images, _), statistics = _tests(found, mesh)
   number = shapes.on_mesh(jax.ShapeDtypeStruct((), jnp.int32), mesh)
   one = jax.ShapeDtypeStruct((), jnp.float32)
   walk: Callable = block_walk.apply_piece
   programs: dict[str, Call] = {}
   x: Any = jax.ShapeDtypeStruct(images.shape, jnp.float32)
   x = shapes.on_mesh(x, mesh, spread(mesh))
-  for name, i in dict(setup.network.pieces()).items():
+  for name, i in dict(task.network.pieces()).items():
     params, index = held.shared.get(name), None if i is None else number
     if name in held.chain:
       call = block_walk.fetch_block, (mesh, held.chain[name], number, number)
@@ -267,7 +253,16 @@ def _by_blocks(found: Problem, held, mesh: Mesh) -> dict[str, Call]:
     stats = statistics.get(name, {})
     if i is not None:
       stats = jax.tree.map(lambda leaf: _without_first(leaf, mesh), stats)
-    args = (mesh, setup.network, name, params, index, one, stats, x)
+    args = (
+      mesh,
+      task.network,
+      name,
+      params,
+      index,
+      one,
+      stats,
+      x,
+    )
     programs[f'apply {name}'] = walk, args
     x = shapes.on_mesh(jax.eval_shape(_partial(walk, 3, args), *args[3:])[0],
                        mesh, spread(mesh))  # fmt: skip
@@ -276,13 +271,13 @@ def _by_blocks(found: Problem, held, mesh: Mesh) -> dict[str, Call]:
 
 def _plain(found: Problem, mesh: Mesh) -> dict[str, Call]:
   """Returns the step of a worker's sub-network without any worker."""
-  setup, protocol = found.setup, found.protocol
-  assert setup is not None
+  task, protocol = found.task, found.protocol
+  assert task is not None
   lengths = {k: protocol.slots_per_worker(k) for k in protocol.num_blocks}
-  like = setup.network.with_chain_lengths(lengths)
+  like = task.network.with_chain_lengths(lengths)
   init, update = plain.step(like, found.optimizer)
   B, alone = found.batch_size, Mesh(mesh.devices.flatten()[:1], ('worker',))
-  images = jax.ShapeDtypeStruct((B, *setup.image_shape), jnp.uint8)
+  images = jax.ShapeDtypeStruct((B, *task.image_shape), jnp.uint8)
   labels = jax.ShapeDtypeStruct((B,), jnp.int32)
   wide = jax.ShapeDtypeStruct(images.shape, jnp.float32)
   args = jax.eval_shape(init, wide), images, labels

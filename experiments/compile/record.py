@@ -186,11 +186,12 @@ def _argument_bytes(args: tuple) -> int:
 
 def _scratch(name, case, found, target) -> dict[str, int]:
   """Predicts what a program that trains needs besides its arguments."""
-  if found.setup is None:
+  task = found.task
+  if task is None:
     return {}  # Activations are counted for residual networks.
   fused = target.platform == 'tpu'
   numbers = models.num_activations(
-    found.setup.network, found.setup.image_shape, _lengths(found), fused
+    task.network, task.image_shape, _lengths(found), fused
   )
   width = np.dtype(case.dtype).itemsize
   images = found.batch_size // case.devices_per_worker
@@ -210,11 +211,9 @@ def _lengths(found: Problem) -> dict[str, int]:
 
 def _flops(name, case, found) -> float | None:
   """Predicts the operations of one local step of a device."""
-  if found.setup is None or name not in TRAINS:
+  if found.task is None or name not in TRAINS:
     return None
-  per_image = models.predicted_flops(
-    found.setup.network, found.setup.image_shape, _lengths(found)
-  )
+  per_image = found.task.flops(_lengths(found))
   return per_image * found.batch_size / case.devices_per_worker
 
 
@@ -239,10 +238,8 @@ def _predicted_wire(name, case, found) -> dict[str, float]:
   between = accounting.wire_bytes(sizes, protocol, D, moves, G) if sends else 0
   if G == 1:
     return {'between_workers': between}
-  assert found.setup is not None
-  statistics = models.num_statistics(
-    found.setup.network, found.setup.image_shape, _lengths(found)
-  )
+  assert found.task is not None
+  statistics = found.task.statistics(_lengths(found))
   metrics = 1 + len(found.metrics)
   inside = accounting.predicted_group_bytes(
     sizes, protocol, G, statistics, metrics

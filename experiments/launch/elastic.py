@@ -65,6 +65,7 @@ def _parse() -> argparse.Namespace:
   )
   parser.add_argument(
     '--hosts',
+    type=_hosts,
     default='1',
     metavar='LEAST:MOST',
     help='how many hosts the run needs, and how many it takes',
@@ -88,19 +89,24 @@ def _parse() -> argparse.Namespace:
     'args', nargs='*', metavar='-- ARG', help='arguments of resist_jax'
   )
   options = parser.parse_args()
-  try:
-    least, _, most = options.hosts.partition(':')
-    options.least, options.most = int(least), int(most or least)
-  except ValueError:
-    parser.error(f'--hosts is {options.hosts!r}; it must be such as 1:4.')
-  if not 1 <= options.least <= options.most:
-    parser.error(f'--hosts is {options.hosts!r}; it must be such as 1:4.')
   _, colon, port = options.meet.rpartition(':')
   if not (colon and port.isdecimal()):
     parser.error(f'--meet is {options.meet!r}; it must be HOST:PORT.')
   if not (options.only_meet or options.args):
     parser.error('the arguments of resist_jax are missing: give them after --.')
   return options
+
+
+def _hosts(text: str) -> tuple[int, int]:
+  """Reads the least and the most hosts of a run."""
+  least, _, most = text.partition(':')
+  try:
+    found = int(least), int(most or least)
+  except ValueError:
+    found = 0, 0
+  if not 1 <= found[0] <= found[1]:
+    raise argparse.ArgumentTypeError(f'{text!r} is no range such as 1:4.')
+  return found
 
 
 def _only_meet(address: str) -> NoReturn:
@@ -116,6 +122,7 @@ def _only_meet(address: str) -> NoReturn:
 
 def _watch(options: argparse.Namespace, wrong: pathlib.Path) -> int:
   """Runs the agent until the run is complete; returns an exit code."""
+  from torch.distributed import DistError
   from torch.distributed.elastic.multiprocessing import errors
   from torch.distributed.elastic.multiprocessing.api import SignalException
   from torch.distributed.elastic.rendezvous import api as rendezvous
@@ -140,7 +147,7 @@ def _watch(options: argparse.Namespace, wrong: pathlib.Path) -> int:
     except rendezvous.RendezvousClosedError:
       print('the other hosts have ended this run.', file=sys.stderr)
       return 0
-    except (rendezvous.RendezvousError, RuntimeError) as error:
+    except (rendezvous.RendezvousError, DistError) as error:
       _say_waiting(options.meet, error)
       time.sleep(_RETRY)
     else:
@@ -158,9 +165,10 @@ def _config(options: argparse.Namespace):
 
   # The same words on all hosts are the same run.
   digest = hashlib.sha256('\n'.join(options.args).encode()).hexdigest()[:12]
+  least, most = options.hosts
   return LaunchConfig(
-    min_nodes=options.least,
-    max_nodes=options.most,
+    min_nodes=least,
+    max_nodes=most,
     nproc_per_node=options.processes_per_host,
     run_id=options.name or digest,
     rdzv_backend='c10d',

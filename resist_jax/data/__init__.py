@@ -1,4 +1,4 @@
-"""Image data sets, and the batches that workers train on.
+"""Data sets of images or tables, and the batches that workers train on.
 
 A batch is a pure function of (seed, round, worker, step), so a resumed run
 trains on the same images.
@@ -21,6 +21,7 @@ from resist_jax.data.sets import (
 from resist_jax.data.sources import GIVEN
 from resist_jax.data.sources import key as test_key
 from resist_jax.data.streaming import StreamedImages
+from resist_jax.data.tables import Table, Tables, from_tables
 
 __all__ = [
   'GIVEN',
@@ -30,11 +31,14 @@ __all__ = [
   'Split',
   'Stream',
   'StreamedImages',
+  'Table',
+  'Tables',
   'augment',
   'batch_indices',
   'choose',
   'from_arrays',
   'from_source',
+  'from_tables',
   'hold_out',
   'listed_files',
   'load',

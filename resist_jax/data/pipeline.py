@@ -25,21 +25,19 @@ class Resident:
   """A training set that stays in device memory; a batch is a list of indices.
 
   Attributes:
-    constants: `(uint8[N, H * W * C], int32[N])`: images and labels, which all
-      rounds share. An image is a row, because a TPU would pad its width to 128
-      pixels to pick it from others, in a second copy of all images.
+    constants: The examples, which all rounds share.
   """
 
-  def __init__(self, images: np.ndarray, labels: Any, indices: Indices):
+  def __init__(self, examples: PyTree, indices: Indices):
     """Stores references to the examples.
 
     Args:
-      images: Training images, `uint8[N, H, W, C]`.
-      labels: Their labels, `int32[N]`.
+      examples: Pytree of `[N, ...]`; of images `(uint8[N, H, W, C], int32[N])`,
+        with labels.
       indices: Maps a round's number to the examples that it trains on,
         `int32[S, T, B]`.
     """
-    self.constants: PyTree = (images.reshape(len(images), -1), labels)
+    self.constants = examples
     self._indices = indices
 
   def batches(self, round_index: int) -> np.ndarray:

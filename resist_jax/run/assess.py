@@ -132,7 +132,7 @@ class AtDepth:
     order: `first`: the first blocks of each chain; `random`: others.
     blocks: How many of the longest chain that is cut.
     draw: Number of the random choice.
-    accuracies: See `Evaluation.accuracies`.
+    accuracies: See `task.Evaluation.measures`.
   """
 
   order: str
@@ -179,4 +179,4 @@ def by_depth(
         scales[name] = depth.keep(np.asarray(whole), chosen)
       forward = Exported(model, {**model.scales, **scales})
       found = dataclasses.replace(test, forward=forward)(None)
-      yield AtDepth(order, blocks, draw, found.accuracies)
+      yield AtDepth(order, blocks, draw, found.measures)

@@ -11,8 +11,9 @@ one is restored instead. One without a manifest, because the run was killed in
 between or because the folder of checkpoints was copied alone, is read whole
 before it gets one. Whatever else lies in that folder is left alone.
 
+How many of the newest are kept is a choice, and so is whether the best one is.
 A checkpoint is *known good* when a test at or after its round was finite. The
-newest of these is kept, and a run that diverges falls back on it.
+newest of these is always kept, and a run that diverges falls back on it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -98,14 +99,15 @@ class SaveError(OSError):
 class Checkpoints:
   """The checkpoints of one run."""
 
-  def __init__(self, folder: pathlib.Path, mesh: Mesh):
+  def __init__(self, folder: pathlib.Path, mesh: Mesh, keep: int = KEEP):
     """Opens the folder, and deletes checkpoints that were not completed.
 
     Args:
       folder: Workdir of the run, on a file system that all processes share.
       mesh: The mesh whose devices hold the workers' parts of a restored state.
+      keep: How many of the newest checkpoints are kept; 0 keeps all.
     """
-    self._mesh = mesh
+    self._mesh, self._keep = mesh, keep
     self._workdir = folder.absolute()  # orbax requires it.
     self._folder = self._workdir / 'checkpoints'
     self._manifests = self._workdir / 'digests'
@@ -113,6 +115,7 @@ class Checkpoints:
     self._latest: int | None = None
     self._good: int | None = None
     self._tested = _NONE  # The round of the newest finite test.
+    self._best: int | None = None  # The round that is kept as the best.
     # The save that is under way: its round, and orbax's object to wait for.
     self._saving: tuple[int, ocp.AsyncResponse[None]] | None = None
     if jax.process_index() == 0:
@@ -121,7 +124,9 @@ class Checkpoints:
         if _UNFINISHED.fullmatch(path.name) and not path.is_symlink():
           shutil.rmtree(path, ignore_errors=True)
 
-  def save(self, state: State, progress: Mapping[str, Any]) -> None:
+  def save(
+    self, state: State, progress: Mapping[str, Any], best: int | None = None
+  ) -> None:
     """Begins to save the state between two rounds.
 
     It is saved completely or not at all, while the next rounds run; the caller
@@ -131,6 +136,8 @@ class Checkpoints:
     Args:
       state: The state of the round.
       progress: JSON values; `progress['round']` names the checkpoint.
+      best: The round whose checkpoint, this one or an older one, is kept as
+        the best; None keeps none for that.
 
     Raises:
       NonFiniteError: If the state is not finite; nothing is written.
@@ -142,6 +149,7 @@ class Checkpoints:
         f'round {step}: the parameters that its aggregate gave are not finite'
       )
     self.finish()
+    self._best = best  # Only now: the best one before goes when this is whole.
     with self._save_errors(step):
       # Not through orbax's checkpoint manager, in which a process that fails
       # and the others wait for each other.
@@ -362,11 +370,14 @@ class Checkpoints:
   def _delete_old(self, newest: int) -> None:
     """Deletes what this run wrote, but for what it may have to go back to.
 
-    That is `newest`, the `KEEP - 1` before it, and the newest known good one.
-    Later ones are damaged, or the run would have resumed from them.
+    That is `newest`, as many before it as are to be kept, the newest known good
+    one, and the best one where that is kept. Later ones are damaged, or the run
+    would have resumed from them.
     """
     own = self._own()
-    keep = {*[s for s in own if s <= newest][-KEEP:], self._good}
+    # `[-0:]` is all of them.
+    newer = [s for s in own if s <= newest][-self._keep :]
+    keep = {*newer, self._good, self._best}
     for step in set(own) - keep:
       shutil.rmtree(self._path(step), ignore_errors=True)
     for step in self._manifest_steps():

@@ -1,5 +1,7 @@
 """The mistakes in a config that need no data and no device, a line for each."""
 
+from collections.abc import Sequence
+import difflib
 import math
 from typing import Any
 
@@ -9,6 +11,7 @@ from resist_jax import models
 from resist_jax.decomposition import Division
 from resist_jax.errors import ConfigError
 from resist_jax.exchange import FORMATS
+from resist_jax.run import cards
 from resist_jax.run.config import (
   EXCHANGES,
   PHASE_FIELDS,
@@ -16,8 +19,11 @@ from resist_jax.run.config import (
   chosen_depths,
   differences,
   get_config,
+  value_of,
 )
 from resist_jax.run.fields import each
+from resist_jax.run.module_task import load
+from resist_jax.run.optimizer import SCHEDULES
 
 PROTOCOLS = ('resist', 'local_sgd', 'data_parallel')
 # What a field may hold, and what a message calls it, by the default's type.
@@ -27,6 +33,7 @@ _TYPES: dict[type, Any] = {
   float: int | float,
   str: str,
   tuple: tuple | list,
+  dict: ml_collections.ConfigDict,
 }
 _NAMES = {
   bool: 'True or False',
@@ -34,6 +41,7 @@ _NAMES = {
   float: 'a number',
   str: 'text',
   tuple: 'a tuple',
+  dict: 'a ConfigDict',
 }
 AUGMENTATIONS = (
   'resized_crop_flip', 'resized_crop', 'crop_flip', 'crop', 'flip', 'none',
@@ -58,7 +66,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _one_of(config, 'residual_scale', ('evaluation', 'training', 'none'))
   _one_of(config.data, 'augment', ('auto', *AUGMENTATIONS))
   _one_of(config.data, 'streaming', ('auto', 'always', 'never'))
-  _one_of(config.optimizer, 'schedule', ('step', 'cosine', 'constant'))
+  _check_schedule(config)
   _one_of(config.model, 'name', tuple(models.FAMILY))
   _one_of(config.model, 'norm', ('batch', 'group'))
   _one_of(config.model, 'stem', models.STEMS)
@@ -68,8 +76,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
     'checkpoint_every', 'devices_per_worker',
   ):  # fmt: skip
     _at_least(field, config[field], 1)
-  for field in ('num_devices', 'min_depth', 'workers_per_process'):
+  for field in (
+    'num_devices', 'min_depth', 'workers_per_process', 'keep_checkpoints',
+  ):  # fmt: skip
     _at_least(field, config[field], 0)
+  for field in ('patience', 'min_gain'):
+    value = config.early_stopping[field]
+    _at_least(f'early_stopping.{field}', value, 0)
   if not 0 <= config.seed < 2**32:
     raise ConfigError(
       f'seed is {config.seed}; it must be at least 0 and less than 2**32, '
@@ -129,7 +142,45 @@ def validate(config: ml_collections.ConfigDict) -> None:
       'blocks: set it to (), or use protocol resist.'
     )
   _check_devices(config)
-  _check_model(config)
+  if config.model.module:
+    _check_module(config)
+  elif len(config.model.options):
+    raise ConfigError(
+      'model.options is set, but model.module names no module that reads it.'
+    )
+  else:
+    _check_model(config)
+
+
+def _check_module(config) -> None:
+  """Whether a chain has enough blocks is found when data are there."""
+  for field, off in (
+    ('partition_strided', False), ('evaluation.stream_blocks', False),
+  ):  # fmt: skip
+    value = value_of(config, field)
+    if value != off:
+      raise ConfigError(
+        f'{field} is {value}, which ResNets alone can do, but '
+        f'model.module names {config.model.module!r}: leave it at {off}.'
+      )
+  _check_depths(config)
+  load(config.model.module)
+
+
+def _check_schedule(config) -> None:
+  name = config.optimizer.schedule
+  if ':' in name:  # Of a card; `phases.schedule` calls it.
+    cards.function(name)
+  elif name not in SCHEDULES:
+    raise ConfigError(
+      f'optimizer.schedule is {name!r}; {_nearest(name, SCHEDULES)}use one of '
+      f'{", ".join(SCHEDULES)}, or MODULE:FUNCTION.'
+    )
+  if name == 'one_cycle' and config.optimizer.warmup_rounds:
+    raise ConfigError(
+      'optimizer.schedule one_cycle has a rise of its own: set '
+      'optimizer.warmup_rounds to 0.'
+    )
 
 
 def _check_devices(config) -> None:
@@ -168,7 +219,7 @@ def _check_fields(config) -> None:
 def _check_types(config) -> None:
   """A card that was not made from `get_config` may hold any values."""
   for field in each():
-    value, default = _value(config, field.name), field.default
+    value, default = value_of(config, field.name), field.default
     # A bool is an int for Python, but no number of workers.
     is_bool = isinstance(value, bool) == isinstance(default, bool)
     if field.any_type or (is_bool and isinstance(value, _TYPES[type(default)])):
@@ -179,15 +230,9 @@ def _check_types(config) -> None:
     )
 
 
-def _value(config, name: str):
-  for part in name.split('.'):
-    config = config[part]
-  return config
-
-
 def _check_finite(config) -> None:
   for field in each():
-    value = _value(config, field.name)
+    value = value_of(config, field.name)
     numbers = value if isinstance(value, tuple | list) else (value,)
     if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
       raise ConfigError(
@@ -197,7 +242,9 @@ def _check_finite(config) -> None:
 
 def _names(config: dict) -> dict:
   return {
-    name: _names(value) if isinstance(value, dict) else True
+    name: _names(value)
+    if isinstance(value, dict) and name != 'options'
+    else True
     for name, value in config.items()
   }
 
@@ -291,7 +338,8 @@ def _check_depths(config) -> None:
       f'depths by_speed leave min_depth {config.min_depth} nothing to say: set '
       'min_depth to 0.'
     )
-  if len(config.partition) > 1 or config.partition_strided:
+  several = len(config.partition) > 1 and not config.model.module
+  if several or config.partition_strided:
     raise ConfigError(
       f'depths is {depths}, of one chain, but partition and partition_strided '
       'cut several: let them cut one.'
@@ -299,10 +347,22 @@ def _check_depths(config) -> None:
 
 
 def _one_of(config, field: str, values: tuple[str, ...]) -> None:
-  if config[field] not in values:
+  value = config[field]
+  if value not in values:
     raise ConfigError(
-      f'{field} is {config[field]!r}; use one of {", ".join(values)}.'
+      f'{field} is {value!r}; {_nearest(value, values)}use one of '
+      f'{", ".join(values)}.'
     )
+
+
+def _nearest(value: str, values: Sequence[str]) -> str:
+  """Returns a question that names the nearest of some values, if one is near.
+
+  >>> _nearest('cosin', ('step', 'cosine'))
+  'did you mean cosine? Otherwise '
+  """
+  found = difflib.get_close_matches(value, values, 1)
+  return f'did you mean {found[0]}? Otherwise ' if found else ''
 
 
 def _at_least(name: str, value: float, least: int) -> None:

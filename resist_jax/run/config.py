@@ -3,9 +3,12 @@
 `fields` has the fields themselves, with their defaults and reasons.
 """
 
+from typing import Any
+
 import ml_collections
 
 from resist_jax import exchange, models
+from resist_jax.run.fields import each
 from resist_jax.run.fields import get_config as get_config
 
 # Exchanges by the name that a config gives them; each takes a wire format.
@@ -35,13 +38,39 @@ ELASTIC = frozenset(
     'evaluation.stream_blocks',
     'eval_every',
     'checkpoint_every',
+    'keep_checkpoints',
+    'keep_best',
+    'best_by',
+    'early_stopping',
     'data.dir',
     'data.streaming',
     'data.extra_tests',
     'phases',
     'faults',
+    'log',
   }
 )
+
+
+def value_of(config: ml_collections.ConfigDict, name: str) -> Any:
+  """Returns the value of a field.
+
+  Args:
+    config: One that has the field.
+    name: Dotted, such as `optimizer.momentum`.
+  """
+  for part in name.split('.'):
+    config = config[part]
+  return config
+
+
+def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns the value of each field, by its dotted name.
+
+  Args:
+    config: A valid one.
+  """
+  return {field.name: value_of(config, field.name) for field in each()}
 
 
 def cut_chains(config: ml_collections.ConfigDict) -> dict[str, int | None]:
@@ -74,10 +103,11 @@ def for_processes(
   Returns:
     A copy; `num_workers` is unchanged unless `workers_per_process` is set.
   """
-  each = config.get('workers_per_process')
+  per_process = config.get('workers_per_process')
   config = config.copy_and_resolve_references()
-  if isinstance(each, int) and each > 0:  # `validate` reports a mistake.
-    config.num_workers = each * num_processes
+  # `validate` reports a mistake.
+  if isinstance(per_process, int) and per_process > 0:
+    config.num_workers = per_process * num_processes
   return config
 
 

@@ -26,6 +26,7 @@ from resist_jax.rounds import State, mesh_sizes
 from resist_jax.rounds.arrays import place, to_host
 from resist_jax.rounds.mesh import REPLICATED, SHARDED, spread
 from resist_jax.rounds.state import assignments_on_host, holders
+from resist_jax.run.task import Evaluation
 
 PyTree = Any
 
@@ -93,22 +94,6 @@ class Forward(Protocol):
       The results.
     """
     ...
-
-
-class Evaluation(NamedTuple):
-  """A test of the global network.
-
-  Attributes:
-    accuracies: Shares of 1. For each set, `NAME_accuracy` with recalibrated
-      fixed statistics and `NAME_accuracy_paper` with those of each batch.
-    broken: For each of these whose outputs are not all finite, the number of
-      images that have such an output.
-    wire_bytes: What all devices together sent for it.
-  """
-
-  accuracies: dict[str, float]
-  broken: dict[str, int]
-  wire_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,15 +256,7 @@ class WholeNetwork:
 
   def gather(self, state: State) -> tuple[Any, int]:
     """Gives every device all chains; see `Forward`."""
-    D, G = mesh_sizes(self._mesh)
-    assignments = assignments_on_host(state)
-    chain, sent = {}, 0
-    for name, blocks in state.chain.items():
-      where = holders(assignments[name].slots, int(state.num_blocks[name]))
-      chain[name] = gather_blocks(self._mesh, blocks, *where)
-      size = sum(x.nbytes for x in jax.tree.leaves(chain[name]))
-      sent += 2 * (D - 1) * G * size
-    return (state.shared, chain), sent
+    return gather_network(self._mesh, state)
 
   def apply(
     self, batches: Sequence[Batches], gathered: Any, statistics: PyTree
@@ -296,6 +273,28 @@ class WholeNetwork:
       counts.append(found)
       measured.append(own)
     return Results(counts, [to_host(own) for own in measured], 0)
+
+
+def gather_network(mesh: Mesh, state: State) -> tuple[Any, int]:
+  """Gives every device all chains.
+
+  Args:
+    mesh: Where the workers live.
+    state: What they hold.
+
+  Returns:
+    `((shared, chain), wire_bytes)`: the shared part of each worker, the blocks
+    of each chain, and what all devices together sent.
+  """
+  D, G = mesh_sizes(mesh)
+  assignments = assignments_on_host(state)
+  chain, sent = {}, 0
+  for name, blocks in state.chain.items():
+    where = holders(assignments[name].slots, int(state.num_blocks[name]))
+    chain[name] = gather_blocks(mesh, blocks, *where)
+    size = sum(x.nbytes for x in jax.tree.leaves(chain[name]))
+    sent += 2 * (D - 1) * G * size
+  return (state.shared, chain), sent
 
 
 @partial(jax.jit, static_argnames='mesh')

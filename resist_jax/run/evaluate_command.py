@@ -111,7 +111,7 @@ def evaluate(run: Trained, options: argparse.Namespace) -> dict[str, Any]:
     'run': str(run.folder),
     'data': options.data or run.config.data.name,
     'class_names': list(run.model.class_names),
-    'accuracies': test(None).accuracies,
+    'accuracies': test(None).measures,
     'confusion': {
       name: assess.confusion(run.model, split, size).tolist()
       for name, split in dataset.tests.items()

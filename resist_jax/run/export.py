@@ -150,6 +150,17 @@ def save(workdir: pathlib.Path, predictor: Predictor) -> None:
     'resized': predictor.resized,
   }
   state = {'variables': predictor.variables, 'scales': predictor.scales}
+  write(workdir, state, record)
+
+
+def write(workdir: pathlib.Path, state: PyTree, record: dict[str, Any]) -> None:
+  """Writes arrays into the folder `model` of a run; see `save`.
+
+  Args:
+    workdir: Workdir of the run.
+    state: The arrays.
+    record: JSON values that tell what they are.
+  """
   folder = workdir.absolute() / FOLDER
   part = folder.with_name(f'{FOLDER}.part')
   ocp.save(
@@ -186,20 +197,13 @@ def load(workdir: str | pathlib.Path) -> Predictor:
     FileNotFoundError: If the run has not finished.
     ValueError: If a file of the model is missing or damaged.
   """
-  folder = pathlib.Path(workdir).absolute() / FOLDER
-  if not folder.is_dir():
-    raise FileNotFoundError(
-      f'{folder} does not exist: a run writes it when it has finished.'
-    )
-  problem = _problem(folder)
-  if problem:
+  record, state = _read(workdir)
+  if 'module' in record:
     raise ValueError(
-      f'the model in {folder} cannot be used: {problem}. The same command as '
-      'that of its run writes it again.'
+      f'the network of {workdir} is that of the module {record["module"]}, '
+      'which classifies no images here: read its parameters with '
+      'resist_jax.run.export.load_parameters.'
     )
-  metadata = ocp.metadata(str(folder))
-  record: Any = metadata.custom_metadata
-  state: Any = ocp.load(str(folder), metadata.metadata)
   network = record['network']
   for field in ('stage_sizes', 'widths'):
     network[field] = tuple(network[field])
@@ -213,6 +217,42 @@ def load(workdir: str | pathlib.Path) -> Predictor:
     tuple(record['image_shape']),
     record.get('resized', False),  # Older models do not say.
   )
+
+
+def load_parameters(workdir: str | pathlib.Path) -> tuple[PyTree, PyTree]:
+  """Reads the parameters of a finished run, whatever its network is.
+
+  Args:
+    workdir: Workdir of the run.
+
+  Returns:
+    `(params, scales)`: the global parameters, and the residual scale of each
+    chain that ResIST cuts, `float32[L]` by name.
+
+  Raises:
+    FileNotFoundError: If the run has not finished.
+    ValueError: If a file of the model is missing or damaged.
+  """
+  _, state = _read(workdir)
+  return state.get('variables', state)['params'], state.get('scales', {})
+
+
+def _read(workdir: str | pathlib.Path) -> tuple[dict[str, Any], Any]:
+  """Returns the record of a model and its arrays."""
+  folder = pathlib.Path(workdir).absolute() / FOLDER
+  if not folder.is_dir():
+    raise FileNotFoundError(
+      f'{folder} does not exist: a run writes it when it has finished.'
+    )
+  problem = _problem(folder)
+  if problem:
+    raise ValueError(
+      f'the model in {folder} cannot be used: {problem}. The same command as '
+      'that of its run writes it again.'
+    )
+  metadata = ocp.metadata(str(folder))
+  record: Any = metadata.custom_metadata
+  return record, ocp.load(str(folder), metadata.metadata)
 
 
 def _problem(folder: pathlib.Path) -> str | None:

@@ -146,7 +146,9 @@ FIELDS = {
       'optimizer.schedule',
       'step',
       'step divides the learning rate by 10 at each of optimizer.drops '
-      '(paper); the others are cosine and constant.',
+      '(paper); cosine, linear, one_cycle (rises, then falls) or constant; or '
+      'MODULE:FUNCTION or FILE.py:FUNCTION, a function of the config and the '
+      'number of steps that returns an optax schedule.',
     ),
     Field(
       'optimizer.drops',
@@ -255,6 +257,19 @@ FIELDS = {
       'then max pooling.',
     ),
     Field(
+      'model.module',
+      '',
+      'A module with a network of your own, by the name that Python imports it '
+      'by; model.name and the fields below it then count for nothing, nor do '
+      'partition and optimizer.momentum if it has an optimiser. See '
+      'help(resist_jax.run.module_task).',
+    ),
+    Field(
+      'model.options',
+      {},
+      'What a card wants to tell that module, by any names.',
+    ),
+    Field(
       'model.dtype',
       'float32',
       'Format of activations: float32, or bfloat16 on GPU and TPU. Parameters '
@@ -269,6 +284,37 @@ FIELDS = {
       'checkpoint_every',
       5,
       'Rounds between checkpoints. The last round is always saved.',
+    ),
+    Field(
+      'keep_checkpoints',
+      3,
+      'Newest checkpoints to keep, besides the newest that a test has '
+      'confirmed. 0: all.',
+    ),
+    Field(
+      'keep_best',
+      False,
+      'Also save each round whose test is the best so far, by best_by, and '
+      'keep the best one.',
+    ),
+    Field(
+      'best_by',
+      'auto',
+      'The accuracy that says which test is the best: a name in metrics.jsonl, '
+      'such as validation_accuracy, or test_accuracy_paper with test-batch '
+      'statistics. auto: validation_accuracy if data.validation holds images '
+      'out, otherwise test_accuracy.',
+    ),
+    Field(
+      'early_stopping.patience',
+      0,
+      'Stop after so many tests in a row without a gain, by best_by. 0: train '
+      'all rounds.',
+    ),
+    Field(
+      'early_stopping.min_gain',
+      0.0,
+      'Only more than this counts as a gain; a share of 1, such as 0.001.',
     ),
     Field(
       'evaluation.batch_size',
@@ -293,6 +339,20 @@ FIELDS = {
       32,
       'Batches whose activations a device holds while it tests block by '
       'block. Fewer need less memory and more passes.',
+    ),
+  ),
+  'Log': (
+    Field(
+      'log.tensorboard',
+      True,
+      'Write the log for TensorBoard, too, into the folder tensorboard of the '
+      'workdir.',
+    ),
+    Field(
+      'log.wandb_project',
+      '',
+      'Also send the log to this project of Weights & Biases, which needs the '
+      'package wandb. WANDB_MODE=offline keeps it in the workdir.',
     ),
   ),
   'Workers that fail': (
@@ -352,6 +412,8 @@ def get_config() -> ml_collections.ConfigDict:
     if section and section not in config:
       config[section] = ml_collections.ConfigDict()
     value = field.default
+    if isinstance(value, dict):
+      value = ml_collections.ConfigDict(value)
     if field.any_type:
       value = ml_collections.FieldReference(value, field_type=object)
     (config[section] if section else config)[name] = value

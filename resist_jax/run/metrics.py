@@ -1,4 +1,4 @@
-"""The log of a run: a JSON line per round, TensorBoard and a progress bar."""
+"""The log of a run: a JSON line per round, and a progress bar."""
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
@@ -7,7 +7,6 @@ import pathlib
 from typing import Any, NamedTuple
 
 from absl import logging
-import tensorboardX
 import tqdm
 
 from resist_jax import report
@@ -19,10 +18,12 @@ class Log(NamedTuple):
   """How a run logs; a process that does not write does nothing.
 
   Attributes:
+    begin: Says that the rounds begin; see `MetricsLog.begin`.
     write: Logs the row of a round; see `MetricsLog.write`.
     check: Checks that the log is still there; see `MetricsLog.check`.
   """
 
+  begin: Callable[[], None]
   write: Callable[[Mapping[str, Any]], None]
   check: Callable[[], None]
 
@@ -43,14 +44,14 @@ def open_log(
     The log.
   """
   if not writes:
-    yield Log(lambda row: None, lambda: None)
+    yield Log(lambda: None, lambda row: None, lambda: None)
     return
   with MetricsLog(workdir, start_round, num_rounds) as log:
-    yield Log(log.write, log.check)
+    yield Log(log.begin, log.write, log.check)
 
 
 class MetricsLog:
-  """Appends one row for each round to `metrics.jsonl` and `tensorboard/`."""
+  """Appends one row for each round to `metrics.jsonl`."""
 
   def __init__(self, workdir: pathlib.Path, start_round: int, num_rounds: int):
     """Opens the log, and drops the rows of rounds that will be repeated.
@@ -63,7 +64,6 @@ class MetricsLog:
     Raises:
       ConfigError: If `metrics.jsonl` is damaged.
     """
-    self._shown_test = '-'
     self._path = path = workdir / 'metrics.jsonl'
     self._config = workdir / 'config.json'
     self._kept = start_round
@@ -81,18 +81,23 @@ class MetricsLog:
     lines = ''.join(json.dumps(row) + '\n' for row in rows)
     replace_text(path, lines)
     self._file = path.open('a')
-    self._board = tensorboardX.SummaryWriter(
-      str(workdir / 'tensorboard'), purge_step=start_round + 1
-    )
+    tests = [row['test_accuracy'] for row in rows if 'test_accuracy' in row]
+    self._shown_test = f'{tests[-1]:.1%}' if tests else '-'
+    # Rounds that follow fast ones may be slow, and each is to be shown.
     self._bar = tqdm.tqdm(
-      total=num_rounds, initial=start_round, unit='round', dynamic_ncols=True
-    )
+      total=num_rounds, initial=start_round, unit='round', dynamic_ncols=True,
+      miniters=1,
+    )  # fmt: skip
+
+  def begin(self) -> None:
+    """Starts the clock of the progress bar, when all is compiled."""
+    self._bar.unpause()
 
   def write(self, row: Mapping[str, Any]) -> None:
     """Logs a round.
 
     Args:
-      row: JSON values by name; numbers also go to TensorBoard.
+      row: JSON values by name.
 
     Raises:
       WorkdirLostError: See `check`.
@@ -100,13 +105,13 @@ class MetricsLog:
     self.check()
     self._file.write(json.dumps(dict(row)) + '\n')
     self._file.flush()
-    for name, value in row.items():
-      if isinstance(value, int | float) and name != 'round':
-        self._board.add_scalar(name, value, row['round'])
     shown = {'loss': f'{row["train_loss"]:.3f}'}
-    shown['train'] = f'{row["train_accuracy"]:.1%}'
+    if 'train_accuracy' in row:
+      shown['train'] = f'{row["train_accuracy"]:.1%}'
     if 'test_accuracy' in row:
       self._shown_test = f'{row["test_accuracy"]:.1%}'
+    elif 'test_loss' in row:  # Of a network that classifies nothing.
+      self._shown_test = f'{row["test_loss"]:.3f}'
     shown['test'] = self._shown_test
     shown['sent'] = f'{row["wire_bytes_total"] / 1e6:.4g}MB'
     shown['img/s'] = f'{row["images_per_second"]:.0f}'
@@ -137,5 +142,4 @@ class MetricsLog:
 
   def __exit__(self, *_) -> None:
     self._bar.close()
-    self._board.close()
     self._file.close()

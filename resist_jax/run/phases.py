@@ -5,9 +5,9 @@ A phase trains by a `Trainer`, made from the config of the run.
 
 from collections.abc import Mapping
 import dataclasses
-from functools import partial
-from typing import Any
+import math
 
+import jax
 from jax.sharding import Mesh
 import ml_collections
 import numpy as np
@@ -15,13 +15,13 @@ import optax
 
 from resist_jax import accounting
 from resist_jax.decomposition import Assignment
+from resist_jax.errors import ConfigError, one_line
 from resist_jax.exchange import DATA
 from resist_jax.rounds import Protocol, mesh_sizes
-from resist_jax.run import classification, optimizer
-from resist_jax.run.block_walk import BlockWalk
-from resist_jax.run.config import EXCHANGES, cut_chains
-from resist_jax.run.evaluate import Evaluator, WholeNetwork
+from resist_jax.run import cards, optimizer
+from resist_jax.run.config import EXCHANGES
 from resist_jax.run.setup import Setup
+from resist_jax.run.task import Test
 from resist_jax.trainer import Trainer
 
 
@@ -100,20 +100,38 @@ def typical_name(config: ml_collections.ConfigDict) -> str:
 
 
 def schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
-  """Returns the learning rate at a step of the whole run."""
-  return optimizer.make_schedule(
+  """Returns the learning rate at a step of the whole run.
+
+  Args:
+    config: Config of the run, whose schedule may be a function of a card.
+
+  Raises:
+    ConfigError: If that function fails.
+  """
+  name, steps = (
     config.optimizer.schedule,
-    config.lr,
     config.num_rounds * config.local_steps,
-    config.optimizer.warmup_rounds * config.local_steps,
-    config.optimizer.drops,
   )
-
-
-def rate_at(config: ml_collections.ConfigDict, step: int) -> float:
-  """Returns the learning rate of a step of the whole run."""
-  rate: Any = schedule(config)(step)
-  return float(rate)
+  warmup = config.optimizer.warmup_rounds * config.local_steps
+  if ':' not in name:
+    drops = config.optimizer.drops
+    return optimizer.make_schedule(name, config.lr, steps, warmup, drops)
+  try:
+    given = cards.function(name)(config.copy_and_resolve_references(), steps)
+    rate = optimizer.with_warmup(given, warmup)
+    rates = [float(jax.jit(rate)(step)) for step in (0, steps - 1)]
+  except Exception as error:  # A card is a program: it can raise anything.
+    raise ConfigError(
+      f'optimizer.schedule {name} cannot be used ({one_line(error)}): it takes '
+      'the config and the number of steps, and returns a function from a step '
+      'to a rate, made of jax.numpy or optax.'
+    ) from error
+  if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+    raise ConfigError(
+      f'optimizer.schedule {name} gives the rates {rates} at the first and the '
+      'last step: they must be finite and not negative.'
+    )
+  return rate
 
 
 def make_phase(setup: Setup, name: str) -> Phase:
@@ -127,16 +145,11 @@ def make_phase(setup: Setup, name: str) -> Phase:
     The phase.
   """
   config, cuts = setup.config, name == 'resist'
-  pad, flip, _ = setup.augmentation
   _, G = mesh_sizes(setup.mesh)
   scale, axis = training_scale(setup, name), DATA if G > 1 else None
-  loss_fn = classification.make_loss(
-    setup.network, setup.dataset, scale, pad, flip, axis
-  )
-  momentum, decay = config.optimizer.momentum, config.optimizer.weight_decay
   trainer = Trainer(
-    loss_fn,
-    optimizer.make_optimizer(schedule(config), momentum, decay),
+    setup.task.make_loss(scale, axis),
+    setup.task.make_optimizer(schedule(config)),
     chains=tuple(setup.chains) if cuts else (),
     mesh=setup.mesh,
     seed=config.seed,
@@ -164,7 +177,7 @@ def _protocol_fields(setup: Setup, name: str) -> dict:
     'num_workers': config.num_workers,
     'local_steps': config.local_steps,
     'exchange': EXCHANGES[config.exchange](config.wire_format),
-    'min_depth': cut_chains(config),
+    'min_depth': setup.task.cuts,
     'depths': setup.depths if name == 'resist' else (),
     'average_gradients': parallel,
     'carry': config.optimizer.carry_momentum or parallel,
@@ -219,20 +232,10 @@ def training_scale(setup: Setup, name: str) -> dict[str, float]:
   return scale
 
 
-def make_evaluator(setup: Setup) -> Evaluator:
+def make_test(setup: Setup) -> Test:
   """Returns what tests the global network, at its residual scale."""
-  evaluation = setup.config.evaluation
-  make = WholeNetwork
-  if evaluation.stream_blocks:
-    at_once = evaluation.batches_at_once
-    make = partial(BlockWalk, batches_at_once=at_once)
-  return Evaluator(
-    make(setup.network, setup.dataset, global_scales(setup), setup.mesh),
-    setup.dataset,
-    setup.mesh.size,
-    evaluation.batch_size,
-    evaluation.statistics_images,
-  )
+  options = setup.config.evaluation
+  return setup.task.make_test(global_scales(setup), setup.mesh, options)
 
 
 def global_scales(setup: Setup) -> dict[str, np.ndarray]:

@@ -83,6 +83,8 @@ def main(options: Options) -> None:
     processes.fail(f'{type(error).__name__}: {error}', 1)
   if jax.process_index() == 0:
     print(report.summary_table([summary]))
+    if summary['stopped_early']:
+      print(f'stopped early {summary["stopped_early"]}')
     print(f'report: {options.workdir}/report.html')
   processes.end()
 

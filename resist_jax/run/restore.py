@@ -2,7 +2,6 @@
 
 import dataclasses
 
-from resist_jax.models import initial_params, rescale_branches
 from resist_jax.rounds import State, Whole, storage
 from resist_jax.rounds.moments import Parts
 from resist_jax.run import phases
@@ -22,7 +21,7 @@ def start(setup: Setup, restored: Restored | None) -> tuple[Phase, State]:
     The phase of the next round, compiled, and the state before it.
   """
   if restored is None:
-    params = initial_params(setup.network, setup.image_shape, setup.config.seed)
+    params = setup.task.init(setup.config.seed)
     return begin_phase(setup, 0, Whole(params))
   done = restored.progress['round']
   phase = phases.make_phase(setup, phases.name_at(setup.config, done))
@@ -67,14 +66,13 @@ def _compiled(setup: Setup, phase: Phase, state: State) -> Phase:
 
 def _rescaled(setup: Setup, whole: Whole, factors: dict[str, float]) -> Whole:
   """Keeps the global network the same where its residual scale changes."""
-  params = rescale_branches(whole.params, factors, setup.network)
+  params = setup.task.rescale(whole.params, factors)
   if whole.carried is None:
     return Whole(params)
   # Larger parameters have smaller gradients.
   shrinking = {chain: 1 / factor for chain, factor in factors.items()}
   moments = [
-    rescale_branches(moment, shrinking, setup.network)
-    for moment in whole.carried.moments
+    setup.task.rescale(moment, shrinking) for moment in whole.carried.moments
   ]
   return Whole(params, Parts(moments, whole.carried.rest))
 

@@ -7,23 +7,18 @@ import json
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 import ml_collections
 import numpy as np
 
 from resist_jax import accounting, data
 from resist_jax.errors import ConfigError
-from resist_jax.models import ResNet
 from resist_jax.rounds import make_mesh, storage
 from resist_jax.rounds.arrays import place
 from resist_jax.rounds.mesh import REPLICATED, workers_here
-from resist_jax.run.config import (
-  build_model,
-  chosen_depths,
-  cut_chains,
-  get_config,
-)
+from resist_jax.run import module_task, resnet_task
+from resist_jax.run.config import chosen_depths, get_config
+from resist_jax.run.task import Dataset, Task
 
 PyTree = Any
 
@@ -34,8 +29,7 @@ class Setup:
 
   Attributes:
     config: The config as it was given.
-    dataset: What is learned.
-    network: The global network.
+    task: What is learned.
     chains: L of each chain that ResIST cuts, by name; empty for baselines.
     sizes: Parameter counts, with these chains cut.
     mesh: D devices, or groups of them.
@@ -43,8 +37,7 @@ class Setup:
   """
 
   config: ml_collections.ConfigDict
-  dataset: data.Dataset
-  network: ResNet
+  task: Task
   chains: dict[str, int]
   sizes: accounting.Sizes
   mesh: Mesh
@@ -56,19 +49,15 @@ class Setup:
     return self.mesh.devices.flat[0].platform == 'cpu'
 
   @property
-  def image_shape(self) -> tuple[int, ...]:
-    """`(H, W, C)` of a training image."""
-    return self.dataset.train.images.shape[1:]
-
-  @cached_property
-  def augmentation(self) -> data.Augmentation:
-    """What happens to training images."""
-    return data.choose(self.config.data.augment, self.dataset)
+  def dataset(self) -> Dataset:
+    """The examples."""
+    return self.task.dataset
 
   @cached_property
   def pipeline(self) -> data.Resident | data.Stream:
     """Where rounds get their examples from."""
-    config, train = self.config, self.dataset.train
+    config, dataset = self.config, self.dataset
+    train = dataset.train
     indices = partial(
       data.batch_indices,
       len(train),
@@ -78,12 +67,18 @@ class Setup:
       num_workers=config.num_workers,
       sharded=config.data.sharded,
     )
+    if isinstance(dataset, data.Tables):
+      return data.Resident(dataset.train.arrays, indices)
+    train = dataset.train
     if isinstance(train.images, data.StreamedImages):
-      crops = self.augmentation.resized_crop
+      crops = data.choose(config.data.augment, dataset).resized_crop
       rounds, seed = config.num_rounds, config.seed
       mine = workers_here(self.mesh, config.num_workers)
       return data.Stream(train.images, indices, rounds, seed, crops, mine)
-    return data.Resident(train.images, train.labels, indices)
+    # An image is a row: to pick some from others, a TPU would make a second
+    # copy of all, with their width padded to 128 pixels.
+    rows = train.images.reshape(len(train), -1)
+    return data.Resident((rows, train.labels), indices)
 
   @cached_property
   def constants(self) -> PyTree:
@@ -95,7 +90,7 @@ class Setup:
 
 
 def naming(
-  config: ml_collections.ConfigDict, dataset: data.Dataset | None
+  config: ml_collections.ConfigDict, dataset: Dataset | None
 ) -> ml_collections.ConfigDict:
   """Returns a config that names the data set which a program gives.
 
@@ -121,14 +116,8 @@ def naming(
         f'data.{field} is {config.data[field]!r}, but the program gives a data '
         f'set whose splits are fixed: leave data.{field} at its default.'
       )
-  images = dataset.train.images
-  crops = isinstance(images, data.StreamedImages) and images.resized
-  if config.data.augment.startswith('resized') and not crops:
-    raise ConfigError(
-      f'data.augment is {config.data.augment!r}, but the images of the data '
-      'set that the program gives are not resized while they are read: give '
-      'from_source an image_size, or choose another augmentation.'
-    )
+  if isinstance(dataset, data.Dataset):
+    _check_crops(config, dataset)
   for field in ('dir', 'streaming', 'image_size'):
     named.data[field] = defaults[field]
   described = json.dumps(describe_data(dataset), sort_keys=True)
@@ -137,8 +126,19 @@ def naming(
   return named
 
 
+def _check_crops(config, dataset: data.Dataset) -> None:
+  images = dataset.train.images
+  crops = isinstance(images, data.StreamedImages) and images.resized
+  if config.data.augment.startswith('resized') and not crops:
+    raise ConfigError(
+      f'data.augment is {config.data.augment!r}, but the images of the data '
+      'set that the program gives are not resized while they are read: give '
+      'from_source an image_size, or choose another augmentation.'
+    )
+
+
 def prepare(
-  config: ml_collections.ConfigDict, dataset: data.Dataset | None = None
+  config: ml_collections.ConfigDict, dataset: Dataset | None = None
 ) -> Setup:
   """Builds what a run needs, and finds the mistakes that need data or devices.
 
@@ -153,23 +153,39 @@ def prepare(
     ConfigError: If the data or the devices do not fit the config.
   """
   mesh = make_mesh(_num_devices(config), config.devices_per_worker)
-  dataset = dataset or load_data(config, _copies(mesh))
-  visible = len(dataset.train)
+  task = _make_task(config, mesh, dataset)
+  visible = len(task.dataset.train)
   if config.data.sharded:
     visible //= config.num_workers
   if config.batch_size > visible:
     raise ConfigError(
       f'batch_size is {config.batch_size}, but a worker sees only {visible} '
-      f'training images of {config.data.name}: lower batch_size.'
+      f'training examples of {task.dataset.name}: lower batch_size.'
+    )
+  names = list(task.cuts) if config.protocol == 'resist' else []
+  sizes = accounting.measure(task.shapes(), names)
+  depths = chosen_depths(config)
+  return Setup(config, task, sizes.num_blocks, sizes, mesh, depths)
+
+
+def _make_task(
+  config: ml_collections.ConfigDict, mesh: Mesh, dataset: Dataset | None
+) -> Task:
+  """Returns what a run learns; see `prepare`."""
+
+  def read() -> data.Dataset:
+    return load_data(config, _copies(mesh))
+
+  if config.model.module:
+    return module_task.make(config, dataset, read)
+  images = dataset or read()
+  if not isinstance(images, data.Dataset):
+    raise ConfigError(
+      'the data set that the program gives holds no images: name a network '
+      'for it in model.module, or make it by from_arrays or from_source.'
     )
   on_cpu = mesh.devices.flat[0].platform == 'cpu'
-  network = build_model(config, dataset.num_classes, for_cpu=on_cpu)
-  names = list(cut_chains(config)) if config.protocol == 'resist' else []
-  image = jnp.zeros((1, *dataset.train.images.shape[1:]), jnp.float32)
-  shapes = jax.eval_shape(network.init, jax.random.key(0), image)['params']
-  sizes = accounting.measure(shapes, names)
-  depths = chosen_depths(config)
-  return Setup(config, dataset, network, sizes.num_blocks, sizes, mesh, depths)
+  return resnet_task.make(config, images, on_cpu)
 
 
 def load_data(config: ml_collections.ConfigDict, copies: int) -> data.Dataset:
@@ -200,7 +216,7 @@ def _copies(mesh: Mesh) -> int:
   return 1 + sum(device.platform == 'cpu' for device in here)
 
 
-def describe_data(dataset: data.Dataset) -> dict[str, Any]:
+def describe_data(dataset: Dataset) -> dict[str, Any]:
   """Describes a data set, so that processes can compare theirs.
 
   Args:
@@ -211,20 +227,22 @@ def describe_data(dataset: data.Dataset) -> dict[str, Any]:
     first few that are streamed.
   """
   splits = {'train': dataset.train, **dataset.tests}
-  return {
-    f'data set {dataset.name}': {
+  described = {
+    name: {'images': len(split), 'digest': _digest(split)}
+    for name, split in splits.items()
+  }
+  if isinstance(dataset, data.Dataset):
+    described |= {
       'classes': dataset.num_classes,
       'mean': dataset.mean.tolist(),
       'deviation': dataset.std.tolist(),
-      **{
-        name: {'images': len(split), 'digest': _digest(split)}
-        for name, split in splits.items()
-      },
     }
-  }
+  return {f'data set {dataset.name}': described}
 
 
-def _digest(split: data.Split) -> str:
+def _digest(split: data.Split | data.Table) -> str:
+  if isinstance(split, data.Table):
+    return storage.digest_of_arrays(jax.tree.leaves(split.arrays))[:12]
   if isinstance(split.images, data.StreamedImages):
     split = split.take(np.arange(min(len(split), 10))).in_memory()
   return storage.digest_of_arrays([split.images, split.labels])[:12]

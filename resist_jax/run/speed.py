@@ -7,7 +7,6 @@ import time
 from absl import logging
 import jax
 from jax.experimental import multihost_utils
-import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
@@ -138,9 +137,8 @@ def _step_seconds(setup: Setup, row: int, depth: int) -> float:
   config.num_workers, config.exchange = 1, 'masked_psum'
   config.local_steps = min(STEPS, config.local_steps)
   config.phases.full_before = config.phases.full_after = 0
-  network = setup.network.with_chain_lengths({chain: depth})
   lone = dataclasses.replace(
-    setup, config=config, network=network, chains={chain: depth}, mesh=mesh
+    setup, config=config, chains={chain: depth}, mesh=mesh
   )
   group = device_groups.DeviceGroup(mesh, (row,), (depth,))
   phase = phases.make_phase(lone, phases.name_at(config, 0))
@@ -148,8 +146,11 @@ def _step_seconds(setup: Setup, row: int, depth: int) -> float:
   trainer = dataclasses.replace(phase.trainer, constants=constants)
 
   # Times do not depend on values.
-  image = jnp.zeros((1, *setup.image_shape), jnp.float32)
-  shapes = jax.eval_shape(network.init, jax.random.key(0), image)['params']
+  shapes = dict(setup.task.shapes())
+  shapes[chain] = jax.tree.map(
+    lambda s: jax.ShapeDtypeStruct((depth, *s.shape[1:]), s.dtype),
+    shapes[chain],
+  )
   params = jax.tree.map(lambda s: np.full(s.shape, 0.01, s.dtype), shapes)
   state = trainer.init(params)
   batches = _batches(setup, config.local_steps)
@@ -169,4 +170,4 @@ def _batches(setup: Setup, steps: int):
   """Returns what a lone worker trains on: always the first example."""
   shapes = setup.pipeline.batch_shapes()
   zeros = jax.tree.map(lambda x: np.zeros((1, *x.shape[1:]), x.dtype), shapes)
-  return zeros[:steps] if setup.dataset.streamed else zeros[:, :steps]
+  return zeros[:steps] if isinstance(zeros, list) else zeros[:, :steps]

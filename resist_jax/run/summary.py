@@ -7,10 +7,10 @@ import os
 import platform
 from typing import Any
 
-from resist_jax import accounting, models
+from resist_jax import accounting
 from resist_jax.rounds import mesh_sizes
 from resist_jax.rounds.storage import digest_of_arrays
-from resist_jax.run import classification, phases
+from resist_jax.run import phases, stopping
 from resist_jax.run.phases import Phase, Traffic
 from resist_jax.run.setup import Setup
 
@@ -33,24 +33,29 @@ def summarise(
   """
   config, last = setup.config, progress['last']
   devices = setup.mesh.devices
-  accuracies = {k: v for k, v in last.items() if '_accuracy' in k}
-  del accuracies['train_accuracy']
+  tests = tuple(f'{name}_' for name in setup.task.dataset.tests)
+  measures = {k: v for k, v in last.items() if k.startswith(tests)}
+  best = progress['best_test_accuracy_paper']
   return {
     'protocol': config.protocol,
     'exchange': config.exchange if setup.chains else 'all_reduce',
     'wire_format': config.wire_format,
     'dataset': config.data.name,
-    'class_names': list(setup.dataset.class_names),
-    'image_shape': list(setup.image_shape),
-    'model': config.model.name,
+    **setup.task.describe(),
+    'model': config.model.module or config.model.name,
     'num_workers': config.num_workers,
     'depths': list(setup.depths),
     'num_devices': devices.size,
     'devices_per_worker': config.devices_per_worker,
     'rounds': progress['round'],
     'local_steps': config.local_steps,
-    **accuracies,
-    'best_test_accuracy_paper': progress['best_test_accuracy_paper'],
+    **measures,
+    **({'best_test_accuracy_paper': best} if best else {}),
+    'best': {
+      name: progress['best'].get(name) for name in ('by', 'value', 'round')
+    },
+    # Why it ended before the last round; None if it did not.
+    'stopped_early': _stopped_early(config, progress),
     'final_train_loss': last['train_loss'],
     'left_out_total': progress['left_out_total'],
     **_sizes(setup),
@@ -72,6 +77,14 @@ def summarise(
     },
     'params_hash': digest_of_arrays(params),
   }
+
+
+def _stopped_early(config, progress: Mapping[str, Any]) -> str | None:
+  done, count = progress['round'], config.num_rounds
+  why = stopping.reason(config, progress['best'])
+  return (
+    f'after round {done} of {count}: {why}' if why and done < count else None
+  )
 
 
 def _sizes(setup: Setup) -> dict[str, Any]:
@@ -126,9 +139,9 @@ def _traffic(
 def _group_bytes(setup: Setup, phase: Phase) -> int:
   """Predicts what a step of the last phase sends inside groups."""
   lengths = _depths(phase)
-  statistics = models.num_statistics(setup.network, setup.image_shape, lengths)
-  metrics = 1 + len(classification.METRICS)
   _, G = mesh_sizes(setup.mesh)
+  statistics = setup.task.statistics(lengths)
+  metrics = 1 + len(setup.task.metrics)
   return accounting.predicted_group_bytes(
     phase.sizes, phase.protocol, G, statistics, metrics
   )
@@ -156,9 +169,7 @@ def _memory_and_flops(setup: Setup, phase: Phase) -> dict[str, Any]:
       'compiled_protocol': phase.name,
     },
     'flops_per_image': {
-      'predicted': models.predicted_flops(
-        setup.network, setup.image_shape, _depths(typical)
-      ),
+      'predicted': setup.task.flops(_depths(typical)),
       'compiled': accounting.compiled_flops(programs, images),
       'compiled_protocol': phase.name,
     },

@@ -196,7 +196,7 @@ def test_a_run_streams_what_a_program_gives(tmp_path):
   made = data.from_source(Photos(40), Photos(6, 1), image_size=16)
   summary = train.train(tiny_config(), tmp_path, dataset=made)
   assert summary['image_shape'] == [16, 16, 3]
-  assert setup.prepare(tiny_config(), made).augmentation.resized_crop
+  assert setup.prepare(tiny_config(), made).task.augmentation.resized_crop
 
 
 def test_what_a_given_data_set_does_not_have_is_refused(tmp_path):

@@ -131,7 +131,7 @@ def test_a_streamed_run_equals_one_from_memory(fields, cifar, tmp_path):
     config = small_config(cifar, streaming_choice, **fields)
     setup = prepare(config)
     assert setup.dataset.streamed == (streaming_choice == 'always')
-    assert setup.augmentation.pad == 4
+    assert setup.task.augmentation.pad == 4
     folder = tmp_path / streaming_choice
     summaries.append((train.train(config, str(folder)), rows(folder)))
   (streamed, log), (resident, other_log) = summaries

@@ -41,7 +41,7 @@ def machine(bandwidth, flops=1e13, latency=0.0):
 @pytest.mark.parametrize('S', WORKERS)
 def test_a_fast_link_leaves_the_ratio_of_arithmetic(papers, S):
   flops = [
-    models.predicted_flops(papers.setup.network, papers.image, lengths)
+    models.predicted_flops(papers.network, papers.image, lengths)
     for lengths in ({}, {'stage3_chain': max(-(-22 // S), 6)})
   ]
   speedup = papers.predict(S, machine(1e20))['speedup']

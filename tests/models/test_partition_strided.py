@@ -4,7 +4,7 @@ from functools import partial
 import itertools
 from statistics import NormalDist
 
-from covering import checkerboard
+from covering import rest_is_slow
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,13 @@ FORMS = pytest.mark.parametrize(
   'form',
   [
     {},
-    {'bottleneck': True, 'norm': 'group'},
+    pytest.param({'bottleneck': True, 'norm': 'group'}, marks=pytest.mark.slow),
     pytest.param(
       {'pre_activation': False, 'norm': 'group'}, marks=pytest.mark.slow
     ),
-    {'pre_activation': False, 'bottleneck': True},
+    pytest.param(
+      {'pre_activation': False, 'bottleneck': True}, marks=pytest.mark.slow
+    ),
   ],
   ids=str,
 )
@@ -176,14 +178,19 @@ def test_slots_that_leave_workers_without_blocks_are_fair(L, S):
 
 @pytest.mark.parametrize(
   ('way', 'form'),
-  checkerboard(
-    test_evaluate.WAYS,
-    [
-      {},
-      {'pre_activation': False},
-      {'bottleneck': True, 'stem': 'imagenet'},
-      {'norm': 'group'},
-    ],
+  rest_is_slow(
+    list(
+      itertools.product(
+        test_evaluate.WAYS,
+        [
+          {},
+          {'pre_activation': False},
+          {'bottleneck': True, 'stem': 'imagenet'},
+          {'norm': 'group'},
+        ],
+      )
+    ),
+    quick=[('whole', {}), ('walk', {'pre_activation': False})],
   ),
   ids=str,
 )

@@ -90,7 +90,7 @@ PROTOCOLS = [
   rest_is_slow(
     [(i, D) for i in (2, 4) for D in (1, 2, 4)]
     + [(0, 4), (1, 4), (3, 4), (5, 2), (6, 2)],
-    quick=[(4, 4), (0, 4), (6, 2)],
+    quick=[(4, 4)],
   ),
 )
 def test_a_round_is_algorithm_1_without_the_bad_workers(index, D):
@@ -155,7 +155,7 @@ def mean_as_sent(trees, encoding):
   ('D', 'on_device', 'wire_format'),
   rest_is_slow(
     [(D, D == 2, form) for D in (4, 2) for form in ('float32', 'bfloat16')],
-    quick=[(4, False, 'float32'), (2, True, 'bfloat16')],
+    quick=[(2, True, 'bfloat16')],
   ),
 )
 def test_a_step_of_data_parallel_goes_without_a_bad_gradient(

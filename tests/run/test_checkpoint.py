@@ -18,6 +18,7 @@ from resist_jax.rounds import State, make_mesh
 from resist_jax.rounds.mesh import SHARDED
 from resist_jax.rounds.moments import Parts
 from resist_jax.rounds.storage import digest_of_arrays
+from resist_jax.run import workdir
 from resist_jax.run.checkpoint import KEEP, Checkpoints, SaveError
 
 # When one read of a damaged checkpoint fails, orbax closes its event loop while
@@ -124,6 +125,46 @@ def test_the_newest_three_are_kept(tmp_path):
   save(tmp_path, *range(1, 7))
   kept = {path.name for path in (tmp_path / 'checkpoints').iterdir()}
   assert kept == {str(step) for step in range(7 - KEEP, 7)}
+
+
+@pytest.mark.parametrize(
+  ('keep', 'best', 'left'),
+  [(0, None, '123456'), (1, None, '6'), (2, 3, '356'), (1, 6, '6')],
+)
+def test_all_or_some_of_the_newest_and_the_best_are_kept(
+  keep, best, left, tmp_path
+):
+  checkpoints = Checkpoints(tmp_path, make_mesh(4), keep)
+  for step in range(1, 7):
+    checkpoints.save(state(step), {'round': step}, best and min(best, step))
+  checkpoints.finish()
+  assert {p.name for p in (tmp_path / 'checkpoints').iterdir()} == set(left)
+  listed = {p.name for p in (tmp_path / 'digests').iterdir()}
+  assert listed == {f'{step}.json' for step in left}
+
+
+def test_the_known_good_one_is_kept_beside_the_newest(tmp_path):
+  checkpoints = Checkpoints(tmp_path, make_mesh(4), keep=1)
+  checkpoints.save(state(1), {'round': 1})
+  checkpoints.finish()
+  checkpoints.tested(1)
+  for step in (2, 3):
+    checkpoints.save(state(step), {'round': step})
+  checkpoints.finish()
+  left = {p.name for p in (tmp_path / 'checkpoints').iterdir()}
+  assert left == {'1', '3'}
+
+
+def test_the_best_before_stays_until_the_next_best_is_whole(tmp_path):
+  """A kill while that one is written must not lose both."""
+  checkpoints = Checkpoints(tmp_path, make_mesh(4), keep=1)
+  checkpoints.save(state(1), {'round': 1}, 1)
+  checkpoints.save(state(2), {'round': 2}, 1)
+  checkpoints.save(state(3), {'round': 3}, 3)  # It finishes that of round 2.
+  left = workdir.saved_rounds(tmp_path / 'checkpoints')
+  assert {1, 2} <= set(left)
+  checkpoints.finish()
+  assert workdir.saved_rounds(tmp_path / 'checkpoints') == [3]
 
 
 def test_a_round_can_be_saved_again(tmp_path):

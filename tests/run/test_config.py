@@ -20,13 +20,19 @@ def test_the_defaults_are_valid():
 @pytest.mark.parametrize(
   ('fields', 'says'),
   [
-    ({'protocol': 'resits'}, 'protocol .* resist, local_sgd, data_parallel'),
+    (
+      {'protocol': 'resits'},
+      'did you mean resist.* resist, local_sgd, data_parallel',
+    ),
     ({'num_workers': 0}, 'num_workers is 0; it must be at least 1'),
     ({'num_rounds': 0}, 'num_rounds'),
     ({'local_steps': 0}, 'local_steps'),
     ({'batch_size': 0}, 'batch_size'),
     ({'eval_every': 0}, 'eval_every'),
     ({'checkpoint_every': 0}, 'checkpoint_every'),
+    ({'keep_checkpoints': -1}, 'keep_checkpoints is -1; it must be at least 0'),
+    ({'early_stopping.patience': -1}, 'early_stopping.patience is -1'),
+    ({'early_stopping.min_gain': -0.1}, 'early_stopping.min_gain is -0.1'),
     ({'seed': -1}, 'seed'),
     ({'seed': 2**32}, r'seed is 4294967296; .* less than 2\*\*32'),
     ({'seed': 2**63}, 'seed is 9223372036854775808'),
@@ -75,7 +81,20 @@ def test_the_defaults_are_valid():
     ({'residual_scale': 'test'}, 'residual_scale'),
     ({'data.augment': 'mixup'}, 'augment'),
     ({'data.validation': 1.0}, 'data.validation'),
-    ({'optimizer.schedule': 'linear'}, 'schedule'),
+    (
+      {'optimizer.schedule': 'cosin'},
+      "schedule is 'cosin'; did you mean cosine.*step, cosine, linear, one_cyc",
+    ),
+    ({'optimizer.schedule': 'nowhere:rate'}, "'nowhere' of .*be imported"),
+    ({'optimizer.schedule': 'no.py:rate'}, "'no.py' of .*cannot be imported"),
+    (
+      {'optimizer.schedule': 'optax:cosine_decay_schedul'},
+      'no function .*Did you mean optax:cosine_decay_schedule',
+    ),
+    (
+      {'optimizer.schedule': 'one_cycle', 'optimizer.warmup_rounds': 1},
+      'a rise of its own: set optimizer.warmup_rounds to 0',
+    ),
     ({'optimizer.momentum': 1.0}, 'momentum'),
     ({'optimizer.drops': ('half',)}, 'optimizer.drops is .*shares of the run'),
     ({'optimizer.weight_decay': -0.1}, 'weight_decay'),

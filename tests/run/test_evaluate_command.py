@@ -136,6 +136,7 @@ def test_without_the_training_images_the_whole_network_is_tested(
   assert f'{summary["test_accuracy"]:.2%}' in out
 
 
+@pytest.mark.slow
 def test_runs_of_several_seeds_have_a_mean_and_a_deviation(
   finished, capsys, tmp_path
 ):

@@ -243,6 +243,7 @@ def test_the_digits_card_works_for_any_small_set(tmp_path):
   assert summary['rounds'] == 2
 
 
+@pytest.mark.slow
 def test_photographs_in_folders_train_by_their_path(tmp_path):
   for seed, (split, count) in enumerate((('train', 40), ('test', 8))):
     for i, (photo, label) in enumerate(tfds_sets.photographs(count, seed)):

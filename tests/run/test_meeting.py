@@ -250,6 +250,7 @@ def test_other_data_in_a_folder_of_the_same_name(tmp_path):
       (line,) = run.errors(number)
       assert 'data set my_set.' in line
       assert 'in process 1, but' in line
+      assert run.output(number).strip() == line
 
 
 @pytest.mark.faults

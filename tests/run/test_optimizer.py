@@ -6,8 +6,10 @@ import numpy as np
 import optax
 import pytest
 
+from resist_jax.errors import ConfigError
 from resist_jax.rounds.moments import take_apart
-from resist_jax.run import optimizer
+from resist_jax.run import checks, optimizer, phases
+from resist_jax.run import config as config_lib
 
 
 def test_sgd_with_momentum_and_weight_decay_by_hand():
@@ -36,6 +38,8 @@ def test_sgd_with_momentum_and_weight_decay_by_hand():
   [
     ('step', [1, 1, 0.1, 0.1, 0.01, 0.01]),
     ('cosine', [1, 0.993, 0.5, 0.492, 0.146, 0]),
+    ('linear', [1, 0.945, 0.5, 0.495, 0.25, 0]),
+    ('one_cycle', [0.04, 0.118, 0.812, 0.804, 0.283, 0]),
     ('constant', [1] * 6),
   ],
 )
@@ -56,3 +60,109 @@ def test_a_warm_up_rises_to_the_rate():
 def test_very_short_runs_have_a_rate(steps):
   rate = optimizer.make_schedule('step', 1.0, steps)
   assert float(rate(jnp.int32(0))) == 1.0
+
+
+@pytest.mark.parametrize('name', optimizer.SCHEDULES)
+def test_each_name_is_a_schedule_of_a_single_step(name):
+  rate = optimizer.make_schedule(name, 1.0, 1)
+  assert 0 < float(rate(jnp.int32(0))) <= 1.0
+
+
+def test_one_cycle_is_that_of_optax():
+  ours = optimizer.make_schedule('one_cycle', 0.3, 100)
+  theirs = optax.cosine_onecycle_schedule(100, 0.3)
+  with jax.numpy_dtype_promotion('standard'):
+    want = [float(theirs(step)) for step in range(101)]
+  got = [float(ours(step)) for step in range(101)]
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+# Schedules that a config names.
+
+CARD = """
+import jax.numpy as jnp
+import optax
+
+
+def falling(config, num_steps):
+  return optax.linear_schedule(config.lr, config.lr / 2, num_steps)
+
+
+def by_hand(config, num_steps):
+  return lambda step: config.lr * jnp.sqrt(1 - step / num_steps)
+
+
+def impatient(config, num_steps):
+  return lambda step: config.lr if step < 3 else 0  # Of a step that is traced.
+
+
+def endless(config, num_steps):
+  return lambda step: config.lr / (step - step)
+
+
+def nothing(config, num_steps):
+  return None
+
+
+def alone(config):
+  return optax.constant_schedule(config.lr)
+"""
+
+
+@pytest.fixture
+def card(tmp_path):
+  path = tmp_path / 'own card.py'
+  path.write_text(CARD)
+  return str(path)
+
+
+def configured(schedule, **fields):
+  config = config_lib.get_config()
+  config.num_rounds, config.local_steps, config.lr = 10, 10, 0.4
+  config.optimizer.schedule = schedule
+  with config.unlocked():
+    config.update_from_flattened_dict(fields)
+  return config
+
+
+def test_a_function_of_a_card_is_a_schedule(card):
+  config = configured(f'{card}:falling')
+  checks.validate(config)
+  rate = phases.schedule(config)
+  got = [float(jax.jit(rate)(step)) for step in (0, 50, 100)]
+  np.testing.assert_allclose(got, [0.4, 0.3, 0.2], rtol=1e-6)
+  assert rate(jnp.int32(3)).dtype == jnp.float32
+
+
+def test_a_schedule_of_a_card_may_be_warmed_up(card):
+  config = configured(f'{card}:by_hand', **{'optimizer.warmup_rounds': 1})
+  rate = phases.schedule(config)
+  got = [float(rate(step)) for step in (0, 4, 51)]
+  want = [0.04, 0.2 * 0.96**0.5, 0.4 * 0.49**0.5]
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_a_schedule_may_lie_in_a_module():
+  config = configured('test_optimizer:of_this_module')
+  checks.validate(config)
+  assert float(phases.schedule(config)(7)) == np.float32(0.1)
+
+
+def of_this_module(config, num_steps):
+  assert num_steps == 100
+  return optax.constant_schedule(config.lr / 4)
+
+
+@pytest.mark.parametrize(
+  ('name', 'says'),
+  [
+    ('impatient', r'cannot be used \(TracerBoolConversionError'),
+    ('endless', 'gives the rates .*must be finite'),
+    ('nothing', r'cannot be used \(TypeError'),
+    ('alone', r'cannot be used \(TypeError: alone\(\) takes 1'),
+  ],
+)
+def test_a_function_that_is_no_schedule_gets_one_line(name, says, card):
+  with pytest.raises(ConfigError, match=says) as caught:
+    phases.schedule(configured(f'{card}:{name}'))
+  assert '\n' not in str(caught.value)

@@ -51,8 +51,8 @@ def test_a_phase_trains_by_the_protocol_that_it_describes():
     tiny_config(min_depth=2, wire_format='int8', **{'faults.loss_factor': 3.0})
   )
   shapes = jax.eval_shape(
-    lambda: setup.network.init(
-      jax.random.key(0), jax.numpy.zeros((1, *setup.image_shape))
+    lambda: setup.task.network.init(
+      jax.random.key(0), jax.numpy.zeros((1, *setup.task.image_shape))
     )
   )['params']
   for name in ('resist', 'local_sgd'):

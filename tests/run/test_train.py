@@ -234,9 +234,11 @@ def test_a_run_goes_on_as_the_same_function(tmp_path):
     checkpoints = train.Checkpoints(tmp_path, setup.mesh)
     restored = train._restore(checkpoints, setup)
     _, state = restore.start(setup, restored)
-    statistics = phases.make_evaluator(setup).statistics(state)
-    params = rounds.assemble(state).params
-    predict = train._predictor(setup, params, statistics)
+    variables = {
+      'params': rounds.assemble(state).params,
+      'batch_stats': phases.make_test(setup).statistics(state),
+    }
+    predict = setup.task.predictor(variables, phases.global_scales(setup))
     logits.append(np.asarray(predict(setup.dataset.train.images[:50])))
   np.testing.assert_allclose(logits[1], logits[0], rtol=1e-3, atol=1e-5)
   np.testing.assert_allclose(logits[2], logits[0], rtol=1e-3, atol=1e-5)

@@ -1,5 +1,8 @@
 """An outer optimiser takes the mean change of a round, block by block."""
 
+import itertools
+
+from covering import checkerboard, rest_is_slow
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,8 +77,9 @@ def merge_where(ends, counted, params, lost):
   return {**mean, 'out': sum(end['out'] for end in ends) / len(ends)}
 
 
-@pytest.mark.parametrize('name', OUTER)
-@pytest.mark.parametrize('exchange', ['hand_over', 'masked_psum'])
+@pytest.mark.parametrize(
+  ('exchange', 'name'), checkerboard(['hand_over', 'masked_psum'], list(OUTER))
+)
 def test_rounds_equal_a_plain_loop(exchange, name):
   exchange = getattr(resist.exchange, exchange)()
   fields = {'exchange': exchange, 'min_depth': 2, 'outer': OUTER[name]}
@@ -124,7 +128,7 @@ def test_a_faulty_worker_is_left_out_of_the_change(exchange):
   assert_close(trainer.params(state), want)
 
 
-@pytest.mark.parametrize('carry', [False, True])
+@pytest.mark.parametrize('carry', rest_is_slow([False, True], [True]))
 def test_a_restored_training_repeats_to_the_bit(carry, tmp_path):
   fields = {'outer': OUTER['adam'], 'min_depth': 2, 'carry': carry}
   trainer = make(OPTIMISERS['adam'](0), **fields)
@@ -153,18 +157,25 @@ def test_other_workers_continue_with_the_same_state(tmp_path):
   assert without.outer is None
 
 
-@pytest.mark.parametrize('outer', ['diloco', 'adam'])
+PSUM = {'exchange': resist.exchange.masked_psum()}
+FORMS = {
+  'psum': (PSUM, 4),
+  'carried psum': ({**PSUM, 'carry': True}, 2),
+  'replicas': ({'min_depth': 2}, 4),
+  'carried replicas': ({'carry': True, 'min_depth': 2}, 2),
+  'nothing is cut': ({'chains': ()}, 2),
+}
+
+
 @pytest.mark.parametrize(
-  ('fields', 'devices'),
-  [
-    ({'exchange': resist.exchange.masked_psum()}, 4),
-    ({'exchange': resist.exchange.masked_psum(), 'carry': True}, 2),
-    ({'min_depth': 2}, 4),
-    ({'carry': True, 'min_depth': 2}, 2),
-    ({'chains': ()}, 2),
-  ],
+  ('form', 'outer'),
+  rest_is_slow(
+    list(itertools.product(FORMS, ['diloco', 'adam'])),
+    quick=[('carried psum', 'adam'), ('replicas', 'diloco')],
+  ),
 )
-def test_bytes_are_those_of_the_compiled_program(fields, devices, outer):
+def test_bytes_are_those_of_the_compiled_program(form, outer):
+  fields, devices = FORMS[form]
   trainer = make(devices=devices, outer=OUTER[outer], **fields)
   state = trainer.init(network())
   programs = trainer.compile(state, batches(0, 4)).programs

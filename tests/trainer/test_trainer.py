@@ -246,7 +246,7 @@ def test_carried_moments_go_where_their_blocks_go():
 
 def test_a_moment_that_mixes_blocks_is_refused():
   factored = optax.adafactor(RATE, min_dim_size_to_factor=2)
-  with pytest.raises(ValueError, match='carry is on, but the optimiser keeps'):
+  with pytest.raises(ValueError, match='carry is set, but its optimiser keeps'):
     make(factored, carry=True).init(network())
   run(make(factored), rounds=1)  # Restarted moments may have any shape.
   flat = make(optax.flatten(optax.adam(RATE)))

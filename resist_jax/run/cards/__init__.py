@@ -6,7 +6,9 @@ this package are found by name, all others by path.
 """
 
 import ast
+from collections.abc import Callable
 import difflib
+import functools
 import importlib.machinery
 import importlib.util
 import os
@@ -14,10 +16,11 @@ import pathlib
 import re
 import sys
 import types
+from typing import Any
 
 import ml_collections
 
-from resist_jax.errors import ConfigError
+from resist_jax.errors import ConfigError, one_line
 
 FOLDER = pathlib.Path(__file__).parent
 DEFAULT = 'digits'
@@ -76,6 +79,36 @@ def load(card: str) -> ml_collections.ConfigDict:
       'begin with resist_jax.run.config.get_config().'
     )
   return config
+
+
+@functools.cache
+def function(name: str) -> Callable[..., Any]:
+  """Returns a function that a config names.
+
+  Args:
+    name: `MODULE:FUNCTION` or `FILE.py:FUNCTION`.
+
+  Raises:
+    ConfigError: If there is no such function.
+  """
+  place, _, attribute = name.rpartition(':')
+  try:
+    by_path = place.endswith('.py')
+    module = _import(place) if by_path else importlib.import_module(place)
+  except Exception as error:
+    raise ConfigError(
+      f'{place!r} of {name!r} cannot be imported ({one_line(error)}): name a '
+      'module, or the path of a file *.py.'
+    ) from error
+  found = getattr(module, attribute, None)
+  if callable(found):
+    return found
+  callables = [n for n, value in vars(module).items() if callable(value)]
+  nearest = difflib.get_close_matches(attribute, callables, 1)
+  raise ConfigError(
+    f'{place} has no function {attribute!r}. '
+    + (f'Did you mean {place}:{nearest[0]}?' if nearest else 'Name another.')
+  )
 
 
 def _import(path: str) -> types.ModuleType:

@@ -1,0 +1,125 @@
+"""Examples of any form: arrays side by side, such as windows of a text."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+PyTree = Any
+
+# JAX computes with 32 bits unless it is told otherwise.
+_NARROWER = {
+  np.dtype('int64'): np.int32,
+  np.dtype('uint64'): np.uint32,
+  np.dtype('float64'): np.float32,
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Table:
+  """The examples of a split.
+
+  Attributes:
+    arrays: Pytree of `[N, ...]`, row n of each is example n.
+  """
+
+  arrays: PyTree
+
+  def __len__(self) -> int:
+    return len(jax.tree.leaves(self.arrays)[0])
+
+  def take(self, rows: np.ndarray) -> PyTree:
+    """Returns the examples of these numbers, in an array of any shape."""
+    return jax.tree.map(lambda array: array[rows], self.arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+  """A data set of arrays.
+
+  Attributes:
+    name: What records call it.
+    train: Examples to train on.
+    tests: Sets to test on, by name; the first is the one that counts.
+  """
+
+  name: str
+  train: Table
+  tests: Mapping[str, Table]
+
+
+def from_tables(
+  train: PyTree, tests: Mapping[str, PyTree], name: str = 'tables'
+) -> Tables:
+  """Makes a data set of arrays that need not be images.
+
+  Args:
+    train: Pytree of arrays `[N, ...]`; row n of each belongs to example n. A
+      batch has the same form.
+    tests: The same for each set to test on, by name, such as `test`.
+    name: What records call the data set.
+
+  Returns:
+    The data set; numbers of 64 bits become numbers of 32.
+
+  Raises:
+    ValueError: If an array is another one; names it, and what to change.
+
+  >>> test = {'x': np.ones((3, 2))}
+  >>> made = from_tables({'x': np.zeros((6, 2))}, {'test': test})
+  >>> len(made.train), made.tests['test'].take(np.array([0]))['x'].dtype
+  (6, dtype('float32'))
+  """
+  if not isinstance(tests, Mapping) or 'test' not in tests:
+    raise ValueError('tests must be a dictionary with the key test.')
+  found = {key: _checked(key, value) for key, value in tests.items()}
+  examples = _checked('train', train)
+  for key, table in found.items():
+    if _form(table) != _form(examples):
+      raise ValueError(
+        f'an example of {key} has the form {_form(table)}, and one of train '
+        f'{_form(examples)}: give both one form.'
+      )
+  return Tables(name, examples, found)
+
+
+def _checked(key: str, examples: PyTree) -> Table:
+  """Returns a table, or raises a ValueError that names what is wrong."""
+  arrays = jax.tree.map(np.asarray, examples)
+  leaves = jax.tree.leaves(arrays)
+  if not leaves or any(leaf.ndim == 0 for leaf in leaves):
+    raise ValueError(
+      f'{key} must hold arrays [N, ...], a row for each example.'
+    )
+  sizes = sorted({len(leaf) for leaf in leaves})
+  if len(sizes) > 1 or not sizes[0]:
+    raise ValueError(
+      f'the arrays of {key} have {", ".join(map(str, sizes))} rows: give all '
+      'of them one row for each example, and at least one.'
+    )
+  for leaf in leaves:
+    if leaf.dtype.kind not in 'biuf':
+      raise ValueError(f'{key} holds {leaf.dtype}: give it numbers.')
+    if leaf.dtype.kind == 'f' and not np.isfinite(leaf).all():
+      raise ValueError(f'{key} holds NaN or infinity: give it finite numbers.')
+  return Table(jax.tree.map(_narrow, arrays))
+
+
+def _narrow(array: np.ndarray) -> np.ndarray:
+  narrower = _NARROWER.get(array.dtype)
+  if narrower is None:
+    return array
+  found = array.astype(narrower)
+  if array.dtype.kind != 'f' and not np.array_equal(found, array):
+    raise ValueError(
+      f'{array.dtype} holds a number of more than 32 bits, with which JAX '
+      'computes: make it smaller.'
+    )
+  return found
+
+
+def _form(table: Table) -> str:
+  form = jax.tree.map(lambda x: f'{x.dtype}{list(x.shape[1:])}', table.arrays)
+  return str(form)

@@ -1,0 +1,469 @@
+"""The rounds of a run: trained, timed, logged, tested and saved."""
+
+from collections.abc import Mapping
+import dataclasses
+import math
+import time
+from typing import Any, NamedTuple
+
+from absl import logging
+import jax
+from jax.sharding import NamedSharding
+import ml_collections
+import numpy as np
+
+from resist_jax.decomposition import Assignment
+from resist_jax.errors import NonFiniteError
+from resist_jax.rounds import State, assemble
+from resist_jax.rounds.arrays import place_parts, to_host
+from resist_jax.rounds.mesh import SHARDED, workers_here
+from resist_jax.rounds.state import assignments_on_host
+from resist_jax.run import metrics, phases, processes, restore, stopping
+from resist_jax.run.callbacks import Callbacks
+from resist_jax.run.checkpoint import Checkpoints, Restored
+from resist_jax.run.interrupt import Interrupt, Interrupted
+from resist_jax.run.phases import Phase
+from resist_jax.run.setup import Setup
+from resist_jax.run.task import Test
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+  """The counters of a run; a checkpoint holds them.
+
+  Attributes:
+    round: Rounds completed.
+    bytes_total: Bytes sent so far, by the paper's count.
+    wire_bytes_total: Bytes that rounds sent so far from device to device.
+    evaluation_wire_bytes_total: Bytes that tests sent so far.
+    images_total: Images that all workers trained on so far.
+    seconds_training: Seconds without compilation, tests, logs and checkpoints;
+      what is written while a round runs may slow it down.
+    seconds_total: Seconds with everything.
+    left_out_total: How often a round excluded a worker.
+    best_test_accuracy_paper: Best accuracy of the evaluations so far.
+    residual_scale: Residual scale of the global network's cut chains; 1 for
+      any other chain.
+    depths_by_speed: Depths measured when the run began; empty if the config
+      does not ask for them.
+    best: What `stopping` remembers of the tests.
+    last: The newest row of the log.
+  """
+
+  round: int = 0
+  bytes_total: int = 0
+  wire_bytes_total: int = 0
+  evaluation_wire_bytes_total: int = 0
+  images_total: int = 0
+  seconds_training: float = 0.0
+  seconds_total: float = 0.0
+  left_out_total: int = 0
+  best_test_accuracy_paper: float = 0.0
+  residual_scale: dict[str, float] = dataclasses.field(default_factory=dict)
+  depths_by_speed: list[int] = dataclasses.field(default_factory=list)
+  best: dict[str, Any] = dataclasses.field(default_factory=dict)
+  last: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Clock:
+  """Adds up the seconds of training, between `start` and `stop`."""
+
+  def __init__(self, seconds: float):
+    """Starts from a sum of seconds, such as that of a resumed run."""
+    self._seconds = seconds
+    self._since: float | None = None
+
+  @property
+  def stopped(self) -> bool:
+    """Whether the clock is not running."""
+    return self._since is None
+
+  def start(self) -> None:
+    """Starts the clock if it is not running."""
+    self._since = self._since or time.perf_counter()
+
+  def stop(self) -> None:
+    """Stops the clock."""
+    self._seconds, self._since = self.seconds(), None
+
+  def seconds(self) -> float:
+    """Returns the seconds so far, including those since the last `start`."""
+    if self._since is None:
+      return self._seconds
+    return self._seconds + time.perf_counter() - self._since
+
+
+class _Dispatched(NamedTuple):
+  """A round that may still be running on the devices."""
+
+  index: int
+  phase: Phase
+  before: dict[str, Assignment]
+  after: dict[str, Assignment]
+  metrics: dict[str, Any]
+
+
+class _Due(NamedTuple):
+  """What follows a round.
+
+  Attributes:
+    last: Whether no other round follows.
+    evaluates: Whether the global network is tested.
+    saves: Whether a checkpoint is written.
+    leaves: Whether another phase begins.
+  """
+
+  last: bool
+  evaluates: bool
+  saves: bool
+  leaves: bool
+
+
+class Loop:
+  """The rounds of a run that are left.
+
+  Attributes:
+    setup: Setup of the run.
+    state: What the workers hold.
+    phase: The phase of the next round, or after the last one that of the last.
+    progress: What is done.
+  """
+
+  state: State
+  phase: Phase
+
+  def __init__(
+    self,
+    setup: Setup,
+    checkpoints: Checkpoints,
+    log: metrics.Log,
+    callbacks: Callbacks,
+    interrupt: Interrupt,
+  ):
+    """Takes what a run needs.
+
+    Args:
+      setup: Setup of the run.
+      checkpoints: Where its states are saved.
+      log: Where its rows are written.
+      callbacks: What is called with each row.
+      interrupt: What records signals.
+    """
+    self.setup, self._checkpoints = setup, checkpoints
+    self._log, self._callbacks = log, callbacks
+    self._interrupt = interrupt
+    self._network_test = phases.make_test(setup)
+    self._judged_by = stopping.judged_by(setup)
+    self._rate = phases.schedule(setup.config)
+    self._clock = Clock(0.0)
+    self._running: _Dispatched | None = None
+    self._asked = 0  # The signal that some process got, or 0.
+    self.progress = Progress()
+
+  def run(self, restored: Restored | None, started: float) -> None:
+    """Trains to the end.
+
+    Args:
+      restored: The checkpoint to go on from; None before the first round.
+      started: When this part of the run began, by `time.perf_counter`.
+
+    Raises:
+      NonFiniteError: If training diverges.
+      Interrupted: On a signal, after a checkpoint.
+    """
+    self._begin(restored, started)
+    config = self.setup.config
+    for index in range(self.progress.round, config.num_rounds):
+      if stopping.reason(config, self.progress.best):
+        break
+      self._dispatch(index)
+      due = self._due(index + 1)
+      if jax.process_count() == 1:
+        self._asked = self._interrupt.signum or 0
+      if not (any(due) or self._asked or self._waits):
+        self._checkpoints.finish(wait=False)
+        continue
+      self._read()
+      self._checkpoints.finish(wait=False)
+      if any(due) or self._asked:
+        self._pause(due)
+      else:
+        self._write()
+    self._end()
+
+  def _begin(self, restored: Restored | None, started: float) -> None:
+    setup = self.setup
+    progress = Progress(**restored.progress) if restored else Progress()
+    by_speed = setup.config.depths == 'by_speed'
+    remembers = progress.best.get('by') == self._judged_by
+    self.progress = dataclasses.replace(
+      progress,
+      residual_scale=phases.global_scale(setup),
+      depths_by_speed=list(setup.depths) if by_speed else [],
+      best=progress.best if remembers else {},
+    )
+    self._before = progress.seconds_total - started
+    self._clock = Clock(progress.seconds_training)
+    self.phase, self.state = restore.start(setup, restored)
+    self._log.begin()
+    self._apart = True  # Whether the processes may be at different points.
+
+  def _dispatch(self, index: int) -> None:
+    """Begins a round; where the host dispatches steps, it also ends."""
+    processes.doing(f'round {index + 1}')
+    if self._apart:
+      # Time spent waiting for other processes is not counted.
+      processes.barrier()
+      self._apart = False
+    self._clock.start()
+    before = assignments_on_host(self.state)
+    batches = self.setup.pipeline.batches(index)
+    self.state, measured = self.phase.trainer.round(self.state, batches)
+    # An accelerator runs this round while that before is read and logged.
+    if self._running:
+      self._read(ahead=True)
+      self._write()
+    after = assignments_on_host(self.state)
+    self._running = _Dispatched(index, self.phase, before, after, measured)
+    # Where the host dispatches steps, it has waited for them: the clock is read
+    # now, or the time of the next round would count for this one.
+    self._waits = 'seconds_local' in measured or self._callbacks.read_state
+
+  def _due(self, done: int) -> _Due:
+    config = self.setup.config
+    last = done == config.num_rounds
+    return _Due(
+      last,
+      evaluates=last or done % config.eval_every == 0,
+      saves=last or done % config.checkpoint_every == 0,
+      leaves=not last and phases.name_at(config, done) != self.phase.name,
+    )
+
+  def _read(self, ahead: bool = False) -> None:
+    """Waits for the round that runs, and notes what it did.
+
+    Args:
+      ahead: Whether the next one runs already, so that the clock goes on.
+    """
+    assert self._running
+    gathered = _gathered(self.setup, self._running, self._interrupt)
+    if not ahead:
+      self._clock.stop()
+    seconds = self._clock.seconds()
+    step = (self._running.index + 1) * self.setup.config.local_steps - 1
+    rate: Any = self._rate(step)
+    self.progress = _noted(
+      self.setup, self._running, self.progress, gathered, seconds, float(rate)
+    )
+    self._asked = self._asked or int(gathered['signum'].max())
+    self._running = None
+
+  def _write(self) -> None:
+    """Logs the newest row."""
+    self._log.write(self.progress.last)
+    self._callbacks(self.progress.last, self.state)
+
+  def _pause(self, due: _Due) -> None:
+    """Tests, saves, stops, or goes on to another phase."""
+    self._apart, done = True, self.progress.round
+    if due.evaluates:
+      processes.doing(f'the test after round {done}')
+      self._test()
+      due = self._due_after_test(due)
+    self._write()
+    elapsed = self._before + time.perf_counter()
+    self.progress = dataclasses.replace(self.progress, seconds_total=elapsed)
+    if jax.process_count() == 1:  # It may have come during the test.
+      self._asked = self._interrupt.signum or 0
+    processes.doing(f'the checkpoint of round {done}')
+    if due.saves or self._asked:
+      self._save()
+    if due.evaluates:
+      self._checkpoints.tested(done)
+    if self._asked and not due.last:
+      self._checkpoints.finish()
+      raise Interrupted(
+        self._asked,
+        f'stopped after round {done} of {self.setup.config.num_rounds}; the '
+        'same command goes on from there.',
+      )
+    if due.leaves:
+      whole = assemble(self.state)
+      self.phase, self.state = restore.begin_phase(self.setup, done, whole)
+
+  def _test(self) -> None:
+    progress = _tested(self.progress, self._network_test, self.state)
+    gain = self.setup.config.early_stopping.min_gain
+    best = stopping.updated(progress.best, self._judged_by, progress.last, gain)
+    self.progress = dataclasses.replace(progress, best=best)
+
+  def _due_after_test(self, due: _Due) -> _Due:
+    """Returns what is due where a test decides about it, too."""
+    config, best = self.setup.config, self.progress.best
+    stops = bool(stopping.reason(config, best))
+    keeps = config.keep_best and best['round'] == self.progress.round
+    return due._replace(
+      last=due.last or stops,
+      saves=due.saves or stops or keeps,
+      leaves=due.leaves and not stops,
+    )
+
+  def _save(self) -> None:
+    best = self.progress.best.get('round')
+    self._checkpoints.save(
+      self.state,
+      dataclasses.asdict(self.progress),
+      best if self.setup.config.keep_best else None,
+    )
+
+  def _end(self) -> None:
+    # Ended by a lower num_rounds, or given more tests since.
+    if not _has_tests(self.progress.last, self.setup.dataset.tests):
+      self.progress = _tested(self.progress, self._network_test, self.state)
+      self._checkpoints.tested(self.progress.round)
+    self._checkpoints.finish()
+
+
+def _gathered(
+  setup: Setup, running: _Dispatched, interrupt: Interrupt
+) -> dict[str, np.ndarray]:
+  """Waits for a round, and returns its metrics of all workers.
+
+  They include `signum`, the signal that a worker's process got, or 0: all
+  processes read the same, so they stop after the same round.
+  """
+  arrays = dict(running.metrics)
+  here = {
+    'signum': interrupt.signum or 0,
+    'seconds_local': arrays.pop('seconds_local', 0),
+  }
+  gathered = {k: _allgather_scalar(setup, v) for k, v in here.items()}
+  return to_host({**arrays, **gathered})
+
+
+def _noted(
+  setup: Setup,
+  running: _Dispatched,
+  progress: Progress,
+  measured: dict[str, np.ndarray],
+  seconds: float,
+  rate: float,
+) -> Progress:
+  """Returns the progress with a round, whose row of the log it makes."""
+  config, done = setup.config, running.index + 1
+  excluded = _excluded(config, done, measured)
+  images = config.num_workers * config.local_steps * config.batch_size
+  healthy = measured['healthy']
+  sent = running.phase.wire_bytes(running.before, running.after)
+  row: dict[str, Any] = {
+    'round': done,
+    'protocol': running.phase.name,
+    'train_loss': float(measured['loss'][healthy].mean()),
+    **{
+      f'train_{name}': float(measured[name][healthy].mean())
+      for name in setup.task.metrics
+    },
+    **({'left_out': excluded} if excluded else {}),
+    **_update_norms(measured),
+    'lr': rate,
+    'seconds_training': seconds,
+    # Those of the slowest process, which every exchange waits for.
+    'seconds_local': float(measured['seconds_local'].max()) or None,
+    'bytes_total': progress.bytes_total + running.phase.bytes_per_round,
+    'wire_bytes_total': progress.wire_bytes_total + sent,
+    'images_per_second': images / (seconds - progress.seconds_training),
+    'slots': _slots_held(setup, running.before),
+    'num_blocks': dict(setup.chains),
+  }
+  return dataclasses.replace(
+    progress,
+    round=done,
+    bytes_total=row['bytes_total'],
+    wire_bytes_total=row['wire_bytes_total'],
+    images_total=progress.images_total + images,
+    seconds_training=seconds,
+    left_out_total=progress.left_out_total + len(excluded),
+    last=row,
+  )
+
+
+def _update_norms(measured: dict[str, np.ndarray]) -> dict[str, list]:
+  """Returns a field of the log, where updates are judged; None: not finite."""
+  if 'update_norm' not in measured:
+    return {}
+  norms = measured['update_norm'].tolist()
+  return {'update_norms': [x if math.isfinite(x) else None for x in norms]}
+
+
+def _allgather_scalar(setup: Setup, number: float) -> jax.Array:
+  """Returns `float32[S]`: each process's number, in its workers' rows."""
+  S = setup.config.num_workers
+  here = len(workers_here(setup.mesh, S))
+  mine = np.full(here, number, np.float32)
+  return place_parts(mine, NamedSharding(setup.mesh, SHARDED), S)
+
+
+def _slots_held(
+  setup: Setup, assignments: dict[str, Assignment]
+) -> dict[str, list[list[int]]]:
+  """Returns the blocks of each worker, without empty slots."""
+  return {
+    name: [
+      [block for block in worker if block < setup.chains[name]]
+      for worker in assignment.slots.tolist()
+    ]
+    for name, assignment in assignments.items()
+  }
+
+
+def _excluded(
+  config: ml_collections.ConfigDict, done: int, measured: dict[str, np.ndarray]
+) -> list[int]:
+  """Returns the workers that the aggregate of a round excludes."""
+  finite, healthy = measured['finite'], measured['healthy']
+  broken = ', '.join(map(str, np.flatnonzero(~finite)))
+  if finite.any() and not healthy.any():
+    raise NonFiniteError(
+      f'round {done}: the losses or updates of all workers are far larger than '
+      'usual (faults.update_factor=0 allows such updates)'
+    )
+  if broken and not (config.faults.leave_out and healthy.any()):
+    raise NonFiniteError(
+      f'round {done}: the loss or the parameters of worker {broken} are not '
+      'finite'
+    )
+  far = ', '.join(map(str, np.flatnonzero(finite & ~healthy)))
+  for workers, reason in (
+    (broken, 'its loss, its parameters or a gradient is not finite'),
+    (far, 'its loss or its update is far larger than those of the others'),
+  ):
+    if workers:
+      logging.warning(
+        'round %d goes on without worker %s: %s', done, workers, reason
+      )
+  return np.flatnonzero(~healthy).tolist()
+
+
+def _has_tests(row: Mapping[str, Any], tests: Mapping[str, Any]) -> bool:
+  """Returns whether a row of the log has a test of every set."""
+  return all(any(key.startswith(f'{t}_') for key in row) for t in tests)
+
+
+def _tested(progress: Progress, test: Test, state: State) -> Progress:
+  """Returns the progress after a test of the global network."""
+  measures, broken, sent = test(state)
+  if broken:
+    listed = ', '.join(f'{name} ({n} examples)' for name, n in broken.items())
+    raise NonFiniteError(
+      f'round {progress.round}: the outputs of the network are not finite in '
+      f'the test {listed}'
+    )
+  best = max(
+    progress.best_test_accuracy_paper, measures.get('test_accuracy_paper', 0.0)
+  )
+  return dataclasses.replace(
+    progress,
+    best_test_accuracy_paper=best,
+    evaluation_wire_bytes_total=progress.evaluation_wire_bytes_total + sent,
+    last={**progress.last, **measures},
+  )

@@ -1,0 +1,130 @@
+"""How good a network of somebody else's is: its mean loss on the test sets."""
+
+from collections.abc import Callable, Iterator, Mapping
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+import numpy as np
+
+from resist_jax.decomposition import join
+from resist_jax.rounds import State
+from resist_jax.rounds.arrays import place, to_host
+from resist_jax.rounds.mesh import REPLICATED, SHARDED, spread
+from resist_jax.run.evaluate import gather_network
+from resist_jax.run.task import Evaluation
+
+PyTree = Any
+
+
+class MeanLoss:
+  """Tests the global network by its loss function."""
+
+  def __init__(
+    self,
+    loss_fn: Callable,
+    read: Callable[[str, np.ndarray], PyTree],
+    sizes: Mapping[str, int],
+    mesh: Mesh,
+    batch_size: int,
+  ):
+    """Builds the program.
+
+    Args:
+      loss_fn: `loss_fn(params, batch) -> (loss, metrics)`, means over a batch.
+      read: Reads rows of a set, see `ModuleTask.examples`.
+      sizes: Examples of each set to test on, by name.
+      mesh: Where the workers live.
+      batch_size: Examples in a batch.
+    """
+    self._read, self._sizes = read, sizes
+    self._mesh, self._batch_size = mesh, batch_size
+
+    def local(shared, chain, batch):
+      params = join(jax.tree.map(lambda x: x[0], shared), chain)
+      loss, metrics = loss_fn(params, jax.tree.map(lambda x: x[0], batch))
+      return jax.tree.map(lambda x: x[None], {'loss': loss, **metrics})
+
+    rows = spread(mesh)
+    self._apply = jax.jit(
+      jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(SHARDED, REPLICATED, rows),
+        out_specs=rows,
+        check_vma=True,
+      )
+    )
+
+  def __call__(self, state: State) -> Evaluation:
+    """Measures means over whole sets.
+
+    Args:
+      state: What the workers hold.
+
+    Returns:
+      For each set `NAME_loss`, `NAME_perplexity` (the exponential of the loss),
+      and a mean of each metric.
+    """
+    gathered, sent = gather_network(self._mesh, state)
+    measures, broken = {}, {}
+    for name, size in self._sizes.items():
+      sums, bad = self._sums(name, size, gathered)
+      if bad:
+        broken[f'{name}_loss'] = bad
+      means = {key: float(value) / size for key, value in sums.items()}
+      if means['loss'] < 700:  # Of more, the exponential is infinite.
+        means['perplexity'] = math.exp(means['loss'])
+      measures |= {f'{name}_{key}': value for key, value in means.items()}
+    return Evaluation(measures, broken, sent)
+
+  def _sums(self, name: str, size: int, gathered) -> tuple[dict, int]:
+    """Returns sums over a set, and how many examples have a loss of NaN."""
+    by_row = NamedSharding(self._mesh, spread(self._mesh))
+    sums: dict[str, np.ndarray] = {}
+    bad, waiting = 0, []
+
+    def finish(found, weights):
+      nonlocal bad
+      found = to_host(found)
+      bad += int((weights * ~np.isfinite(found['loss'])).sum())
+      for key, value in found.items():
+        # A row that is filled up repeats an example, and does not count.
+        counted = np.where(weights > 0, value.astype(np.float64) * weights, 0)
+        sums[key] = sums.get(key, 0.0) + counted.sum()
+
+    for rows, weights in batches(size, self._mesh.size, self._batch_size):
+      batch = place(self._read(name, rows), by_row)
+      waiting.append((self._apply(*gathered, batch), weights))
+      if len(waiting) > 2:  # The next one is read while a device computes.
+        finish(*waiting.pop(0))
+    for found, weights in waiting:
+      finish(found, weights)
+    return sums, bad
+
+
+def batches(
+  size: int, devices: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Spreads a set over devices, in batches whose examples all count.
+
+  Args:
+    size: Examples in the set.
+    devices: Devices that compute side by side.
+    batch_size: Examples in a batch, at most.
+
+  Yields:
+    `(rows, weights)`: `int[devices, B]`, which examples, and `int[devices]`,
+    how many of a row count: B, or 0 where a row is filled up.
+
+  >>> [(rows.tolist(), weights.tolist()) for rows, weights in batches(7, 2, 2)]
+  [([[0, 1], [2, 3]], [2, 2]), ([[4], [5]], [1, 1]), ([[6], [6]], [1, 0])]
+  """
+  first = 0
+  while first < size:
+    b = min(batch_size, max((size - first) // devices, 1))
+    rows = first + np.arange(devices * b).reshape(devices, b)
+    weights = np.where(rows[:, -1] < size, b, 0)
+    yield np.minimum(rows, size - 1), weights
+    first += devices * b

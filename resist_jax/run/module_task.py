@@ -1,0 +1,368 @@
+"""A network from a module of somebody else's: `config.model.module` names it.
+
+The module defines two functions, and may define three more:
+
+  network(config)              -> Network
+  loss(config)                 -> loss_fn(params, present, batch, key)
+  data(config)                 -> data.Tables; without it, `config.data` counts
+  optimizer(config, schedule)  -> an optax transformation; without it, the SGD
+                                  that `config.optimizer` describes
+  rescale(config, params, factors) -> params; see `task.Task.rescale`
+
+`config.model.options` holds what a card wants to tell the module.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+import importlib
+import pathlib
+import types
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import ml_collections
+import numpy as np
+import optax
+
+from resist_jax import accounting, data
+from resist_jax.decomposition import Division
+from resist_jax.errors import ConfigError, one_line
+from resist_jax.rounds import LossFn, State
+from resist_jax.rounds.arrays import to_host
+from resist_jax.run import export, optimizer
+from resist_jax.run.config import EXCHANGES, chosen_depths
+from resist_jax.run.mean_loss import MeanLoss
+from resist_jax.run.task import Dataset
+
+PyTree = Any
+_NEEDED = ('network', 'loss')
+
+
+class Network(NamedTuple):
+  """A network of somebody else's.
+
+  Attributes:
+    init: Returns the initial parameters for a seed: a dictionary whose chains
+      stack their blocks, `[L, ...]`.
+    chains: The names of the chains that ResIST cuts.
+  """
+
+  init: Callable[[int], PyTree]
+  chains: tuple[str, ...]
+
+
+def load(name: str) -> types.ModuleType:
+  """Imports the module that a config names.
+
+  Args:
+    name: Its name, such as `my_project.gpt`.
+
+  Raises:
+    ConfigError: If that is impossible, or if it lacks a function.
+  """
+  try:
+    module = importlib.import_module(name)
+  except Exception as error:  # A module may raise anything.
+    raise ConfigError(
+      f'model.module is {name!r}, which cannot be imported '
+      f'({one_line(error)}): start in the folder that holds it, or install it.'
+    ) from error
+  for function in _NEEDED:
+    if not callable(getattr(module, function, None)):
+      raise ConfigError(
+        f'model.module is {name!r}, which defines no function '
+        f'{function}(config): add it.'
+      )
+  return module
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModuleTask:
+  """What a module describes; see `task.Task`.
+
+  Attributes:
+    config: The config.
+    module: The module.
+    network: What it returned.
+    dataset: What it returned, or what the config names.
+  """
+
+  config: ml_collections.ConfigDict
+  module: types.ModuleType
+  network: Network
+  dataset: Dataset
+
+  @property
+  def cuts(self) -> dict[str, int | None]:
+    """See `task.Task`."""
+    return dict.fromkeys(self.network.chains, self.config.min_depth)
+
+  @functools.cached_property
+  def metrics(self) -> tuple[str, ...]:
+    """See `task.Task`; they are found by tracing the loss."""
+    batch = self.examples(next(iter(self.dataset.tests)), np.zeros(1, int))
+    _, found = jax.eval_shape(self.make_test_loss({}), self.shapes(), batch)
+    return tuple(found)
+
+  def init(self, seed: int) -> PyTree:
+    """See `task.Task`."""
+    return self.network.init(seed)
+
+  @property
+  def measures(self) -> tuple[str, ...]:
+    """See `task.Task`."""
+    return 'loss', 'perplexity', *self.metrics
+
+  def shapes(self) -> PyTree:
+    """See `task.Task`."""
+    return jax.eval_shape(lambda: self.init(0))
+
+  def make_loss(
+    self, scale: Mapping[str, float], axis_name: str | None
+  ) -> LossFn:
+    """See `task.Task`."""
+    loss, prepared = self.module.loss(self.config), self._augmented(axis_name)
+
+    def loss_fn(params, present, batch, key, constants=None):
+      if constants is not None:
+        batch = jax.tree.map(lambda examples: examples[batch], constants)
+      scaled = self._scaled(params, present, scale)
+      return loss(params, scaled, prepared(key, batch), key)
+
+    return loss_fn
+
+  def make_test_loss(self, scales: Mapping[str, Any]) -> Callable:
+    """Returns the loss of the whole network on a batch that is as read.
+
+    Args:
+      scales: Residual scale of each chain that ResIST cuts, `float32[L]`; 1
+        for any other chain.
+
+    Returns:
+      `loss_fn(params, batch)`, which calls that of the module without a key.
+    """
+    loss = self.module.loss(self.config)
+
+    def loss_fn(params, batch):
+      scaled = self._scaled(params, {}, scales)
+      return loss(params, scaled, self._normalised(batch), None)
+
+    return loss_fn
+
+  def _scaled(self, params, present, scale) -> dict[str, jax.Array]:
+    """Returns the factor of each slot of each chain; 0 where it is empty."""
+    found = {}
+    for name in self.network.chains:
+      length = len(jax.tree.leaves(params[name])[0])
+      held = present.get(name, jnp.ones(length, jnp.float32))
+      found[name] = held * jnp.asarray(scale.get(name, 1.0), jnp.float32)
+    return found
+
+  def _augmented(self, axis_name: str | None) -> Callable:
+    """Returns what happens to the examples of a training batch."""
+    dataset = self.dataset
+    if isinstance(dataset, data.Tables):
+      return lambda key, batch: batch
+    pad, flip, _ = data.choose(self.config.data.augment, dataset)
+
+    def augment(key, batch):
+      images, labels = batch
+      images = data.augment(key, images, pad, flip, axis_name)
+      return self._normalised((images, labels))
+
+    return augment
+
+  def _normalised(self, batch: PyTree) -> PyTree:
+    if isinstance(self.dataset, data.Tables):
+      return batch
+    images, labels = batch
+    return data.normalise(images, self.dataset.mean, self.dataset.std), labels
+
+  def examples(self, test: str, rows: np.ndarray) -> PyTree:
+    """Reads examples of a set to test on, as `make_test_loss` takes them.
+
+    Args:
+      test: Name of the set.
+      rows: Which, in an array of any shape.
+    """
+    split = self.dataset.tests[test]
+    if isinstance(split, data.Table):
+      return split.take(rows)
+    return split.images[rows], split.labels[rows]
+
+  def make_optimizer(
+    self, schedule: optax.Schedule
+  ) -> optax.GradientTransformation:
+    """See `task.Task`."""
+    own = getattr(self.module, 'optimizer', None)
+    if own is not None:
+      return own(self.config, schedule)
+    described = self.config.optimizer
+    return optimizer.make_optimizer(
+      schedule, described.momentum, described.weight_decay
+    )
+
+  def make_test(
+    self,
+    scales: Mapping[str, Any],
+    mesh: Mesh,
+    options: ml_collections.ConfigDict,
+  ) -> MeanLoss:
+    """See `task.Task`."""
+    sizes = {name: len(split) for name, split in self.dataset.tests.items()}
+    loss_fn = self.make_test_loss(scales)
+    return MeanLoss(loss_fn, self.examples, sizes, mesh, options.batch_size)
+
+  def rescale(self, params: PyTree, factors: Mapping[str, float]) -> PyTree:
+    """See `task.Task`."""
+    own = getattr(self.module, 'rescale', None)
+    if own is None:
+      raise ConfigError(
+        f'the residual scale of {", ".join(factors)} changes with num_workers, '
+        f'and {self.config.model.module} defines no function rescale(config, '
+        'params, factors): keep num_workers, or add it, or begin with '
+        'residual_scale none.'
+      )
+    return own(self.config, params, factors)
+
+  def save(
+    self,
+    workdir: pathlib.Path,
+    state: State,
+    params: PyTree,
+    scales: Mapping[str, Any],
+    test: Any,
+  ) -> None:
+    """See `task.Task`."""
+    del state, test
+    record = {'module': self.config.model.module}
+    export.write(workdir, {'params': params, 'scales': dict(scales)}, record)
+
+  def describe(self) -> dict[str, Any]:
+    """See `task.Task`."""
+    dataset = self.dataset
+    if isinstance(dataset, data.Tables):
+      return {'dataset': dataset.name}
+    return {
+      'class_names': list(dataset.class_names),
+      'image_shape': list(dataset.train.images.shape[1:]),
+    }
+
+  def flops(self, lengths: Mapping[str, int]) -> None:
+    """See `task.Task`: nobody counts them."""
+
+  def statistics(self, lengths: Mapping[str, int]) -> int:
+    """See `task.Task`: a loss of somebody else's averages nothing."""
+    del lengths
+    return 0
+
+
+def make(
+  config: ml_collections.ConfigDict,
+  dataset: Dataset | None,
+  read: Callable[[], Dataset],
+) -> ModuleTask:
+  """Returns the task that a config and its module describe.
+
+  Args:
+    config: A valid one.
+    dataset: The examples; None for those of the module.
+    read: Reads the data set that the config names, if the module has none.
+
+  Raises:
+    ConfigError: If the module returns something else.
+  """
+  name = config.model.module
+  module = load(name)
+  network = _called(name, module.network, config)
+  if not isinstance(network, Network):
+    raise ConfigError(
+      f'network(config) of {name} returned {type(network).__name__}: let it '
+      'return resist_jax.run.module_task.Network(init, chains).'
+    )
+  own = getattr(module, 'data', None)
+  if dataset is None:
+    dataset = _called(name, own, config) if own else read()
+  if not isinstance(dataset, Dataset):
+    raise ConfigError(
+      f'data(config) of {name} returned {type(dataset).__name__}: let it '
+      'return what resist_jax.data.from_tables makes.'
+    )
+  task = ModuleTask(config, module, network, dataset)
+  _check(task)
+  return task
+
+
+def _check(task: ModuleTask) -> None:
+  """Raises a ConfigError if the network or the loss does not fit."""
+  config, name = task.config, task.config.model.module
+  try:
+    shapes = task.shapes()
+    sizes = accounting.measure(shapes, task.network.chains)
+    _ = task.metrics
+  except Exception as error:  # A function of somebody else's raises anything.
+    raise ConfigError(
+      f'{name} does not fit together ({one_line(error)}): the '
+      'docstring of resist_jax.run.module_task says what its functions return.'
+    ) from error
+  if config.protocol != 'resist':
+    return
+  if not task.network.chains:
+    raise ConfigError(
+      f'network(config) of {name} names no chain that ResIST could cut: name '
+      'one, or use protocol local_sgd.'
+    )
+  depths = chosen_depths(config)
+  if config.depths and len(sizes.num_blocks) > 1:
+    raise ConfigError(
+      f'depths is {config.depths}, of one chain, but {name} has several.'
+    )
+  exchange = EXCHANGES[config.exchange](config.wire_format)
+  for chain, length in sizes.num_blocks.items():
+    division = Division(length, config.num_workers, config.min_depth, depths)
+    try:
+      exchange.check(division)
+    except ValueError as error:
+      raise ConfigError(f'chain {chain}: {error}') from error
+
+
+def _called(name: str, function: Callable, config) -> Any:
+  try:
+    return function(config)
+  except ConfigError:
+    raise
+  except Exception as error:
+    raise ConfigError(
+      f'{function.__name__}(config) of {name} failed '
+      f'({one_line(error)}): mend it, or the section model.options of the card.'
+    ) from error
+
+
+def rescaled_blocks(
+  params: Mapping[str, PyTree],
+  factors: Mapping[str, float],
+  ends: Callable[[str], bool],
+) -> PyTree:
+  """Multiplies the last layer of each residual branch by a factor.
+
+  Args:
+    params: Global parameters.
+    factors: The factor of each chain, by name.
+    ends: Says of a path, such as `Dense_1/kernel`, whether it belongs to the
+      last layer of a branch.
+
+  Returns:
+    The parameters, for a function `rescale` of a module.
+  """
+  found = dict(params)
+  for chain, factor in factors.items():
+
+    def scaled(path, leaf, factor=factor):
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      return leaf * factor if ends(name) else leaf
+
+    found[chain] = jax.tree_util.tree_map_with_path(scaled, params[chain])
+  return to_host(found)

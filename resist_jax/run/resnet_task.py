@@ -1,0 +1,173 @@
+"""Image classification by a ResNet."""
+
+from collections.abc import Mapping
+import dataclasses
+from functools import partial
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import ml_collections
+import optax
+
+from resist_jax import data, models
+from resist_jax.rounds import LossFn, State
+from resist_jax.run import classification, export, optimizer
+from resist_jax.run.block_walk import BlockWalk
+from resist_jax.run.config import build_model, cut_chains
+from resist_jax.run.evaluate import Evaluator, WholeNetwork
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNetTask:
+  """Image classification by a ResNet; see `task.Task`.
+
+  Attributes:
+    network: The global network.
+    dataset: The images.
+    cuts: See `task.Task`.
+    optimizer: The section `optimizer` of the config.
+    augment: What happens to training images.
+  """
+
+  network: models.ResNet
+  dataset: data.Dataset
+  cuts: Mapping[str, int | None]
+  optimizer: ml_collections.ConfigDict
+  augment: str
+
+  @property
+  def metrics(self) -> tuple[str, ...]:
+    """See `task.Task`."""
+    return classification.METRICS
+
+  @property
+  def measures(self) -> tuple[str, ...]:
+    """See `task.Task`."""
+    return 'accuracy', 'accuracy_paper'
+
+  @property
+  def image_shape(self) -> tuple[int, ...]:
+    """`(H, W, C)` of a training image."""
+    return self.dataset.train.images.shape[1:]
+
+  @property
+  def augmentation(self) -> data.Augmentation:
+    """What happens to training images."""
+    return data.choose(self.augment, self.dataset)
+
+  def init(self, seed: int) -> PyTree:
+    """See `task.Task`."""
+    return models.initial_params(self.network, self.image_shape, seed)
+
+  def shapes(self) -> PyTree:
+    """See `task.Task`."""
+    image = jnp.zeros((1, *self.image_shape), jnp.float32)
+    return jax.eval_shape(self.network.init, jax.random.key(0), image)['params']
+
+  def make_loss(
+    self, scale: Mapping[str, float], axis_name: str | None
+  ) -> LossFn:
+    """See `task.Task`."""
+    pad, flip, _ = self.augmentation
+    return classification.make_loss(
+      self.network, self.dataset, scale, pad, flip, axis_name
+    )
+
+  def make_optimizer(
+    self, schedule: optax.Schedule
+  ) -> optax.GradientTransformation:
+    """See `task.Task`."""
+    return optimizer.make_optimizer(
+      schedule, self.optimizer.momentum, self.optimizer.weight_decay
+    )
+
+  def make_test(
+    self,
+    scales: Mapping[str, Any],
+    mesh: Mesh,
+    options: ml_collections.ConfigDict,
+  ) -> Evaluator:
+    """See `task.Task`."""
+    make = WholeNetwork
+    if options.stream_blocks:
+      make = partial(BlockWalk, batches_at_once=options.batches_at_once)
+    return Evaluator(
+      make(self.network, self.dataset, scales, mesh),
+      self.dataset,
+      mesh.size,
+      options.batch_size,
+      options.statistics_images,
+    )
+
+  def rescale(self, params: PyTree, factors: Mapping[str, float]) -> PyTree:
+    """See `task.Task`."""
+    return models.rescale_branches(params, factors, self.network)
+
+  def save(
+    self,
+    workdir: pathlib.Path,
+    state: State,
+    params: PyTree,
+    scales: Mapping[str, Any],
+    test: Any,
+  ) -> None:
+    """See `task.Task`."""
+    variables = {'params': params, 'batch_stats': test.statistics(state)}
+    export.save(workdir, self.predictor(variables, scales))
+
+  def predictor(
+    self, variables: dict[str, PyTree], scales: Mapping[str, Any]
+  ) -> export.Predictor:
+    """Returns the network to deploy.
+
+    Args:
+      variables: The collections `params` and `batch_stats`.
+      scales: See `task.Task.make_test`.
+    """
+    dataset = self.dataset
+    return export.Predictor(
+      self.network,
+      variables,
+      dict(scales),
+      dataset.mean,
+      dataset.std,
+      dataset.class_names,
+      self.image_shape,
+      dataset.resized,
+    )
+
+  def describe(self) -> dict[str, Any]:
+    """See `task.Task`."""
+    return {
+      'class_names': list(self.dataset.class_names),
+      'image_shape': list(self.image_shape),
+    }
+
+  def flops(self, lengths: Mapping[str, int]) -> float:
+    """See `task.Task`."""
+    return models.predicted_flops(self.network, self.image_shape, lengths)
+
+  def statistics(self, lengths: Mapping[str, int]) -> int:
+    """See `task.Task`: what batch norm measures."""
+    return models.num_statistics(self.network, self.image_shape, lengths)
+
+
+def make(
+  config: ml_collections.ConfigDict, dataset: data.Dataset, on_cpu: bool
+) -> ResNetTask:
+  """Returns the task that a config describes.
+
+  Args:
+    config: A valid one.
+    dataset: The images.
+    on_cpu: Whether the devices are CPUs.
+  """
+  network = build_model(config, dataset.num_classes, for_cpu=on_cpu)
+  return ResNetTask(
+    network, dataset, cut_chains(config), config.optimizer, config.data.augment
+  )

@@ -1,0 +1,106 @@
+"""TensorBoard as a callback: scalars, the config, pictures, final metrics."""
+
+from collections.abc import Mapping
+import io
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+from PIL import Image
+import tensorboardX
+
+from resist_jax import data, report
+from resist_jax.report import plots
+from resist_jax.run import callbacks
+from resist_jax.run.config import flat
+
+# The folder of hyper-parameters, which TensorBoard shows as a run of its own.
+FINAL = 'final'
+_ROWS, _COLUMNS = 4, 8  # Training images that are shown.
+_LEAST_PIXELS = 32  # A side of each; smaller images are enlarged.
+
+
+class TensorBoard(callbacks.Callback):
+  """Writes into the folder `tensorboard` of a run."""
+
+  reads_state = False
+
+  def begin(self, run: callbacks.Began) -> None:
+    """Writes the config, and some images before the first round."""
+    self._run = run
+    self._folder = run.workdir / 'tensorboard'
+    self._writer = tensorboardX.SummaryWriter(
+      str(self._folder), purge_step=run.round + 1
+    )
+    lines = json.dumps(run.config.to_dict(), indent=2).splitlines()
+    # Markdown takes lines that are indented by four for code.
+    text = '\n'.join(f'    {line}' for line in lines)
+    self._writer.add_text('config', text, run.round)
+    if run.round == 0 and isinstance(run.dataset, data.Dataset):
+      picture = grid(run.dataset.train)
+      self._writer.add_image('training_images', picture, 0, dataformats='HWC')
+
+  def __call__(self, row: Mapping[str, Any], state: Any) -> None:
+    """Writes each number of a row."""
+    del state
+    for name, value in callbacks.numbers(row).items():
+      if name != 'round':
+        self._writer.add_scalar(name, value, row['round'])
+
+  def end(self, summary: Mapping[str, Any] | None) -> None:
+    """Writes what a whole run led to, and closes the files."""
+    with self._writer:
+      if summary is None:
+        return
+      rows = report.read_rows(self._run.workdir / 'metrics.jsonl')
+      figure = plots.accuracy_figure({'': rows}, 'round')
+      picture = np.asarray(Image.open(io.BytesIO(plots.render_png(figure))))
+      self._writer.add_image(
+        'accuracy_by_round', picture, summary['rounds'], dataformats='HWC'
+      )
+      _write_final(self._folder, self._run.config, summary)
+
+
+def grid(split: data.Split) -> np.ndarray:
+  """Returns a picture of some training images, as they are stored.
+
+  Args:
+    split: The training images.
+
+  Returns:
+    `uint8[H, W, C]`: up to four rows of eight images, the rest black.
+  """
+  some = split.take(data.sample(len(split), _ROWS * _COLUMNS))
+  images = np.asarray(some.in_memory().images)
+  larger = max(1, _LEAST_PIXELS // min(images.shape[1:3]))
+  images = images.repeat(larger, axis=1).repeat(larger, axis=2)
+  rows = min(_ROWS, -(-len(images) // _COLUMNS))
+  count, height, width, channels = images.shape
+  shown = np.zeros((rows * _COLUMNS, height, width, channels), np.uint8)
+  shown[:count] = images
+  shown = shown.reshape(rows, _COLUMNS, height, width, channels)
+  return shown.swapaxes(1, 2).reshape(rows * height, _COLUMNS * width, channels)
+
+
+def _write_final(
+  folder: pathlib.Path, config: Any, summary: Mapping[str, Any]
+) -> None:
+  """Writes hyper-parameters and final metrics for the plugin HParams.
+
+  TensorBoard keeps the first ones that it reads in a folder, so those of an
+  earlier end of the run are deleted.
+  """
+  shutil.rmtree(folder / FINAL, ignore_errors=True)
+  settings = {
+    name: value if isinstance(value, bool | int | float | str) else str(value)
+    for name, value in flat(config).items()
+  }
+  metrics = {
+    f'{FINAL}/{name}': value
+    for name, value in callbacks.numbers(summary).items()
+    if name not in settings
+  }
+  with tensorboardX.SummaryWriter(str(folder)) as writer:
+    writer.add_hparams(settings, metrics, FINAL, summary['rounds'])

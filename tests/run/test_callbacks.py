@@ -1,0 +1,288 @@
+"""Callbacks see each round; TensorBoard and Weights & Biases are two of them.
+
+What they wrote is read by their own packages, which are skipped where they are
+missing; that of a config alone is not.
+"""
+
+import importlib.util
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from several import ROOT
+from test_train import rows, tiny_config
+
+from resist_jax import data, rounds
+from resist_jax.errors import ConfigError
+from resist_jax.run import callbacks, export, train
+from resist_jax.run.config import flat
+from resist_jax.run.interrupt import Interrupted
+from resist_jax.run.tensorboard import grid
+
+
+def needs(package):
+  missing = importlib.util.find_spec(package) is None
+  return pytest.mark.skipif(missing, reason=f'{package} is not installed')
+
+
+class Told(callbacks.Callback):
+  """Keeps what it learns."""
+
+  def __init__(self):
+    self.began, self.rows, self.ended = [], [], []
+    self.params = None
+
+  def begin(self, run):
+    self.began.append((run.round, run.config.num_rounds, run.workdir))
+
+  def __call__(self, row, state):
+    assert int(state.round) == row['round']
+    self.params = rounds.assemble(state).params
+    self.rows.append(row)
+
+  def end(self, summary):
+    self.ended.append(summary)
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """A run of two rounds: `(folder, summary, what a callback was told)`."""
+  folder, told, calls = tmp_path_factory.mktemp('called'), Told(), []
+
+  def function(row, state):
+    calls.append((row.pop('round'), int(state.round)))  # Its own copy.
+
+  config = tiny_config(num_rounds=2, local_steps=1)
+  summary = train.train(config, folder, callbacks=[function, told])
+  assert calls == [(1, 1), (2, 2)]
+  return folder, summary, told
+
+
+def test_a_callback_gets_each_row_and_its_state(finished):
+  folder, summary, told = finished
+  assert told.rows == rows(folder)
+  assert told.began == [(0, 2, folder)]
+  assert told.ended == [summary]
+  trained = export.load(folder).variables['params']
+  jax.tree.map(np.testing.assert_array_equal, told.params, trained)
+
+
+def test_a_callback_learns_that_a_run_stopped_and_goes_on(tmp_path):
+  told = Told()
+
+  def stop(row, state):
+    if row['round'] == 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  config = tiny_config(num_rounds=2, local_steps=1)
+  with pytest.raises(Interrupted):
+    train.train(config, tmp_path, callbacks=[told, stop])
+  assert told.ended == [None]
+  done = len(told.rows)
+  summary = train.train(config, tmp_path, callbacks=[told])
+  assert told.began == [(0, 2, tmp_path), (done, 2, tmp_path)]
+  assert told.ended == [None, summary]
+  assert [row['round'] for row in told.rows] == [1, 2]
+
+
+@pytest.mark.parametrize('wrong', [None, 'print', Told])
+def test_what_cannot_be_called_is_refused(wrong, tmp_path):
+  with pytest.raises(ValueError, match=r'callbacks hold .*: give functions'):
+    train.train(tiny_config(), tmp_path, callbacks=[wrong])
+  assert not list(tmp_path.iterdir())
+
+
+class Quick(callbacks.Callback):
+  """Leaves the state alone."""
+
+  reads_state = False
+
+  def __call__(self, row, state):
+    assert state is None
+
+
+def test_only_who_reads_the_state_holds_up_an_accelerator():
+  called = callbacks.Callbacks([Quick()])
+  assert not called.read_state
+  called({'round': 1}, object())
+  assert callbacks.Callbacks([Quick(), Told()]).read_state
+
+
+# TensorBoard.
+
+
+def test_training_images_lie_in_a_grid():
+  count, shape = 11, (8, 8, 3)
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (count, *shape)).astype(np.uint8)
+  picture = grid(data.Split(images, np.zeros(count, np.int32)))
+  # Two rows of eight, each image four times as high and wide.
+  assert picture.shape == (64, 256, 3)
+  some = data.sample(count, 32)
+  np.testing.assert_array_equal(picture[:32:4, :32:4], images[some[0]])
+  np.testing.assert_array_equal(picture[32::4, 64:96:4], images[some[10]])
+  assert not picture[32:, 96:].any()
+
+
+@needs('tensorboard')
+@pytest.mark.filterwarnings('ignore')  # Those of its imports.
+def test_tensorboard_reads_what_it_is_given(finished):
+  from tensorboard.backend.event_processing import event_accumulator
+
+  folder, summary, _ = finished
+  accumulator = event_accumulator.EventAccumulator(
+    str(folder / 'tensorboard'), {event_accumulator.IMAGES: 0}
+  ).Reload()
+  losses = accumulator.Scalars('train_loss')
+  assert [event.step for event in losses] == [1, 2]
+  assert [event.value for event in losses] == pytest.approx(
+    [row['train_loss'] for row in rows(folder)]
+  )
+  (text,) = accumulator.Tensors('config/text_summary')
+  lines = text.tensor_proto.string_val[0].decode()
+  written = json.loads((folder / 'config.json').read_text())
+  assert json.loads(lines) == written
+  (images,) = accumulator.Images('training_images')
+  assert (images.width, images.height) == (256, 128)
+  (curve,) = accumulator.Images('accuracy_by_round')
+  assert curve.step == 2
+  assert curve.width > 600
+  assert summary['rounds'] == 2
+
+
+@needs('tensorboard')
+@pytest.mark.filterwarnings('ignore')
+def test_tensorboard_compares_settings_with_final_metrics(finished):
+  from tensorboard.backend.event_processing import event_accumulator
+  from tensorboard.plugins.hparams import plugin_data_pb2
+
+  folder, summary, _ = finished
+  accumulator = event_accumulator.EventAccumulator(
+    str(folder / 'tensorboard' / 'final')
+  ).Reload()
+
+  def content(tag):
+    metadata = accumulator.SummaryMetadata(f'_hparams_/{tag}')
+    parsed = plugin_data_pb2.HParamsPluginData()
+    parsed.ParseFromString(metadata.plugin_data.content)
+    return parsed
+
+  given = content('session_start_info').session_start_info.hparams
+  assert set(given) == set(flat(tiny_config()))
+  assert given['lr'].number_value == tiny_config().lr
+  assert given['partition'].string_value == '(2,)'
+  assert given['partition_strided'].bool_value is False
+  names = {
+    info.name.tag for info in content('experiment').experiment.metric_infos
+  }
+  assert {'final/test_accuracy', 'final/wire_bytes_total'} <= names
+  for name in names:  # Each is a scalar of that folder.
+    (event,) = accumulator.Scalars(name)
+    value = summary[name.removeprefix('final/')]
+    assert event.value == pytest.approx(value), name
+
+
+def test_tensorboard_can_be_left_out(tmp_path):
+  config = tiny_config(
+    num_rounds=1, local_steps=1, **{'log.tensorboard': False}
+  )
+  train.train(config, tmp_path)
+  assert not (tmp_path / 'tensorboard').exists()
+  assert len(rows(tmp_path)) == 1
+
+
+# Weights & Biases.
+
+
+def test_a_missing_package_is_named_before_anything_is_written(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setitem(sys.modules, 'wandb', None)  # As if it were not there.
+  config = tiny_config(**{'log.wandb_project': 'digits'})
+  with pytest.raises(ConfigError, match='pip install wandb') as caught:
+    train.train(config, tmp_path)
+  assert '\n' not in str(caught.value)
+  assert not list(tmp_path.iterdir())
+
+
+def lines(path):
+  """Yields the entries of a log of LevelDB, as wandb keeps one, unparsed.
+
+  After seven bytes that name the format there are blocks of 32 KiB. A part of
+  an entry has its checksum, length and kind before it; 1 and 4 end an entry.
+  """
+  content, at, entry = path.read_bytes(), 7, b''
+  while at + 7 <= len(content):
+    if 32768 - at % 32768 < 7:
+      at += 32768 - at % 32768
+    _, length, kind = struct.unpack_from('<IHB', content, at)
+    entry += content[at + 7 : at + 7 + length]
+    at += 7 + length
+    if kind in (1, 4):
+      yield entry
+      entry = b''
+
+
+def records(folder):
+  """Returns what runs in a folder have logged, by kind; see wandb's proto."""
+  from wandb.proto import wandb_internal_pb2
+
+  found = {}
+  for path in sorted(folder.glob('wandb/offline-run-*/*.wandb')):
+    for line in lines(path):
+      record = wandb_internal_pb2.Record()
+      record.ParseFromString(line)
+      kind = record.WhichOneof('record_type')
+      found.setdefault(kind, []).append(getattr(record, kind))
+  return found
+
+
+@needs('wandb')
+@pytest.mark.filterwarnings('ignore')
+def test_weights_and_biases_keeps_a_run_in_offline_mode(tmp_path, monkeypatch):
+  monkeypatch.setenv('WANDB_MODE', 'offline')
+  fields = {'log.wandb_project': 'digits', 'local_steps': 1}
+  train.train(tiny_config(num_rounds=1, **fields), tmp_path / 'mine')
+  summary = train.train(tiny_config(num_rounds=2, **fields), tmp_path / 'mine')
+  found = records(tmp_path / 'mine')
+  runs = found['run']
+  assert {(r.project, r.display_name) for r in runs} == {('digits', 'mine')}
+  assert len({r.run_id for r in runs}) == 1  # The second part goes on.
+  history = [
+    {item.key or item.nested_key[0]: item.value_json for item in entry.item}
+    for entry in found['history']
+  ]
+  assert [json.loads(entry['_step']) for entry in history] == [1, 2]
+  for entry, row in zip(history, rows(tmp_path / 'mine'), strict=True):
+    for name, value in callbacks.numbers(row).items():
+      if name != 'round':
+        assert json.loads(entry[name]) == value
+  last = {
+    item.key or item.nested_key[0]: item.value_json
+    for entry in found['summary']
+    for item in entry.update
+  }
+  assert json.loads(last['params_hash']) == summary['params_hash']
+  assert [entry.exit_code for entry in found['exit']] == [0, 0]
+
+
+@needs('wandb')
+def test_weights_and_biases_without_a_login_is_one_line(tmp_path):
+  """In a process of its own: wandb reads the environment once."""
+  environment = {'HOME': str(tmp_path), 'WANDB_MODE': 'online'}
+  words = ('--config=digits:smoke', '--config.log.wandb_project=digits')
+  ran = subprocess.run(
+    [sys.executable, '-m', 'resist_jax', *words, '--workdir=run'],
+    env={**os.environ, **environment, 'PYTHONPATH': str(ROOT)},
+    cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+  )  # fmt: skip
+  assert ran.returncode == 2, ran.stderr
+  (line,) = (x for x in ran.stderr.splitlines() if x.startswith('error: '))
+  assert 'run wandb login' in line
+  assert not (tmp_path / 'run' / 'config.json').exists()

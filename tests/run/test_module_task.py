@@ -1,0 +1,237 @@
+"""A run of a network that is not ours, from its card to its model."""
+
+import importlib
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+from covering import rest_is_slow
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import own_network
+import pytest
+from test_train import rows, tiny_config
+
+from resist_jax.errors import ConfigError
+from resist_jax.run import export, train
+from resist_jax.run.interrupt import Interrupted
+from resist_jax.run.mean_loss import MeanLoss
+
+
+def config(**fields):
+  made = tiny_config(lr=0.3, **fields)
+  made.model.module = 'own_network'
+  made.model.options = {'width': 8, 'blocks': 4, 'text': 0}
+  return made
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('finished')
+  return folder, train.train(config(), folder)
+
+
+def test_it_is_tested_as_its_loss_says_on_every_set(finished):
+  folder, summary = finished
+  params, scales = export.load_parameters(folder)
+  np.testing.assert_array_equal(scales['blocks'], [0.25] * 4)
+  loss_fn = own_network.loss(None)
+  dataset = own_network.data(config())
+  for name, count in (('test', 37), ('other', 11)):
+    batch = dataset.tests[name].take(np.arange(count))
+    loss, found = loss_fn(params, scales, batch, None)
+    np.testing.assert_allclose(summary[f'{name}_loss'], loss, rtol=1e-5)
+    np.testing.assert_allclose(
+      summary[f'{name}_accuracy'], found['accuracy'], rtol=1e-5
+    )
+    assert summary[f'{name}_perplexity'] == math.exp(summary[f'{name}_loss'])
+  assert 'best_test_accuracy_paper' not in summary
+  first, *_, last = rows(folder)
+  assert last['train_loss'] < first['train_loss']
+  assert {'train_accuracy', 'bytes_total'} <= set(last)
+  assert (folder / 'report.html').stat().st_size > 1000
+
+
+def test_it_goes_on_to_the_same_end(finished, tmp_path, monkeypatch):
+  test = MeanLoss.__call__
+
+  def signal_and_test(self, state):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return test(self, state)
+
+  monkeypatch.setattr(MeanLoss, '__call__', signal_and_test)
+  with pytest.raises(Interrupted, match='after round 2'):
+    train.train(config(), tmp_path)
+  monkeypatch.setattr(MeanLoss, '__call__', test)
+  summary = train.train(config(), tmp_path)
+  assert summary['params_hash'] == finished[1]['params_hash']
+
+
+@pytest.mark.parametrize(
+  'protocol', rest_is_slow(['local_sgd', 'data_parallel'], ['local_sgd'])
+)
+def test_baselines_cut_nothing(protocol, tmp_path):
+  summary = train.train(config(protocol=protocol, num_rounds=1), tmp_path)
+  assert summary['num_blocks'] == {}
+  assert summary['test_loss'] > 0
+
+
+def test_a_module_may_bring_an_optimizer(tmp_path, monkeypatch):
+  """Updates of zero leave the parameters as they began."""
+  monkeypatch.setattr(
+    own_network, 'optimizer', lambda *_: optax.set_to_zero(), raising=False
+  )
+  train.train(config(num_rounds=1), tmp_path)
+  params, _ = export.load_parameters(tmp_path)
+  begun = own_network.network(config()).init(0)
+  jax.tree.map(np.testing.assert_array_equal, params, begun)
+
+
+def test_other_workers_need_a_module_that_rescales(tmp_path, monkeypatch):
+  train.train(config(num_rounds=1), tmp_path)
+  before, scales = export.load_parameters(tmp_path)
+  fewer = config(num_rounds=1, num_workers=2, num_devices=2)
+  with pytest.raises(ConfigError, match='no function rescale'):
+    train.train(fewer, tmp_path)
+
+  def rescale(_, params, factors):
+    blocks = params['blocks']
+    out = blocks['out'] * factors['blocks']
+    return {**params, 'blocks': {**blocks, 'out': out}}
+
+  monkeypatch.setattr(own_network, 'rescale', rescale, raising=False)
+  train.train(fewer, tmp_path)
+  after, others = export.load_parameters(tmp_path)
+  np.testing.assert_allclose(
+    after['blocks']['out'] * others['blocks'][0],
+    before['blocks']['out'] * scales['blocks'][0],
+    rtol=1e-6,
+  )
+
+
+def test_images_come_augmented_and_normalised(tmp_path, monkeypatch):
+  """Without `data` the config names the data: here digits."""
+  monkeypatch.delattr(own_network, 'data')
+  seen = []
+
+  def network(_):
+    init = own_network.module_task.Network
+
+    def draw(seed):
+      rng = np.random.default_rng(seed)
+      return {
+        'first': rng.normal(size=(64, 10)).astype(np.float32) / 8,
+        'blocks': rng.normal(size=(4, 10, 10)).astype(np.float32) / 8,
+      }
+
+    return init(draw, ('blocks',))
+
+  def loss(_):
+    def loss_fn(params, present, batch, key):
+      images, labels = batch
+      seen.append((images.dtype, labels.dtype, key is None))
+      x = images.reshape(len(images), -1) @ params['first']
+      for k, held in enumerate(present['blocks']):
+        x = x + held * jnp.tanh(x @ params['blocks'][k])
+      losses = optax.softmax_cross_entropy_with_integer_labels(x, labels)
+      return losses.mean(), {}
+
+    return loss_fn
+
+  monkeypatch.setattr(own_network, 'network', network)
+  monkeypatch.setattr(own_network, 'loss', loss)
+  summary = train.train(config(num_rounds=2), tmp_path)
+  assert summary['class_names'] == [str(i) for i in range(10)]
+  assert summary['image_shape'] == [8, 8, 1]
+  kinds = {(str(a), str(b)) for a, b, _ in seen}
+  assert kinds == {('float32', 'int32')}
+  assert {c for *_, c in seen} == {True, False}
+  assert summary['test_loss'] < 10
+
+
+@pytest.mark.parametrize(
+  ('fields', 'words'),
+  [
+    ({'model.module': 'own_netwrok'}, 'cannot be imported'),
+    ({'model.module': 'covering'}, 'defines no function network'),
+    ({'partition_strided': True}, 'ResNets alone'),
+    ({'evaluation.stream_blocks': True}, 'ResNets alone'),
+    ({'num_workers': 8, 'num_devices': 4}, 'chain blocks: .*8 workers'),
+    ({'batch_size': 300}, '200 training examples'),
+    ({'model.options': 3}, 'model.options is 3'),
+    ({'model.module': ''}, 'names no module that reads it'),
+  ],
+)
+def test_a_mistake_of_the_card_is_told_in_one_line(fields, words, tmp_path):
+  made = config()
+  with made.unlocked(), made.ignore_type():
+    made.update_from_flattened_dict(fields)
+  with pytest.raises(ConfigError, match=words) as told:
+    train.train(made, tmp_path / 'run')
+  assert '\n' not in str(told.value)
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  ('name', 'value', 'words'),
+  [
+    ('network', lambda _: {'blocks': 1}, 'returned dict'),
+    ('network', lambda c: c.model.options.depth, 'network.* failed .*depth'),
+    ('loss', lambda _: lambda *_: 3.0, 'does not fit together'),
+    ('loss', lambda _: None, 'does not fit together'),
+    ('data', lambda _: [1, 2], 'returned list'),
+    ('data', lambda _: own_network.from_tables({}, {'test': {}}), 'rows?'),
+  ],
+)
+def test_a_mistake_of_the_module_is_told_in_one_line(
+  name, value, words, tmp_path, monkeypatch
+):
+  value.__name__ = name
+  monkeypatch.setattr(own_network, name, value)
+  with pytest.raises(ConfigError, match=words) as told:
+    train.train(config(), tmp_path / 'run')
+  assert '\n' not in str(told.value)
+  assert not (tmp_path / 'run').exists()
+
+
+CARD = """
+from resist_jax.run.config import get_config as defaults
+
+def get_config():
+  config = defaults()
+  config.model.module = 'mine'
+  config.model.options = {'width': 8, 'blocks': 4, 'text': 0}
+  config.num_rounds = config.local_steps = 2
+  config.batch_size = 16
+  return config
+"""
+
+
+def test_the_command_line_trains_it_and_refuses_a_wrong_name(tmp_path):
+  module = importlib.util.find_spec('own_network').origin
+  (tmp_path / 'mine.py').write_bytes(pathlib.Path(module).read_bytes())
+  (tmp_path / 'card.py').write_text(CARD)
+
+  def start(*flags):
+    return subprocess.run(
+      [sys.executable, '-m', 'resist_jax', '--config=card.py', *flags],
+      cwd=tmp_path, capture_output=True, text=True, check=False,
+      env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)},
+    )  # fmt: skip
+
+  wrong = start('--workdir=wrong', '--config.model.module=mein')
+  assert wrong.returncode == 2
+  assert wrong.stderr.startswith('error: model.module is')
+  assert len(wrong.stderr.splitlines()) == 1
+  assert not (tmp_path / 'wrong').exists()
+  done = start('--workdir=run', '--config.model.options.width=4')
+  assert done.returncode == 0, done.stderr
+  summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+  assert summary['test_perplexity'] > 1
+  assert summary['model'] == 'mine'
