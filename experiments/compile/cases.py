@@ -4,6 +4,8 @@ from collections.abc import Iterator
 import dataclasses
 from typing import Any, NamedTuple
 
+LARGEST = 22  # Blocks of the paper's chain: as many workers can share it.
+CARD = -1  # The minimum depth that the card names.
 FORMATS = ('float32', 'bfloat16', 'int8')
 # What a run does with its programs.
 FORMS = (
@@ -72,7 +74,7 @@ class Case:
     network: A name in `models.FAMILY`, or gpt.
     exchange: How blocks travel.
     wire_format: The format of the numbers that are sent.
-    min_depth: Blocks that a worker runs at least; -1 for the card's.
+    min_depth: Blocks that a worker runs at least, or `CARD`.
     dtype: Of activations.
   """
 
@@ -84,7 +86,7 @@ class Case:
   network: str = 'PreActResNet101'
   exchange: str = 'hand_over'
   wire_format: str = 'float32'
-  min_depth: int = -1
+  min_depth: int = CARD
   dtype: str = 'bfloat16'
 
   @property
@@ -98,7 +100,7 @@ class Case:
       words.append(self.exchange)
     if self.wire_format != 'float32':
       words.append(self.wire_format)
-    if self.min_depth >= 0:
+    if self.min_depth != CARD:
       words.append(f'depth{self.min_depth}')
     if self.dtype != 'bfloat16':
       words.append(self.dtype)
@@ -108,52 +110,56 @@ class Case:
 def cases(count: int) -> Iterator[Case]:
   """Yields what is compiled for so many devices, the most asked for first.
 
+  A program for TPUs takes all devices of its slices.
+
   Args:
     count: Number of devices.
 
   Yields:
     The cases.
   """
-  if count > 64:
+  if count > LARGEST:
     yield from _large(count)
     return
-  D = min(count, 8)
-  yield Case('one_program', 'resist', D, D)
-  yield from _exchanges(D)
-  yield Case('host_stepped', 'resist', D, D)
-  yield Case('plain_flax', 'resist', D, D)
+  D, depth = count, CARD if count <= 8 else 0
+  yield Case('one_program', 'resist', D, D, min_depth=depth)
+  yield from _exchanges(D, depth)
+  yield Case('host_stepped', 'resist', D, D, min_depth=depth)
+  yield Case('plain_flax', 'resist', D, D, min_depth=depth)
   yield Case('one_program', 'local_sgd', D, D)
   yield Case('one_program', 'data_parallel', D, D)
   for protocol in ('resist', 'local_sgd', 'data_parallel'):
     yield Case('one_program', protocol, D, D, network='gpt', dtype='float32')
-  yield Case('evaluation', 'resist', D, D)
-  yield Case('evaluation_by_blocks', 'resist', D, D)
-  if D > 1:
-    yield Case('one_program', 'resist', D // 2, D // 2, 2)
-    if count >= 16:
-      yield Case('one_program', 'resist', count // 4, count // 4, 4)
-  yield Case('streamed', 'resist', D, D)
-  yield Case('one_program', 'resist', 2 * D, D)
+  yield Case('evaluation', 'resist', D, D, min_depth=depth)
+  yield Case('evaluation_by_blocks', 'resist', D, D, min_depth=depth)
+  for G in (2, 4):
+    if D % G == 0 and D > G:
+      yield Case('one_program', 'resist', D // G, D // G, G)
+  yield Case('streamed', 'resist', D, D, min_depth=depth)
+  if 2 * D <= LARGEST:
+    yield Case('one_program', 'resist', 2 * D, D, min_depth=0)
   yield Case('host_stepped', 'local_sgd', D, D)
   for network in ('PreActResNet152', 'PreActResNet200'):
-    yield Case('host_stepped', 'resist', D, D, network=network)
+    yield Case('host_stepped', 'resist', D, D, network=network, min_depth=depth)
 
 
-def _exchanges(D: int) -> Iterator[Case]:
+def _exchanges(D: int, depth: int) -> Iterator[Case]:
   for wire_format in FORMATS:
     for exchange in ('hand_over', 'masked_psum'):
       yield Case(
-        'exchange', 'resist', D, D, exchange=exchange, wire_format=wire_format
-      )
+        'exchange', 'resist', D, D, exchange=exchange, wire_format=wire_format,
+        min_depth=depth,
+      )  # fmt: skip
     yield Case('exchange', 'local_sgd', D, D, wire_format=wire_format)
 
 
 def _large(count: int) -> Iterator[Case]:
-  yield Case('one_program', 'resist', 16, 16, count // 16, min_depth=0)
-  for wire_format in FORMATS:
+  """Yields 16 workers, each a group, and 22, who take turns on two groups."""
+  for S, D in ((16, 16), (LARGEST, 2)):
+    for form in ('exchange', 'one_program'):
+      yield Case(form, 'resist', S, D, count // D, min_depth=0)
+  for wire_format in ('bfloat16', 'int8'):
     yield Case(
       'exchange', 'resist', 16, 16, count // 16, wire_format=wire_format,
       min_depth=0,
     )  # fmt: skip
-  yield Case('exchange', 'resist', 22, 22, min_depth=0)
-  yield Case('host_stepped', 'resist', 22, 22, min_depth=0)

@@ -12,7 +12,7 @@ import optax
 
 from experiments import gpt, language, shapes
 from experiments.compile import plain
-from experiments.compile.cases import SCALES, Case
+from experiments.compile.cases import CARD, SCALES, Case
 from experiments.runs import load_card
 from resist_jax import accounting, data
 from resist_jax.rounds import LossFn, Protocol, make_round
@@ -120,7 +120,7 @@ def make_setup(case: Case, mesh: Mesh, scale: str) -> Setup:
     'wire_format': case.wire_format,
     'model.dtype': case.dtype,
     **found.changes,
-    **({'min_depth': case.min_depth} if case.min_depth >= 0 else {}),
+    **({'min_depth': case.min_depth} if case.min_depth != CARD else {}),
   }
   if scale == 'paper':
     changes['model.name'] = case.network
@@ -276,12 +276,13 @@ def _plain(found: Problem, mesh: Mesh) -> dict[str, Call]:
   lengths = {k: protocol.slots_per_worker(k) for k in protocol.num_blocks}
   like = task.network.with_chain_lengths(lengths)
   init, update = plain.step(like, found.optimizer)
-  B, alone = found.batch_size, Mesh(mesh.devices.flatten()[:1], ('worker',))
+  B = found.batch_size
   images = jax.ShapeDtypeStruct((B, *task.image_shape), jnp.uint8)
   labels = jax.ShapeDtypeStruct((B,), jnp.int32)
   wide = jax.ShapeDtypeStruct(images.shape, jnp.float32)
   args = jax.eval_shape(init, wide), images, labels
-  return {'plain step': (update, shapes.on_mesh(args, alone))}
+  # Each device does the same: a TPU program takes all of them.
+  return {'plain step': (update, shapes.on_mesh(args, mesh))}
 
 
 def _partial(function, count: int, args: tuple) -> Callable:
