@@ -24,7 +24,7 @@ import jax
 
 from experiments.compile import cases, record, tables, targets
 from experiments.runs import write_record
-from resist_jax.errors import ConfigError, refused
+from resist_jax.errors import ConfigError, message, refused
 
 
 def main() -> int:
@@ -59,11 +59,17 @@ def main() -> int:
   folder = options.out / f'{options.scale}_{file_name(target)}'
   for case in wanted:
     path = folder / f'{case.name}.json'
-    if not path.exists():
-      print(case.name, file=sys.stderr, flush=True)
-      write_record(path, record.record(case, target, options.scale))
-  (table,) = tables.tables(options.out, folder.name)
-  print(table.caption, table.text(), sep='\n\n')
+    if path.exists():
+      continue
+    print(case.name, file=sys.stderr, flush=True)
+    try:
+      found = record.record(case, target, options.scale)
+    except ValueError as error:  # Such as more workers than a chain has blocks.
+      print(f'{case.name} is left out: {message(error)}', file=sys.stderr)
+      continue
+    write_record(path, found)
+  for table in tables.tables(options.out, folder.name):
+    print(table.caption, table.text(), sep='\n\n')
   return any(
     program['faults']
     for found in tables.load(folder)

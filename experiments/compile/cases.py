@@ -42,7 +42,7 @@ SCALES = {
       'local_steps': 2,
       'min_depth': 2,
       'batch_size': 8,
-      'model.stage_sizes': (1, 1, 6, 1),
+      'model.stage_sizes': (1, 1, 9, 1),
       'model.widths': (8, 8, 16, 16),
       'model.stem': 'strided',
     },
