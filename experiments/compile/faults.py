@@ -22,7 +22,7 @@ def faults(
   args: tuple[Any, ...],
   written: str,
   text: str,
-  scopes: Iterable[str],
+  scopes: Iterable[str] | None,
 ) -> list[str]:
   """Finds what is wrong with a program of a round.
 
@@ -33,7 +33,7 @@ def faults(
       compiler replaces numbers of 64 bits by pairs.
     text: Its compiled HLO.
     scopes: Where all devices choose the same branch, see
-      `accounting.branches`.
+      `accounting.branches`; None where the text has lost their names.
 
   Returns:
     A line for each fault: numbers of 64 bits, which a TPU emulates; a
@@ -44,10 +44,11 @@ def faults(
   wide = sorted(set(re.findall(r'tensor<(?:\d+x)*f64>', written)))
   if wide:
     found.append(f'{name} computes in float64: {", ".join(wide[:3])}')
-  for collective in hlo.collectives_in_branches(text, scopes):
-    found.append(
+  if scopes is not None:
+    found += [
       f'{name} has a {collective.kind} in a branch: {collective.op_name}'
-    )
+      for collective in hlo.collectives_in_branches(text, scopes)
+    ]
   if name in _REPLACED:
     want = len(jax.tree.leaves(_REPLACED[name](args)))
     donated = hlo.num_donated(text)

@@ -88,9 +88,11 @@ def record(case: Case, target: Target, scale: str) -> dict[str, Any]:
     low, executable, seconds = compile_call(call, target)
     costs = _costs(low, executable)
     texts = low.as_text(), executable.as_text()
+    # Between slices, conditionals lose their names.
+    scopes = _scopes(found) if target.slices == 1 else None
     read[name] = {
       **_read(executable, case, found),
-      'faults': faults(name, call[1], *texts, _scopes(found)),
+      'faults': faults(name, call[1], *texts, scopes),
       'flops': costs['flops'],
       'hbm_bytes': costs['bytes accessed'],
       'seconds': seconds,
