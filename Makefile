@@ -33,11 +33,14 @@ test: $(VENV)/installed
 test-all: $(VENV)/installed
 	$(PYTEST)
 
-# The compilers of accelerators, each in an environment of its own: no device is
-# needed, and nothing runs.
-$(VENV)/%/installed: requirements.txt setup.cfg pyproject.toml
-	$(PYTHON) -m venv $(VENV)/$*
-	$(VENV)/$*/bin/python -m pip install --quiet --editable '.[$*,test]'
+# The compilers of accelerators, each in an environment of its own, which sees the
+# packages of the first one: no device is needed, and nothing runs.
+SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(VENV)/%/installed: $(VENV)/installed
+	$(BIN)/python -m venv $(VENV)/$*
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE))')" \
+	  > "$$($(VENV)/$*/bin/python $(SITE))/outer.pth"
+	$(VENV)/$*/bin/python -m pip install --quiet --editable '.[$*]'
 	touch $@
 
 test-tpu: $(VENV)/tpu/installed
