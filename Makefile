@@ -15,12 +15,13 @@ $(VENV)/installed: requirements.txt setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[docs,test]'
 	touch $@
 
-# ResIST on four workers, then local SGD on the same budget, then both at once.
+# ResIST on four workers, then local SGD on the same budget, then both at once;
+# tested before and after each round, for curves that begin at round 0.
+DEMO := $(BIN)/python -m resist_jax --config=experiments/configs/digits.py$(SCALE) \
+  --config.evaluation.at_start=True --config.eval_every=1
 demo: $(VENV)/installed
-	$(BIN)/python -m resist_jax --config=experiments/configs/digits.py$(SCALE) \
-	  --workdir=$(RUNS)/resist --config.protocol=resist
-	$(BIN)/python -m resist_jax --config=experiments/configs/digits.py$(SCALE) \
-	  --workdir=$(RUNS)/local_sgd --config.protocol=local_sgd
+	$(DEMO) --workdir=$(RUNS)/resist --config.protocol=resist
+	$(DEMO) --workdir=$(RUNS)/local_sgd --config.protocol=local_sgd
 	$(BIN)/python -m resist_jax.report $(RUNS)/resist $(RUNS)/local_sgd \
 	  --out=$(RUNS)/report
 	@echo 'both side by side: $(RUNS)/report/report.html'

@@ -14,10 +14,15 @@ paper's.
 from collections.abc import Mapping
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from experiments import paper, pictures, table2
-from experiments.experiment import Cell, Experiment, Results, main, of_runs
+from experiments.experiment import (
+  Cell,
+  Drawn,
+  Experiment,
+  Results,
+  main,
+  of_runs,
+)
 from experiments.table import Table
 
 # All blocks of all sections are partitioned, branches are not scaled at test
@@ -175,7 +180,7 @@ def tables(results: Results) -> list[Table]:
   return [Table(caption, EXPERIMENT.command, head, rows)]
 
 
-def figures(results: Results) -> Mapping[str, Figure | None]:
+def figures(results: Results) -> Mapping[str, Drawn]:
   """Draws our columns and the paper's."""
   drawn = {}
   for workers in COLUMNS:
@@ -187,8 +192,8 @@ def figures(results: Results) -> Mapping[str, Figure | None]:
         known = title if title in TITLES.values() else '+ tuned l'
         papers[known] = [theirs(workers, title)]
     panels = {
-      f'ours, {workers} workers': {'ours': ours},
-      f'the paper, {workers} workers': {'the paper': papers},
+      f'ours, {workers} workers': {'ResIST': ours},
+      f'the paper, {workers} workers': {'ResIST': papers},
     }
     drawn[f'workers{workers}'] = pictures.steps(panels, sharey=False)
   return drawn

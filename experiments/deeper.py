@@ -5,11 +5,10 @@ python -m experiments.deeper --scale=cpu --data_dir=FOLDER
 
 from collections.abc import Mapping
 
-from matplotlib.figure import Figure
-
 from experiments import paper, pictures, table2
 from experiments.experiment import (
   Cell,
+  Drawn,
   Experiment,
   Results,
   main,
@@ -89,7 +88,7 @@ def tables(results: Results) -> list[Table]:
   return [Table(caption, EXPERIMENT.command, head, rows)]
 
 
-def figures(results: Results) -> Mapping[str, Figure | None]:
+def figures(results: Results) -> Mapping[str, Drawn]:
   """Draws learning curves by the bytes sent."""
   panels = {
     f'{table2.DATA[data]}, ResNet{depth}, {workers} workers': {

@@ -7,10 +7,15 @@ It takes some minutes, and needs no data that is not installed.
 
 from collections.abc import Mapping
 
-from matplotlib.figure import Figure
-
 from experiments import pictures, table2
-from experiments.experiment import Cell, Experiment, Results, main, of_runs
+from experiments.experiment import (
+  Cell,
+  Drawn,
+  Experiment,
+  Results,
+  main,
+  of_runs,
+)
 from experiments.table import Table
 from resist_jax.report import plots
 
@@ -56,12 +61,12 @@ def tables(results: Results) -> list[Table]:
   return [Table(caption, EXPERIMENT.command, head, rows)]
 
 
-def figures(results: Results) -> Mapping[str, Figure | None]:
+def figures(results: Results) -> Mapping[str, Drawn]:
   """Draws learning curves, and the decomposition of a ResIST run."""
   panel = {
     name: results.of(cell(protocol)) for protocol, name in table2.NAMES.items()
   }
-  drawn: dict[str, Figure | None] = {}
+  drawn: dict[str, Drawn] = {}
   drawn['digits'] = pictures.curves({'digits': panel}, 'round')
   for record in results.of(cell('resist'))[:1]:
     rows = record.get('curve', [])

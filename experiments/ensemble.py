@@ -13,12 +13,18 @@ import pathlib
 import shutil
 
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 import ml_collections
 import numpy as np
 
 from experiments import paper, pictures, table2
-from experiments.experiment import Cell, Experiment, Results, main, of_runs
+from experiments.experiment import (
+  Cell,
+  Drawn,
+  Experiment,
+  Results,
+  main,
+  of_runs,
+)
 from experiments.runs import begin, provenance, write_record
 from experiments.table import Table
 from resist_jax import data, decomposition
@@ -147,7 +153,7 @@ def tables(results: Results) -> list[Table]:
   return [Table(caption, EXPERIMENT.command, head, rows)]
 
 
-def figures(results: Results) -> Mapping[str, Figure | None]:
+def figures(results: Results) -> Mapping[str, Drawn]:
   """Draws the accuracy of ensembles and ResIST by the number of workers."""
   panels = {}
   for name, title in table2.DATA.items():

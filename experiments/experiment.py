@@ -13,6 +13,7 @@ from absl import logging
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
+from experiments.pictures import Picture
 from experiments.runs import RESULTS, load_card, mark_busy, run
 from experiments.table import Table
 from resist_jax.errors import ConfigError, NonFiniteError
@@ -20,6 +21,7 @@ from resist_jax.run.interrupt import Interrupt, Interrupted
 
 SCALES = ('smoke', 'cpu', 'paper')
 Record = dict[str, Any]
+Drawn = Picture | Figure | None  # None without results.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Experiment:
   title: str
   cells: Callable[[str], Sequence[Cell]]
   tables: Callable[[Results], Sequence[Table]]
-  figures: Callable[[Results], Mapping[str, Figure | None]]
+  figures: Callable[[Results], Mapping[str, Drawn]]
   train: Callable[[ConfigDict, pathlib.Path, pathlib.Path], None] = run
 
   @property
@@ -111,8 +113,8 @@ class Experiment:
     """The command that runs the experiment."""
     return f'python -m experiments.{self.name}'
 
-  def pictures(self, results: Results) -> dict[str, Figure]:
-    """Returns the figures that have results."""
+  def pictures(self, results: Results) -> dict[str, Picture | Figure]:
+    """Returns the pictures that have results."""
     drawn = self.figures(results)
     return {name: figure for name, figure in drawn.items() if figure}
 
@@ -205,7 +207,8 @@ def show(experiment: Experiment, results: Results) -> None:
   folder = results.folder()
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'table.md').write_text('\n'.join(t.markdown() for t in tables))
-  for name, figure in experiment.pictures(results).items():
+  for name, picture in experiment.pictures(results).items():
+    figure = picture.figure() if isinstance(picture, Picture) else picture
     figure.savefig(folder / f'{name}.png', dpi=150)
   for table in tables:
     print(table.caption, table.text(), sep='\n', end='\n\n')

@@ -1,58 +1,16 @@
 """A GPT on bytes whose blocks are a chain: pre-norm, causal, tied embedding."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-from flax import linen as nn
 import jax
-import jax.numpy as jnp
 import optax
+
+from experiments import transformer
+from experiments.transformer import Shape
 
 PyTree = Any
 BYTES = 256
-BLOCKS = 'blocks'  # The name of the chain.
-
-
-class Shape(NamedTuple):
-  """Sizes of a network.
-
-  Attributes:
-    layers: L.
-    width: Of the residual stream.
-    heads: Of attention.
-    length: Bytes that it sees at most.
-  """
-
-  layers: int
-  width: int
-  heads: int
-  length: int
-
-
-class Block(nn.Module):
-  """Attention and a perceptron, each a residual branch behind a norm."""
-
-  heads: int
-
-  @nn.compact
-  def __call__(self, x: jax.Array, scale: jax.Array) -> jax.Array:
-    """Applies the block.
-
-    Args:
-      x: `float32[B, N, width]`.
-      scale: `float32[]`, factor on both branches; 0 leaves x as it is.
-
-    Returns:
-      `float32[B, N, width]`.
-    """
-    width = x.shape[-1]
-    mask = nn.make_causal_mask(jnp.ones(x.shape[:2]))
-    y = nn.LayerNorm()(x)
-    attend: Any = nn.MultiHeadDotProductAttention(self.heads)
-    y = attend(y, mask=mask)
-    x = x + scale * y
-    y = nn.Dense(4 * width)(nn.LayerNorm()(x))
-    return x + scale * nn.Dense(width)(nn.gelu(y))
 
 
 def init(shape: Shape, seed: int) -> dict[str, PyTree]:
@@ -65,23 +23,9 @@ def init(shape: Shape, seed: int) -> dict[str, PyTree]:
   Returns:
     The parameters; those of the blocks are stacked, `[L, ...]`.
   """
-  keys = jax.random.split(jax.random.key(seed), shape.layers + 2)
-  x = jnp.zeros((1, shape.length, shape.width))
-
-  def one_block(key):
-    return Block(shape.heads).init(key, x, jnp.float32(1))['params']
-
-  blocks = jax.vmap(one_block)(keys[2:])
-  # The branches add up: each begins smaller where there are many.
-  small = (2 * shape.layers) ** -0.5
-  blocks['Dense_1']['kernel'] *= small
-  blocks['MultiHeadDotProductAttention_0']['out']['kernel'] *= small
-  return {
-    'embedding': 0.02 * jax.random.normal(keys[0], (BYTES, shape.width)),
-    'position': 0.02 * jax.random.normal(keys[1], (shape.length, shape.width)),
-    BLOCKS: blocks,
-    'norm': {'scale': jnp.ones(shape.width), 'bias': jnp.zeros(shape.width)},
-  }
+  embed, rest = jax.random.split(jax.random.key(seed))
+  table = 0.02 * jax.random.normal(embed, (BYTES, shape.width))
+  return {'embedding': table, **transformer.init(shape, rest)}
 
 
 def logits(
@@ -98,15 +42,9 @@ def logits(
   Returns:
     `float32[B, N, 256]`.
   """
-  x = params['embedding'][text] + params['position'][: text.shape[1]][None]
-  block = jax.checkpoint(
-    lambda p, x, s: Block(heads).apply({'params': p}, x, s)
-  )
-  for k in range(len(scales)):
-    mine = jax.tree.map(lambda leaf, k=k: leaf[k], params[BLOCKS])
-    x = block(mine, x, scales[k])
-  x = nn.LayerNorm().apply({'params': params['norm']}, x)
-  return x @ params['embedding'].T
+  embedding = params['embedding']
+  x = transformer.apply(params, scales, embedding[text], heads, causal=True)
+  return x @ embedding.T
 
 
 def make_loss(shape: Shape, scale: float = 1.0):
@@ -123,8 +61,7 @@ def make_loss(shape: Shape, scale: float = 1.0):
 
   def loss_fn(params, present, batch, key):
     del key
-    length = len(jax.tree.leaves(params[BLOCKS])[0])
-    scales = scale * present.get(BLOCKS, jnp.ones(length))
+    scales = transformer.scales(params, present, scale)
     found = logits(params, scales, batch[:, :-1], shape.heads)
     loss = optax.softmax_cross_entropy_with_integer_labels(found, batch[:, 1:])
     return loss.mean(), {}

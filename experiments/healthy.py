@@ -12,9 +12,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 
-from experiments.experiment import Cell, Experiment, Results, main, of_runs
+from experiments.experiment import (
+  Cell,
+  Drawn,
+  Experiment,
+  Results,
+  main,
+  of_runs,
+)
 from experiments.table import Table
 from resist_jax.exchange import participation
 from resist_jax.run.fields import get_config
@@ -94,7 +100,7 @@ def tables(results: Results) -> list[Table]:
   return [Table(caption, EXPERIMENT.command, head, rows)]
 
 
-def figures(results: Results) -> Mapping[str, Figure | None]:
+def figures(results: Results) -> Mapping[str, Drawn]:
   """Draws nothing."""
   del results
   return {}

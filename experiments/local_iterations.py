@@ -9,10 +9,15 @@ at its end.
 
 from collections.abc import Mapping
 
-from matplotlib.figure import Figure
-
 from experiments import paper, pictures, table2
-from experiments.experiment import Cell, Experiment, Results, main, of_runs
+from experiments.experiment import (
+  Cell,
+  Drawn,
+  Experiment,
+  Results,
+  main,
+  of_runs,
+)
 from experiments.table import Table
 
 PROTOCOLS = ('resist', 'local_sgd')
@@ -103,7 +108,7 @@ def _theirs(protocol: str, workers: int, steps: int, scale: str) -> str:
   return f'{paper.LOCAL_ITERATIONS[protocol, workers][steps]:.2f}'
 
 
-def figures(results: Results) -> Mapping[str, Figure | None]:
+def figures(results: Results) -> Mapping[str, Drawn]:
   """Draws accuracy by l, ours and the paper's."""
   scale = results.scale
   panels = {}

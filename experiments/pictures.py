@@ -1,16 +1,22 @@
-"""Figures of several runs: learning curves, and accuracy by a setting."""
+"""Pictures of several runs: learning curves, and accuracy by a setting.
 
-from collections.abc import Mapping, Sequence
+A picture is data: `figure` draws a file for Markdown, `html` a part of a page.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+from html import escape
 import statistics
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-import numpy as np
 
-from resist_jax.report import plots
+from resist_jax.report import chart, plots
+from resist_jax.report.chart import Chart, Line, Point
+from resist_jax.report.colours import ENSEMBLE, PROTOCOLS, Style, styles
 
+_FAR = 30  # Where one curve sends so many times as much, the axis is log.
 Record = Mapping[str, Any]
 Panel = Mapping[str, Sequence[Record]]
 
@@ -20,24 +26,125 @@ X_AXES = {
   'wire_bytes_total': 'sent by all workers',
   'bytes_total': "sent, by the paper's count",
 }
+_SEEDS = {
+  True: 'A line is a mean over seeds, a band reaches from lowest to highest.',
+  False: 'One seed for each line.',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+  """Charts beside each other.
+
+  Attributes:
+    charts: At least one; all have limits.
+    sharey: Whether all have the same.
+  """
+
+  charts: Sequence[Chart]
+  sharey: bool = True
+
+  def html(self) -> str:
+    """Returns a figure for a page, with a note about its seeds."""
+    several = any(c.several for c in self.charts)
+    note = _SEEDS[several]
+    if any(c.log for c in self.charts):
+      note += ' The axis of the bytes is logarithmic.'
+    return chart.figure(self.charts, escape(note))
+
+  def figure(self) -> Figure:
+    """Draws a figure for a file."""
+    widths = [max(3.3, 0.62 * len(c.categories) + 1.2) for c in self.charts]
+    figure = Figure(figsize=(1.2 + sum(widths), 3.5), layout='constrained')
+    every = figure.subplots(
+      1, len(widths), sharey=self.sharey, squeeze=False, width_ratios=widths
+    )[0]
+    for axes, made in zip(every, self.charts, strict=True):
+      _draw(axes, made)
+    every[0].set_ylabel(self.charts[0].y)
+    handles = {}
+    for axes in every:
+      lines, names = axes.get_legend_handles_labels()
+      handles |= dict(zip(names, lines, strict=True))
+    if len(handles) > 1:
+      figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc='outside lower center',
+        ncols=len(handles),
+        frameon=False,
+      )
+    return figure
+
+
+def _draw(axes: Any, made: Chart) -> None:
+  """Draws a chart on axes."""
+  for line in made.lines:
+    xs, ys, low, high, seeds = zip(*line.points, strict=True)
+    look = line.style
+    axes.plot(
+      xs, ys, color=look.colour, label=line.name, marker=look.marker,
+      markersize=4, linewidth=1.6,
+      linestyle=(0, look.dashes) if look.dashes else '-',
+    )  # fmt: skip
+    if max(seeds) > 1 and made.categories:
+      axes.vlines(xs, low, high, color=look.colour, linewidth=4, alpha=0.3)
+    elif max(seeds) > 1:
+      axes.fill_between(xs, low, high, color=look.colour, alpha=0.16, lw=0)
+  axes.set_title(made.title, fontsize='medium')
+  axes.set_xlabel(made.x)
+  axes.set_ylim(made.limits)
+  plots.style_axes(axes)
+  if made.categories:
+    turned = {} if made.x else {'rotation': 30, 'ha': 'right'}
+    axes.set_xticks(range(len(made.categories)), made.categories, **turned)
+    axes.margins(x=0.08)
+  elif made.log:
+    axes.set_xscale('log')
+    ends = [p.x for line in made.lines for p in line.points]
+    axes.set_xticks(chart.decades(min(ends), max(ends)))
+    axes.xaxis.set_major_formatter('{x:,g}')
+    axes.xaxis.set_minor_formatter('')
+  else:
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=made.x == 'round'))
+
+
+def looks(names: Iterable[str]) -> dict[str, Style]:
+  """Returns how lines look: those of a protocol have its colour.
+
+  Args:
+    names: Names of lines, such as `ResIST, int8`.
+
+  Returns:
+    A style for each.
+  """
+  keys = {name: key for key, (name, *_) in PROTOCOLS.items()}
+  names = list(names)
+  found = styles(keys.get(name.split(',')[0], '') for name in names)
+  made = dict(zip(names, found, strict=True))
+  if 'ensemble' in made:
+    made['ensemble'] = Style(*ENSEMBLE)
+  return made
 
 
 def curves(
   panels: Mapping[str, Panel], x: str, sharey: bool = True
-) -> Figure | None:
-  """Draws learning curves in panels side by side.
+) -> Picture | None:
+  """Makes learning curves in panels side by side.
 
   Args:
     panels: For each panel by title, and each curve by label, the results of its
       seeds.
     x: The horizontal axis, a key of `X_AXES`. Where all workers share a device,
-      nothing is on the wire, and the paper's count replaces it.
+      nothing is on the wire, and the paper's count replaces it in all panels:
+      two counts never share a picture.
     sharey: Whether the accuracies of different panels can be compared, so that
       the panels share an axis.
 
   Returns:
-    A figure with the mean over seeds as a line, and their range as a band; None
-    without results.
+    A picture with the mean over seeds as a line, and their range as a band;
+    None without results.
   """
   panels = {
     title: {label: runs for label, runs in panel.items() if _curves(runs)}
@@ -54,50 +161,48 @@ def curves(
   ]
   if x == 'wire_bytes_total' and not all(last):
     x = 'bytes_total'
-  labels = list(dict.fromkeys(name for p in panels.values() for name in p))
-  colour = dict(zip(labels, plots.colours(len(labels)), strict=True))
-  count = len(panels)
-  figure = Figure(figsize=(1.2 + 3.3 * count, 3.4), layout='constrained')
-  every = figure.subplots(1, count, sharey=sharey, squeeze=False)[0]
-  for axes, (title, panel) in zip(every, panels.items(), strict=True):
-    ends = [
-      row[x]
-      for runs in panel.values()
-      for rows in _curves(runs)
-      for row in (rows[0], rows[-1])
-    ]
-    log = x.endswith('bytes_total') and max(ends) > 30 * min(ends)
-    unit, name = _unit(x, min(ends) if log else max(ends))
-    for label, runs in panel.items():
-      seeds = _curves(runs)
-      xs = np.mean([[row[x] for row in rows] for rows in seeds], axis=0) / unit
-      ys = 100 * np.array(
-        [[row['test_accuracy'] for row in rows] for rows in seeds]
-      )
-      line = {'color': colour[label], 'marker': 'o', 'markersize': 3.5}
-      axes.plot(xs, ys.mean(axis=0), label=label, **line)
-      if len(ys) > 1:
-        band = ys.min(axis=0), ys.max(axis=0)
-        axes.fill_between(xs, *band, color=colour[label], alpha=0.2, lw=0)
-    _frame(axes, title, f'{X_AXES[x]}{name}')
-    if log:
-      axes.set_xscale('log')
-      axes.xaxis.set_major_formatter('{x:,g}')
-    else:
-      axes.set_xlim(left=0)
-      axes.xaxis.set_major_locator(MaxNLocator(6, integer=x == 'round'))
-  every[0].set_ylabel('test accuracy (%), deployed')
-  handles = {}
-  for axes in every:
-    handles |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-  figure.legend(
-    handles.values(),
-    handles.keys(),
-    loc='outside lower center',
-    ncols=len(handles),
-    frameon=False,
+  style = looks(dict.fromkeys(name for p in panels.values() for name in p))
+  ends = [_ends(panel, x) for panel in panels.values()]
+  log = x.endswith('bytes_total') and any(
+    max(panel) > _FAR * min(panel) > 0 for panel in ends
   )
-  return figure
+  every = [end for panel in ends for end in panel]
+  unit, name = _unit(x, min(every) if log else max(every))
+  charts = []
+  for title, panel in panels.items():
+    lines = _lines(panel, x, style, unit)
+    accuracy = 'test accuracy (%), deployed'
+    charts.append(Chart(title, f'{X_AXES[x]}{name}', accuracy, lines, log=log))
+  return Picture(chart.limited(charts, sharey), sharey)
+
+
+def _ends(panel: Panel, x: str) -> list[float]:
+  """Returns where the curves of a panel begin and end."""
+  return [
+    row[x]
+    for runs in panel.values()
+    for rows in _curves(runs)
+    for row in (rows[0], rows[-1])
+  ]
+
+
+def _lines(
+  panel: Panel, x: str, style: Mapping[str, Style], unit: float
+) -> list[Line]:
+  """Returns the curves of one panel."""
+  lines = []
+  for label, runs in panel.items():
+    points = []
+    for rows in zip(*_curves(runs), strict=True):  # A round of each seed.
+      at = statistics.mean(row[x] for row in rows) / unit
+      points.append(_point(at, [100 * row['test_accuracy'] for row in rows]))
+    lines.append(Line(label, style[label], points))
+  return lines
+
+
+def _point(x: float, values: Sequence[float]) -> Point:
+  mean = statistics.mean(values)
+  return Point(x, mean, min(values), max(values), len(values))
 
 
 def _curves(runs: Sequence[Record]) -> list[list[Mapping[str, Any]]]:
@@ -119,19 +224,13 @@ def _unit(x: str, largest: float) -> tuple[float, str]:
   return size, f' ({name})'
 
 
-def _frame(axes: Axes, title: str, xlabel: str) -> None:
-  axes.set_title(title, fontsize='medium')
-  axes.set_xlabel(xlabel)
-  plots.style_axes(axes)
-
-
 def steps(
   panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
   ylabel: str = 'test accuracy (%)',
   xlabel: str = '',
   sharey: bool = True,
-) -> Figure | None:
-  """Draws a number by a setting, in panels side by side.
+) -> Picture | None:
+  """Makes charts of a number by a setting, side by side.
 
   Args:
     panels: For each panel by title, and each line by label, the values of the
@@ -142,36 +241,24 @@ def steps(
       panels share an axis.
 
   Returns:
-    A figure with the means as lines, and each seed as a dot; None without
-    values.
+    A picture with the means as lines, and a bar from the lowest to the highest
+    seed; None without values.
   """
   panels = {t: {k: v for k, v in p.items() if v} for t, p in panels.items()}
   panels = {title: panel for title, panel in panels.items() if panel}
   if not panels:
     return None
-  settings = {
-    t: list(dict.fromkeys(s for line in p.values() for s in line))
-    for t, p in panels.items()
-  }
-  widths = [1 + len(settings[title]) for title in panels]
-  figure = Figure(figsize=(1.5 + 0.85 * sum(widths), 3.6), layout='constrained')
-  every = figure.subplots(
-    1, len(widths), sharey=sharey, squeeze=False, width_ratios=widths
-  )[0]
-  for axes, (title, panel) in zip(every, panels.items(), strict=True):
-    names = settings[title]
-    colours = plots.colours(len(panel))
-    for (label, line), colour in zip(panel.items(), colours, strict=True):
-      positions = [names.index(name) for name in line]
-      means = [statistics.mean(values) for values in line.values()]
-      axes.plot(positions, means, color=colour, label=label, linewidth=1.5)
-      for i, values in zip(positions, line.values(), strict=True):
-        axes.plot([i] * len(values), values, 'o', color=colour, markersize=4)
-    _frame(axes, title, xlabel)
-    rotation = {} if xlabel else {'rotation': 30, 'ha': 'right'}
-    axes.set_xticks(range(len(names)), names, **rotation)
-    axes.margins(x=0.08)
-    if len(panel) > 1:
-      axes.legend(frameon=False, fontsize='small')
-  every[0].set_ylabel(ylabel)
-  return figure
+  charts = []
+  for title, panel in panels.items():
+    names = list(dict.fromkeys(s for line in panel.values() for s in line))
+    style = looks(panel)
+    lines = [
+      Line(
+        label,
+        style[label],
+        [_point(names.index(name), values) for name, values in line.items()],
+      )
+      for label, line in panel.items()
+    ]
+    charts.append(Chart(title, xlabel, ylabel, lines, names))
+  return Picture(chart.limited(charts, sharey), sharey)

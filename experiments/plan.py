@@ -30,6 +30,7 @@ from resist_jax import report
 from resist_jax.errors import refused
 from resist_jax.exchange import WORKER
 from resist_jax.report import plots
+from resist_jax.report.colours import shades
 from resist_jax.rounds import State
 from resist_jax.rounds.mesh import REPLICATED, SHARDED
 from resist_jax.run import config as config_lib
@@ -99,7 +100,7 @@ def _draw(rows: Sequence[Mapping[str, Any]], bandwidth: float) -> Figure:
   axes = figure.add_subplot()
   able = sorted({row['workers'] for row in rows if row['speedup']})
   shown = [*able[:4], *able[4:][-1:]]  # More lines could not be told apart.
-  for S, colour in zip(shown, plots.colours(len(shown)), strict=True):
+  for S, colour in zip(shown, shades(len(shown)), strict=True):
     line = [row for row in rows if row['workers'] == S]
     exchange = line[0]['resist']['exchange'].replace('_', ' ')
     axes.plot(

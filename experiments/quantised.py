@@ -11,10 +11,15 @@ changes in 8 bits with error feedback, and blocks that change their worker in
 from collections.abc import Mapping
 import statistics
 
-from matplotlib.figure import Figure
-
 from experiments import paper, pictures, table2
-from experiments.experiment import Cell, Experiment, Results, main, of_runs
+from experiments.experiment import (
+  Cell,
+  Drawn,
+  Experiment,
+  Results,
+  main,
+  of_runs,
+)
 from experiments.table import Table
 from resist_jax.exchange import compression
 
@@ -104,7 +109,7 @@ def _accuracies(
   }
 
 
-def figures(results: Results) -> Mapping[str, Figure | None]:
+def figures(results: Results) -> Mapping[str, Drawn]:
   """Draws learning curves by the bytes sent."""
   panels = {
     title: {

@@ -13,11 +13,13 @@ from matplotlib.figure import Figure
 
 from experiments import (
   ablation,
+  claims,
   deeper,
   digits,
   ensemble,
   healthy,
   local_iterations,
+  protocols_report,
   quantised,
   slow_network,
   slow_report,
@@ -25,8 +27,10 @@ from experiments import (
   table3,
   tfds_catalog,
 )
+from experiments.claims import Claim
 from experiments.compile import tables as compiled
 from experiments.experiment import Results, machine, of_runs
+from experiments.pictures import Picture
 from experiments.runs import RESULTS
 from experiments.table import Table
 
@@ -45,6 +49,7 @@ EXPERIMENTS = tuple(
   )
 )
 SCALES = ('paper', 'cpu')  # Smoke runs only show that a command works.
+COUNTS, WIRE = "The paper's count of bytes (Table 1)", 'On the wire'
 INTRODUCTION = (
   'These are the results of this implementation beside those that the paper '
   'reports (C. Dun, C. R. Wolfe, C. M. Jermaine, A. Kyrillidis, UAI 2022). '
@@ -76,14 +81,18 @@ class Section:
   Attributes:
     title: For readers.
     tables: At least one.
-    figures: Pictures, drawn now, by name; empty where nobody asked for them.
+    figures: Pictures, made now, by name; empty where nobody asked for them.
     pictures: The committed files of the same pictures.
+    claims: What the paper claims, and what the results say about it.
   """
 
   title: str
   tables: list[Table]
-  figures: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
+  figures: Mapping[str, Picture | Figure] = dataclasses.field(
+    default_factory=dict
+  )
   pictures: Sequence[pathlib.Path] = ()
+  claims: Sequence[Claim] = ()
 
 
 def sections(with_figures: bool = False) -> Iterator[Section]:
@@ -105,24 +114,35 @@ def sections(with_figures: bool = False) -> Iterator[Section]:
         title = experiment.title
         if scale != 'cpu':
           title += f', {scale} scale'
-        yield Section(title, tables, figures, pictures)
+        judge = claims.OF_EXPERIMENT.get(experiment.name)
+        judged = judge(results) if judge else []
+        yield Section(title, tables, figures, pictures, judged)
   slow = slow_report.tables()
   if slow:
     figures = slow_report.figures() if with_figures else {}
     pictures = sorted(slow_network.FOLDER.glob('*.png'))
-    yield Section('Slow links', slow, figures, pictures)
+    judged = claims.slow_links()
+    yield Section('Slow links', slow, figures, pictures, judged)
+  for name, title in protocols_report.TITLES.items():
+    tables = list(protocols_report.tables(name))
+    if tables:
+      figures = protocols_report.figures(name) if with_figures else {}
+      pictures = sorted((RESULTS / name / 'cpu').glob('*.png'))
+      yield Section(title, tables, figures, pictures)
+  judged_by_title = {COUNTS: claims.counts(), WIRE: claims.wire()}
   for title, tables in (
     ('On an accelerator', [*_accelerator(), *_accelerator_speed()]),
     ('Compiled for accelerators', list(compiled.tables())),
-    ("The paper's count of bytes (Table 1)", list(_counts())),
-    ('On the wire', list(_wire())),
+    (COUNTS, list(_counts())),
+    (WIRE, list(_wire())),
     ('Workers of unequal speed', list(_unequal())),
     ('Memory', list(_memory())),
     ('Speed', [*_benches(), *_peer()]),
     ('Sets of the TFDS catalog', list(_catalog())),
   ):
     if tables:
-      yield Section(title, tables)
+      judged = judged_by_title.get(title, [])
+      yield Section(title, tables, claims=judged)
 
 
 def _load(pattern: str) -> list[dict[str, Any]]:

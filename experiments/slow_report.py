@@ -14,6 +14,7 @@ from experiments.namespaces import LINKS
 from experiments.slow_network import FOLDER, METHODS
 from experiments.table import Table
 from resist_jax.report import plots
+from resist_jax.report.colours import ENSEMBLE
 
 Record = Mapping[str, Any]
 NAMES = {
@@ -142,8 +143,10 @@ def figures() -> dict[str, Figure]:
   if not links:
     return {}
   figure = Figure(figsize=(1.5 + 4.2 * len(links), 3.2), layout='constrained')
-  every = figure.subplots(1, len(links), sharey=True, squeeze=False)[0]
-  local_colour, exchange_colour = plots.colours(2)
+  every = figure.subplots(
+    1, len(links), sharex=True, sharey=True, squeeze=False
+  )[0]
+  local_colour, exchange_colour = '#bdbdbd', ENSEMBLE[0]  # Of no protocol.
   # The bar of data parallel is so long that the others would vanish beside it.
   shown = [m for m in METHODS if m != 'data_parallel']
   for axes, link in zip(every, links, strict=True):

@@ -10,18 +10,20 @@ experiments/results/table2/SCALE/.
 
 from collections.abc import Mapping
 
-from matplotlib.figure import Figure
-
 from experiments import paper, pictures
-from experiments.experiment import Cell, Experiment, Results, main, of_runs
+from experiments.experiment import (
+  Cell,
+  Drawn,
+  Experiment,
+  Results,
+  main,
+  of_runs,
+)
 from experiments.table import Table
+from resist_jax.report.colours import PROTOCOLS
 
 DATA = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100'}
-NAMES = {
-  'resist': 'ResIST',
-  'local_sgd': 'local SGD',
-  'data_parallel': 'data parallel',
-}
+NAMES = {protocol: name for protocol, (name, *_) in PROTOCOLS.items()}
 WORKERS = (2, 4, 8)
 
 
@@ -87,9 +89,9 @@ def tables(results: Results) -> list[Table]:
   return [Table(caption, EXPERIMENT.command, head, rows)]
 
 
-def figures(results: Results) -> Mapping[str, Figure | None]:
+def figures(results: Results) -> Mapping[str, Drawn]:
   """Draws learning curves for each data set and number of workers."""
-  drawn: dict[str, Figure | None] = {}
+  drawn: dict[str, Drawn] = {}
   for data, title in DATA.items():
     panels = {
       f'{title}, {workers} workers': {

@@ -15,10 +15,9 @@ import math
 import statistics
 from typing import NamedTuple
 
-from matplotlib.figure import Figure
-
 from experiments import paper, pictures, table2
 from experiments.experiment import (
+  Drawn,
   Experiment,
   Record,
   Results,
@@ -59,7 +58,7 @@ def seconds_to(record: Record, accuracy: float) -> float | None:
 def tables(results: Results) -> list[Table]:
   """Compares our seconds with the paper's, where both protocols were run."""
   cells = itertools.product(table2.DATA, table2.WORKERS)
-  groups = [group for cell in cells for group in _groups(results, *cell)]
+  groups = [group for cell in cells for group in each_group(results, *cell)]
   if not groups:
     return []
   target = TARGETS[results.scale]
@@ -81,7 +80,7 @@ def tables(results: Results) -> list[Table]:
   return [Table(caption, EXPERIMENT.command, head, rows)]
 
 
-class _Group(NamedTuple):
+class Group(NamedTuple):
   """Runs of each protocol on one machine, whose seconds can be compared."""
 
   data: str
@@ -90,8 +89,14 @@ class _Group(NamedTuple):
   runs: dict[str, list[Record]]
 
 
-def _groups(results: Results, data: str, workers: int) -> Iterator[_Group]:
-  """Yields the runs of each machine that ran ResIST and local SGD."""
+def each_group(results: Results, data: str, workers: int) -> Iterator[Group]:
+  """Yields the runs of each machine that ran ResIST and local SGD.
+
+  Args:
+    results: The results.
+    data: `cifar10` or `cifar100`.
+    workers: Number of workers.
+  """
   runs = {
     protocol: quiet(results.of(table2.cell(data, protocol, workers)))
     for protocol in table2.NAMES
@@ -103,10 +108,10 @@ def _groups(results: Results, data: str, workers: int) -> Iterator[_Group]:
       for protocol, records in runs.items()
     }
     if here['resist'] and here['local_sgd']:
-      yield _Group(data, workers, name, {k: v for k, v in here.items() if v})
+      yield Group(data, workers, name, {k: v for k, v in here.items() if v})
 
 
-def _rows(group: _Group, share: float) -> Iterator[list[str]]:
+def _rows(group: Group, share: float) -> Iterator[list[str]]:
   """Yields the row of each protocol."""
   final = statistics.mean(
     record['summary']['test_accuracy'] for record in group.runs['local_sgd']
@@ -141,11 +146,11 @@ def _theirs(published: int | None, base: int | None) -> str:
   return f'{published} s, {base / published:.2f}'
 
 
-def figures(results: Results) -> Mapping[str, Figure | None]:
+def figures(results: Results) -> Mapping[str, Drawn]:
   """Draws learning curves by seconds, from the machine with most protocols."""
 
   def most(data: str, workers: int) -> Mapping[str, list[Record]]:
-    groups = [group.runs for group in _groups(results, data, workers)]
+    groups = [group.runs for group in each_group(results, data, workers)]
     return max(groups, key=len, default={})
 
   return {

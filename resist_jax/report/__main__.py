@@ -1,4 +1,4 @@
-"""Command line: python -m resist_jax.report DIR... [--out=OUT]."""
+"""Command line: python -m resist_jax.report RUN... [--out=OUT]."""
 
 import sys
 

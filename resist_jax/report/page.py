@@ -1,6 +1,6 @@
 """A report of one run, or of several side by side, as an HTML page.
 
-Run it as `python -m resist_jax.report DIR... [--out=OUT]`.
+Run it as `python -m resist_jax.report RUN... [--out=OUT]`.
 """
 
 import argparse
@@ -13,18 +13,21 @@ import re
 import sys
 from typing import Any, NoReturn
 
+from matplotlib.figure import Figure
+
 from resist_jax import folders
 from resist_jax.errors import ConfigError
-from resist_jax.report import plots, tables
+from resist_jax.report import curves, plots, shell, tables
+from resist_jax.report.groups import Group, grouped
 from resist_jax.report.records import (
   ACCURACIES,
   DASH,
-  Run,
   Summary,
   is_number,
   load_runs,
   printable,
 )
+from resist_jax.report.sentence import sentences
 
 # For each row of the summary table, its name and the format of its cells. A
 # cell becomes a dash if the summary lacks one of its fields.
@@ -40,18 +43,19 @@ TABLE = (
   ('test accuracy, as deployed', '{test_accuracy:.2%}'),
   ('test accuracy, as in paper', '{test_accuracy_paper:.2%}'),
   ('best, as in paper', '{best_test_accuracy_paper:.2%}'),
+  ('test loss', '{test_loss:.4g}'),
   ('final training loss', '{final_train_loss:.4g}'),
   ('communication', '{bytes_total_text}'),
   ('communication per round', '{bytes_per_round_text}'),
-  ('against local SGD', '{share_of_bytes:.1%}'),
+  ('communication vs local SGD', '{share_of_bytes:.1%}'),
   ('on the wire per round', '{wire_bytes_per_round_text}'),
-  ('against local SGD', '{share_of_wire:.1%}'),
-  ('against data parallel', '{share_of_wire_parallel:.1%}'),
+  ('wire vs local SGD', '{share_of_wire:.1%}'),
+  ('wire vs data parallel', '{share_of_wire_parallel:.1%}'),
   ('exchange, format', '{exchange}, {wire_format}'),
   ('seconds of training', '{seconds_training:,.1f}'),
   ('images per second', '{images_per_second:,.0f}'),
   ('parameters', '{params_total:,}'),
-  ('share of them per worker', '{share_of_params:.1%}'),
+  ('parameters on a worker', '{share_of_params:.1%}'),
   ('parameters per device', '{parameter_memory_text}'),
   ('peak memory per device', '{peak_memory_text}'),
   ('devices', '{num_devices}, {device}'),
@@ -70,19 +74,10 @@ after training. As in the paper: with the statistics of each test batch.
 Communication: the paper's count, in which every worker fetches and returns its
 parameters in each round. On the wire: the bytes that all devices together send
 to each other; local SGD and data parallel are counted with exact ring
-all-reduces. Peak memory: that of the largest compiled program of a round."""
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff;
-  max-width: 72rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.wide { overflow-x: auto; font-size: 0.9rem; } table { border-spacing: 0; }
-th, td { text-align: left; vertical-align: top; border-bottom: 1px solid #ddd;
-  padding: 0.3rem 1.2rem 0.3rem 0; min-width: 8.5rem; max-width: 22rem; }
-tbody th, figcaption, p { font-weight: normal; color: #555; max-width: 46rem; }
-figure { margin: 0 0 1rem; } img { max-width: min(100%, 48rem); }
-.plots { display: grid; gap: 1.5rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
-"""
+all-reduces. Seconds of training: without compilation, tests and checkpoints,
+over the links that the run had. Peak memory: that of the largest compiled
+program of a round."""
+SEEDS_NOTE = 'A number with ± is a mean and a standard deviation over seeds.'
 
 
 def _rows(
@@ -186,10 +181,11 @@ def summary_table(
 
 
 def write_report(run_dirs: Sequence[Path], out_dir: Path) -> Path:
-  """Writes `report.html` and its pictures.
+  """Writes `report.html`, which needs no other file, and pictures for slides.
 
   Args:
-    run_dirs: Workdirs of the runs to show side by side.
+    run_dirs: Workdirs of the runs to show side by side; those that differ only
+      in their seed are shown as one.
     out_dir: The folder to write to, which is created if it does not exist.
 
   Returns:
@@ -201,70 +197,104 @@ def write_report(run_dirs: Sequence[Path], out_dir: Path) -> Path:
   """
   runs = load_runs(run_dirs)
   rows = {run.label: run.rows for run in runs}
-  figures, captions = {}, {}
-  for x, caption in plots.AXES.items():
-    name = f'accuracy_by_{x.split("_")[0]}.png'
-    figures[name] = plots.accuracy_figure(rows, x)
-    captions[name] = f'Test accuracy by {caption}.'
+  figures = {
+    f'accuracy_by_{x.split("_")[0]}.png': plots.accuracy_figure(rows, x)
+    for x in plots.AXES
+  }
+  blocks = {}
   for number, run in enumerate(runs, 1):
     name = f'decomposition_{number}.png' if runs[1:] else 'decomposition.png'
     if figure := plots.decomposition_figure(run.label, run.rows):
-      figures[name] = figure
-      captions[name] = f'{run.label}. Several workers train a striped block.'
+      figures[name] = blocks[run.label] = figure
   files = {name: plots.render_png(f) for name, f in figures.items()}
-  files['report.html'] = _page(runs, captions).encode('utf-8', 'replace')
+  page = _page(grouped(runs), blocks)
+  files['report.html'] = page.encode('utf-8', 'replace')
   out_dir.mkdir(parents=True, exist_ok=True)
   for name, content in files.items():
     (out_dir / name).write_bytes(content)
   return out_dir / 'report.html'
 
 
-def _page(runs: Sequence[Run], captions: Mapping[str, str]) -> str:
+def _page(groups: Sequence[Group], blocks: Mapping[str, Figure]) -> str:
   """Returns the HTML page.
 
   Args:
-    runs: The runs to show.
-    captions: The caption of each picture, by the name of its file.
+    groups: The runs to show.
+    blocks: Pictures of who trained which block, by the label of the run.
 
   Returns:
-    A page that shows the pictures from its own folder.
+    A page that needs no other file.
   """
-  title = f'{len(runs)} runs side by side' if runs[1:] else runs[0].label
-  title = escape(f'ResIST: {title}')
-  figures = [
-    f'<figure><a href="{name}"><img src="{name}" alt="{escape(caption)}"></a>'
-    f'<figcaption>{escape(caption)}</figcaption></figure>'
-    for name, caption in captions.items()
-  ]
-  summaries = [run.summary for run in runs]
+  several = any(group.runs[1:] for group in groups)
+  first = groups[0]
+  title = f'the run {first.runs[0].label}'
+  if several:
+    title = f'{first.name}, {len(first.runs)} seeds'
+  if groups[1:]:
+    kind = 'settings' if several else 'runs'
+    title = f'{len(groups)} {kind} side by side'
+  summaries = [group.summary for group in groups]
   settings = [
-    [n, *(json.dumps(r.config[n]) if n in r.config else DASH for r in runs)]
-    for n in sorted(set().union(*(run.config for run in runs)))
+    [n, *(json.dumps(g.config[n]) if n in g.config else DASH for g in groups)]
+    for n in sorted(set().union(*(group.config for group in groups)))
   ]
-  if runs[1:]:
+  if groups[1:]:
     settings = [row for row in settings if len(set(row[1:])) > 1]
-  return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>{STYLE}</style></head><body>
-<h1>{title}</h1>
-{_html_table(runs, _rows(_table(summaries), summaries))}
-<p>{NOTE}</p>
-<h2>Accuracy</h2>
-<div class="plots">{''.join(figures[:3])}</div>
-{'<h2>Who trained which block</h2>' if figures[3:] else ''}
-{''.join(figures[3:])}
-<h2>{'Settings that differ' if runs[1:] else 'Settings'}</h2>
-{_html_table(runs, settings) if settings else '<p>None.</p>'}
+  lead = ''.join(f'<p>{escape(text)}</p>' for text in sentences(groups))
+  return shell.page(
+    f'ResIST: {title}',
+    f"""<div class="lead">{lead}</div>
+{curves.html(groups)}
+<h2>All numbers</h2>
+{_numbers(groups, _rows(_table(summaries), summaries))}
+<p class="quiet">{NOTE} {SEEDS_NOTE if several else ''}</p>
+{_blocks(groups, blocks)}
+<h2>{'Settings that differ' if groups[1:] else 'Settings'}</h2>
+{_html_table(groups, settings) if settings else '<p>None.</p>'}
 <h2>Provenance</h2>
-{_html_table(runs, _rows(PROVENANCE, summaries))}
-</body></html>
-"""
+{_html_table(groups, _rows(PROVENANCE, summaries))}
+""",
+  )
 
 
-def _html_table(runs: Sequence[Run], rows: Sequence[Sequence[str]]) -> str:
-  """Returns a table with one column for each run; one run needs no head."""
-  head = ['', *(run.label for run in runs)] if runs[1:] else []
+def _blocks(groups: Sequence[Group], blocks: Mapping[str, Figure]) -> str:
+  """Returns the pictures of who trained which block, one for each group."""
+  shown = [
+    (group, run.label)
+    for group in groups
+    for run in group.runs
+    if run.label in blocks
+  ]
+  # Another seed deals the blocks by the same rule.
+  first = {group.name: label for group, label in reversed(shown)}
+  pictures = ''.join(
+    shell.picture(
+      blocks[label],
+      f'Which worker trained which block in which round, {label}',
+      f'{escape(label)}. A striped block has several workers.',
+    )
+    for label in reversed(first.values())
+  )
+  return f'<h2>Who trained which block</h2>\n{pictures}' if pictures else ''
+
+
+def _numbers(groups: Sequence[Group], rows: Sequence[Sequence[str]]) -> str:
+  """Returns a table of what differs, and one of what is the same."""
+  same = [row for row in rows if len(set(row[1:])) == 1]
+  if not groups[1:]:
+    return _html_table(groups, [row for row in rows if row[1] != DASH])
+  other = [row for row in rows if row not in same]
+  found = _html_table(groups, other) if other else ''
+  common = [row[:2] for row in same if row[1] != DASH]
+  if common:
+    table = tables.html_table([], common, row_heads=True)
+    found += f'<h3>The same in all of them</h3>\n{table}'
+  return found
+
+
+def _html_table(groups: Sequence[Group], rows: Sequence[Sequence[str]]) -> str:
+  """Returns a table with one column for each group; one needs no head."""
+  head = ['', *(group.name for group in groups)] if groups[1:] else []
   return tables.html_table(head, rows, row_heads=True)
 
 
@@ -289,11 +319,15 @@ def main(args: Sequence[str] | None = None) -> int:
     description='Writes a report of one run, or of several side by side.',
   )
   parser.add_argument(
-    'dirs', metavar='DIR', nargs='+', type=Path, help='workdir of a run'
+    'dirs',
+    metavar='RUN',
+    nargs='+',
+    type=Path,
+    help='workdir of a run, or folder of the workdirs of several seeds',
   )
   parser.add_argument(
     '--out',
-    help='folder to write to (default: DIR, or ./report for several runs)',
+    help='folder to write to (default: RUN, or ./report for several runs)',
   )
   flags = parser.parse_args(args)
   out = Path('report') if flags.dirs[1:] else flags.dirs[0]

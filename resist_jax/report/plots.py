@@ -5,30 +5,19 @@ import io
 import math
 from typing import Any, Literal
 
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex, to_rgb
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 import numpy as np
 
+from resist_jax.report.colours import Style, colours, styles
+
 Rows = Sequence[Mapping[str, Any]]  # metrics.jsonl: one mapping per round
 Slots = Sequence[Sequence[int]]  # For each worker, the blocks that it trained.
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart. The pale
-# yellow comes late, because a yellow line on white is hard to see.
-PALETTE = (
-  '#0072b2',
-  '#e69f00',
-  '#009e73',
-  '#cc79a7',
-  '#56b4e9',
-  '#d55e00',
-  '#f0e442',
-  '#222222',
-)
 EVERYONE, NOBODY = -1, -2  # Stand for a worker in a decomposition image.
 MAX_ROUNDS = 60  # Columns of a decomposition figure that can be told apart.
 # Rows of a decomposition image, for each block and in all: finer than the
@@ -54,21 +43,11 @@ CURVES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     {'linestyle': '--', 'linewidth': 1.0, 'marker': 'o', 'markersize': 2.5},
   ),
 )
-
-
-def colours(count: int) -> list[str]:
-  """Returns distinct colours for runs or workers.
-
-  Args:
-    count: Number of colours.
-
-  Returns:
-    The first colours of `PALETTE` if they suffice, else equal steps of a
-    continuous colour map, in hexadecimal.
-  """
-  if count <= len(PALETTE):
-    return list(PALETTE[:count])
-  return [to_hex(c) for c in colormaps['viridis'](np.linspace(0, 1, count))]
+# Where dashes tell runs apart, the second accuracy is thin and pale.
+_FAINT: dict[str, dict[str, Any]] = {
+  'test_accuracy': {},
+  'test_accuracy_paper': {'linewidth': 1.0, 'alpha': 0.45},
+}
 
 
 def byte_unit(num_bytes: float) -> tuple[float, str]:
@@ -132,10 +111,11 @@ def accuracy_figure(runs: Mapping[str, Rows], x: str) -> Figure:
   entries = len(CURVES) + (len(runs) if len(runs) > 1 else 0)
   figure = Figure(figsize=(6.4, 3.5 + 0.21 * entries), layout='constrained')
   axes = figure.add_subplot()
-  for label, colour in zip(runs, colours(len(runs)), strict=True):
+  looks = [_look(style) for style in styles(map(protocol_of, runs.values()))]
+  for label, look in zip(runs, looks, strict=True):
     for metric, _, style in CURVES:
       xs, ys = np.reshape(points[label, metric], (-1, 2)).T
-      axes.plot(xs / unit, ys, color=colour, **style)
+      axes.plot(xs / unit, ys, **{**style, **look, **_FAINT[metric]})
   axes.set(xlabel=axis, ylabel='test accuracy (%)')
   style_axes(axes)
   if not ends:
@@ -154,22 +134,33 @@ def accuracy_figure(runs: Mapping[str, Rows], x: str) -> Figure:
   # Show at least two points, or a difference of 0.1 points would look large.
   missing = max(2 - (high - low), 0)
   axes.set_ylim(low - missing / 2, high + missing / 2)
-  _accuracy_legend(figure, list(runs))
+  _accuracy_legend(figure, dict(zip(runs, looks, strict=True)))
   return figure
 
 
-def _accuracy_legend(figure: Figure, labels: list[str]) -> None:
-  """Adds a legend of the line styles and, for several runs, their colours."""
-  several = len(labels) > 1
-  lines = [
-    Line2D([], [], color='#555555' if several else PALETTE[0], **style)
-    for _, _, style in CURVES
+def protocol_of(rows: Rows) -> str:
+  """Returns the protocol of a run's rounds; that of most, if it changed."""
+  found = [p for row in rows if isinstance(p := row.get('protocol'), str)]
+  return max(found, key=found.count, default='')
+
+
+def _look(style: Style) -> dict[str, Any]:
+  dashes = (0, style.dashes) if style.dashes else '-'
+  return {'color': style.colour, 'linestyle': dashes, 'marker': style.marker}
+
+
+def _accuracy_legend(figure: Figure, looks: Mapping[str, Any]) -> None:
+  """Adds a legend of the two statistics and, for several runs, of these."""
+  several = len(looks) > 1
+  colour = '#555555' if several else next(iter(looks.values()))['color']
+  faint: list[dict[str, Any]] = [
+    {**style, 'color': colour, **_FAINT[metric]} for metric, _, style in CURVES
   ]
+  lines = [Line2D([], [], **look) for look in faint]
   names = [name for _, name, _ in CURVES]
   if several:
-    runs = colours(len(labels))
-    lines = [Line2D([], [], color=c, linewidth=4) for c in runs] + lines
-    names = labels + names
+    runs = [Line2D([], [], linewidth=2, **look) for look in looks.values()]
+    lines, names = runs + lines, [*looks, *names]
   _legend(figure, lines, names)
 
 
@@ -246,6 +237,7 @@ def decomposition_figure(label: str, rows: Rows) -> Figure | None:
     A figure with one panel for each partitioned chain, of at most `MAX_ROUNDS`
     rounds; None if no round decomposes the model.
   """
+  rows = [row for row in rows if row['round']]  # Round 0 is only a test.
   decomposed = [row for row in rows if row.get('slots')]
   if not decomposed:
     return None
@@ -257,8 +249,9 @@ def decomposition_figure(label: str, rows: Rows) -> Figure | None:
   shown, part = _window(rows, decomposed[0]['round'])
 
   heights = [min(max(0.2 * L, 1.0), 7.0) for L in chains.values()]
-  width = min(max(0.13 * len(shown) + 1.2, 6.0), 9.0)
-  legend_height = 0.22 * math.ceil((min(num_workers, 16) + 1) / 4)
+  # A phone shows few rounds without scrolling.
+  width = min(max(0.13 * len(shown) + 1.2, 4.4), 9.0)
+  legend_height = 0.22 * math.ceil((min(num_workers, 16) + 1) / 3)
   figure = Figure(
     figsize=(width, sum(h + 0.5 for h in heights) + legend_height + 0.5),
     layout='constrained',
@@ -347,7 +340,8 @@ def _worker_legend(
   if NOBODY in present:
     patches.append(Patch(facecolor=palette[NOBODY], edgecolor='#999999'))
     names.append('no worker recorded')
-  _legend(figure, patches, names, ncols=min(len(names), 4), fontsize=8)
+  ncols = 4 if max(map(len, names)) < 12 else 2
+  _legend(figure, patches, names, ncols=min(len(names), ncols), fontsize=8)
 
 
 def depth_figure(measured: Sequence[Mapping[str, Any]], test: str) -> Figure:

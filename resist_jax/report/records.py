@@ -16,12 +16,13 @@ Summary = Mapping[str, Any]
 
 DASH = '-'
 # Fields of a round that are numbers, or missing.
-NUMBERS = ('train_loss', 'test_accuracy', 'test_accuracy_paper', 'bytes_total',
-           'wire_bytes_total', 'seconds_training',
+NUMBERS = ('train_loss', 'test_loss', 'test_accuracy', 'test_accuracy_paper',
+           'bytes_total', 'wire_bytes_total', 'seconds_training',
            'images_per_second')  # fmt: skip
 # How the accuracies of a test are called, after its name.
 ACCURACIES = ('_accuracy', '_accuracy_paper')
 _CUTS = ('slots', 'num_blocks')
+_FILES = ('config.json', 'metrics.jsonl')
 # No run has more than this, and what a report draws of it fits in memory.
 _MAX_ROWS, _MAX_LINE = 10**6, 2**20
 _MAX_ROUND, _MAX_BLOCKS, _MAX_WORKERS, _MAX_CHAINS = 10**9, 2048, 4096, 16
@@ -50,8 +51,9 @@ def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
   """Reads the workdirs of runs.
 
   Args:
-    run_dirs: Workdirs. If one has no `summary.json`, because its run was
-      stopped or still trains, the summary is derived from its rounds.
+    run_dirs: Workdirs, or folders that hold the workdirs of several seeds. If
+      a workdir has no `summary.json`, because its run was stopped or still
+      trains, the summary is derived from its rounds.
 
   Returns:
     The runs, in the same order.
@@ -59,7 +61,7 @@ def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
   Raises:
     ConfigError: If a workdir cannot be read.
   """
-  paths = [Path(path).resolve() for path in run_dirs]
+  paths = [run for path in run_dirs for run in _within(Path(path).resolve())]
   if len(set(paths)) < len(paths):
     raise ConfigError('a run is given twice: give every run once.')
   depth = 1
@@ -70,6 +72,19 @@ def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
   return list(map(_load_run, paths, labels))
 
 
+def _within(path: Path) -> list[Path]:
+  """Returns a workdir, or the workdirs in a folder that is none."""
+  if path.is_dir() and not any((path / name).exists() for name in _FILES):
+    inner = [p for p in sorted(path.iterdir()) if is_workdir(p)]
+    return inner or [path]
+  return [path]
+
+
+def is_workdir(path: Path) -> bool:
+  """Returns whether a folder has the files of a run."""
+  return all((path / name).is_file() for name in _FILES)
+
+
 def printable(name: str) -> str:
   """Returns a name that can be printed and drawn, whatever bytes it has."""
   return name.encode('utf-8', 'backslashreplace').decode('utf-8')
@@ -77,11 +92,11 @@ def printable(name: str) -> str:
 
 def _load_run(path: Path, label: str) -> Run:
   """Reads one workdir."""
-  for name in ('config.json', 'metrics.jsonl'):
+  for name in _FILES:
     if not (path / name).is_file():
       raise ConfigError(
         f'{path} has no {name}: give the workdir of a run that finished at '
-        'least one round.'
+        'least one round, or a folder of such workdirs.'
       )
   config = _flatten(_read_json(path / 'config.json'))
   rows = _drawn_rows(path / 'metrics.jsonl')
@@ -111,7 +126,7 @@ def _drawn_rows(path: Path) -> list[dict[str, Any]]:
     first = min(first, number)
     first_cut = min(first_cut, number) if chains else first_cut
     far = number >= max(first, first_cut) + plots.MAX_ROUNDS
-    names = ('round', *_measures(row), *(() if far else _CUTS))
+    names = ('round', 'protocol', *_measures(row), *(() if far else _CUTS))
     # A resumed run may repeat rounds, and continues from the last repetition.
     by_round[number] = {name: row[name] for name in row if name in names}
     by_round[number]['workers'] = len(chains[0]) if chains else 0

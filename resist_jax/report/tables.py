@@ -66,6 +66,9 @@ def markdown_table(head: Row, rows: Sequence[Row]) -> str:
 def html_table(head: Row, rows: Sequence[Row], row_heads: bool = False) -> str:
   """Writes a table in HTML, in a box of class `wide` for sideways scrolling.
 
+  Each cell repeats the name of its column, for screens on which each row
+  becomes a card.
+
   Args:
     head: Names of the columns; empty for a table without a head.
     rows: The cells of each row, which are escaped.
@@ -75,14 +78,24 @@ def html_table(head: Row, rows: Sequence[Row], row_heads: bool = False) -> str:
     An HTML element.
   """
 
-  def tag(name: str, cells: Row) -> str:
-    return ''.join(f'<{name}>{escape(cell)}</{name}>' for cell in cells)
+  def tag(cells: Row) -> str:
+    return ''.join(f'<th>{escape(cell)}</th>' for cell in cells)
 
-  first = f'<thead><tr>{tag("th", head)}</tr></thead>\n' if head else ''
+  first = f'<thead><tr>{tag(head)}</tr></thead>\n' if head else ''
   heads = 1 if row_heads else 0
-  body = '\n'.join(
-    f'<tr>{tag("th", row[:heads])}{tag("td", row[heads:])}</tr>' for row in rows
-  )
+  names = [f' data-head="{escape(name)}"' if name else '' for name in head]
+
+  def line(row: Row) -> str:
+    named = names or [''] * len(row)
+    cells = [
+      f'<td{name}>{escape(cell)}</td>'
+      for name, cell in zip(named[heads:], row[heads:], strict=True)
+    ]
+    return f'<tr>{tag(row[:heads])}{"".join(cells)}</tr>'
+
+  body = '\n'.join(map(line, rows))
+  pairs = ' class="pairs"'  # Names and values, which fit a phone.
   return (
-    f'<div class="wide"><table>{first}<tbody>\n{body}\n</tbody></table></div>'
+    f'<div class="wide" tabindex="0"><table{"" if head else pairs}>{first}'
+    f'<tbody>\n{body}\n</tbody></table></div>'
   )

@@ -34,6 +34,7 @@ ELASTIC = frozenset(
     'depths',
     'exchange',
     'wire_format',
+    'evaluation.at_start',
     'evaluation.batches_at_once',
     'evaluation.stream_blocks',
     'eval_every',

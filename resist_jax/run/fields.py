@@ -286,6 +286,12 @@ FIELDS = {
       'Rounds between checkpoints. The last round is always saved.',
     ),
     Field(
+      'evaluation.at_start',
+      False,
+      'Also test the network before the first round, so that curves begin at '
+      'round 0. It costs one more test.',
+    ),
+    Field(
       'keep_checkpoints',
       3,
       'Newest checkpoints to keep, besides the newest that a test has '

@@ -1,12 +1,14 @@
-"""Writes a trained network in the format of another library.
+"""Writes a trained network for another library, and reads one of PyTorch.
 
 Each library is an extra: it is imported when its format is asked for.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 import importlib
 import json
 import pathlib
+import re
 import shutil
 from typing import Any
 
@@ -15,6 +17,7 @@ import numpy as np
 
 from resist_jax import data
 from resist_jax.errors import ConfigError
+from resist_jax.models import ResNet
 from resist_jax.run import onnx_graph, plain, workdir
 from resist_jax.run.export import Predictor
 
@@ -48,6 +51,95 @@ def write(model: Predictor, kind: str, path: pathlib.Path) -> None:
     ) from error
   path.parent.mkdir(parents=True, exist_ok=True)
   _WRITERS[kind](model, path)
+
+
+# What layers are called elsewhere: a pattern of our name, and theirs.
+_CONVENTIONS = {
+  'resist_jax': (),
+  # Also the scripts that the authors of the paper released.
+  'torchvision': (
+    (r'^stem\.conv', 'conv1'),
+    (r'^stem\.norm', 'bn1'),
+    (r'^classifier', 'fc'),
+    (r'\.norm_shortcut', '.downsample.1'),
+    (r'\.shortcut', '.downsample.0'),
+    (r'\.norm(\d)', r'.bn\1'),
+  ),
+  'pytorch-cifar': (
+    (r'^stem\.conv', 'conv1'),
+    (r'^stem\.norm', 'bn1'),
+    (r'^classifier', 'linear'),
+    (r'\.norm_shortcut', '.shortcut.1'),
+    (r'\.shortcut(?!\.1)', '.shortcut.0'),
+    (r'\.norm(\d)', r'.bn\1'),
+  ),
+}
+_STAGE = re.compile(r'^stages\.(\d+)')
+
+
+def from_torch(
+  state: Mapping[str, Any],
+  network: ResNet,
+  names: Callable[[str], str] | None = None,
+) -> dict[str, Any]:
+  """Returns the variables of a network from a state dict of PyTorch.
+
+  Args:
+    state: By name, tensors of PyTorch or arrays; a prefix `module.` of all
+      names is left out.
+    network: The network that it belongs to, such as
+      `models.FAMILY['PreActResNet101'](num_classes=100)`.
+    names: Maps the name of a layer that `--to=torch` gives it, such as
+      `stages.2.1.conv1`, to its name in `state`. None finds out whether the
+      names are those, those of torchvision and of the authors' scripts, or
+      those of pytorch-cifar.
+
+  Returns:
+    `params` and `batch_stats`, as in `export.Predictor.variables`. The latter
+    is empty where `state` has no running statistics: measure them, or let the
+    network take those of each batch. Residual scales are not in a state dict:
+    give the network those of the release, 1 / S on the divided chain.
+
+  Raises:
+    ValueError: If the state dict is that of another network.
+  """
+  if not isinstance(state, Mapping):
+    raise ValueError(
+      f'the state is a {type(state).__name__}, not a state dict: give what '
+      'state_dict() of its modules returns.'
+    )
+  given = {name: _as_array(tensor) for name, tensor in state.items()}
+  if given and all(name.startswith('module.') for name in given):
+    given = {k.removeprefix('module.'): v for k, v in given.items()}
+  return plain.variables(given, network, names or _convention(given))
+
+
+def _convention(given: Collection[str]) -> Callable[[str], str]:
+  """Returns the way in which the layers of a state dict are named."""
+  for convention in _CONVENTIONS:
+    named = partial(_translated, convention)
+    if all(f'{named(x)}.weight' in given for x in ('stem.conv', 'classifier')):
+      return named
+  raise ValueError(
+    f'the state dict has other names of layers ({", ".join(given)[:80]}): '
+    'give names, a function from our name of a layer to its name there.'
+  )
+
+
+def _translated(convention: str, layer: str) -> str:
+  """Returns what a convention calls a layer."""
+  rules = _CONVENTIONS[convention]
+  for pattern, theirs in rules:
+    layer = re.sub(pattern, theirs, layer)
+  if rules:
+    layer = _STAGE.sub(lambda found: f'layer{int(found[1]) + 1}', layer)
+  return layer
+
+
+def _as_array(tensor: Any) -> np.ndarray:
+  if hasattr(tensor, 'detach'):  # PyTorch need not be imported for that.
+    tensor = tensor.detach().cpu().float().numpy()
+  return np.asarray(tensor, np.float32)
 
 
 def _safetensors(model: Predictor, path: pathlib.Path) -> None:

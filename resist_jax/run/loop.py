@@ -205,6 +205,8 @@ class Loop:
     self._before = progress.seconds_total - started
     self._clock = Clock(progress.seconds_training)
     self.phase, self.state = restore.start(setup, restored)
+    if setup.config.evaluation.at_start and not self.progress.round:
+      self._test_at_start()
     self._log.begin()
     self._apart = True  # Whether the processes may be at different points.
 
@@ -290,6 +292,18 @@ class Loop:
     if due.leaves:
       whole = assemble(self.state)
       self.phase, self.state = restore.begin_phase(self.setup, done, whole)
+
+  def _test_at_start(self) -> None:
+    """Logs a test of the network before round 1, as round 0 of the curves."""
+    processes.doing('the test before round 1')
+    tested = _tested(self.progress, self._network_test, self.state)
+    counted = ('seconds_training', 'bytes_total', 'wire_bytes_total')
+    row = {'round': 0, 'protocol': self.phase.name, **dict.fromkeys(counted, 0)}
+    self._log.before({**row, **tested.last, 'slots': {}, 'num_blocks': {}})
+    sent = tested.evaluation_wire_bytes_total
+    self.progress = dataclasses.replace(
+      self.progress, evaluation_wire_bytes_total=sent
+    )
 
   def _test(self) -> None:
     progress = _tested(self.progress, self._network_test, self.state)

@@ -19,11 +19,13 @@ class Log(NamedTuple):
 
   Attributes:
     begin: Says that the rounds begin; see `MetricsLog.begin`.
+    before: Logs a test before the first round; see `MetricsLog.before`.
     write: Logs the row of a round; see `MetricsLog.write`.
     check: Checks that the log is still there; see `MetricsLog.check`.
   """
 
   begin: Callable[[], None]
+  before: Callable[[Mapping[str, Any]], None]
   write: Callable[[Mapping[str, Any]], None]
   check: Callable[[], None]
 
@@ -44,10 +46,10 @@ def open_log(
     The log.
   """
   if not writes:
-    yield Log(lambda: None, lambda row: None, lambda: None)
+    yield Log(lambda: None, *2 * (lambda row: None,), lambda: None)
     return
   with MetricsLog(workdir, start_round, num_rounds) as log:
-    yield Log(log.begin, log.write, log.check)
+    yield Log(log.begin, log.before, log.write, log.check)
 
 
 class MetricsLog:
@@ -68,8 +70,9 @@ class MetricsLog:
     self._config = workdir / 'config.json'
     self._kept = start_round
     rows = report.read_rows(path)
-    rows = [row for row in rows if row['round'] <= start_round]
-    missing = start_round - len({row['round'] for row in rows})
+    # A run that begins anew logs round 0, a test before the first one, again.
+    rows = [row for row in rows if row['round'] <= start_round > 0]
+    missing = start_round - len({row['round'] for row in rows} - {0})
     if missing > 0:
       logging.warning(
         '%s has no row of %d of the %d rounds that are done: it was damaged or '
@@ -93,8 +96,8 @@ class MetricsLog:
     """Starts the clock of the progress bar, when all is compiled."""
     self._bar.unpause()
 
-  def write(self, row: Mapping[str, Any]) -> None:
-    """Logs a round.
+  def before(self, row: Mapping[str, Any]) -> None:
+    """Logs a row without counting a round: a test before the first one.
 
     Args:
       row: JSON values by name.
@@ -105,6 +108,17 @@ class MetricsLog:
     self.check()
     self._file.write(json.dumps(dict(row)) + '\n')
     self._file.flush()
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    """Logs a round.
+
+    Args:
+      row: JSON values by name.
+
+    Raises:
+      WorkdirLostError: See `check`.
+    """
+    self.before(row)
     shown = {'loss': f'{row["train_loss"]:.3f}'}
     if 'train_accuracy' in row:
       shown['train'] = f'{row["train_accuracy"]:.1%}'

@@ -4,14 +4,15 @@ Residual scales are multiplied into the last layer of each branch, and norm
 statistics into means and variances, so that nothing of ResIST remains.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from resist_jax.models import rescale_branches
-from resist_jax.models.resnet import branch_name, chain_name, head_name
+from resist_jax.models import ResNet, rescale_branches
 from resist_jax.run.export import Predictor
 
 Arrays = dict[str, np.ndarray]
@@ -31,6 +32,59 @@ def describe(model: Predictor) -> dict[str, Any]:
   }
 
 
+class Place(NamedTuple):
+  """Where an array of a network is, here and in PyTorch.
+
+  Attributes:
+    path: Keys in the tree of parameters.
+    block: Index on the leading axis of a chain; None where there is no chain.
+    layer: Name of its layer in PyTorch, such as `stages.2.1.conv1`.
+    kind: Name of the array there: `weight` or `bias`.
+  """
+
+  path: tuple[str, ...]
+  block: int | None
+  layer: str
+  kind: str
+
+  @property
+  def name(self) -> str:
+    """Its name in PyTorch."""
+    return f'{self.layer}.{self.kind}'
+
+  def get(self, tree: Mapping[str, Any]) -> np.ndarray:
+    """Returns the array that a tree of parameters has here."""
+    for key in self.path:
+      tree = tree[key]
+    found: Any = tree
+    return found if self.block is None else found[self.block]
+
+
+def places(params: Mapping[str, Any]) -> Iterator[Place]:
+  """Yields the place of each array of a network.
+
+  Args:
+    params: Its parameters, or anything of their structure and shapes.
+  """
+  for path, leaf in jax.tree.leaves_with_path(params):
+    keys = tuple(str(part.key) for part in path)
+    piece, inner, last = keys[0], keys[1:-1], keys[-1]
+    inner = tuple(key for key in inner if key != 'GroupNorm_0')
+    kind = 'bias' if last == 'bias' else 'weight'
+    if not piece.startswith('stage'):
+      inner = inner or (('conv',) if piece == 'stem' else ())
+      yield Place(keys, None, '.'.join((piece, *inner)), kind)
+      continue
+    stage, part = piece.removeprefix('stage').split('_')
+    layer = f'stages.{int(stage) - 1}.{{}}.{".".join(inner)}'
+    if part == 'chain':
+      for i in range(leaf.shape[0]):
+        yield Place(keys, i, layer.format(i + 1), kind)
+    else:  # A head that was cut has its layers in two pieces.
+      block = 0 if part == 'branch' else None
+      yield Place(keys, block, layer.format(0), kind)
+
+
 def arrays(model: Predictor) -> Arrays:
   """Returns the arrays of a network, by the names that PyTorch gives them.
 
@@ -46,65 +100,113 @@ def arrays(model: Predictor) -> Arrays:
   params = rescale_branches(model.variables['params'], factors, model.network)
   params = jax.tree.map(np.asarray, params)
   statistics = jax.tree.map(np.asarray, model.variables['batch_stats'])
-  found = {
+  found: Arrays = {
     'mean': model.mean.reshape(-1, 1, 1),
     'std': model.std.reshape(-1, 1, 1),
-    **_layers('stem.', *_stem(params['stem'], statistics.get('stem', {}))),
-    'classifier.weight': params['classifier']['kernel'].T,
-    'classifier.bias': params['classifier']['bias'],
   }
-  for place, layers, measured in _blocks(model, params, statistics):
-    found |= _layers(place, layers, measured)
+  for place in places(params):
+    array = place.get(params)
+    found[place.name] = array.transpose(_axes(array))
+    if place.path[-1] == 'scale' and statistics:
+      mean, square = (at.get(statistics) for at in _measured(place))
+      variance = np.maximum(square - np.square(mean), 0)
+      found[f'{place.layer}.running_mean'] = mean
+      found[f'{place.layer}.running_var'] = variance
+      found[f'{place.layer}.num_batches_tracked'] = np.zeros((), np.int64)
   return {name: np.ascontiguousarray(array) for name, array in found.items()}
 
 
-def _stem(params, statistics):
-  layers: dict[str, Any] = {'conv': {'kernel': params['kernel']}}
-  if 'norm' in params:
-    layers['norm'] = params['norm']
-  return layers, statistics
+def _axes(array: np.ndarray) -> tuple[int, ...]:
+  """Returns the order of axes in PyTorch: of a kernel, or of a vector."""
+  return {4: (3, 2, 0, 1), 2: (1, 0)}.get(array.ndim, (0,))
 
 
-def _blocks(
-  model: Predictor, params: Mapping[str, Any], statistics: Mapping[str, Any]
-) -> Iterator[tuple[str, Any, Any]]:
-  """Yields the place of each block, its layers, and their statistics."""
-  for stage, size in enumerate(model.network.stage_sizes, start=1):
-    head, branch = head_name(stage), branch_name(stage)
-    first = []
-    for tree in (params, statistics):
-      cut = jax.tree.map(lambda x: x[0], tree.get(branch, {}))
-      # A head that was cut has its layers in two places.
-      first.append({**tree.get(head, {}), **cut})
-    yield f'stages.{stage - 1}.0.', first[0], first[1]
-    for i in range(size - 1):
-      own = [
-        jax.tree.map(lambda x, i=i: x[i], tree.get(chain_name(stage), {}))
-        for tree in (params, statistics)
-      ]
-      yield f'stages.{stage - 1}.{i + 1}.', own[0], own[1]
+def _measured(place: Place) -> tuple[Place, Place]:
+  """Returns where the statistics of a batch norm are, given its scale."""
+  norm = place.path[:-1]
+  mean, square = ((*norm, name) for name in ('mean', 'mean_square'))
+  return place._replace(path=mean), place._replace(path=square)
 
 
-def _layers(
-  place: str, layers: Mapping[str, Any], statistics: Mapping[str, Any]
-) -> Arrays:
-  """Returns the arrays of some layers."""
-  found: Arrays = {}
-  for name, layer in layers.items():
-    if 'kernel' in layer:
-      found[f'{place}{name}.weight'] = layer['kernel'].transpose(3, 2, 0, 1)
-      continue
-    layer = layer.get('GroupNorm_0', layer)
-    found[f'{place}{name}.weight'] = layer['scale']
-    found[f'{place}{name}.bias'] = layer['bias']
-    if name in statistics:
-      mean = statistics[name]['mean']
-      square = statistics[name]['mean_square']
-      variance = np.maximum(square - np.square(mean), 0)
-      found[f'{place}{name}.running_mean'] = mean
-      found[f'{place}{name}.running_var'] = variance
-      found[f'{place}{name}.num_batches_tracked'] = np.zeros((), np.int64)
-  return found
+def variables(
+  given: Mapping[str, np.ndarray],
+  network: ResNet,
+  names: Callable[[str], str] = str,
+) -> dict[str, Any]:
+  """Returns the variables of a network from its arrays in PyTorch.
+
+  Args:
+    given: As `arrays` returns them. Without `running_mean` and `running_var`,
+      there are no statistics.
+    network: The network, whose residual scales are 1.
+    names: Maps the name of a layer to that which it has in `given`.
+
+  Returns:
+    `params` and `batch_stats`, on the host, as in `Predictor.variables`.
+
+  Raises:
+    ValueError: If the arrays are those of another network.
+  """
+  unread = dict(given)
+
+  def read(layer: str, kind: str) -> np.ndarray:
+    name = f'{names(layer)}.{kind}'
+    if name not in given:
+      raise ValueError(
+        f'there is no array {name}: the network has other layers, or they have '
+        'other names.'
+      )
+    unread.pop(name, None)
+    return given[name]
+
+  channels = read('stem.conv', 'weight').shape[1]
+  params, statistics = _zeros(network, channels)
+  if not any(name.endswith('.running_mean') for name in given):
+    statistics = {}
+  for place in places(params):
+    array = read(place.layer, place.kind)
+    _fill(params, place, array.transpose(np.argsort(_axes(array))))
+    if place.path[-1] == 'scale' and statistics:
+      mean = read(place.layer, 'running_mean')
+      square = read(place.layer, 'running_var') + np.square(mean)
+      for at, value in zip(_measured(place), (mean, square), strict=True):
+        _fill(statistics, at, value)
+  left = [name for name in unread if name.split('.')[-1] not in _UNREAD]
+  if left:
+    raise ValueError(
+      f'the network has no place for {len(left)} arrays, such as {left[0]}: it '
+      'has fewer layers.'
+    )
+  return {'params': params, 'batch_stats': statistics}
+
+
+# Arrays that are no variables of a network.
+_UNREAD = ('mean', 'std', 'num_batches_tracked')
+
+
+def _zeros(network: ResNet, channels: int) -> tuple[dict, dict]:
+  """Returns zeros in the place of parameters and of statistics."""
+  image = jnp.zeros((1, 32, 32, channels), jnp.float32)
+  shapes = jax.eval_shape(network.init, jax.random.key(0), image)
+  _, more = jax.eval_shape(
+    partial(network.apply, mutable=['batch_stats']), shapes, image
+  )
+  params, statistics = (
+    jax.tree.map(lambda x: np.zeros(x.shape, np.float32), tree)
+    for tree in (shapes['params'], more.get('batch_stats', {}))
+  )
+  return params, statistics
+
+
+def _fill(tree: Mapping[str, Any], place: Place, value: np.ndarray) -> None:
+  """Writes an array into a tree of arrays of zeros."""
+  at = place.get(tree)
+  if at.shape != value.shape:
+    raise ValueError(
+      f'{place.name} has the shape {value.shape}, and {"/".join(place.path)} '
+      f'{at.shape}, by our order of axes: the network is another one.'
+    )
+  at[...] = value
 
 
 def epsilon(norm: str) -> float:

@@ -1,6 +1,6 @@
 """TensorBoard as a callback: scalars, the config, pictures, final metrics."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import io
 import json
 import pathlib
@@ -55,12 +55,16 @@ class TensorBoard(callbacks.Callback):
       if summary is None:
         return
       rows = report.read_rows(self._run.workdir / 'metrics.jsonl')
-      figure = plots.accuracy_figure({'': rows}, 'round')
-      picture = np.asarray(Image.open(io.BytesIO(plots.render_png(figure))))
-      self._writer.add_image(
-        'accuracy_by_round', picture, summary['rounds'], dataformats='HWC'
-      )
+      if any('test_accuracy' in row for row in rows):
+        self._draw(rows, summary['rounds'])
       _write_final(self._folder, self._run.config, summary)
+
+  def _draw(self, rows: Sequence[Mapping[str, Any]], done: int) -> None:
+    figure = plots.accuracy_figure({'': rows}, 'round')
+    picture = np.asarray(Image.open(io.BytesIO(plots.render_png(figure))))
+    self._writer.add_image(
+      'accuracy_by_round', picture, done, dataformats='HWC'
+    )
 
 
 def grid(split: data.Split) -> np.ndarray:

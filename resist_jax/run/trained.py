@@ -35,9 +35,18 @@ def load(workdir: str | os.PathLike[str]) -> Trained:
     workdir: Its workdir.
 
   Raises:
-    ConfigError: If there is no finished run, or it is damaged.
+    ConfigError: If there is no finished run, or it is damaged, or the folder
+      holds several runs.
   """
   folder = folders.resolve(workdir, 'the run')
+  runs = folders_of(folder)
+  if runs != [folder]:
+    listed = ', '.join(run.name for run in runs[:5])
+    raise ConfigError(
+      f'{folder} holds {len(runs)} finished run{"s" if runs[1:] else ""} '
+      f'({listed}{", ..." if runs[5:] else ""}), and this takes one: name one, '
+      f'such as {runs[0]}.'
+    )
   try:
     model = export.load(folder)
     fields = json.loads((folder / 'config.json').read_text('utf-8'))

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 import importlib
 import pathlib
 import secrets
+import sys
 from typing import Any
 
 from resist_jax.errors import ConfigError, message
@@ -58,6 +59,8 @@ class WeightsAndBiases(callbacks.Callback):
         f'Weights & Biases cannot begin ({message(error)[:200]}): run wandb '
         'login, or set WANDB_MODE=offline, or leave log.wandb_project empty.'
       ) from error
+    if self._run.url:  # None in offline mode.
+      print(f'Weights & Biases: {self._run.url}', file=sys.stderr)
 
   def __call__(self, row: Mapping[str, Any], state: Any) -> None:
     """Logs each number of a row."""

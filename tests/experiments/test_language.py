@@ -1,21 +1,21 @@
-"""The language model is one network whichever way it is cut and read."""
+"""The language model looks back only, and texts are read from anywhere."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
+from tfds_sets import prepare
 
-from experiments import gpt, language, text
+from experiments import gpt, text
+from experiments import language_run as card_module
+from experiments.configs import language as card
+from experiments.transformer import Shape
 from resist_jax.errors import ConfigError
+from resist_jax.run import export
+from resist_jax.run import train as train_lib
 
-SHAPE = gpt.Shape(4, 16, 2, 12)
-
-
-@pytest.fixture(autouse=True)
-def _promotion():
-  """Adam in optax mixes dtypes; the package does not."""
-  with jax.numpy_dtype_promotion('standard'):
-    yield
+SHAPE = Shape(4, 16, 2, 12)
 
 
 def test_a_byte_is_predicted_from_those_before_it_only():
@@ -31,52 +31,6 @@ def test_a_byte_is_predicted_from_those_before_it_only():
   assert (found[:, 7:] != changed[:, 7:]).any()
 
 
-def test_a_block_that_is_absent_changes_nothing_and_has_no_gradient():
-  params, loss_fn = gpt.init(SHAPE, 0), gpt.make_loss(SHAPE)
-  batch = text.batch(np.arange(200, dtype=np.uint8), (3,), 12, [0])
-  present = {gpt.BLOCKS: jnp.array([1.0, 0.0, 1.0, 1.0])}
-  (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-    params, present, batch, None
-  )
-  kept = np.array([0, 2, 3])
-  fewer = {
-    **params,
-    gpt.BLOCKS: jax.tree.map(lambda x: x[kept], params['blocks']),
-  }
-  want, _ = loss_fn(fewer, {gpt.BLOCKS: jnp.ones(3)}, batch, None)
-  np.testing.assert_allclose(loss, want, rtol=1e-6)
-  for leaf in jax.tree.leaves(grads[gpt.BLOCKS]):
-    assert not leaf[1].any()
-    assert leaf[0].any() or not leaf.any()
-
-
-@pytest.mark.parametrize('protocol', ['resist_outer', 'data_parallel'])
-def test_a_run_that_stops_goes_on_to_the_same_end(
-  protocol, tmp_path, monkeypatch
-):
-  scale, texts = language.SCALES['smoke'], text.load(text.SOURCES)
-  args = (protocol, 2, scale, 0, texts)
-  for name in ('whole', 'stopped'):
-    (tmp_path / name).mkdir()
-  want = language.run(*args, tmp_path / 'whole')
-  drawn, draw = [], text.batch
-
-  def fail_later(*values):
-    drawn.append(values)
-    if len(drawn) > 4:  # For the test, for shapes, and for two rounds.
-      raise RuntimeError('stopped')
-    return draw(*values)
-
-  monkeypatch.setattr(text, 'batch', fail_later)
-  with pytest.raises(RuntimeError, match='stopped'):
-    language.run(*args, tmp_path / 'stopped')
-  monkeypatch.setattr(text, 'batch', draw)
-  got = language.run(*args, tmp_path / 'stopped')
-  assert len(drawn) == 5
-  assert [row['test_loss'] for row in got] == [row['test_loss'] for row in want]
-  assert got[-1]['bytes'] == want[-1]['bytes'] > 0
-
-
 def test_training_and_test_text_share_nothing(tmp_path):
   path = tmp_path / 'text.txt'
   path.write_bytes(bytes(i % 256 for i in range(300_000)))
@@ -87,3 +41,49 @@ def test_training_and_test_text_share_nothing(tmp_path):
     text.load(str(path))
   with pytest.raises(ConfigError, match='No such file'):
     text.load(str(tmp_path / 'none'))
+
+
+def test_a_text_of_tfds_is_read_as_prepared(tmp_path):
+  reviews = [bytes([65 + i % 26]) * 499 for i in range(500)]
+  examples = {
+    'train': [{'text': x, 'label': i % 2} for i, x in enumerate(reviews)]
+  }
+  features = {
+    'text': tfds.features.Text(),
+    'label': tfds.features.ClassLabel(num_classes=2),
+  }
+  prepare(tmp_path, 'imdb_reviews/plain_text', features, examples)
+  train, test = text.load('tfds:imdb_reviews/plain_text', str(tmp_path))
+  assert (len(train), len(test)) == (225_000, 25_000)
+  lines = bytes(train).split(b'\n')[:-1] + bytes(test).split(b'\n')[:-1]
+  assert sorted(lines) == sorted(reviews)
+
+
+def test_a_set_that_holds_no_text_or_is_not_there_is_refused(tmp_path):
+  features = {'label': tfds.features.ClassLabel(num_classes=2)}
+  prepare(tmp_path, 'numbers', features, {'train': [{'label': 0}]})
+  for name in ('numbers', 'imdb_reviews'):
+    with pytest.raises(ConfigError, match='a field text') as error:
+      text.load(f'tfds:{name}', str(tmp_path))
+    assert '\n' not in str(error.value)
+
+
+def test_its_card_trains_and_other_workers_go_on_with_the_same_function(
+  tmp_path,
+):
+  config = card.get_config()
+  config.model.options.update(
+    {'layers': 4, 'width': 16, 'heads': 2, 'length': 12, 'test_windows': 16}
+  )
+  config.num_rounds = config.local_steps = 1
+  with jax.numpy_dtype_promotion('standard'):  # As AdamW in optax needs.
+    first = train_lib.train(config, tmp_path)
+  assert first['test_perplexity'] == pytest.approx(256, rel=0.2)
+  config.num_workers = 2
+  with jax.numpy_dtype_promotion('standard'):
+    train_lib.train(config, tmp_path)
+  params, scales = export.load_parameters(tmp_path)
+  tested = card_module.data(config).tests['test'].arrays
+  loss_fn = card_module.loss(config)
+  found, _ = loss_fn(params, scales, jnp.asarray(tested), None)
+  np.testing.assert_allclose(found, first['test_loss'], rtol=1e-5)

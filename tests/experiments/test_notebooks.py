@@ -1,11 +1,16 @@
 """The notebooks run from top to bottom, and show what running them gives."""
 
+import http.server
 import json
 import os
 import pathlib
 import re
+import shutil
+import subprocess
 import sys
 import tempfile
+import threading
+import urllib.parse
 
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
@@ -13,6 +18,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 import nbformat
 import pytest
+import setuptools
 
 ROOT = pathlib.Path(__file__).parents[2]
 PATHS = sorted((ROOT / 'experiments' / 'notebooks').glob('*.ipynb'))
@@ -119,6 +125,89 @@ def test_without_the_package_it_asks_where_to_get_it(path, tmp_path):
   missing = "import sys\nsys.modules['resist_jax'] = None"
   with pytest.raises(CellExecutionError, match='set SOURCE to'):
     execute(notebook(missing, install), tmp_path)
+
+
+def repository(folder):
+  """Makes a git repository of the package as it is here, on a branch."""
+  folder.mkdir(parents=True)
+  for name in (
+    'LICENSE',
+    'README.md',
+    'pyproject.toml',
+    'requirements.txt',
+    'setup.cfg',
+  ):
+    shutil.copy(ROOT / name, folder)
+  package = folder / 'resist_jax'
+  shutil.copytree(
+    ROOT / 'resist_jax', package, ignore=shutil.ignore_patterns('__pycache__')
+  )
+  who = ('-c', 'user.name=x', '-c', 'user.email=x@example.org')
+  for words in (
+    ('init', '--quiet', '--initial-branch=trunk'),
+    ('add', '.'),
+    (*who, 'commit', '--quiet', '--message=all'),
+  ):
+    subprocess.run(['git', *words], cwd=folder, check=True)
+  return folder
+
+
+class Sessions(http.server.BaseHTTPRequestHandler):
+  """Answers as the notebook server of Colab does."""
+
+  def do_GET(self):
+    file = 'https://github.com/someone/resist/blob/trunk/experiments/x.ipynb'
+    path = 'fileId=' + urllib.parse.quote(file)
+    self.send_response(200 if self.path == '/api/sessions' else 404)
+    self.end_headers()
+    self.wfile.write(json.dumps([{'path': path}]).encode())
+
+  def log_message(self, *args):
+    pass
+
+
+@pytest.mark.notebooks
+@pytest.mark.parametrize('place', ['clone', 'colab'])
+def test_it_finds_the_package_in_its_clone_or_where_colab_has_it_from(
+  place, tmp_path, monkeypatch
+):
+  if int(setuptools.__version__.split('.')[0]) < 77:
+    pytest.skip("needs setuptools>=77: pip install '.[test]'")
+  source, target = tmp_path / 'someone' / 'resist', tmp_path / 'installed'
+  repository(source)
+  # What is installed must not change, and nothing is fetched.
+  monkeypatch.setenv('PIP_TARGET', str(target))
+  monkeypatch.setenv('PIP_NO_DEPS', '1')
+  monkeypatch.setenv('PIP_NO_BUILD_ISOLATION', '0')  # Sic: it means none.
+  folder = source / 'experiments' / 'notebooks'
+  server = http.server.HTTPServer(('127.0.0.1', 0), Sessions)
+  if place == 'colab':
+    folder = tmp_path / 'content'
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv('COLAB_JUPYTER_IP', '127.0.0.1')
+    monkeypatch.setenv('KMP_TARGET_PORT', str(server.server_port))
+    for name, value in (
+      ('COUNT', '1'),
+      ('KEY_0', f'url.{tmp_path.as_uri()}/.insteadOf'),
+      ('VALUE_0', 'https://github.com/'),
+    ):
+      monkeypatch.setenv(f'GIT_CONFIG_{name}', value)
+  folder.mkdir(parents=True)
+  installs = {code(nbformat.read(p, as_version=4))[0].source for p in PATHS}
+  (install,) = installs  # All notebooks have the same cell.
+  missing = "import sys\nsys.modules['resist_jax'] = None"
+  found = (
+    f"del sys.modules['resist_jax']\nsys.path.insert(0, {str(target)!r})\n"
+    'import resist_jax\nprint(resist_jax.__file__)'
+  )
+  nb = notebook(missing, install, found)
+  try:
+    execute(nb, folder)
+  finally:
+    if place == 'colab':
+      server.shutdown()
+    server.server_close()
+  assert printed(nb.cells[2]).strip().startswith(str(target))
 
 
 @pytest.mark.notebooks

@@ -11,12 +11,10 @@ from experiments import (
   pictures,
   runs,
   sections,
-  site,
   table2,
   table3,
 )
 from experiments.experiment import Results
-from experiments.table import Table
 
 
 def record(accuracy, seed=0, seconds=10.0):
@@ -99,7 +97,7 @@ def test_table3_compares_the_runs_of_one_machine_only(tmp_path):
   ]
   assert {len(row) for row in table.rows} == {len(table.head)}
   figures = table3.figures(results)
-  (axes,) = figures['cifar10'].axes
+  (axes,) = figures['cifar10'].figure().axes
   assert sorted(line.get_xdata()[-1] for line in axes.lines) == [3, 4, 6]
   assert figures['cifar100'] is None
 
@@ -110,11 +108,11 @@ def test_ensembles_are_drawn_beside_resist_on_as_many_workers(tmp_path):
     for data in table2.DATA:
       put(results, table2.cell(data, 'resist', workers), record(0.5))
   put(results, ensemble.cell('cifar10', 4), record(0.4))
-  (axes,) = ensemble.figures(results)['ensemble'].axes
+  (axes,) = ensemble.figures(results)['ensemble'].figure().axes
   assert axes.get_title() == 'CIFAR-10'
   assert [tick.get_text() for tick in axes.get_xticklabels()] == ['4']
   put(results, ensemble.cell('cifar10', 2), record(0.4))
-  (axes,) = ensemble.figures(results)['ensemble'].axes
+  (axes,) = ensemble.figures(results)['ensemble'].figure().axes
   assert [tick.get_text() for tick in axes.get_xticklabels()] == ['2', '4']
 
 
@@ -131,13 +129,14 @@ def test_ablation_stands_beside_the_paper(tmp_path):
     for workers, row in paper.ABLATION.items()
     for accuracy in row.values()
   }
-  assert [len(f.axes) for f in ablation.figures(results).values()] == [2, 2]
+  drawn = ablation.figures(results).values()
+  assert [len(f.figure().axes) for f in drawn] == [2, 2]
 
 
 def test_curves_show_the_mean_of_the_seeds(tmp_path):
   records = [record(0.4), record(0.6, seed=1)]
   figure = pictures.curves({'title': {'ours': records}}, 'round')
-  (axes,) = figure.axes
+  (axes,) = figure.figure().axes
   (line,) = axes.lines
   assert line.get_ydata().tolist() == pytest.approx([25, 50])
   (band,) = axes.collections
@@ -152,21 +151,9 @@ def test_runs_on_one_device_are_drawn_by_the_papers_count():
   for row in alone['curve']:
     row |= {'wire_bytes_total': 0, 'bytes_total': 2e6 * row['round']}
   figure = pictures.curves({'title': {'ours': [alone]}}, 'wire_bytes_total')
-  (axes,) = figure.axes
+  (axes,) = figure.figure().axes
   assert axes.lines[0].get_xdata().tolist() == [2, 4]
   assert axes.get_xlabel() == "sent, by the paper's count (MB)"
-
-
-def test_the_page_holds_every_table(tmp_path):
-  table = Table('A < B', 'python -m x', ['a'], [['<1>'], ['2 ± 1']])
-  figure = pictures.steps({'t': {'ours': {'a': [1.0], 'b': [2.0]}}})
-  part = sections.Section('This & that', [table], {'curve': figure})
-  text = site.page([part])
-  assert '<h2>This &amp; that</h2>' in text
-  assert '<td>&lt;1&gt;</td>' in text
-  assert '<code>python -m x</code>' in text
-  assert text.count('src="data:image/png;base64,') == 1
-  assert 'http' not in text.split('<body>')[1]
 
 
 def test_accelerators_have_a_section(tmp_path, monkeypatch):

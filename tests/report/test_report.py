@@ -1,11 +1,11 @@
 """Tests of the report and its pictures, on made-up run directories."""
 
-import html.parser
 import json
 import os
 import tracemalloc
 
 import numpy as np
+from pages import Tags, check_alone
 import pytest
 
 from resist_jax import report
@@ -75,19 +75,6 @@ def is_picture(path):
   return content.startswith(PNG_HEAD) and len(content) > 5000
 
 
-class Tags(html.parser.HTMLParser):
-  """Collects the tags of a page and the pictures that it shows."""
-
-  def __init__(self):
-    super().__init__()
-    self.tags, self.images = [], []
-
-  def handle_starttag(self, tag, attrs):
-    self.tags.append(tag)
-    if tag == 'img':
-      self.images.append(dict(attrs)['src'])
-
-
 def test_image_splits_a_shared_block_into_equal_strips():
   everyone, nobody = plots.EVERYONE, plots.NOBODY
   rounds = [
@@ -133,9 +120,9 @@ def test_report_of_one_run(tmp_path):
   assert {p.name for p in page.parent.iterdir()} == names | {'report.html'}
   assert all(is_picture(page.parent / name) for name in names)
   text = page.read_text()
-  tags = Tags()
-  tags.feed(text)
-  assert set(tags.images) == names
+  tags = check_alone(page)
+  assert (tags.tags.count('img'), len(tags.loads)) == (1, 1)
+  assert text.count('<svg class="chart"') == 5
   for cell in ('50.00%', '40.00%', '12 MB', '25.0%', 'jax 0.10.2', '>7<'):
     assert cell in text
   assert 'unfinished' not in text
@@ -149,7 +136,9 @@ def test_report_of_several_runs_shows_what_differs(tmp_path):
   text = page.read_text()
   assert 'a/run' in text
   assert 'b/run' in text
-  assert '<th>lr.peak</th><td>0.1</td><td>0.2</td><td>-</td>' in text
+  cells = zip(('a/run', 'b/run', 'c/run'), ('0.1', '0.2', '-'), strict=True)
+  row = ''.join(f'<td data-head="{head}">{cell}</td>' for head, cell in cells)
+  assert f'<th>lr.peak</th>{row}' in text
   assert 'num_rounds' not in text
   assert is_picture(page.parent / 'decomposition_1.png')
   assert is_picture(page.parent / 'decomposition_2.png')

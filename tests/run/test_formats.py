@@ -18,7 +18,13 @@ import pytest
 
 from resist_jax import data
 from resist_jax.models import ResNet, initial_params
-from resist_jax.run import export, export_command, formats, plain
+from resist_jax.run import (
+  export,
+  export_command,
+  formats,
+  plain,
+  predict_command,
+)
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # Those of the libraries.
 NAMES = ('ant', 'bee', 'cow')
@@ -264,3 +270,20 @@ def test_a_folder_without_a_run_is_refused(capsys, tmp_path):
   code, _, err = command(capsys, tmp_path, '--to=onnx')
   assert (code, len(err.splitlines())) == (2, 1)
   assert 'holds no finished run' in err
+
+
+@pytest.mark.parametrize(
+  ('seeds', 'says'), [(1, '1 finished run '), (7, '7 fi')]
+)
+def test_a_folder_of_several_runs_is_refused(seeds, says, capsys, tmp_path):
+  for seed in range(seeds):
+    (tmp_path / f'seed{seed}' / export.FOLDER).mkdir(parents=True)
+  for main, words in (
+    (export_command.main, ['--to=onnx']),
+    (predict_command.main, ['photo.png']),
+  ):
+    assert main([str(tmp_path), *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+    assert f'name one, such as {tmp_path / "seed0"}.' in line
+    assert ('...' in line) == (seeds > 5)

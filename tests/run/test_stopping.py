@@ -127,6 +127,7 @@ def test_a_resumed_run_stops_at_the_same_round(at, stopped, tmp_path):
     assert again[name] == stopped[1][name], name
 
 
+@pytest.mark.slow
 def test_more_patience_goes_on_where_a_run_stopped(stopped, tmp_path):
   shutil.copytree(stopped[0], tmp_path, dirs_exist_ok=True)
   more = {**STOPS, 'early_stopping.patience': 3}

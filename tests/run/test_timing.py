@@ -98,7 +98,9 @@ def test_after_a_stop(time, tmp_path):
   assert_a_second_each(tmp_path, train.train(config_of(), tmp_path))
 
 
-@pytest.mark.parametrize('reads', [False, True])
+@pytest.mark.parametrize(
+  'reads', [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_as_on_an_accelerator(reads, time, tmp_path, monkeypatch):
   """A row is written beside the next round, unless somebody reads a state."""
   monkeypatch.setattr(Setup, 'on_cpu', property(lambda _: False))

@@ -47,6 +47,20 @@ def finished(tmp_path_factory):
   return folder, train_and_compare(tiny_config(), folder)
 
 
+def test_curves_may_begin_before_the_first_round(finished, tmp_path):
+  _, without = finished
+  summary = train.train(tiny_config(**{'evaluation.at_start': True}), tmp_path)
+  first, *rest = rows(tmp_path)
+  assert [row['round'] for row in (first, *rest)] == [0, 1, 2, 3, 4]
+  assert 0 < first['test_accuracy'] < 0.3  # Untrained, it guesses.
+  costs = 'seconds_training', 'bytes_total', 'wire_bytes_total'
+  assert [first[name] for name in costs] == [0, 0, 0]
+  assert summary['params_hash'] == without['params_hash']
+  tests, sent = (s['evaluation_wire_bytes_total'] for s in (without, summary))
+  assert sent == tests // 2 * 3  # After rounds 2 and 4, and now before 1.
+  assert summary['bytes_total'] == without['bytes_total']
+
+
 def test_a_run_leaves_what_it_promises(finished):
   folder, summary = finished
   for name in (
@@ -331,7 +345,7 @@ def test_a_test_that_is_not_finite_ends_the_run_at_a_known_good_round(
   line = str(caught.value)
   assert '\n' not in line
   assert line.startswith('round 4: the outputs of the network are not finite')
-  assert re.search(r'test_accuracy \(\d+ images\), test_accuracy_paper', line)
+  assert re.search(r'test_accuracy \(\d+ examples\), test_accuracy_paper', line)
   assert 'goes on from round 2, the last one whose test was finite' in line
   assert 'set_aside' in line
   assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == [

@@ -205,6 +205,22 @@ def test_a_whole_log_says_nothing(tmp_path, caplog):
   assert not caplog.messages
 
 
+@pytest.mark.parametrize(('start', 'kept'), [(0, []), (2, [0, 1, 2])])
+def test_round_0_is_no_round_that_is_done(start, kept, tmp_path, caplog):
+  path = tmp_path / 'metrics.jsonl'
+  rows = [json.dumps({'round': n, 'slots': {}}) + '\n' for n in (0, 1, 2, 3)]
+  path.write_text(''.join(rows))
+  with metrics.MetricsLog(tmp_path, start, 5):
+    pass
+  found = [json.loads(line)['round'] for line in path.read_text().splitlines()]
+  assert found == kept
+  assert not caplog.messages
+  path.write_text(''.join(rows[:2]))  # One of the two rounds is lost.
+  with metrics.MetricsLog(tmp_path, 2, 5):
+    pass
+  assert 'has no row of 1 of the 2 rounds' in caplog.text
+
+
 def test_a_mark_tells_folders_apart(tmp_path):
   one, two = tmp_path / 'one', tmp_path / 'two'
   one.mkdir()

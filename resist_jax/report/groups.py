@@ -1,0 +1,175 @@
+"""Runs that differ in nothing but their seed, as one."""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import itertools
+import json
+import os
+import re
+import statistics
+from typing import Any
+
+from resist_jax.report import plots
+from resist_jax.report.chart import Point
+from resist_jax.report.colours import PROTOCOLS, protocol_name
+from resist_jax.report.records import Run, Summary, is_number
+
+_FREE = ('seed', 'data.dir')  # Settings in which the runs of a group differ.
+_MOST_NAMES = 3  # Values of seeds that a cell lists, if they are no numbers.
+
+
+class Spread(float):
+  """The mean of several seeds, which is written with its deviation.
+
+  >>> f'{Spread([0.5, 0.6]):.1%}', f'{Spread([3, 4])}'
+  ('55.0% ± 7.1%', '3 to 4')
+  """
+
+  def __new__(cls, values: Sequence[float]) -> 'Spread':
+    """Takes the mean of one value for each seed, of at least two seeds."""
+    made = super().__new__(cls, statistics.mean(values))
+    made.values = tuple(values)
+    return made
+
+  values: tuple[float, ...]
+
+  def __format__(self, form: str) -> str:
+    """Returns mean and standard deviation; without a format, the range."""
+    if not form:
+      return f'{min(self.values):g} to {max(self.values):g}'
+    deviation = statistics.stdev(self.values)
+    return f'{float(self):{form}} ± {deviation:{form}}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Runs of several seeds, or a single run.
+
+  Attributes:
+    name: For readers; unique in a report.
+    runs: At least one; only their seeds differ.
+    summary: Their summaries as one: numbers that differ are a `Spread`.
+  """
+
+  name: str
+  runs: Sequence[Run]
+  summary: Summary
+
+  @property
+  def config(self) -> Mapping[str, Any]:
+    """The settings, with the seed of the first run."""
+    return self.runs[0].config
+
+  @property
+  def protocol(self) -> str:
+    """The protocol of most rounds."""
+    known = plots.protocol_of(self.runs[0].rows)
+    return known or str(self.summary.get('protocol', ''))
+
+  @property
+  def finished(self) -> bool:
+    """Whether no run has rounds to go."""
+    return not any(run.summary.get('of_rounds') for run in self.runs)
+
+  def values(self, field: str) -> list[float]:
+    """Returns a number of the summaries, of each seed that has it."""
+    found = [run.summary.get(field) for run in self.runs]
+    return [value for value in found if is_number(value)]
+
+  def curve(self, x: str, metric: str, scale: float = 1) -> list[Point]:
+    """Returns the means of a metric over the rounds that all seeds have.
+
+    Args:
+      x: A field of the rounds.
+      metric: Another one.
+      scale: Factor on the metric.
+    """
+    by_round = [
+      {
+        row['round']: (row[x], scale * row[metric])
+        for row in run.rows
+        if row.get(x) is not None and row.get(metric) is not None
+      }
+      for run in self.runs
+    ]
+    shared = set.intersection(*map(set, by_round))
+    points = []
+    for number in sorted(shared):
+      xs, ys = zip(*(rows[number] for rows in by_round), strict=True)
+      mean = statistics.mean(ys)
+      points.append(Point(statistics.mean(xs), mean, min(ys), max(ys), len(ys)))
+    return points
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+  """Puts together the runs that differ in nothing but their seed.
+
+  Args:
+    runs: The runs.
+
+  Returns:
+    Groups in the order of their first runs. Runs without a seed, or with the
+    same one, stay alone.
+  """
+  buckets: dict[str, list[Run]] = {}
+  for number, run in enumerate(runs):
+    same = {k: v for k, v in run.config.items() if k not in _FREE}
+    key = json.dumps(same, sort_keys=True)
+    known = [other.config['seed'] for other in buckets.get(key, ())]
+    if 'seed' not in run.config or run.config['seed'] in known:
+      key = str(number)
+    buckets.setdefault(key, []).append(run)
+  made = [Group(_label(b), b, _merged(b)) for b in buckets.values()]
+  protocols = [group.protocol for group in made]
+  if len(made) == 1:
+    return made
+  if len(set(protocols)) == len(made) and set(protocols) <= set(PROTOCOLS):
+    return _renamed(made, lambda group: protocol_name(group.protocol))
+  seen: dict[str, int] = {}
+  for group in made:
+    seen[group.name] = seen.get(group.name, 0) + 1
+  return _renamed(
+    made,
+    lambda group: (
+      group.name
+      if seen[group.name] == 1
+      else f'{group.name}, {made.index(group) + 1}'
+    ),
+  )
+
+
+def _renamed(
+  groups: Sequence[Group], name: Callable[[Group], str]
+) -> list[Group]:
+  return [dataclasses.replace(group, name=name(group)) for group in groups]
+
+
+def _label(runs: Sequence[Run]) -> str:
+  """Returns the common part of the names of some runs."""
+  if len(runs) == 1:
+    return protocol_name(runs[0].label)
+  paths = [str(run.summary['directory']) for run in runs]
+  same = itertools.takewhile(
+    lambda letters: len(set(letters)) == 1, zip(*paths, strict=False)
+  )
+  common = ''.join(letters[0] for letters in same)
+  common = re.sub(r'[\W_]*(seed)?[\W_]*$', '', common)
+  return protocol_name(common.rpartition(os.sep)[2]) or 'runs'
+
+
+def _merged(runs: Sequence[Run]) -> dict[str, Any]:
+  """Returns the summaries of some runs as one."""
+  merged = dict(runs[0].summary)
+  if len(runs) == 1:
+    return merged
+  for name in merged:
+    values = [run.summary[name] for run in runs if name in run.summary]
+    if all(value == values[0] for value in values):
+      continue
+    if all(map(is_number, values)):
+      merged[name] = Spread(values)
+    elif all(isinstance(value, str | int) for value in values):
+      listed = ', '.join(map(str, values[:_MOST_NAMES]))
+      merged[name] = listed + (', …' if values[_MOST_NAMES:] else '')
+  merged['seed'] = ', '.join(str(run.config['seed']) for run in runs)
+  return merged

@@ -1,0 +1,181 @@
+"""A network is the same however it is cut, stopped, or named on a command line.
+
+This holds for the language model and for the vision transformer.
+"""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import language, protocols, protocols_report, text
+from experiments import vision_transformer as vit
+from experiments.transformer import BLOCKS
+from resist_jax import data
+
+
+@pytest.fixture(autouse=True)
+def _promotion():
+  """Adam in optax mixes dtypes; the package does not."""
+  with jax.numpy_dtype_promotion('standard'):
+    yield
+
+
+def language_task():
+  return language.task('python', 'smoke', text.load(text.SOURCES))
+
+
+def image_task():
+  return vit.task(data.load('digits'), 'smoke')
+
+
+def drawn(task):
+  """Parameters, with a classifier that does not begin with zeros."""
+  params = task.init(0)
+  if 'classifier' in params:
+    shape = params['classifier'].shape
+    params['classifier'] = jax.random.normal(jax.random.key(1), shape)
+  return params
+
+
+TASKS = pytest.mark.parametrize('make', [language_task, image_task])
+
+
+@TASKS
+def test_a_block_that_is_absent_changes_nothing_and_has_no_gradient(make):
+  task = make()
+  params = drawn(task)
+  loss_fn = task.make_loss(1.0)
+  batch = jax.tree.map(lambda x: x[0, 0], task.batches(1, 0, 0))
+  present = {BLOCKS: jnp.ones(8).at[1].set(0)}
+  grad = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+  (loss, _), grads = grad(params, present, batch, None)
+  kept = np.array([0, 2, 3, 4, 5, 6, 7])
+  fewer = {**params, BLOCKS: jax.tree.map(lambda x: x[kept], params[BLOCKS])}
+  want, _ = loss_fn(fewer, {BLOCKS: jnp.ones(7)}, batch, None)
+  np.testing.assert_allclose(loss, want, rtol=1e-6)
+  for leaf in jax.tree.leaves(grads[BLOCKS]):
+    assert not leaf[1].any()
+  assert grads[BLOCKS]['Dense_1']['kernel'][0].any()
+
+
+@TASKS
+def test_a_scale_in_training_is_the_same_scale_in_a_test(make):
+  task = make()
+  params = drawn(task)
+  batch = jax.tree.map(lambda x: x[0, 0], task.batches(1, 0, 0))
+  losses = [
+    float(task.make_loss(scale)(params, {}, batch, None)[0])
+    for scale in (0.0, 0.5, 1.0)
+  ]
+  assert len(set(losses)) == 3
+  halves = {BLOCKS: jnp.full(8, 0.5)}
+  assert float(task.make_loss(1.0)(params, halves, batch, None)[0]) == losses[1]
+  tested = [task.test(params, scale)['test_loss'] for scale in (0.0, 0.5, 1.0)]
+  assert len(set(tested)) == 3
+
+
+def test_protocols_differ_in_what_they_cut_scale_and_send():
+  task = image_task()
+  made = {p: protocols.make_trainer(task, p, 4, 0) for p in protocols.PROTOCOLS}
+  scales = {name: scale for name, (_, scale) in made.items()}
+  assert scales.pop('resist') == scales.pop('resist_outer') == 1 / 4
+  assert set(scales.values()) == {1.0}
+  sent = {
+    name: trainer.bytes_per_round(trainer.init(task.init(0)))
+    for name, (trainer, _) in made.items()
+  }
+  assert sent['resist'] == sent['resist_training_scale'] < sent['resist_outer']
+  assert sent['resist_outer'] < sent['local_sgd'] == sent['diloco']
+  steps = task.budget.local_steps
+  assert sent['data_parallel'] > 0.9 * steps * sent['local_sgd']
+
+
+@pytest.mark.parametrize(
+  ('make', 'protocol'),
+  [(language_task, 'resist_outer'), (image_task, 'data_parallel')],
+)
+def test_a_run_that_stops_goes_on_to_the_same_end(
+  make, protocol, tmp_path, monkeypatch
+):
+  task = make()
+  for name in ('whole', 'stopped'):
+    (tmp_path / name).mkdir()
+  want = protocols.run(task, protocol, 2, 0, tmp_path / 'whole')['curve']
+  save, saved = protocols.resist.Trainer.save, []
+
+  def fail_later(*args):
+    saved.append(args)
+    if len(saved) == 3:  # The row of round 2 is written, its state is not.
+      raise RuntimeError('stopped')
+    save(*args)
+
+  monkeypatch.setattr(protocols.resist.Trainer, 'save', fail_later)
+  with pytest.raises(RuntimeError, match='stopped'):
+    protocols.run(task, protocol, 2, 0, tmp_path / 'stopped')
+  monkeypatch.setattr(protocols.resist.Trainer, 'save', save)
+  got = protocols.run(task, protocol, 2, 0, tmp_path / 'stopped')['curve']
+  for one, other in zip(got, want, strict=True):
+    del one['seconds'], other['seconds']
+    assert one == other
+  assert got[-1]['bytes'] > 0
+
+
+def command(monkeypatch, module, *words):
+  monkeypatch.setattr(sys, 'argv', ['x', '--scale=smoke', *words])
+  return module.main()
+
+
+def test_a_command_writes_what_the_report_shows(tmp_path, monkeypatch):
+  words = [f'--results={tmp_path}', f'--runs={tmp_path}/runs', '--seeds=0,1']
+  words += ['--only=resist_s2', '--busy']
+  assert command(monkeypatch, vit, *words) == 0
+  folder = tmp_path / 'vision_transformer'
+  paths = sorted((folder / 'smoke').glob('*.json'))
+  assert [path.stem for path in paths] == [
+    f'digits_resist_s2_seed{seed}' for seed in (0, 1)
+  ]
+  record = json.loads(paths[0].read_text())
+  assert record['provenance']['busy']
+  assert [row['round'] for row in record['curve']] == [1, 2, 3]
+  before = paths[0].stat().st_mtime_ns
+  assert command(monkeypatch, vit, *words) == 0
+  assert paths[0].stat().st_mtime_ns == before
+  assert not list((tmp_path / 'runs').rglob('*.json'))
+
+  (folder / 'smoke').rename(folder / 'cpu')
+  monkeypatch.setattr(protocols_report, 'RESULTS', tmp_path)
+  (table,) = protocols_report.tables('vision_transformer')
+  ((S, name, loss, *_),) = table.rows
+  tested = [
+    json.loads(p.read_text())['summary']['test_loss']
+    for p in (folder / 'cpu').glob('*.json')
+  ]
+  assert (S, name) == ('2', 'ResIST')
+  assert loss.startswith(f'{np.mean(tested):.3f} ± ')
+  (figure,) = protocols_report.figures('vision_transformer').values()
+  drawn = figure.axes[0].lines[0].get_xydata()
+  np.testing.assert_allclose(drawn[-1], [6, np.mean(tested)])
+
+
+@pytest.mark.parametrize(
+  ('module', 'words', 'wanted'),
+  [
+    (language, ['--only=resist_s3'], "--only names 'resist_s3': take some of"),
+    (language, ['--seeds=a'], '--seeds=a: give whole numbers'),
+    (language, ['--text=none.txt'], '--text=none.txt cannot be read'),
+    (vit, ['--data=no_such_set'], 'no_such_set'),
+  ],
+)
+def test_a_mistake_is_one_line(
+  module, words, wanted, tmp_path, monkeypatch, capsys
+):
+  words = [*words, f'--results={tmp_path}', f'--data_dir={tmp_path}']
+  assert command(monkeypatch, module, *words) == 2
+  said = capsys.readouterr().err.splitlines()
+  assert len(said) == 1
+  assert said[0].startswith('error: ')
+  assert wanted in said[0]
