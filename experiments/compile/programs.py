@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 import numpy as np
 import optax
 
-from experiments import gpt, language, shapes
+from experiments import language, protocols, shapes
 from experiments.compile import plain
 from experiments.compile.cases import CARD, SCALES, Case
 from experiments.runs import load_card
@@ -141,13 +141,14 @@ def make_setup(case: Case, mesh: Mesh, scale: str) -> Setup:
 
 
 def _language(case: Case, mesh: Mesh, scale: str) -> Problem:
-  found = language.SCALES[SCALES[scale].gpt]
-  trainer, _ = language.make_trainer(case.protocol, case.num_workers, found, 0)
+  nothing = np.zeros(1000, np.uint8)  # Only the shapes of batches count.
+  task = language.task('bytes', SCALES[scale].gpt, (nothing, nothing))
+  S = case.num_workers
+  trainer, _ = protocols.make_trainer(task, case.protocol, S, 0)
   exchange = EXCHANGES[case.exchange](case.wire_format)
   trainer = dataclasses.replace(trainer, exchange=exchange)
-  params = jax.eval_shape(lambda: gpt.init(found.shape, 0))
-  S, T, B = case.num_workers, found.local_steps, found.batch
-  text = (S, T, B, found.shape.length + 1)
+  params = jax.eval_shape(lambda: task.init(0))
+  batches = task.batches(S, 0, 0)
   return Problem(
     trainer.loss_fn,
     (),
@@ -156,8 +157,8 @@ def _language(case: Case, mesh: Mesh, scale: str) -> Problem:
     params,
     accounting.measure(params, list(trainer.chains)),
     None,
-    jax.ShapeDtypeStruct(text, jnp.int32),
-    B,
+    jax.ShapeDtypeStruct(batches.shape, batches.dtype),
+    task.budget.batch,
     None,
     None,
   )
