@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal --durations=10
 
-.PHONY: demo test test-all check docs clean
+.PHONY: demo test test-all test-tpu test-gpu check docs clean
 
 $(VENV)/installed: requirements.txt setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -33,6 +33,23 @@ test: $(VENV)/installed
 # Every case, and processes that die, notebooks and experiments.
 test-all: $(VENV)/installed
 	$(PYTEST)
+
+# The compilers of accelerators, each in an environment of its own, which sees the
+# packages of the first one: no device is needed, and nothing runs.
+SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(VENV)/%/installed: $(VENV)/installed
+	$(BIN)/python -m venv $(VENV)/$*
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE))')" \
+	  > "$$($(VENV)/$*/bin/python $(SITE))/outer.pth"
+	$(VENV)/$*/bin/python -m pip install --quiet --editable '.[$*]'
+	touch $@
+
+test-tpu: $(VENV)/tpu/installed
+	$(VENV)/tpu/bin/python -m pytest -q -k v5e tests/experiments/test_compile.py
+
+test-gpu: $(VENV)/cuda/installed
+	$(VENV)/cuda/bin/python -m pytest -q -k h100 \
+	  tests/experiments/test_compile.py
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

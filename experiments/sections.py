@@ -28,6 +28,7 @@ from experiments import (
   tfds_catalog,
 )
 from experiments.claims import Claim
+from experiments.compile import tables as compiled
 from experiments.experiment import Results, machine, of_runs
 from experiments.pictures import Picture
 from experiments.runs import RESULTS
@@ -131,6 +132,7 @@ def sections(with_figures: bool = False) -> Iterator[Section]:
   judged_by_title = {COUNTS: claims.counts(), WIRE: claims.wire()}
   for title, tables in (
     ('On an accelerator', [*_accelerator(), *_accelerator_speed()]),
+    ('Compiled for accelerators', list(compiled.tables())),
     (COUNTS, list(_counts())),
     (WIRE, list(_wire())),
     ('Workers of unequal speed', list(_unequal())),

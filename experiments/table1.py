@@ -20,19 +20,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
 import numpy as np
 import optax
 
+from experiments import shapes
 from experiments.runs import provenance, write_record
 from resist_jax import accounting, models, report
 from resist_jax.accounting import Sizes
-from resist_jax.decomposition import Assigner, Assignment, split
-from resist_jax.exchange import FORMATS, collectives, hand_over
+from resist_jax.decomposition import Assigner, Assignment
+from resist_jax.exchange import FORMATS, hand_over
 from resist_jax.exchange.hand_over import messages
-from resist_jax.rounds import Protocol, State, make_mesh, make_round
-from resist_jax.rounds.mesh import REPLICATED, SHARDED
-from resist_jax.rounds.moments import Parts
+from resist_jax.rounds import Protocol, make_mesh, make_round
 from resist_jax.run.config import EXCHANGES
 
 PyTree = Any
@@ -232,48 +230,9 @@ def _read_bytes(
   mesh, sgd = make_mesh(S), optax.sgd(0.01, momentum=0.9)
   run = make_round(_loss, sgd, protocol, mesh, seed=0, on_device=False)
   batches = jax.ShapeDtypeStruct((S, STEPS, 1), jnp.int32)
-  state = _shapes_of_state(params, protocol, mesh, assignments)
+  state = shapes.state(params, sgd, protocol, mesh, assignments)
   compiled = run.compile(state, None, batches)
   return accounting.compiled_wire_bytes(compiled, branches)
-
-
-def _shapes_of_state(
-  params: Mapping[str, PyTree],
-  protocol: Protocol,
-  mesh: Mesh,
-  assignments: Mapping[str, Assignment],
-) -> State:
-  """Returns the shapes of a state, with momentum if the protocol carries it."""
-  S = protocol.num_workers
-
-  def array(shape, dtype, spec=SHARDED):
-    sharding = NamedSharding(mesh, spec)
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-  shared, chain = split(params, protocol.num_blocks)
-  size = accounting.measure(shared, []).total
-  shared = jax.tree.map(lambda x: array((S, *x.shape), x.dtype), shared)
-  chain = {
-    name: jax.tree.map(
-      lambda x, k=k: array((S, k, *x.shape[1:]), x.dtype), chain[name]
-    )
-    for name in protocol.num_blocks
-    for k in [protocol.slots_per_worker(name)]
-  }
-  momentum = Parts([{'shared': shared, 'chain': chain}], [])
-  error = {
-    name: array(shape, jnp.float32)
-    for name, shape in collectives.error_shapes(size, S).items()
-  }
-  return State(
-    shared,
-    chain,
-    jax.tree.map(lambda x: array(x.shape, x.dtype, REPLICATED), assignments),
-    np.int32(0),
-    dict(protocol.num_blocks),
-    momentum if protocol.carry else None,
-    error if protocol.keeps_error else None,
-  )
 
 
 def text(result: Mapping[str, Any]) -> str:

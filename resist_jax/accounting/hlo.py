@@ -4,6 +4,11 @@
 loops. Their bytes are counted as those of ring algorithms, summed over all
 devices.
 
+Where TPUs form several slices, the text is the program of one slice, which all
+of them run. It sends to the others through hosts; the attributes of such a
+`send` say which devices take part. An all-reduce over slices has become one
+inside each slice, one between them of padded shards, and an all-gather.
+
 The names of scopes are metadata, which the key of JAX's persistent compilation
 cache leaves out by default. A program that differs from a cached one only in
 its scopes then comes back with the cached names, unless
@@ -27,11 +32,16 @@ _RING_PASSES = {
   'collective-broadcast': 1,
   'reduce-scatter': 1,
 }
-# The text does not say how much these send, or between which devices.
+# The text does not say how much these send, or between which devices, unless a
+# `send` is to another slice.
 _UNCOUNTED = ('ragged-all-to-all', 'send')
 _KINDS = ('collective-permute', *_RING_PASSES, *_UNCOUNTED)
 # Other instructions call computations that never communicate.
 _CALLERS = ('async', 'call', 'custom-call', 'fusion')
+_CALLED = (
+  *('calls', 'to_apply', 'called_computations', 'condition', 'body'),
+  *('branch_computations', 'true_computation', 'false_computation'),
+)
 # The counter of a loop and its test consist of these.
 _COUNTER_OPS = ('add', 'call', 'compare', 'copy', 'fusion', 'get-tuple-element')
 
@@ -41,6 +51,14 @@ _INSTRUCTION = re.compile(
   r'\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)'
 )
 _NAME = re.compile(r'%([\w.\-]+)')
+# What a send to other slices belongs to, and between which devices: pairs, all
+# devices of a group, or devices at the same places of slices. The number of a
+# device is that of its slice times 100,000, plus its place in it.
+_TO_SLICES = re.compile(
+  r'_xla_megascale_target="?(\S+?)"?,_xla_megascale_transfer_type="(\w+)"'
+)
+_SLICE = 100_000
+_SAME_PLACES = re.compile(r'\{([\d,]+)\}x\{(\d+):(\d+)\}')
 
 
 class Collective(NamedTuple):
@@ -102,6 +120,7 @@ class _Program(NamedTuple):
   branches: Mapping[str, int]
   group_size: int = 1
   inside: bool = False
+  num_slices: int = 1
 
   def counts(self, devices: Iterable[int]) -> bool:
     """Returns whether to count what these devices send to each other."""
@@ -139,6 +158,8 @@ def wire_bytes(
   """
   program = _parse(text, branches)
   program = program._replace(group_size=group_size, inside=inside)
+  if program.num_slices > 1 and group_size > 1:
+    raise ValueError('The text numbers devices by slice: groups are unknown.')
   return _computation_bytes(program, program.entry)
 
 
@@ -157,6 +178,56 @@ def collectives(text: str) -> list[Collective]:
     for i in instructions
     if i.kind in _KINDS
   ]
+
+
+def collectives_in_branches(
+  text: str, scopes: Iterable[str]
+) -> list[Collective]:
+  """Lists the collectives that a device may reach without the others.
+
+  A collective in a branch of a conditional waits for ever if another device
+  takes another branch.
+
+  Args:
+    text: HLO of a compiled SPMD program.
+    scopes: The `jax.named_scope`s around conditionals whose branch all devices
+      choose alike.
+
+  Returns:
+    Each collective in a branch of any other conditional, once.
+  """
+  program = _parse(text, dict.fromkeys(scopes, 0))
+  found: dict[str, Collective] = {}
+  seen = set()
+
+  def walk(name: str, branch: bool):
+    if (name, branch) in seen:
+      return
+    seen.add((name, branch))
+    for i in program.computations[name]:
+      if branch and i.kind in _KINDS:
+        described = Collective(i.kind, _dtypes(i), i.operand_bytes, i.op_name)
+        found[i.name] = described
+      choice = i.kind == 'conditional'
+      alike = choice and _scope(i.op_name, program.branches) is not None
+      for called in i.called(*_CALLED):
+        walk(called, branch or (choice and not alike))
+
+  walk(program.entry, False)
+  return list(found.values())
+
+
+def num_donated(text: str) -> int:
+  """Counts the arguments whose memory an output takes over.
+
+  Args:
+    text: HLO of a compiled program.
+
+  Returns:
+    The number of arrays.
+  """
+  aliases = re.search(r'\binput_output_alias=\{ (.*?) \}, ', text)
+  return len(re.findall(r'\(\d+, \{', aliases[1])) if aliases else 0
 
 
 def _parse(text: str, branches: Mapping[str, int]) -> _Program:
@@ -182,7 +253,21 @@ def _parse(text: str, branches: Mapping[str, int]) -> _Program:
     raise ValueError('The text holds no ENTRY computation.')
   module = next((line for line in lines if line.startswith('HloModule')), '')
   counts = re.findall(r'\b(?:num_partitions|replica_count)=(\d+)', module)
-  return _Program(computations, entry, math.prod(map(int, counts)), branches)
+  slices = [_slices(target) for target, _ in _TO_SLICES.findall(text)]
+  return _Program(
+    computations,
+    entry,
+    math.prod(map(int, counts)),
+    branches,
+    num_slices=max(map(max, slices), default=1),
+  )
+
+
+def _slices(target: str) -> list[int]:
+  """Returns the numbers of slices, from 1, that a send goes between."""
+  if crossed := _SAME_PLACES.fullmatch(target):
+    return _numbers(crossed[1])
+  return [number // _SLICE for number in _numbers(target)]
 
 
 def _closing(text: str) -> int:
@@ -232,17 +317,36 @@ def _sent(program: _Program, instruction: _Instruction) -> int:
 
 def _collective_bytes(program: _Program, instruction: _Instruction) -> int:
   kind, size = instruction.kind, instruction.operand_bytes
+  to_slices = _TO_SLICES.search(instruction.attributes)
+  if kind == 'send' and to_slices and not program.inside:
+    return size * _passes_between_slices(*to_slices.groups())
   if kind in _UNCOUNTED:
     raise ValueError(f'Cannot count {instruction.name}: {instruction.op_name}')
+  size *= program.num_slices  # Each of them runs this text.
   if kind == 'collective-permute':
     pairs = instruction.lists('source_target_pairs')
     return size * sum(s != t and program.counts((s, t)) for s, t in pairs)
-  passes = _RING_PASSES[kind]
   groups = replica_groups(instruction.attributes, program.num_devices)
-  return size * sum(
-    passes * (g - 1) * (g if kind == 'all-gather' else 1)
-    for g in map(len, filter(program.counts, groups))
-  )
+  counted = filter(program.counts, groups)
+  return size * sum(_ring_passes(kind, len(group)) for group in counted)
+
+
+def _ring_passes(kind: str, group: int) -> int:
+  """Returns how often a group sends one operand."""
+  shards = group if kind == 'all-gather' else 1
+  return _RING_PASSES[kind] * (group - 1) * shards
+
+
+def _passes_between_slices(target: str, transfer: str) -> int:
+  """Returns how often devices of all slices send one operand to others."""
+  if transfer == 'ONE_TO_ONE':
+    return target.count('->')
+  kind = transfer.lower().replace('_', '-')
+  if crossed := _SAME_PLACES.fullmatch(target):
+    places = int(crossed[3]) - int(crossed[2]) + 1
+    return places * _ring_passes(kind, len(_slices(target)))
+  groups = re.findall(r'\{([\d,]+)\}', target)
+  return sum(_ring_passes(kind, len(_numbers(group))) for group in groups)
 
 
 def _loop_bytes(program: _Program, loop: _Instruction) -> int:

@@ -14,20 +14,27 @@ from resist_jax.rounds import Protocol, Round
 
 
 def predicted_memory(
-  sizes: Sizes, protocol: Protocol, num_devices: int
+  sizes: Sizes,
+  protocol: Protocol,
+  num_devices: int,
+  activations: int | None = None,
 ) -> dict[str, int]:
-  """Predicts what a device holds in a round, without activations and data.
+  """Predicts what a device holds in a round, without data.
 
   Args:
     sizes: Sizes of the network, as the protocol cuts it.
     protocol: Who holds what.
     num_devices: D, or the number of groups; each holds its S / D workers.
+    activations: Bytes that the gradient of one worker needs of the forward pass
+      on a device, such as `models.num_activations` counts; None leaves them
+      out.
 
   Returns:
     Bytes: `parameters` of the sub-networks; `optimizer`, one moment of them;
-    `gradients` of one step; and `exchange`, what is kept besides: the shared
-    part as last agreed, what rounding removed, and the blocks as last agreed
-    where workers may be excluded.
+    `gradients` of one step; `exchange`, what is kept besides: the shared part
+    as last agreed, what rounding removed, and the blocks as last agreed where
+    workers may be excluded; and `activations`, of one worker, because the
+    workers of a device take turns.
   """
   S = protocol.num_workers
   params = BYTES_PER_PARAM * params_per_worker(sizes, protocol)
@@ -44,7 +51,8 @@ def predicted_memory(
     'gradients': params,
     'exchange': kept,
   }
-  return {name: size * (S // num_devices) for name, size in held.items()}
+  held = {name: size * (S // num_devices) for name, size in held.items()}
+  return held if activations is None else {**held, 'activations': activations}
 
 
 def compiled_memory(run: Round) -> dict[str, dict[str, int]]:

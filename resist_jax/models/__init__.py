@@ -5,7 +5,11 @@ first block, and a chain, the identical blocks after it, whose parameters are
 stacked on a leading axis.
 """
 
-from resist_jax.models.arithmetic import num_statistics, predicted_flops
+from resist_jax.models.arithmetic import (
+  num_activations,
+  num_statistics,
+  predicted_flops,
+)
 from resist_jax.models.blocks import Block, Branch, Classifier, Shortcut, Stem
 from resist_jax.models.resnet import (
   FAMILY,
@@ -50,6 +54,7 @@ __all__ = [
   'chain_name',
   'head_name',
   'initial_params',
+  'num_activations',
   'num_statistics',
   'predicted_flops',
   'rescale_branches',

@@ -3,9 +3,12 @@
 from collections.abc import Mapping, Sequence
 import math
 
+from flax import linen as nn
 import jax
 import numpy as np
 
+from resist_jax.models.blocks import Block, Branch
+from resist_jax.models.layers import BatchNorm, Conv, GroupNorm16
 from resist_jax.models.resnet import ResNet
 
 
@@ -32,6 +35,56 @@ def num_statistics(
   images = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
   leaves = jax.tree.leaves(jax.eval_shape(measured, images))
   return sum(math.prod(leaf.shape) for leaf in leaves)
+
+
+def num_activations(
+  network: ResNet,
+  image_shape: tuple[int, ...],
+  lengths: Mapping[str, int],
+  fused: bool,
+) -> int:
+  """Counts the numbers that the gradient needs of the forward pass.
+
+  A norm needs its input. A convolution needs its input, too; that is a norm and
+  a ReLU away from what the norm keeps, so a compiler that fuses these into the
+  convolution (TPU) does not store it. One that calls a library for each
+  convolution (GPU) does.
+
+  Args:
+    network: The global network.
+    image_shape: `(H, W, C)`.
+    lengths: For each partitioned chain by name, the number of blocks that a
+      worker runs.
+    fused: Whether norms and ReLUs are part of the convolution after them.
+
+  Returns:
+    Numbers for one image, of the compute dtype.
+  """
+  network = network.with_chain_lengths(lengths)
+  kinds = (BatchNorm, GroupNorm16) if fused else (BatchNorm, GroupNorm16, Conv)
+  x = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
+  total = 0
+  for name, _ in network.pieces():
+    module = network.clone(norm_axis=None).make_piece(name)
+    entering: dict[int, jax.Array] = {}  # Arrays that two layers share once.
+
+    def record(next_call, args, kwargs, context, entering=entering):
+      if context.method_name == '__call__' and isinstance(
+        context.module, kinds
+      ):
+        entering[id(args[0])] = args[0]
+      return next_call(*args, **kwargs)
+
+    scale = (np.float32(1),) if isinstance(module, Block | Branch) else ()
+
+    def apply(x, module=module, scale=scale, record=record):
+      with nn.intercept_methods(record):
+        return module.init_with_output(jax.random.key(0), x, *scale)[0]
+
+    x = jax.eval_shape(apply, x)
+    x = x[0] if scale else x
+    total += sum(math.prod(array.shape) for array in entering.values())
+  return total
 
 
 def predicted_flops(

@@ -77,15 +77,28 @@ class Round:
     Returns:
       The round with compiled programs.
     """
-    args = self._arguments(state, constants, batches)
+    args = self.arguments(state, constants, batches)
     compiled = {
       name: self.programs[name].lower(*values).compile()
       for name, values in args.items()
     }
     return dataclasses.replace(self, programs=compiled)
 
-  def _arguments(self, state, constants, batches) -> dict[str, tuple]:
-    """Returns what each program is called with, or its shape."""
+  def arguments(
+    self, state: State, constants: PyTree, batches: PyTree
+  ) -> dict[str, tuple]:
+    """Returns what each program is called with, or its shape.
+
+    Args:
+      state: As in a call, or shapes with shardings, as of all arguments. Then
+        nothing has to lie on a device, and the mesh may consist of devices that
+        this machine does not have.
+      constants: As in a call.
+      batches: As in a call.
+
+    Returns:
+      For each of `programs`, its arguments.
+    """
     index = np.int32(0)
     held = (state.shared, state.chain, state.carried)
     moves = (state.assignments, state.assignments)

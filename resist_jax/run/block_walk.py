@@ -101,7 +101,7 @@ class BlockWalk:
           scale = self._scales[name][i] if name in self._scales else _ONE
           stats = fixed[name, i] if group.fixed else {}
           weights = (params[name], index, scale, stats)
-          x, found = _apply(self._mesh, self._network, name, *weights, x)
+          x, found = apply_piece(self._mesh, self._network, name, *weights, x)
           measured[g][name, i] = found
         waiting[g] = x
     counts = [
@@ -132,7 +132,7 @@ class BlockWalk:
     (D, G), (name, i) = mesh_sizes(self._mesh), step
     slots = assignments_on_host(state)[name].slots
     worker, slot = np.argwhere(slots == i)[0].astype(np.int32)
-    block = _fetch(self._mesh, state.chain[name], worker, slot)
+    block = fetch_block(self._mesh, state.chain[name], worker, slot)
     copies = sum(x.nbytes for x in jax.tree.leaves(block))  # D of them.
     return {name: block}, 2 * (D - 1) * copies // D * G
 
@@ -150,7 +150,7 @@ class BlockWalk:
 
 
 @partial(jax.jit, static_argnames='mesh')
-def _fetch(
+def fetch_block(
   mesh: Mesh, chain: PyTree, worker: np.int32, slot: np.int32
 ) -> PyTree:
   """Gives every device a copy of one block.
@@ -180,7 +180,7 @@ def _fetch(
 
 
 @partial(jax.jit, static_argnames=('mesh', 'network', 'name'))
-def _apply(
+def apply_piece(
   mesh: Mesh,
   network: ResNet,
   name: str,

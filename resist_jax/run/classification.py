@@ -37,15 +37,17 @@ def make_loss(
 
   Returns:
     A `LossFn` whose constants are all training images and labels,
-    `(uint8[N, H, W, C], int32[N])`, and whose batch is `int32[B]`, the numbers
-    of examples. Where images stream there are no constants, and a batch is
-    images and labels itself. It reports `accuracy`.
+    `(uint8[N, H * W * C], int32[N])`, and whose batch is `int32[B]`, the
+    numbers of examples. Where images stream there are no constants, and a batch
+    is images and labels itself. It reports `accuracy`.
   """
   network = network.clone(norm_axis=axis_name)
+  image_shape = dataset.train.images.shape[1:]
 
   def loss_fn(params, present, batch, key, constants=None):
     if constants is not None:
-      batch = jax.tree.map(lambda examples: examples[batch], constants)
+      images, labels = (examples[batch] for examples in constants)
+      batch = images.reshape(-1, *image_shape), labels
     images, labels = batch
     images = data.augment(key, images, pad, flip, axis_name)
     images = data.normalise(images, dataset.mean, dataset.std)

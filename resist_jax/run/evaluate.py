@@ -206,7 +206,12 @@ def count(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 class WholeNetwork:
-  """Applies the network after gathering all of it on every device."""
+  """Applies the network after gathering all of it on every device.
+
+  Attributes:
+    program: Maps the shared part, whole chains, statistics, images and labels
+      to results; jitted.
+  """
 
   def __init__(
     self,
@@ -239,7 +244,7 @@ class WholeNetwork:
       return jax.tree.map(lambda x: x[None], (found, collection))
 
     rows = spread(mesh)
-    self._apply = jax.jit(
+    self.program = jax.jit(
       jax.shard_map(
         local,
         mesh=mesh,
@@ -264,7 +269,7 @@ class WholeNetwork:
       images, labels = place((group.images(), group.labels()), by_row)
       used = fixed if group.fixed else {}
       jax.block_until_ready(counts[max(g - _AHEAD, 0) : g - _AHEAD + 1])
-      found, own = self._apply(*gathered, used, images, labels)
+      found, own = self.program(*gathered, used, images, labels)
       counts.append(found)
       measured.append(own)
     return Results(counts, [to_host(own) for own in measured], 0)
@@ -286,14 +291,14 @@ def gather_network(mesh: Mesh, state: State) -> tuple[Any, int]:
   chain, sent = {}, 0
   for name, blocks in state.chain.items():
     where = holders(assignments[name].slots, int(state.num_blocks[name]))
-    chain[name] = _gather_blocks(mesh, blocks, *where)
+    chain[name] = gather_blocks(mesh, blocks, *where)
     size = sum(x.nbytes for x in jax.tree.leaves(chain[name]))
     sent += 2 * (D - 1) * G * size
   return (state.shared, chain), sent
 
 
 @partial(jax.jit, static_argnames='mesh')
-def _gather_blocks(
+def gather_blocks(
   mesh: Mesh, blocks: PyTree, worker: np.ndarray, slot: np.ndarray
 ) -> PyTree:
   """Gives every device all blocks of a chain.

@@ -75,7 +75,10 @@ class Setup:
       rounds, seed = config.num_rounds, config.seed
       mine = workers_here(self.mesh, config.num_workers)
       return data.Stream(train.images, indices, rounds, seed, crops, mine)
-    return data.Resident((train.images, train.labels), indices)
+    # An image is a row: to pick some from others, a TPU would make a second
+    # copy of all, with their width padded to 128 pixels.
+    rows = train.images.reshape(len(train), -1)
+    return data.Resident((rows, train.labels), indices)
 
   @cached_property
   def constants(self) -> PyTree:

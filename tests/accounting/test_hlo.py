@@ -342,6 +342,62 @@ def test_a_loop_tests_its_condition_once_more():
   assert hlo.wire_bytes(text, {}) == 5 * 64 + 6 * 32
 
 
+def test_a_collective_in_a_branch_is_found():
+  alone = loop(3, switch('move_x', [lambda x: x, psum]))
+  text = compiled(alone, X, index=0)
+  (found,) = hlo.collectives_in_branches(text, ['move'])
+  assert (found.kind, found.bytes) == ('all-reduce', 32)
+  assert not hlo.collectives_in_branches(text, ['other', 'move_x'])
+  assert not hlo.collectives_in_branches(compiled(loop(3, psum), X), [])
+
+
+def test_donated_arguments_are_counted():
+  def step(donated):
+    run = jax.jit(lambda x, y: (x + 1, y + 1), donate_argnums=donated)
+    return run.lower(X, X).compile().as_text()
+
+  for donated in ((), (0,), (0, 1)):
+    assert hlo.num_donated(step(donated)) == len(donated)
+
+
+def between_slices(target, transfer):
+  """A program of two slices of four devices, as the TPU compiler prints it."""
+  return module(
+    '  %c = (f32[8], f32[8], u32[]) collective-permute-start(%x), '
+    'source_target_pairs={{0,1},{1,2}}\n'
+    '  %after = token[] after-all()\n'
+    '  %s = (f32[8], u32[], token[]) send(%x, %after), channel_id=2, '
+    'is_host_transfer=true, frontend_attributes={'
+    '_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    f'_xla_megascale_target={target},'
+    f'_xla_megascale_transfer_type="{transfer}"'
+    '}\n'
+    '  %r = (f32[8], u32[], token[]) recv(%after), channel_id=2\n'
+    '  %sent = token[] send-done(%s), channel_id=2\n'
+    '  ROOT %done = f32[8] collective-permute-done(%c)'
+  )
+
+
+@pytest.mark.parametrize(
+  ('target', 'transfer', 'copies'),
+  [
+    ('{{100003->200000},{200003->100000}}', 'ONE_TO_ONE', 2),
+    ('"{1,2}x{0:3}"', 'ALL_REDUCE', 4 * 2),
+    ('"{1,2,3}x{0:3}"', 'ALL_REDUCE', 4 * 2 * 2),
+    ('"{1,2}x{0:3}"', 'ALL_GATHER', 4 * 2),
+    ('{{100000,100001,200000,200001}}', 'ALL_TO_ALL', 3),
+    ('{{100000,200000},{100001,200001}}', 'ALL_REDUCE', 2 * 2),
+  ],
+)
+def test_what_slices_send_to_each_other(target, transfer, copies):
+  text = between_slices(target, transfer)
+  slices = 3 if '3}x' in target else 2
+  # Every slice runs the permute of two pairs.
+  assert hlo.wire_bytes(text, {}) == (2 * slices + copies) * 32
+  with pytest.raises(ValueError, match='groups are unknown'):
+    hlo.wire_bytes(text, {}, group_size=2)
+
+
 def test_what_cannot_be_read_is_an_error():
   with pytest.raises(ValueError, match='no ENTRY'):
     hlo.wire_bytes('module @jit_f {}', {})

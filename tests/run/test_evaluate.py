@@ -180,7 +180,7 @@ def _watch_walk(patch, evaluator):
 def _watch_whole(patch, evaluator):
   """Records what the network returns inside the compiled program."""
   forward, by_device, seen = evaluator.forward, {}, []
-  apply, program = models.ResNet.apply, forward._apply
+  apply, program = models.ResNet.apply, forward.program
 
   def apply_and_record(self, *args, **kwargs):
     logits, measured = apply(self, *args, **kwargs)
@@ -197,7 +197,7 @@ def _watch_whole(patch, evaluator):
     return found
 
   patch.setattr(models.ResNet, 'apply', apply_and_record)
-  patch.setattr(forward, '_apply', listen)
+  patch.setattr(forward, 'program', listen)
   assert program._cache_size() == 0  # Nothing was traced without recording.
   return seen
 
@@ -275,7 +275,7 @@ def test_gathering_a_chain_sends_as_many_bytes_as_predicted(group):
   for name, blocks in state.chain.items():
     slots = np.asarray(state.assignments[name].slots)
     where = holders(slots, state.num_blocks[name])
-    program = evaluate._gather_blocks.lower(mesh, blocks, *where).compile()
+    program = evaluate.gather_blocks.lower(mesh, blocks, *where).compile()
     read += hlo.wire_bytes(program.as_text(), {}, group)
   assert predicted == read > 0
 
@@ -291,7 +291,7 @@ def test_no_device_ever_holds_a_chain_that_is_cut(monkeypatch):
   def watch(name, jitted):
     def run(*args):
       # Mesh and network are the same in all calls.
-      leaves = jax.tree.leaves(args[2:] if name == '_apply' else args)
+      leaves = jax.tree.leaves(args[2:] if name == 'apply_piece' else args)
       key = name, *(str(getattr(leaf, 'shape', leaf)) for leaf in leaves)
       if key not in programs:
         programs[key] = jitted.lower(*args).compile()
@@ -301,14 +301,16 @@ def test_no_device_ever_holds_a_chain_that_is_cut(monkeypatch):
 
     return run
 
-  for name in ('_apply', '_fetch', '_count'):
+  for name in ('apply_piece', 'fetch_block', '_count'):
     program = getattr(block_walk, name)
     monkeypatch.setattr(block_walk, name, watch(name, program))
   evaluator(state)
   for program in programs.values():
     assert not re.search(rf'\[(\d+,)*{length}(,\d+)*\]', program.as_text())
   # A device receives one block, and holds nothing much larger meanwhile.
-  (fetch,) = (program for key, program in programs.items() if '_fetch' in key)
+  (fetch,) = (
+    program for key, program in programs.items() if 'fetch_block' in key
+  )
   sizes, block = fetch.memory_analysis(), sum(
     x[0].nbytes for x in jax.tree.leaves(params[tiny.CHAIN])
   )  # fmt: skip
@@ -319,24 +321,24 @@ def test_no_device_ever_holds_a_chain_that_is_cut(monkeypatch):
 def test_a_walk_compiles_few_programs():
   """One for a kind of piece, a way of batch norm and a size of batch."""
   net, *_, evaluator, state = make('walk', lengths=(3, 4))
-  block_walk._apply.clear_cache()
+  block_walk.apply_piece.clear_cache()
   evaluator(state)
-  count = block_walk._apply._cache_size()
+  count = block_walk.apply_piece._cache_size()
   kinds = len({name for name, _ in net.pieces()})
   # Stem and classifier have no norm, so both ways of it share a program.
   assert count == 3 * kinds - 2
   evaluator(state)
-  assert block_walk._apply._cache_size() == count
+  assert block_walk.apply_piece._cache_size() == count
 
 
 def test_a_gathered_network_compiles_few_programs():
   """One for a way of batch norm and a size of batch, one for each chain."""
   *_, evaluator, state = make('whole', BOTH)
-  evaluate._gather_blocks.clear_cache()
+  evaluate.gather_blocks.clear_cache()
   for _ in range(2):
     evaluator(state)
-    assert evaluator.forward._apply._cache_size() == 3
-    assert evaluate._gather_blocks._cache_size() == 2
+    assert evaluator.forward.program._cache_size() == 3
+    assert evaluate.gather_blocks._cache_size() == 2
 
 
 @both_ways

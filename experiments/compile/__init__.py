@@ -1,0 +1,1 @@
+"""Programs compiled for accelerators that this machine does not have."""
