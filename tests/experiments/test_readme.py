@@ -98,10 +98,12 @@ def test_pages_run(path, tmp_path, monkeypatch, usual_promotion):
   monkeypatch.chdir(tmp_path)
   # A trained run takes minutes; that these functions exist counts here.
   monkeypatch.setattr(export, 'load', lambda run: lambda images: images)
-  monkeypatch.setattr(train, 'train', lambda config, workdir, dataset: None)
+  monkeypatch.setattr(train, 'train', lambda config, workdir, **_: None)
   names = {'images': None}
   for block in blocks(path.read_text(), 'python'):
     exec(block, names)
+  for block in blocks(path.read_text(), 'py'):  # They need files or extras.
+    compile(block, path.name, 'exec')
 
 
 @pytest.mark.filterwarnings('ignore:.*found in sys.modules.*')
@@ -152,7 +154,8 @@ def test_links_of_results_lead_somewhere():
 @pytest.mark.parametrize('name', [*NAMES, 'RESULTS.md'])
 def test_files_that_are_linked_exist(name):
   path = ROOT / name
-  for link in re.findall(r'\]\(([^)#]+)[^)]*\)', path.read_text()):
+  text = re.sub(r'^```.*?^```', '', path.read_text(), flags=re.DOTALL | re.M)
+  for link in re.findall(r'\]\(([^)#]+)[^)]*\)', text):
     if not link.startswith('http'):
       assert (path.parent / link).exists(), link
 

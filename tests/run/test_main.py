@@ -84,10 +84,10 @@ BAD = [
   (['--config.num_workers=4', '--config.num_devices=3'], 'not a multiple'),
   (['--config.num_workers=13'], '13 workers cannot share 12 blocks'),
   (['--config.min_depth=13'], 'a chain of 12 blocks'),
-  (['--config.batch_size=2000'], 'sees only 1437 training images'),
+  (['--config.batch_size=2000'], 'sees only 1437 training examples'),
   (
     ['--config.batch_size=400', '--config.data.sharded=True'],
-    'sees only 359 training images',
+    'sees only 359 training examples',
   ),
   (['--config.data.name=no_such_set'], "unknown data set 'no_such_set'"),
   (['--config.data.name=mnist'], 'is not prepared in .*pip install'),
