@@ -192,6 +192,7 @@ def test_a_run_trains_on_it_and_goes_on_with_no_other(tmp_path):
   assert train.train(longer, tmp_path / 'run', dataset=again)['rounds'] == 3
 
 
+@pytest.mark.slow
 def test_a_run_streams_what_a_program_gives(tmp_path):
   made = data.from_source(Photos(40), Photos(6, 1), image_size=16)
   summary = train.train(tiny_config(), tmp_path, dataset=made)

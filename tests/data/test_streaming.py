@@ -338,6 +338,7 @@ def test_extra_tests_of_small_sets_are_read_into_memory(cifar):
   assert sorted(map(bytes, got.images)) == sorted(map(bytes, want[0]))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_tested_on_sets_that_it_is_given(cifar, tmp_path):
   tfds_sets.write(cifar, 'cifar10_1/v6', counts=(1, 7))
   least = {'protocol': 'local_sgd', 'num_workers': 1, 'num_devices': 1}

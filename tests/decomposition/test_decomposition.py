@@ -3,6 +3,7 @@
 import itertools
 from statistics import NormalDist
 
+from covering import rest_is_slow
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ SIZES = [
   (5, 2, 0), (5, 2, 3), (5, 8, 1), (5, 8, 2), (5, 4, 5), (1, 1, 0), (1, 4, 1),
   (7, 1, 0),
 ]  # fmt: skip
+QUICK = [(22, 4, 6), (22, 3, 0), (5, 2, 3), (5, 8, 1), (1, 4, 1)]
 
 
 def draw(L, S, min_depth=0, count=64, seed=0):
@@ -24,7 +26,7 @@ def draw(L, S, min_depth=0, count=64, seed=0):
   return np.asarray(jax.jit(sample)(keys))
 
 
-@pytest.mark.parametrize(('L', 'S', 'min_depth'), SIZES)
+@pytest.mark.parametrize(('L', 'S', 'min_depth'), rest_is_slow(SIZES, QUICK))
 def test_sampled_slots_hold_every_block_and_are_ascending(L, S, min_depth):
   K = decomposition.slots_per_worker(L, S, min_depth)
   for slots in draw(L, S, min_depth):
@@ -198,7 +200,7 @@ def test_aggregate_keeps_blocks_that_nobody_held():
   np.testing.assert_array_equal(got['a'][:2], 9.0)
 
 
-@pytest.mark.parametrize(('L', 'S', 'min_depth'), SIZES)
+@pytest.mark.parametrize(('L', 'S', 'min_depth'), rest_is_slow(SIZES, QUICK))
 def test_aggregating_equal_copies_is_the_identity(L, S, min_depth):
   slots = jnp.array(tiny.assign(0, L, S, min_depth).slots)
   chain = random_chain(L)

@@ -41,7 +41,9 @@ def drawn(task):
   return params
 
 
-TASKS = pytest.mark.parametrize('make', [language_task, image_task])
+TASKS = pytest.mark.parametrize(
+  'make', [pytest.param(language_task, marks=pytest.mark.slow), image_task]
+)
 
 
 @TASKS
@@ -96,7 +98,10 @@ def test_protocols_differ_in_what_they_cut_scale_and_send():
 
 @pytest.mark.parametrize(
   ('make', 'protocol'),
-  [(language_task, 'resist_outer'), (image_task, 'data_parallel')],
+  [
+    pytest.param(language_task, 'resist_outer', marks=pytest.mark.slow),
+    pytest.param(image_task, 'data_parallel', marks=pytest.mark.slow),
+  ],
 )
 def test_a_run_that_stops_goes_on_to_the_same_end(
   make, protocol, tmp_path, monkeypatch

@@ -178,6 +178,7 @@ def test_an_empty_slot_has_exactly_zero_gradient():
       assert (np.abs(np.asarray(leaf)[~empty]).reshape(6, -1).max(1) > 0).all()
 
 
+@pytest.mark.slow
 def test_a_worker_draws_the_same_numbers_in_any_group():
   _, params = problem()
 

@@ -61,6 +61,7 @@ def test_every_file_has_the_classes_that_the_network_gives(
   assert some[1]['class_2'] == rows[0]['class_2']
 
 
+@pytest.mark.slow
 def test_photographs_are_cut_as_the_tests_of_the_run_are(capsys, tmp_path):
   for i, (photo, label) in enumerate(tfds_sets.photographs(30)):
     path = tmp_path / 'photos' / ('china', 'flower')[label] / f'{i}.png'
