@@ -9,7 +9,7 @@ from resist_jax.data.folder_source import listed as listed_files
 from resist_jax.data.folder_source import read as read_files
 from resist_jax.data.given import from_arrays, from_source
 from resist_jax.data.held_out import hold_out, sample
-from resist_jax.data.pipeline import Resident, Stream
+from resist_jax.data.pipeline import Resident, Stream, as_rows, pick
 from resist_jax.data.sets import (
   Dataset,
   Split,
@@ -33,6 +33,7 @@ __all__ = [
   'StreamedImages',
   'Table',
   'Tables',
+  'as_rows',
   'augment',
   'batch_indices',
   'choose',
@@ -44,6 +45,7 @@ __all__ = [
   'load',
   'load_test',
   'normalise',
+  'pick',
   'read_files',
   'sample',
   'test_key',

@@ -21,6 +21,40 @@ Indices = Callable[[int], np.ndarray]
 PREFETCHED = 3  # Steps read ahead, kept in host memory (B images per worker).
 
 
+def as_rows(images: np.ndarray) -> np.ndarray:
+  """Returns images as rows of bytes, from which `pick` picks some.
+
+  To pick some from images of their own shape, a TPU would make a second copy of
+  all, with their width padded to 128 pixels.
+
+  Args:
+    images: `uint8[N, H, W, C]`.
+
+  Returns:
+    `uint8[N, H * W * C]`.
+  """
+  return images.reshape(len(images), -1)
+
+
+def pick(
+  examples: tuple[jax.Array, jax.Array],
+  numbers: jax.Array,
+  image_shape: tuple[int, ...],
+) -> tuple[jax.Array, jax.Array]:
+  """Picks a batch of images.
+
+  Args:
+    examples: Images as `as_rows` returns them, and their labels `int32[N]`.
+    numbers: `int32[B]`, which of them.
+    image_shape: `(H, W, C)`.
+
+  Returns:
+    `(uint8[B, H, W, C], int32[B])`.
+  """
+  rows, labels = examples
+  return rows[numbers].reshape(-1, *image_shape), labels[numbers]
+
+
 class Resident:
   """A training set that stays in device memory; a batch is a list of indices.
 
@@ -32,8 +66,7 @@ class Resident:
     """Stores references to the examples.
 
     Args:
-      examples: Pytree of `[N, ...]`; of images `(uint8[N, H, W, C], int32[N])`,
-        with labels.
+      examples: Pytree of `[N, ...]`; images come `as_rows`, with labels.
       indices: Maps a round's number to the examples that it trains on,
         `int32[S, T, B]`.
     """

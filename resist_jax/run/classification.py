@@ -46,8 +46,7 @@ def make_loss(
 
   def loss_fn(params, present, batch, key, constants=None):
     if constants is not None:
-      images, labels = (examples[batch] for examples in constants)
-      batch = images.reshape(-1, *image_shape), labels
+      batch = data.pick(constants, batch, image_shape)
     images, labels = batch
     images = data.augment(key, images, pad, flip, axis_name)
     images = data.normalise(images, dataset.mean, dataset.std)

@@ -128,7 +128,7 @@ class ModuleTask:
 
     def loss_fn(params, present, batch, key, constants=None):
       if constants is not None:
-        batch = jax.tree.map(lambda examples: examples[batch], constants)
+        batch = self._picked(constants, batch)
       scaled = self._scaled(params, present, scale)
       return loss(params, scaled, prepared(key, batch), key)
 
@@ -160,6 +160,13 @@ class ModuleTask:
       held = present.get(name, jnp.ones(length, jnp.float32))
       found[name] = held * jnp.asarray(scale.get(name, 1.0), jnp.float32)
     return found
+
+  def _picked(self, constants: PyTree, numbers: jax.Array) -> PyTree:
+    """Returns a batch from examples that stay on the devices."""
+    if isinstance(self.dataset, data.Tables):
+      return jax.tree.map(lambda examples: examples[numbers], constants)
+    image_shape = self.dataset.train.images.shape[1:]
+    return data.pick(constants, numbers, image_shape)
 
   def _augmented(self, axis_name: str | None) -> Callable:
     """Returns what happens to the examples of a training batch."""

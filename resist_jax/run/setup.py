@@ -75,9 +75,7 @@ class Setup:
       rounds, seed = config.num_rounds, config.seed
       mine = workers_here(self.mesh, config.num_workers)
       return data.Stream(train.images, indices, rounds, seed, crops, mine)
-    # An image is a row: to pick some from others, a TPU would make a second
-    # copy of all, with their width padded to 128 pixels.
-    rows = train.images.reshape(len(train), -1)
+    rows = data.as_rows(train.images)
     return data.Resident((rows, train.labels), indices)
 
   @cached_property
