@@ -337,8 +337,14 @@ class Trainer:
       folder: Any folder; it may hold an earlier state. In several processes,
         all of them see it.
       state: A state between two rounds.
+
+    Raises:
+      ValueError: If the folder is a file, or lies in one.
     """
     folder = pathlib.Path(folder).absolute()
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not there.is_dir():
+      raise ValueError(f'folder is {folder}, but {there} is a file.')
     name = f'round_{int(state.round)}'
     if storage.pointed_at(folder / _POINTER)[0] == name:
       name = f'{name}_again'  # The one that is there stays whole meanwhile.

@@ -104,6 +104,11 @@ def _images(summary) -> str:
   return f': {", ".join(parts)}' if parts else ''
 
 
+def _examples(group: Group) -> str:
+  """Returns what a network learns from, by the summary of its run."""
+  return 'images' if group.summary.get('image_shape') else 'examples'
+
+
 def _result(groups: Sequence[Group]) -> str:
   """Says how well the groups classify, and which have not finished."""
   tested = [group for group in groups if _tests(group)]
@@ -120,7 +125,7 @@ def _result(groups: Sequence[Group]) -> str:
     text = f'{_name(group)}{own} reaches a test loss of {_loss_of(group)}'
     if group.values('test_accuracy'):
       verb = '' if number else ' classifies'
-      rest = '' if number else ' of the test images correctly'
+      rest = '' if number else f' of the test {_examples(group)} correctly'
       text = f'{_name(group)}{own}{verb} {_percent_of(group, "test")}{rest}'
     for test in further_tests(group):
       if group.values(f'{test}_accuracy'):

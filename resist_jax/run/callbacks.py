@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
+import inspect
 import pathlib
 from typing import Any, NamedTuple
 
@@ -68,22 +69,32 @@ class Callback:
 class Callbacks:
   """The callbacks of one run."""
 
-  def __init__(self, callbacks: Sequence[Function | Callback]):
+  def __init__(
+    self,
+    callbacks: Sequence[Function | Callback],
+    own: Sequence[Callback] = (),
+  ):
     """Keeps them.
 
     Args:
       callbacks: In the order in which they are called.
+      own: Those of the run itself, which are called before.
 
     Raises:
       ValueError: If one cannot be called.
     """
+    if not isinstance(callbacks, Sequence):
+      raise ValueError(
+        f'callbacks is {callbacks!r}; it must be a list of functions.'
+      )
     for callback in callbacks:
+      _check_arguments(callback)
       if not callable(callback) or isinstance(callback, type):
         raise ValueError(
           f'callbacks hold {callback!r}, which is no function of a row and a '
           'state: give functions, or objects of a class with __call__.'
         )
-    self._callbacks = tuple(callbacks)
+    self._callbacks = (*own, *callbacks)
     self._summary: Mapping[str, Any] | None = None
 
   @property
@@ -126,6 +137,20 @@ class Callbacks:
       summary: What `summary.json` holds.
     """
     self._summary = summary
+
+
+def _check_arguments(callback: Any) -> None:
+  """Raises a ValueError if it does not take a row and a state."""
+  try:
+    inspect.signature(callback).bind({}, None)
+  except TypeError as error:
+    if callable(callback) and not isinstance(callback, type):
+      raise ValueError(
+        f'callbacks hold {callback!r}, which does not take a row and a state '
+        f'({error}): give it two arguments.'
+      ) from error
+  except ValueError:  # Of a function of C nobody knows the arguments.
+    return
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:

@@ -28,7 +28,7 @@ import numpy as np
 import optax
 
 from resist_jax import accounting, data
-from resist_jax.decomposition import Division
+from resist_jax.decomposition import Division, join, split
 from resist_jax.errors import ConfigError, one_line
 from resist_jax.rounds import LossFn, State
 from resist_jax.rounds.arrays import to_host
@@ -47,7 +47,8 @@ class Network(NamedTuple):
   Attributes:
     init: Returns the initial parameters for a seed: a dictionary whose chains
       stack their blocks, `[L, ...]`.
-    chains: The names of the chains that ResIST cuts.
+    chains: The names of the chains that ResIST cuts; `decoder/blocks` is the
+      chain `blocks` inside the dictionary `decoder`.
   """
 
   init: Callable[[int], PyTree]
@@ -155,8 +156,8 @@ class ModuleTask:
   def _scaled(self, params, present, scale) -> dict[str, jax.Array]:
     """Returns the factor of each slot of each chain; 0 where it is empty."""
     found = {}
-    for name in self.network.chains:
-      length = len(jax.tree.leaves(params[name])[0])
+    for name, blocks in split(params, self.network.chains)[1].items():
+      length = len(jax.tree.leaves(blocks)[0])
       held = present.get(name, jnp.ones(length, jnp.float32))
       found[name] = held * jnp.asarray(scale.get(name, 1.0), jnp.float32)
     return found
@@ -364,12 +365,12 @@ def rescaled_blocks(
   Returns:
     The parameters, for a function `rescale` of a module.
   """
-  found = dict(params)
+  shared, found = split(params, list(factors))
   for chain, factor in factors.items():
 
     def scaled(path, leaf, factor=factor):
       name = jax.tree_util.keystr(path, simple=True, separator='/')
       return leaf * factor if ends(name) else leaf
 
-    found[chain] = jax.tree_util.tree_map_with_path(scaled, params[chain])
-  return to_host(found)
+    found[chain] = jax.tree_util.tree_map_with_path(scaled, found[chain])
+  return to_host(join(shared, found))

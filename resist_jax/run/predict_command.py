@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import contextlib
 import csv
 import os
+import pathlib
 import sys
 from typing import IO
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from resist_jax import data, folders
 from resist_jax.errors import ConfigError, refused
-from resist_jax.run import trained
+from resist_jax.run import trained, workdir
 from resist_jax.run.export import Predictor
 
 _AT_ONCE = 64  # Files that are read and classified together.
@@ -41,16 +42,20 @@ def main(args: Sequence[str] | None = None) -> int:
   try:
     if options.top < 1:
       raise ConfigError(f'--top is {options.top}; it must be at least 1.')
+    if options.out is not None:
+      _check_out(folders.resolve(options.out, '--out'))
     model = trained.load(options.run).model
     paths = data.listed_files(options.files)
+    top = min(options.top, len(model.class_names))
+    found = rows(model, paths, top)
+    first = next(found)  # The header follows when files can be read.
+    numbers = range(1, top + 1)
+    pairs = [(f'class_{i}', f'probability_{i}') for i in numbers]
     with _opened(options.out) as file:
       writer = csv.writer(file, lineterminator='\n')
-      top = min(options.top, len(model.class_names))
-      numbers = range(1, top + 1)
-      pairs = [(f'class_{i}', f'probability_{i}') for i in numbers]
       writer.writerow(['file', *(name for pair in pairs for name in pair)])
-      for row in rows(model, paths, top):
-        writer.writerow(row)
+      writer.writerow(first)
+      writer.writerows(found)
   except BrokenPipeError:  # As in `| head`.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except (ConfigError, OSError) as error:
@@ -58,16 +63,31 @@ def main(args: Sequence[str] | None = None) -> int:
   return 0
 
 
+def _check_out(path: pathlib.Path) -> None:
+  if path.is_dir():
+    raise ConfigError(f'--out is {path}, which is a folder: name a file.')
+  if not path.parent.is_dir():
+    raise ConfigError(
+      f'--out is {path}, whose folder does not exist: make it first.'
+    )
+  workdir.check_writable(path.parent, '--out')
+
+
 @contextlib.contextmanager
 def _opened(out: str | None) -> Iterator[IO[str]]:
-  """Opens the file to write, or what prints."""
+  """Opens what prints, or a file that replaces `out` when it is whole."""
   if out is None:
     yield sys.stdout
     return
   path = folders.resolve(out, '--out')
+  part = path.with_name(f'.{path.name}.part')
   odd = 'surrogateescape'  # Names of files may be no text.
-  with path.open('w', encoding='utf-8', errors=odd, newline='') as file:
-    yield file
+  try:
+    with part.open('w', encoding='utf-8', errors=odd, newline='') as file:
+      yield file
+    part.replace(path)
+  finally:
+    part.unlink(missing_ok=True)
 
 
 def rows(

@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 import numpy as np
 
+from resist_jax.decomposition import join, split
 from resist_jax.rounds import device_groups, mesh_sizes
 from resist_jax.run import phases
 from resist_jax.run.setup import Setup
@@ -146,12 +147,14 @@ def _step_seconds(setup: Setup, row: int, depth: int) -> float:
   trainer = dataclasses.replace(phase.trainer, constants=constants)
 
   # Times do not depend on values.
-  shapes = dict(setup.task.shapes())
-  shapes[chain] = jax.tree.map(
+  shared, chains = split(setup.task.shapes(), [chain])
+  chains[chain] = jax.tree.map(
     lambda s: jax.ShapeDtypeStruct((depth, *s.shape[1:]), s.dtype),
-    shapes[chain],
+    chains[chain],
   )
-  params = jax.tree.map(lambda s: np.full(s.shape, 0.01, s.dtype), shapes)
+  params = jax.tree.map(
+    lambda s: np.full(s.shape, 0.01, s.dtype), join(shared, chains)
+  )
   state = trainer.init(params)
   batches = _batches(setup, config.local_steps)
   trainer = trainer.compile(state, batches)

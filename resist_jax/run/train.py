@@ -66,7 +66,7 @@ def train(
   workdir_lib.check(folder, config.to_dict())
   # Process 0 writes what is not on the devices; all write checkpoints.
   first = jax.process_index() == 0
-  called = Callbacks([*(_own(config) if first else ()), *callbacks])
+  called = Callbacks(callbacks, _own(config) if first else ())
   setup = prepare(config, dataset)
   phases.schedule(config)  # If one fails, nothing is written yet.
   stopping.judged_by(setup)
