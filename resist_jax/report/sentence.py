@@ -105,8 +105,8 @@ def _images(summary) -> str:
 
 
 def _examples(group: Group) -> str:
-  """Returns what a network learns from, by the summary of its run."""
-  return 'images' if group.summary.get('image_shape') else 'examples'
+  """Returns what a network learns from: ResNets have no loss in tests."""
+  return 'examples' if group.values('test_loss') else 'images'
 
 
 def _result(groups: Sequence[Group]) -> str:
@@ -288,7 +288,8 @@ def _seeds(groups: Sequence[Group]) -> list[str]:
     return [f'{fewest} seeds are too few to rank runs; {SEEDS} would do.']
   return [
     'This is one seed: another one gives another accuracy, so a difference '
-    f'of about {POINTS:g} point between two such runs means nothing. Give the '
+    f'of about {POINTS:g} point, or of a few {_examples(groups[0])} of the '
+    'test, means nothing between two such runs. Give the '
     f'runs of {SEEDS} seeds or more, and this page shows their mean and spread.'
   ]
 

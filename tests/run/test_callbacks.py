@@ -286,3 +286,19 @@ def test_weights_and_biases_without_a_login_is_one_line(tmp_path):
   (line,) = (x for x in ran.stderr.splitlines() if x.startswith('error: '))
   assert 'run wandb login' in line
   assert not (tmp_path / 'run' / 'config.json').exists()
+
+
+@pytest.mark.parametrize(
+  ('callbacks', 'says'),
+  [
+    (print, 'must be a list'),
+    ([lambda row: None], 'does not take a row and a state'),
+    ([3], 'no function of a row'),
+  ],
+)
+def test_what_cannot_be_called_is_refused_before_anything(
+  callbacks, says, tmp_path
+):
+  with pytest.raises(ValueError, match=says):
+    train.train(tiny_config(), tmp_path / 'run', callbacks=callbacks)
+  assert not (tmp_path / 'run').exists()

@@ -22,6 +22,7 @@ from resist_jax.errors import ConfigError
 from resist_jax.run import export, train
 from resist_jax.run.interrupt import Interrupted
 from resist_jax.run.mean_loss import MeanLoss
+from resist_jax.run.module_task import rescaled_blocks
 
 
 def config(**fields):
@@ -112,6 +113,45 @@ def test_other_workers_need_a_module_that_rescales(tmp_path, monkeypatch):
     after['blocks']['out'] * others['blocks'][0],
     before['blocks']['out'] * scales['blocks'][0],
     rtol=1e-6,
+  )
+
+
+def test_a_chain_may_lie_inside_a_dictionary(tmp_path, monkeypatch):
+  network, loss = own_network.network, own_network.loss
+
+  def nested(made):
+    flat = network(made)
+
+    def init(seed):
+      params = flat.init(seed)
+      return {'tower': {'blocks': params.pop('blocks')}, **params}
+
+    return flat._replace(init=init, chains=('tower/blocks',))
+
+  def nested_loss(made):
+    inner = loss(made)
+
+    def loss_fn(params, present, batch, key):
+      params = {**params, 'blocks': params['tower']['blocks']}
+      return inner(params, {'blocks': present['tower/blocks']}, batch, key)
+
+    return loss_fn
+
+  monkeypatch.setattr(own_network, 'network', nested)
+  monkeypatch.setattr(own_network, 'loss', nested_loss)
+  train.train(config(num_rounds=1), tmp_path)
+  params, scales = export.load_parameters(tmp_path)
+  assert set(scales) == {'tower/blocks'}
+
+  def rescale(_, params, factors):
+    return rescaled_blocks(params, factors, lambda name: name == 'out')
+
+  monkeypatch.setattr(own_network, 'rescale', rescale, raising=False)
+  fewer = config(num_rounds=1, num_workers=2, num_devices=2)
+  train.train(fewer, tmp_path)
+  after, _ = export.load_parameters(tmp_path)
+  np.testing.assert_allclose(
+    after['tower']['blocks']['out'], params['tower']['blocks']['out'] / 2
   )
 
 

@@ -107,3 +107,25 @@ def test_a_file_that_is_no_image_is_named(digits, capsys, tmp_path):
   assert (code, len(err.splitlines())) == (2, 1)
   code, _, err = command(capsys, folder / 'run', notes, '--top=0')
   assert '--top is 0' in err
+
+
+def test_a_file_written_before_stays_when_an_image_is_broken(
+  digits, capsys, tmp_path
+):
+  folder, _ = digits
+  out, broken = tmp_path / 'old.csv', tmp_path / 'broken.png'
+  out.write_text('kept')
+  broken.write_bytes(b'no image')
+  code, printed, _ = command(capsys, folder / 'run', broken, f'--out={out}')
+  assert (code, printed, out.read_text()) == (2, '', 'kept')
+  # Without --out nothing is printed, either; nor is a part left behind.
+  code, printed, _ = command(capsys, folder / 'run', broken)
+  assert (code, printed) == (2, '')
+  assert sorted(path.name for path in tmp_path.iterdir()) == [
+    'broken.png',
+    'old.csv',
+  ]
+  for wrong in (tmp_path / 'none' / 'x.csv', tmp_path):
+    code, _, said = command(capsys, folder / 'run', broken, f'--out={wrong}')
+    assert code == 2
+    assert '--out is' in said

@@ -493,3 +493,14 @@ def test_batches_and_states_that_do_not_fit_are_refused():
   trainer.round(state, batches(0, 4))
   with pytest.raises(ValueError, match='which consumed it'):
     trainer.round(state, batches(0, 4))
+
+
+def test_a_state_is_not_saved_onto_a_file(tmp_path):
+  path = tmp_path / 'file'
+  path.write_text('kept')
+  trainer = make(optax.sgd(RATE))
+  state = trainer.init(network())
+  for folder in (path, path / 'inside'):
+    with pytest.raises(ValueError, match='is a file'):
+      trainer.save(folder, state)
+  assert path.read_text() == 'kept'
