@@ -202,6 +202,8 @@ def _setting(field: fields.Field, card: ml_collections.ConfigDict) -> str:
   value = card
   for name in field.name.split('.'):
     value = value[name]
+  if isinstance(value, ml_collections.ConfigDict):
+    value = value.to_dict()
   text = f'{field.name}={_typed(field.default)}'
   return text if value == field.default else f'{text}  [{_typed(value)}]'
 
