@@ -16,6 +16,7 @@ from resist_jax.run.config import (
   EXCHANGES,
   PHASE_FIELDS,
   build_model,
+  check_divisions,
   chosen_depths,
   differences,
   get_config,
@@ -313,12 +314,7 @@ def _check_model(config) -> None:
     if config.partition_strided:
       branch = Division(1, config.num_workers, None)
       divisions[f'stage {stage}, with partition_strided'] = branch
-    exchange = EXCHANGES[config.exchange](config.wire_format)
-    for what, division in divisions.items():
-      try:
-        exchange.check(division)
-      except ValueError as error:
-        raise ConfigError(f'{what}: {error}') from error
+    check_divisions(config, divisions)
 
 
 def _check_depths(config) -> None:

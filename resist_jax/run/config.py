@@ -3,11 +3,14 @@
 `fields` has the fields themselves, with their defaults and reasons.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
 from resist_jax import exchange, models
+from resist_jax.decomposition import Division
+from resist_jax.errors import ConfigError
 from resist_jax.run.fields import each
 from resist_jax.run.fields import get_config as get_config
 
@@ -110,6 +113,26 @@ def for_processes(
   if isinstance(per_process, int) and per_process > 0:
     config.num_workers = per_process * num_processes
   return config
+
+
+def check_divisions(
+  config: ml_collections.ConfigDict, divisions: Mapping[str, Division]
+) -> None:
+  """Checks that the exchange of a config can serve chains.
+
+  Args:
+    config: One whose exchange and wire format are known.
+    divisions: How each chain is divided, by what messages call it.
+
+  Raises:
+    ConfigError: If it cannot.
+  """
+  exchange = EXCHANGES[config.exchange](config.wire_format)
+  for what, division in divisions.items():
+    try:
+      exchange.check(division)
+    except ValueError as error:
+      raise ConfigError(f'{what}: {error}') from error
 
 
 def chosen_depths(config: ml_collections.ConfigDict) -> tuple[int, ...]:

@@ -127,6 +127,7 @@ class Loop:
     state: What the workers hold.
     phase: The phase of the next round, or after the last one that of the last.
     progress: What is done.
+    test: What tests the global network.
   """
 
   state: State
@@ -152,7 +153,7 @@ class Loop:
     self.setup, self._checkpoints = setup, checkpoints
     self._log, self._callbacks = log, callbacks
     self._interrupt = interrupt
-    self._network_test = phases.make_test(setup)
+    self.test = phases.make_test(setup)
     self._judged_by = stopping.judged_by(setup)
     self._rate = phases.schedule(setup.config)
     self._clock = Clock(0.0)
@@ -296,7 +297,7 @@ class Loop:
   def _test_at_start(self) -> None:
     """Logs a test of the network before round 1, as round 0 of the curves."""
     processes.doing('the test before round 1')
-    tested = _tested(self.progress, self._network_test, self.state)
+    tested = _tested(self.progress, self.test, self.state)
     counted = ('seconds_training', 'bytes_total', 'wire_bytes_total')
     row = {'round': 0, 'protocol': self.phase.name, **dict.fromkeys(counted, 0)}
     self._log.before({**row, **tested.last, 'slots': {}, 'num_blocks': {}})
@@ -306,7 +307,7 @@ class Loop:
     )
 
   def _test(self) -> None:
-    progress = _tested(self.progress, self._network_test, self.state)
+    progress = _tested(self.progress, self.test, self.state)
     gain = self.setup.config.early_stopping.min_gain
     best = stopping.updated(progress.best, self._judged_by, progress.last, gain)
     self.progress = dataclasses.replace(progress, best=best)
@@ -333,7 +334,7 @@ class Loop:
   def _end(self) -> None:
     # Ended by a lower num_rounds, or given more tests since.
     if not _has_tests(self.progress.last, self.setup.dataset.tests):
-      self.progress = _tested(self.progress, self._network_test, self.state)
+      self.progress = _tested(self.progress, self.test, self.state)
       self._checkpoints.tested(self.progress.round)
     self._checkpoints.finish()
 

@@ -33,7 +33,7 @@ from resist_jax.errors import ConfigError, one_line
 from resist_jax.rounds import LossFn, State
 from resist_jax.rounds.arrays import to_host
 from resist_jax.run import export, optimizer
-from resist_jax.run.config import EXCHANGES, chosen_depths
+from resist_jax.run.config import check_divisions, chosen_depths
 from resist_jax.run.mean_loss import MeanLoss
 from resist_jax.run.task import Dataset
 
@@ -328,13 +328,13 @@ def _check(task: ModuleTask) -> None:
     raise ConfigError(
       f'depths is {config.depths}, of one chain, but {name} has several.'
     )
-  exchange = EXCHANGES[config.exchange](config.wire_format)
-  for chain, length in sizes.num_blocks.items():
-    division = Division(length, config.num_workers, config.min_depth, depths)
-    try:
-      exchange.check(division)
-    except ValueError as error:
-      raise ConfigError(f'chain {chain}: {error}') from error
+  divisions = {
+    f'chain {chain}': Division(
+      length, config.num_workers, config.min_depth, depths
+    )
+    for chain, length in sizes.num_blocks.items()
+  }
+  check_divisions(config, divisions)
 
 
 def _called(name: str, function: Callable, config) -> Any:

@@ -90,7 +90,7 @@ def _train_in(
     setup = loop.setup  # It has depths by speed.
     processes.doing('the export')
     params, scales = assemble(loop.state).params, phases.global_scales(setup)
-    setup.task.save(folder, loop.state, params, scales, phases.make_test(setup))
+    setup.task.save(folder, loop.state, params, scales, loop.test)
     progress = dataclasses.asdict(loop.progress)
     summary = summarise(setup, loop.phase, params, progress)
     if jax.process_index() == 0:

@@ -12,16 +12,15 @@ from test_trainer import (
   CHAIN,
   OPTIMISERS,
   RATE,
-  T,
   assert_close,
   batches,
   cut,
-  gradient,
   hands_of,
   make,
   merge,
   network,
   run,
+  train_locally,
 )
 
 import resist_jax as resist
@@ -49,12 +48,7 @@ def plain_loop(outer, held, S, left_out=()):
     hands, data = hands_of(assignments, S), batches(r, S)
     ends, counted = [], []
     for s, mine in enumerate(hands):
-      sub = cut(params, mine)
-      moments = sgd.init(sub)
-      for t in range(T):
-        batch = jax.tree.map(lambda x, s=s, t=t: x[s, t], data)
-        updates, moments = sgd.update(gradient(sub, batch), moments, sub)
-        sub = optax.apply_updates(sub, updates)
+      sub = train_locally(sgd, cut(params, mine), data, s)
       if (r, s) not in left_out:
         ends.append(sub)
         counted.append(mine)

@@ -113,6 +113,16 @@ def gradient(sub, batch):
   return jax.grad(lambda p: loss_fn(p, {CHAIN: ones}, batch, None)[0])(sub)
 
 
+def train_locally(optimizer, sub, data, s):
+  """The local steps of worker s, whose moments begin anew."""
+  state = optimizer.init(sub)
+  for t in range(T):
+    batch = jax.tree.map(lambda x, t=t: x[s, t], data)
+    updates, state = optimizer.update(gradient(sub, batch), state, sub)
+    sub = optax.apply_updates(sub, updates)
+  return sub
+
+
 def plain_loop(optimizer_at, held, S, params=None):
   """Algorithm 1, one worker after another; moments restart in each round.
 
@@ -124,13 +134,7 @@ def plain_loop(optimizer_at, held, S, params=None):
     hands = hands_of(assignments, S)
     data = batches(r, S)
     for s, mine in enumerate(hands):
-      sub = cut(params, mine)
-      state = optimizer.init(sub)
-      for t in range(T):
-        batch = jax.tree.map(lambda x, s=s, t=t: x[s, t], data)
-        updates, state = optimizer.update(gradient(sub, batch), state, sub)
-        sub = optax.apply_updates(sub, updates)
-      parts.append(sub)
+      parts.append(train_locally(optimizer, cut(params, mine), data, s))
     params = merge(parts, hands)
   return params
 
