@@ -25,7 +25,7 @@ from resist_jax.run.checks import validate
 from resist_jax.run.setup import prepare
 
 RESULT = RESULTS / 'checkpoint_cost' / 'digits_resnet101.json'
-FIELDS = {'model.name': 'PreActResNet101', 'batch_size': 32, 'local_steps': 20}
+FIELDS = {'model.name': 'PreActResNet101', 'batch_size': 32, 'local_steps': 3}
 
 
 def timed(
