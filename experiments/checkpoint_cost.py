@@ -8,6 +8,7 @@ next round, so a turn ends when its last checkpoint is whole.
 """
 
 import argparse
+from collections.abc import Iterator
 import json
 import pathlib
 import statistics
@@ -18,7 +19,9 @@ from typing import Any
 
 import jax
 
+from experiments.experiment import machine
 from experiments.runs import RESULTS, load_card, provenance, write_record
+from experiments.table import Table
 from resist_jax.run import restore
 from resist_jax.run.checkpoint import Checkpoints
 from resist_jax.run.checks import validate
@@ -62,6 +65,29 @@ def timed(
     checkpoints.finish()
   jax.block_until_ready(state)
   return state, time.perf_counter() - begin, waited
+
+
+def tables() -> Iterator[Table]:
+  """Yields what checkpoints cost, if it has been measured."""
+  if not RESULT.exists():
+    return
+  r = json.loads(RESULT.read_text())
+  config, waited = r['config'], r['seconds_waited']
+  caption = (
+    f'Rounds of {config["model"]["name"]} ({config["local_steps"]} steps, '
+    f'{config["num_workers"]} workers, checkpoints of '
+    f'{r["checkpoint_bytes"] / 1e6:.0f} MB) with and without a checkpoint '
+    'after each, which is written while the next round runs. Medians of '
+    f'{len(r["turns"])} turns of each, {machine(r["provenance"])}. "Waited" is '
+    'the part of a round in which nothing else goes on; "ratio" is that of all '
+    'time, with the least and the most of the turns. The goal was 3 %.'
+  )
+  row = [
+    f'{r["seconds_without"]:.1f} s',
+    f'{waited:.2f} s ({waited / r["seconds_without"]:.1%})',
+    f'{r["ratio"]:.3f} ({r["ratio_least"]:.3f} to {r["ratio_most"]:.3f})',
+  ]
+  yield Table(caption, r['command'], ['a round', 'waited', 'ratio'], [row])
 
 
 def main() -> int:

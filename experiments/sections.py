@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from experiments import (
   ablation,
+  checkpoint_cost,
   claims,
   deeper,
   digits,
@@ -23,6 +24,7 @@ from experiments import (
   quantised,
   slow_network,
   slow_report,
+  storm,
   table2,
   table3,
   tfds_catalog,
@@ -136,6 +138,7 @@ def sections(with_figures: bool = False) -> Iterator[Section]:
     (COUNTS, list(_counts())),
     (WIRE, list(_wire())),
     ('Workers of unequal speed', list(_unequal())),
+    ('Hosts that are lost', [*storm.tables(), *checkpoint_cost.tables()]),
     ('Memory', list(_memory())),
     ('Speed', [*_benches(), *_peer()]),
     ('Sets of the TFDS catalog', list(_catalog())),

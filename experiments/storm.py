@@ -13,6 +13,7 @@ trained rounds which count, and the accuracy at the end.
 """
 
 import argparse
+from collections.abc import Iterator
 import contextlib
 import itertools
 import json
@@ -29,8 +30,10 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from experiments.experiment import machine
 from experiments.launch.local import free_port
 from experiments.runs import RESULTS, provenance, write_record
+from experiments.table import Table
 
 FOLDER = RESULTS / 'storm'
 HOSTS = 4
@@ -249,6 +252,58 @@ def repeated(logged: list[Logged]) -> list[int]:
     max(0, before.round + 1 - after.round)
     for before, after in pairs
     if after.start != before.start
+  ]
+
+
+def tables() -> Iterator[Table]:
+  """Yields what storms cost, beside the run without one, if there are any."""
+  records = [
+    json.loads(path.read_text()) for path in sorted(FOLDER.glob('*.json'))
+  ]
+  if not records:
+    return
+  rows = [
+    [
+      'without faults' if r['command'].endswith('--calm') else 'storm',
+      str(sum(r['faults'][kind] for kind in KINDS)),
+      str(r['faults']['host returns']),
+      f'{r["faults_per_hour"]:.0f}',
+      f'{r["seconds"]:.0f}',
+      f'{r["useful_share"]:.0%}',
+      *_recoveries(r),
+      f'{100 * r["test_accuracy"]:.1f}',
+    ]
+    for r in records
+  ]
+  caption = (
+    f'{records[0]["rounds"]} rounds on four hosts, each an elastic launcher '
+    'with a process, all on one machine '
+    f'({machine(records[0]["provenance"])}). Hosts and processes are killed, '
+    'suspended or told to leave at random, and return. "Useful" is the share '
+    'of the time that trained rounds which count; "recovery" is the seconds '
+    'from a fault to the next finished round, median and worst; "repeated" is '
+    'the most rounds that one fault cost. The test accuracy is in %.'
+  )
+  head = [
+    '',
+    'faults',
+    'returns',
+    'faults an hour',
+    'seconds',
+    'useful',
+    'recovery',
+  ]
+  head += ['worst', 'repeated', 'accuracy']
+  yield Table(caption, 'python -m experiments.storm', head, rows)
+
+
+def _recoveries(record: dict[str, Any]) -> list[str]:
+  if record['recovery_median'] is None:
+    return ['', '', '']
+  return [
+    f'{record["recovery_median"]:.0f} s',
+    f'{record["recovery_worst"]:.0f} s',
+    str(record['rounds_repeated_most']),
   ]
 
 

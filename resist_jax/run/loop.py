@@ -273,6 +273,10 @@ class Loop:
       processes.doing(f'the test after round {done}')
       self._test()
       due = self._due_after_test(due)
+    if due.saves:
+      # A round that the log has is lost only with a save that was under way,
+      # so at most one is: the checkpoint before is whole before this row.
+      self._checkpoints.finish()
     self._write()
     elapsed = self._before + time.perf_counter()
     self.progress = dataclasses.replace(self.progress, seconds_total=elapsed)

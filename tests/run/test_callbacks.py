@@ -73,6 +73,20 @@ def test_a_callback_gets_each_row_and_its_state(finished):
   jax.tree.map(np.testing.assert_array_equal, told.params, trained)
 
 
+def test_the_round_before_is_whole_when_a_round_is_logged(tmp_path):
+  # So a kill at any time costs one logged round at most.
+  whole = []
+
+  def look(row, state):
+    listed = tmp_path / f'digests/{row["round"] - 1}.json'
+    whole.append(listed.exists())
+
+  config = tiny_config(num_rounds=4, local_steps=1, checkpoint_every=1)
+  config.eval_every = 4
+  train.train(config, tmp_path, callbacks=[look])
+  assert whole == [False, True, True, True]
+
+
 def test_a_callback_learns_that_a_run_stopped_and_goes_on(tmp_path):
   told = Told()
 
