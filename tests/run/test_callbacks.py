@@ -59,7 +59,9 @@ def finished(tmp_path_factory):
     calls.append((row.pop('round'), int(state.round)))  # Its own copy.
 
   config = tiny_config(num_rounds=2, local_steps=1)
+  config.log.tensorboard = True
   summary = train.train(config, folder, callbacks=[function, told])
+  assert list((folder / 'tensorboard').iterdir())
   assert calls == [(1, 1), (2, 2)]
   return folder, summary, told
 
@@ -81,10 +83,10 @@ def test_the_round_before_is_whole_when_a_round_is_logged(tmp_path):
     listed = tmp_path / f'digests/{row["round"] - 1}.json'
     whole.append(listed.exists())
 
-  config = tiny_config(num_rounds=4, local_steps=1, checkpoint_every=1)
-  config.eval_every = 4
+  config = tiny_config(num_rounds=3, local_steps=1, checkpoint_every=1)
+  config.eval_every = 3
   train.train(config, tmp_path, callbacks=[look])
-  assert whole == [False, True, True, True]
+  assert whole == [False, True, True]
 
 
 def test_a_callback_learns_that_a_run_stopped_and_goes_on(tmp_path):
@@ -200,15 +202,6 @@ def test_tensorboard_compares_settings_with_final_metrics(finished):
     (event,) = accumulator.Scalars(name)
     value = summary[name.removeprefix('final/')]
     assert event.value == pytest.approx(value), name
-
-
-def test_tensorboard_can_be_left_out(tmp_path):
-  config = tiny_config(
-    num_rounds=1, local_steps=1, **{'log.tensorboard': False}
-  )
-  train.train(config, tmp_path)
-  assert not (tmp_path / 'tensorboard').exists()
-  assert len(rows(tmp_path)) == 1
 
 
 # Weights & Biases.

@@ -253,6 +253,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_it_and_refuses_a_wrong_name(tmp_path):
   module = importlib.util.find_spec('own_network').origin
   (tmp_path / 'mine.py').write_bytes(pathlib.Path(module).read_bytes())
