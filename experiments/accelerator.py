@@ -7,6 +7,7 @@ float64, because in float32 a ReLU that flips makes two exact implementations
 differ. Each platform runs in a process of its own.
 
   python -m experiments.accelerator
+  python -m experiments.accelerator --only='masked_psum, float64'
 
 The result is written to experiments/results/accelerator/ with its provenance.
 """
@@ -185,20 +186,40 @@ def difference(
   return {'largest': float(largest), 'of_norm': float(np.sqrt(squares / norm))}
 
 
-def run_all(platform: str, folder: pathlib.Path) -> None:
+def chosen(platform: str, only: str) -> list[Case]:
+  """Returns what to run.
+
+  Args:
+    platform: A key of `CASES`.
+    only: Part of the names of cases of the accelerator; empty for all cases.
+
+  Returns:
+    The cases, and on a CPU the references of those of the accelerator.
+  """
+  asked = [case for case in CASES['accelerator'] if only in case.name]
+  if platform == 'accelerator':
+    return asked
+  protocols = {case.protocol for case in asked}
+  needed = [case for case in REFERENCES if case.protocol in protocols]
+  return needed if only else CASES[platform]
+
+
+def run_all(platform: str, only: str, folder: pathlib.Path) -> None:
   """Runs the cases of a platform; the traceback of a failure is kept.
 
   Args:
     platform: A key of `CASES`.
+    only: See `chosen`.
     folder: Where to write the parameters of each case, and a description.
   """
   seconds, errors = {}, {}
-  for i, case in enumerate(CASES[platform]):
+  for case in chosen(platform, only):
     jax.config.update('jax_enable_x64', case.dtype == 'float64')
     started = time.perf_counter()
     try:
       params = run(case)
-      np.savez(folder / f'{platform}_{i}.npz', allow_pickle=False, **params)
+      path = folder / file_name(platform, case)
+      np.savez(path, allow_pickle=False, **params)
     except Exception:  # The other cases still run.
       errors[case.name] = traceback.format_exc()
       print(errors[case.name], file=sys.stderr)
@@ -209,21 +230,31 @@ def run_all(platform: str, folder: pathlib.Path) -> None:
     (folder / f'{platform}.json').write_text(json.dumps(record))
 
 
-def main() -> None:
-  """Compares, prints and writes the result."""
+def file_name(platform: str, case: Case) -> str:
+  """Returns the name of the file with the parameters of a case."""
+  return f'{platform}_{CASES[platform].index(case)}.npz'
+
+
+def main() -> int:
+  """Compares, prints and writes the result; returns 1 if a case failed."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--timeout', type=float, default=600, help='seconds')
+  parser.add_argument('--only', default='', help='part of the names of cases')
   parser.add_argument('--out', type=pathlib.Path)
   parser.add_argument('--platform', choices=[*CASES], help=argparse.SUPPRESS)
   parser.add_argument('--folder', type=pathlib.Path, help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.platform:
-    return run_all(args.platform, args.folder)
+    run_all(args.platform, args.only, args.folder)
+    return 0
+  if not chosen('accelerator', args.only):
+    names = '; '.join(case.name for case in CASES['accelerator'])
+    parser.error(f'--only is {args.only!r}; no case has it: {names}.')
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
-    _run_platforms(folder, args.timeout)
+    _run_platforms(folder, args.only, args.timeout)
     about = {p: json.loads((folder / f'{p}.json').read_text()) for p in CASES}
-    results = _compare(folder)
+    results = _compare(folder, args.only)
   for row in results:
     print(
       f'{row["platform"]:12}{row["case"]:58}'
@@ -249,10 +280,13 @@ def main() -> None:
   path = args.out or FOLDER / f'{kind}.json'
   write_record(path, record)
   print('written to', path)
-  return None
+  compared = chosen('accelerator', args.only)
+  return len([r for r in results if r['platform'] == 'accelerator']) < len(
+    compared
+  )
 
 
-def _run_platforms(folder: pathlib.Path, timeout: float) -> None:
+def _run_platforms(folder: pathlib.Path, only: str, timeout: float) -> None:
   """Runs all platforms at once, and ends those that take too long."""
   command = [sys.executable, '-m', 'experiments.accelerator']
   children = []
@@ -260,7 +294,7 @@ def _run_platforms(folder: pathlib.Path, timeout: float) -> None:
     environment = {**os.environ}
     if platform == 'cpu':
       environment['JAX_PLATFORMS'] = 'cpu'
-    args = [f'--platform={platform}', f'--folder={folder}']
+    args = [f'--platform={platform}', f'--folder={folder}', f'--only={only}']
     children.append(subprocess.Popen([*command, *args], env=environment))
   ends = time.monotonic() + timeout
   for child in children:
@@ -271,16 +305,16 @@ def _run_platforms(folder: pathlib.Path, timeout: float) -> None:
       child.wait()
 
 
-def _compare(folder: pathlib.Path) -> list[dict[str, Any]]:
+def _compare(folder: pathlib.Path, only: str) -> list[dict[str, Any]]:
   """Compares the parameters that were written with the references."""
 
   def read(platform, case):
-    path = folder / f'{platform}_{CASES[platform].index(case)}.npz'
+    path = folder / file_name(platform, case)
     return dict(np.load(path)) if path.exists() else None
 
   rows = []
-  for platform, cases in CASES.items():
-    for case in cases:
+  for platform in CASES:
+    for case in chosen(platform, only):
       reference, ours = read('cpu', Case(case.protocol)), read(platform, case)
       is_reference = platform == 'cpu' and case in REFERENCES
       if ours and reference and not is_reference:
@@ -290,4 +324,4 @@ def _compare(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(main())

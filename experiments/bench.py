@@ -4,7 +4,8 @@ For each network, on random images, it measures a worker's local step as
 `resist_jax.rounds` runs it, and a plain `jax.jit` of the same sub-network's
 gradient and update. Then it measures a round of S workers, each exchange and
 wire format and its share of a round, compile times and memory. Seconds are
-medians; what is compared is timed in turn.
+medians; what is compared is timed in turn. `--profile=FOLDER` then stores a
+round as JAX's profiler sees it.
 
   python -m experiments.bench                            # both networks
   python -m experiments.bench --network=paper --batch_size=128 --dtype=bfloat16
@@ -123,6 +124,9 @@ def _arguments() -> argparse.Namespace:
   parser.add_argument(
     '--steps', type=int, default=1, help='steps of a timed call'
   )
+  parser.add_argument(
+    '--profile', type=pathlib.Path, help='folder for the profile of a round'
+  )
   parser.add_argument('--out', type=pathlib.Path, help='JSON file to write')
   return parser.parse_args()
 
@@ -151,7 +155,7 @@ def measure(spec: Network, args: argparse.Namespace) -> dict[str, Any]:
   step = _one_worker(*problem, S, args.repeats, args.steps)
   whole = {}
   if not args.only_step:
-    whole = _whole_round(*problem, S, T, args.repeats, not on_cpu)
+    whole = _whole_round(*problem, S, T, args, not on_cpu)
   blocks = slots_per_worker(_length(params), S)
   flop = B * models.predicted_flops(network, image.shape[1:], {CHAIN: blocks})
   return {
@@ -282,7 +286,7 @@ def _one_worker(
 
 
 def _whole_round(
-  network, dataset, params, B, S, T, repeats, on_device
+  network, dataset, params, B, S, T, args, on_device
 ) -> dict[str, Any]:
   """Times whole rounds of S workers, and every exchange alone."""
   trainer = Trainer(
@@ -308,7 +312,11 @@ def _whole_round(
     state, _ = trainer.round(state, batches)
     return state.shared, state.chain
 
+  repeats = args.repeats
   (seconds,) = _in_turn((one_round,), max(3, repeats // 2))
+  if args.profile:  # After the timing, which it would disturb.
+    with jax.profiler.trace(args.profile):
+      jax.block_until_ready(one_round())
   del state
   exchanges = [_exchange(trainer, params, *kind) for kind in EXCHANGES_TIMED]
   times = _in_turn(exchanges, repeats)

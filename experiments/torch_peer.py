@@ -15,6 +15,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import tempfile
 
 from experiments.runs import RESULTS, provenance, write_record
 
@@ -165,20 +166,19 @@ def _torch(args, blocks: int) -> dict:
 
 def _jax(args) -> dict:
   """Returns what `experiments.bench` measures for one worker."""
-  out = FOLDER / 'peer.part'
   command = [sys.executable, '-m', 'experiments.bench', '--network=paper']
   names = ['workers', 'batch_size', 'repeats', 'steps', 'dtype']
   names += ['precision'] if args.precision else []
   command += [f'--{name}={getattr(args, name)}' for name in names]
-  subprocess.run(
-    [*command, '--only_step', f'--out={out}'],
-    cwd=ROOT,
-    check=True,
-    stdout=subprocess.DEVNULL,
-  )
-  result = json.loads(out.read_text())['results'][0]
-  out.unlink()
-  return result
+  with tempfile.TemporaryDirectory() as folder:
+    out = pathlib.Path(folder) / 'ours.json'
+    subprocess.run(
+      [*command, '--only_step', f'--out={out}'],
+      cwd=ROOT,
+      check=True,
+      stdout=subprocess.DEVNULL,
+    )
+    return json.loads(out.read_text())['results'][0]
 
 
 if __name__ == '__main__':

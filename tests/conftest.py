@@ -39,7 +39,8 @@ def known(xla_flags):
 if 'PYTEST_XDIST_WORKER' not in os.environ:  # A worker inherits them.
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   os.environ.setdefault('XLA_FLAGS', ' '.join(known(FAST_COMPILER + PATIENT)))
-  os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
+  if os.environ['JAX_PLATFORMS'] == 'cpu':  # Else the test is of a device.
+    os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
   os.environ['JAX_NUMPY_RANK_PROMOTION'] = 'raise'
   os.environ['JAX_NUMPY_DTYPE_PROMOTION'] = 'strict'
   # All tests of a session compile a program once.

@@ -10,6 +10,7 @@ import tensorflow_datasets as tfds
 # As this TFDS knows them: it reads no other version of its own sets.
 VERSIONS = {
   'cifar10': '3.0.2',
+  'cifar100': '3.0.2',
   'cifar10_1': '1.1.0',
   'fashion_mnist': '3.0.1',
   'imagenet2012': '5.1.0',
