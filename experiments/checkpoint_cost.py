@@ -7,7 +7,6 @@ a checkpoint after each, in turn. Saving goes on in the background during the
 next round, so a turn ends when its last checkpoint is whole.
 """
 
-import argparse
 from collections.abc import Iterator
 import json
 import pathlib
@@ -22,6 +21,7 @@ import jax
 from experiments.experiment import machine
 from experiments.runs import RESULTS, load_card, provenance, write_record
 from experiments.table import Table
+from resist_jax.errors import Parser
 from resist_jax.run import restore
 from resist_jax.run.checkpoint import Checkpoints
 from resist_jax.run.checks import validate
@@ -92,7 +92,7 @@ def tables() -> Iterator[Table]:
 
 def main() -> int:
   """Runs the experiment."""
-  parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+  parser = Parser(description=(__doc__ or '').split('\n')[0])
   parser.add_argument('--turns', type=int, default=5, help='of each kind')
   parser.add_argument('--rounds', type=int, default=3, help='in a turn')
   parser.add_argument('--local_steps', type=int, help='of a round')

@@ -34,6 +34,8 @@ from experiments.experiment import machine
 from experiments.launch.local import free_port
 from experiments.runs import RESULTS, provenance, write_record
 from experiments.table import Table
+from resist_jax import folders
+from resist_jax.errors import Parser
 
 FOLDER = RESULTS / 'storm'
 HOSTS = 4
@@ -309,12 +311,16 @@ def _recoveries(record: dict[str, Any]) -> list[str]:
 
 def main() -> int:
   """Runs the experiment; returns 1 if the run has not ended in time."""
-  parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+  parser = Parser(description=(__doc__ or '').split('\n')[0])
   parser.add_argument('--seed', type=int, default=0, help='of the storm')
   parser.add_argument('--gap', type=float, default=40, help='mean seconds')
   parser.add_argument('--rounds', type=int, default=150, help='of the run')
   parser.add_argument('--calm', action='store_true', help='without a storm')
-  parser.add_argument('--folder', help='where outputs stay; else they do not')
+  parser.add_argument(
+    '--folder',
+    type=folders.argument,
+    help='where outputs stay; else they do not',
+  )
   options = parser.parse_args()
   args = [
     '--config=digits:smoke', '--config.model.name=PreActResNet18',

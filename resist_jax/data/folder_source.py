@@ -187,7 +187,7 @@ def listed(paths: Sequence[str]) -> list[str]:
   """
   found = []
   for path in paths:
-    place = folders.resolve(path, 'a file')
+    place = folders.resolve(path, 'a file', is_text=False)
     found += map(str, sorted(_below(place)) if place.is_dir() else [place])
   return found
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,11 +78,20 @@ class Dataset:
   class_names: tuple[str, ...]
   mean: np.ndarray
   std: np.ndarray
+  unit: ClassVar[str] = 'images'  # What records call the examples.
 
   @property
   def num_classes(self) -> int:
     """Number of classes."""
     return len(self.class_names)
+
+  def describe(self) -> dict[str, Any]:
+    """Returns what records say of the examples; JSON values."""
+    return {
+      'unit': self.unit,
+      'class_names': list(self.class_names),
+      'image_shape': list(self.train.images.shape[1:]),
+    }
 
   @property
   def streamed(self) -> bool:

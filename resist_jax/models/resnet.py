@@ -45,8 +45,9 @@ class ResNet(nn.Module):
       images of 64 pixels or a quarter of the work) or `imagenet` (7x7, stride
       2, then max pooling).
     dtype: Compute dtype; parameters and statistics are float32.
-    for_cpu: Whether to use `layers.convolve_with_wide_kernel_gradient`, a form
-      that XLA's CPU backend runs faster. The result is the same up to rounding.
+    wide_kernel_gradient: Whether convolutions are those of
+      `layers.convolve_with_wide_kernel_gradient`, a form that XLA's CPU backend
+      runs faster. The result is the same up to rounding.
     cut_heads: Whether to separate the residual branches of heads, so that they
       can be partitioned too (first column of the paper's ablation).
     norm_axis: The mesh axis that splits batches, for batch norm; None if none
@@ -61,7 +62,7 @@ class ResNet(nn.Module):
   norm: str = 'batch'
   stem: str = 'small'
   dtype: Any = jnp.float32
-  for_cpu: bool = True
+  wide_kernel_gradient: bool = True
   cut_heads: bool = False
   norm_axis: str | None = None
 
@@ -158,7 +159,10 @@ class ResNet(nn.Module):
       raise ValueError(
         f'unknown stem {self.stem!r}: use one of {", ".join(STEMS)}.'
       )
-    conv = {'dtype': self.dtype, 'wide_kernel_gradient': self.for_cpu}
+    conv = {
+      'dtype': self.dtype,
+      'wide_kernel_gradient': self.wide_kernel_gradient,
+    }
     norm = partial(GroupNorm16, dtype=self.dtype)
     if self.norm == 'batch':
       norm = partial(BatchNorm, dtype=self.dtype, axis_name=self.norm_axis)
@@ -254,7 +258,8 @@ def initial_params(
   # One module per name: JAX would compile again for another, equal module.
   modules = {name: network.make_piece(name) for name, _ in network.pieces()}
   # This program runs once: on CPU, compile it fast rather than well.
-  options = {'xla_backend_optimization_level': 0} if network.for_cpu else None
+  on_cpu = jax.default_backend() == 'cpu'
+  options = {'xla_backend_optimization_level': 0} if on_cpu else None
   init = jax.jit(_init, static_argnums=0, compiler_options=options)
   for position, (name, block) in enumerate(network.pieces()):
     module = modules[name]

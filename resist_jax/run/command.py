@@ -5,7 +5,6 @@ process. Nothing here imports JAX, so that `--help` answers at once.
 """
 
 from collections.abc import Sequence
-import difflib
 import re
 import textwrap
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from ml_collections import config_flags
 
 import resist_jax
 from resist_jax import folders
-from resist_jax.errors import ConfigError, message
+from resist_jax.errors import ConfigError, did_you_mean, message
 from resist_jax.run import cards, fields
 
 _WIDTH = 79
@@ -266,8 +265,5 @@ def _unknown(name: str, values: flags.FlagValues) -> str:
   """Returns a line about a flag that does not exist."""
   known = [*values, *(f'config.{field.name}' for field in fields.each())]
   field = f'config.{name}'
-  nearest = (
-    [field] if field in known else difflib.get_close_matches(name, known, 1)
-  )
-  hint = f'Did you mean --{nearest[0]}? ' if nearest else ''
+  hint = did_you_mean(field if field in known else name, known, '--{}')
   return f'unknown flag --{name}. {hint}--help lists all flags and fields.'

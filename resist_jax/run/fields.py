@@ -234,7 +234,9 @@ FIELDS = {
     Field(
       'model.stage_sizes',
       (),
-      'Blocks of each stage. Empty: those of the model that is named.',
+      'Blocks of each stage. The first one, where stride and channels may '
+      'change, is on every worker; the others are the chain that is divided: a '
+      'stage of 5 has a chain of 4. Empty: those of the model that is named.',
     ),
     Field(
       'model.widths',

@@ -105,7 +105,7 @@ class ModuleTask:
   def metrics(self) -> tuple[str, ...]:
     """See `task.Task`; they are found by tracing the loss."""
     batch = self.examples(next(iter(self.dataset.tests)), np.zeros(1, int))
-    _, found = jax.eval_shape(self.make_test_loss({}), self.shapes(), batch)
+    _, found = jax.eval_shape(self.test_loss, self.shapes(), batch, {})
     return tuple(found)
 
   def init(self, seed: int) -> PyTree:
@@ -135,23 +135,23 @@ class ModuleTask:
 
     return loss_fn
 
-  def make_test_loss(self, scales: Mapping[str, Any]) -> Callable:
-    """Returns the loss of the whole network on a batch that is as read.
+  def test_loss(
+    self, params: PyTree, batch: PyTree, scales: Mapping[str, Any]
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Calls the module's loss of the whole network, without a key.
 
     Args:
+      params: Global parameters.
+      batch: Examples as read, see `examples`.
       scales: Residual scale of each chain that ResIST cuts, `float32[L]`; 1
         for any other chain.
 
     Returns:
-      `loss_fn(params, batch)`, which calls that of the module without a key.
+      `(loss, metrics)`.
     """
+    scaled = self._scaled(params, {}, scales)
     loss = self.module.loss(self.config)
-
-    def loss_fn(params, batch):
-      scaled = self._scaled(params, {}, scales)
-      return loss(params, scaled, self._normalised(batch), None)
-
-    return loss_fn
+    return loss(params, scaled, self._normalised(batch), None)
 
   def _scaled(self, params, present, scale) -> dict[str, jax.Array]:
     """Returns the factor of each slot of each chain; 0 where it is empty."""
@@ -190,7 +190,7 @@ class ModuleTask:
     return data.normalise(images, self.dataset.mean, self.dataset.std), labels
 
   def examples(self, test: str, rows: np.ndarray) -> PyTree:
-    """Reads examples of a set to test on, as `make_test_loss` takes them.
+    """Reads examples of a set to test on, as `test_loss` takes them.
 
     Args:
       test: Name of the set.
@@ -208,10 +208,7 @@ class ModuleTask:
     own = getattr(self.module, 'optimizer', None)
     if own is not None:
       return own(self.config, schedule)
-    described = self.config.optimizer
-    return optimizer.make_optimizer(
-      schedule, described.momentum, described.weight_decay
-    )
+    return optimizer.described(self.config.optimizer, schedule)
 
   def make_test(
     self,
@@ -220,9 +217,9 @@ class ModuleTask:
     options: ml_collections.ConfigDict,
   ) -> MeanLoss:
     """See `task.Task`."""
-    sizes = {name: len(split) for name, split in self.dataset.tests.items()}
-    loss_fn = self.make_test_loss(scales)
-    return MeanLoss(loss_fn, self.examples, sizes, mesh, options.batch_size)
+    tests, size = self.dataset.tests.items(), options.batch_size
+    rows = {name: np.arange(len(split)) for name, split in tests}
+    return MeanLoss(self.test_loss, self.examples, rows, scales, mesh, size)
 
   def rescale(self, params: PyTree, factors: Mapping[str, float]) -> PyTree:
     """See `task.Task`."""
@@ -248,16 +245,6 @@ class ModuleTask:
     del state, test
     record = {'module': self.config.model.module}
     export.write(workdir, {'params': params, 'scales': dict(scales)}, record)
-
-  def describe(self) -> dict[str, Any]:
-    """See `task.Task`."""
-    dataset = self.dataset
-    if isinstance(dataset, data.Tables):
-      return {'dataset': dataset.name}
-    return {
-      'class_names': list(dataset.class_names),
-      'image_shape': list(dataset.train.images.shape[1:]),
-    }
 
   def flops(self, lengths: Mapping[str, int]) -> None:
     """See `task.Task`: nobody counts them."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import optax
 
 
@@ -28,6 +29,18 @@ def make_optimizer(
     optax.trace(decay=momentum),
     optax.scale_by_learning_rate(schedule),
   )
+
+
+def described(
+  section: ml_collections.ConfigDict, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+  """Returns the optimiser that a config describes.
+
+  Args:
+    section: The section `optimizer` of a config.
+    schedule: Learning rate at a step of the whole run.
+  """
+  return make_optimizer(schedule, section.momentum, section.weight_decay)
 
 
 # One cycle rises for this share of the run, from this fraction of its peak.

@@ -21,6 +21,8 @@ from resist_jax.run.evaluate import Evaluator, WholeNetwork
 
 PyTree = Any
 
+MEASURES = ('accuracy', 'accuracy_paper')  # Of each set that is tested.
+
 
 @dataclasses.dataclass(frozen=True)
 class ResNetTask:
@@ -48,7 +50,7 @@ class ResNetTask:
   @property
   def measures(self) -> tuple[str, ...]:
     """See `task.Task`."""
-    return 'accuracy', 'accuracy_paper'
+    return MEASURES
 
   @property
   def image_shape(self) -> tuple[int, ...]:
@@ -82,9 +84,7 @@ class ResNetTask:
     self, schedule: optax.Schedule
   ) -> optax.GradientTransformation:
     """See `task.Task`."""
-    return optimizer.make_optimizer(
-      schedule, self.optimizer.momentum, self.optimizer.weight_decay
-    )
+    return optimizer.described(self.optimizer, schedule)
 
   def make_test(
     self,
@@ -141,13 +141,6 @@ class ResNetTask:
       dataset.resized,
     )
 
-  def describe(self) -> dict[str, Any]:
-    """See `task.Task`."""
-    return {
-      'class_names': list(self.dataset.class_names),
-      'image_shape': list(self.image_shape),
-    }
-
   def flops(self, lengths: Mapping[str, int]) -> float:
     """See `task.Task`."""
     return models.predicted_flops(self.network, self.image_shape, lengths)
@@ -167,7 +160,9 @@ def make(
     dataset: The images.
     on_cpu: Whether the devices are CPUs.
   """
-  network = build_model(config, dataset.num_classes, for_cpu=on_cpu)
+  network = build_model(
+    config, dataset.num_classes, wide_kernel_gradient=on_cpu
+  )
   return ResNetTask(
     network, dataset, cut_chains(config), config.optimizer, config.data.augment
   )

@@ -121,7 +121,8 @@ def _rounds(
     )
     if writes:
       workdir_lib.write_json(folder / 'config.json', config.to_dict())
-    with metrics.open_log(folder, done, config.num_rounds, writes) as log:
+    unit, rounds = setup.dataset.unit, config.num_rounds
+    with metrics.open_log(folder, done, rounds, writes, unit) as log:
       loop = Loop(setup, checkpoints, log, callbacks, interrupt)
       try:
         loop.run(restored, started)

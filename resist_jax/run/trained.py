@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+from typing import NamedTuple
 
 import ml_collections
 
@@ -24,8 +25,36 @@ class Trained:
   """
 
   folder: pathlib.Path
-  model: export.Predictor
+  model: export.Predictor | export.Parameters
   config: ml_collections.ConfigDict
+
+
+class Asked(NamedTuple):
+  """What a command asks about a run.
+
+  Attributes:
+    data: The set to test on, named as `data.name` does; '' for those of the
+      run.
+    data_dir: The folder of prepared TFDS sets; None for that of the run.
+    depths: See `depth.asked`.
+    draws: Random choices of blocks for each depth.
+    depth_examples: Examples of each test for shallower networks.
+  """
+
+  data: str = ''
+  data_dir: str | None = None
+  depths: str = 'some'
+  draws: int = 3
+  depth_examples: int = 2000
+
+  def reading(
+    self, config: ml_collections.ConfigDict
+  ) -> ml_collections.ConfigDict:
+    """Returns the config of the run as its data are read here."""
+    found = config.copy_and_resolve_references()
+    if self.data_dir is not None:
+      found.data.dir = self.data_dir
+    return found
 
 
 def load(workdir: str | os.PathLike[str]) -> Trained:
@@ -48,7 +77,7 @@ def load(workdir: str | os.PathLike[str]) -> Trained:
       f'such as {runs[0]}.'
     )
   try:
-    model = export.load(folder)
+    model = export.read(folder)
     fields = json.loads((folder / 'config.json').read_text('utf-8'))
     config = get_config()
     with config.unlocked():
@@ -61,6 +90,25 @@ def load(workdir: str | os.PathLike[str]) -> Trained:
   except (OSError, ValueError, TypeError) as error:
     raise ConfigError(message(error)) from error
   return Trained(folder, model, config)
+
+
+def classifier(workdir: str | os.PathLike[str]) -> export.Predictor:
+  """Reads the network of a finished run that classifies images.
+
+  Args:
+    workdir: Its workdir.
+
+  Raises:
+    ConfigError: See `load`; or if its network does something else.
+  """
+  model = load(workdir).model
+  if isinstance(model, export.Predictor):
+    return model
+  raise ConfigError(
+    f'the network of {workdir} is that of the module {model.module}, whose '
+    'loss names no classes: test it by python -m resist_jax.evaluate, or read '
+    'its parameters with resist_jax.run.export.load_parameters.'
+  )
 
 
 def folders_of(workdir: str | os.PathLike[str]) -> list[pathlib.Path]:

@@ -52,7 +52,7 @@ def round_of(mesh, loss_fn):
   return run, run.arguments(state, examples, batches)['round'], scopes
 
 
-NETWORK = tiny.network(L, for_cpu=False)
+NETWORK = tiny.network(L, wide_kernel_gradient=False)
 plain_loss = tiny.make_loss(NETWORK)
 
 

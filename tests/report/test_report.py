@@ -245,7 +245,25 @@ def test_two_runs_fit_a_terminal(tmp_path):
   table = report.summary_table([wide, wide], labels=['y' * 200, 'other'])
   assert max(map(len, table.splitlines())) <= 100
   assert table.splitlines()[0].split()[-1] == 'other'
-  assert report.summary_table([{}, {}]).count('-') >= 30
+  (line,) = report.summary_table([{}, {'seconds_training': 3}]).splitlines()
+  assert line.split() == ['seconds', 'of', 'training', '-', '3.0']
+  assert report.summary_table([{}, {}]) == ''
+
+
+def test_a_table_calls_examples_and_bytes_by_their_names():
+  counted = {
+    'images_per_second': 7, 'wire_bytes_total': 2e6, 'bytes_total': 3e6,
+  }  # fmt: skip
+  rows = [
+    line.split('  ')[0]
+    for line in report.summary_table([{**counted, 'unit': 'windows'}]).split(
+      '\n'
+    )
+  ]
+  assert rows == ['sent by all devices', "paper's count", 'windows per second']
+  both = [{**counted, 'unit': 'windows'}, counted]
+  assert 'examples per second' in report.summary_table(both)
+  assert 'images per second' in report.summary_table([counted])
 
 
 def break_nothing_there(run):

@@ -107,6 +107,19 @@ def test_a_callback_learns_that_a_run_stopped_and_goes_on(tmp_path):
   assert [row['round'] for row in told.rows] == [1, 2]
 
 
+def test_the_test_before_round_1_is_told_as_any_row(tmp_path):
+  told = Told()
+  fields = {'num_rounds': 1, 'local_steps': 1, 'evaluation.at_start': True}
+  fields['log.tensorboard'] = True
+  train.train(tiny_config(**fields), tmp_path, callbacks=[told])
+  assert [row['round'] for row in told.rows] == [0, 1]
+  assert told.rows == rows(tmp_path)
+  assert 'test_accuracy' in told.rows[0]
+  files = (tmp_path / 'tensorboard').glob('events*')
+  events = b''.join(path.read_bytes() for path in files)
+  assert events.count(b'test_accuracy_paper') == 2
+
+
 @pytest.mark.parametrize('wrong', [None, 'print', Told])
 def test_what_cannot_be_called_is_refused(wrong, tmp_path):
   with pytest.raises(ValueError, match=r'callbacks hold .*: give functions'):

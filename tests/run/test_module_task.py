@@ -19,7 +19,14 @@ import pytest
 from test_train import rows, tiny_config
 
 from resist_jax.errors import ConfigError
-from resist_jax.run import export, train
+from resist_jax.run import (
+  depth,
+  evaluate_command,
+  export,
+  export_command,
+  predict_command,
+  train,
+)
 from resist_jax.run.interrupt import Interrupted
 from resist_jax.run.mean_loss import MeanLoss
 from resist_jax.run.module_task import rescaled_blocks
@@ -57,6 +64,118 @@ def test_it_is_tested_as_its_loss_says_on_every_set(finished):
   assert last['train_loss'] < first['train_loss']
   assert {'train_accuracy', 'bytes_total'} <= set(last)
   assert (folder / 'report.html').stat().st_size > 1000
+
+
+def evaluated(capsys, folder, out, *words):
+  """What the command writes and prints; a refusal is one line."""
+  code = evaluate_command.main([str(folder), f'--out={out}', *words])
+  printed = capsys.readouterr()
+  if code:
+    assert len(printed.err.splitlines()) == 1
+    assert not printed.out
+    return printed.err
+  return json.loads((out / 'evaluation.json').read_text()), printed.out
+
+
+def test_it_is_evaluated_as_the_run_tested_it(finished, capsys, tmp_path):
+  folder, summary = finished
+  found, out = evaluated(capsys, folder, tmp_path, '--depths=0,2,4')
+  names = ('loss', 'perplexity', 'accuracy')
+  for test, count in (('test', 37), ('other', 11)):
+    assert found['examples'][test] == count
+    for name in names:
+      np.testing.assert_allclose(
+        found['measures'][f'{test}_{name}'], summary[f'{test}_{name}'],
+        rtol=1e-5,
+      )  # fmt: skip
+  assert f'{summary["test_loss"]:.4g}' in out
+  assert f'{summary["test_accuracy"]:.2%}' in out
+  kinds = [(r['order'], r['blocks'], r['draw']) for r in found['depth']]
+  assert kinds == [
+    ('first', 0, 0), ('first', 2, 0), *(('random', 2, i) for i in range(3)),
+    ('first', 4, 0),
+  ]  # fmt: skip
+  rows = [{n: row[n] for n in found['measures']} for row in found['depth']]
+  for name, value in found['measures'].items():
+    assert rows[-1][name] == pytest.approx(value)
+  params, scales = export.load_parameters(folder)
+  batch = own_network.data(config()).tests['other'].take(np.arange(11))
+  for row, kept in ((rows[0], []), (rows[1], [0, 1])):
+    shallower = {'blocks': depth.keep(scales['blocks'], np.array(kept, int))}
+    loss, metrics = own_network.loss(None)(params, shallower, batch, None)
+    assert row['other_loss'] == pytest.approx(float(loss), rel=1e-5)
+    assert row['other_accuracy'] == pytest.approx(float(metrics['accuracy']))
+  assert rows[0]['test_loss'] != rows[1]['test_loss']
+  for name in ('depth_test.png', 'depth_other.png'):
+    assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')
+  assert (tmp_path / 'depth.csv').read_text().count('\n') == 7
+
+
+def test_it_is_evaluated_on_other_data_if_its_module_reads_their_name(
+  finished, capsys, tmp_path, monkeypatch
+):
+  folder, summary = finished
+  words = ('--data=another text', '--depths=none')
+  found, _ = evaluated(capsys, folder, tmp_path, *words)
+  assert found['data'] == 'another text'
+  made = config()
+  made.data.name = 'another text'
+  batch = own_network.data(made).tests['test'].take(np.arange(37))
+  params, scales = export.load_parameters(folder)
+  loss, _ = own_network.loss(None)(params, scales, batch, None)
+  assert found['measures']['test_loss'] == pytest.approx(float(loss), rel=1e-5)
+  assert found['measures']['test_loss'] != summary['test_loss']
+  same = own_network.data(config())
+  monkeypatch.setattr(own_network, 'data', lambda config: same)
+  said = evaluated(capsys, folder, tmp_path, *words)
+  assert 'let it read config.data.name' in said
+
+
+def test_it_is_not_evaluated_by_another_module(
+  finished, capsys, tmp_path, monkeypatch
+):
+  folder, _ = finished
+  made = config()
+  made.model.options.width = 4
+  other = own_network.network(made)
+  monkeypatch.setattr(own_network, 'network', lambda config: other)
+  said = evaluated(capsys, folder, tmp_path)
+  assert 'the parameter blocks/in of the run has the shape (4, 8, 8)' in said
+  monkeypatch.setitem(sys.modules, 'own_network', None)  # As if it were gone.
+  assert 'cannot be imported' in evaluated(capsys, folder, tmp_path)
+
+
+def test_commands_that_need_classes_refuse_it(finished, capsys):
+  folder, _ = finished
+  for main, words, says in (
+    (predict_command.main, ['x.png'], 'names no classes'),
+    (export_command.main, ['--to=torch'], 'use --to=safetensors'),
+  ):
+    assert main([str(folder), *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+    assert 'own_network' in line
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec('safetensors') is None,
+  reason='safetensors is not installed',
+)
+def test_safetensors_hold_its_parameters(finished, capsys, tmp_path):
+  from safetensors import safe_open
+
+  path = tmp_path / 'net.safetensors'
+  words = [str(finished[0]), '--to=safetensors', f'--out={path}']
+  assert export_command.main(words) == 0
+  params, scales = export.load_parameters(finished[0])
+  with safe_open(path, 'numpy') as file:
+    assert file.metadata() == {'module': '"own_network"'}
+    np.testing.assert_array_equal(
+      file.get_tensor('params/blocks/in'), params['blocks']['in']
+    )
+    np.testing.assert_array_equal(
+      file.get_tensor('scales/blocks'), scales['blocks']
+    )
 
 
 def test_it_goes_on_to_the_same_end(finished, tmp_path, monkeypatch):
