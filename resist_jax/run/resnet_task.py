@@ -16,7 +16,7 @@ from resist_jax import data, models
 from resist_jax.rounds import LossFn, State
 from resist_jax.run import classification, export, optimizer
 from resist_jax.run.block_walk import BlockWalk
-from resist_jax.run.config import build_model, cut_chains
+from resist_jax.run.config import augmentation, build_model, cut_chains
 from resist_jax.run.evaluate import Evaluator, WholeNetwork
 
 PyTree = Any
@@ -29,16 +29,17 @@ class ResNetTask:
   Attributes:
     network: The global network.
     dataset: The images.
-    cuts: See `task.Task`.
-    optimizer: The section `optimizer` of the config.
-    augment: What happens to training images.
+    config: The config of the run.
   """
 
   network: models.ResNet
   dataset: data.Dataset
-  cuts: Mapping[str, int | None]
-  optimizer: ml_collections.ConfigDict
-  augment: str
+  config: ml_collections.ConfigDict
+
+  @property
+  def cuts(self) -> Mapping[str, int | None]:
+    """See `task.Task`."""
+    return cut_chains(self.config)
 
   @property
   def metrics(self) -> tuple[str, ...]:
@@ -58,7 +59,7 @@ class ResNetTask:
   @property
   def augmentation(self) -> data.Augmentation:
     """What happens to training images."""
-    return data.choose(self.augment, self.dataset)
+    return augmentation(self.config, self.dataset)
 
   def init(self, seed: int) -> PyTree:
     """See `task.Task`."""
@@ -73,17 +74,25 @@ class ResNetTask:
     self, scale: Mapping[str, float], axis_name: str | None
   ) -> LossFn:
     """See `task.Task`."""
-    pad, flip, _ = self.augmentation
     return classification.make_loss(
-      self.network, self.dataset, scale, pad, flip, axis_name
+      self.network,
+      self.dataset,
+      scale,
+      self.augmentation,
+      self.config.label_smoothing,
+      axis_name,
     )
 
   def make_optimizer(
     self, schedule: optax.Schedule
   ) -> optax.GradientTransformation:
     """See `task.Task`."""
+    described = self.config.optimizer
     return optimizer.make_optimizer(
-      schedule, self.optimizer.momentum, self.optimizer.weight_decay
+      schedule,
+      described.momentum,
+      described.weight_decay,
+      described.nesterov,
     )
 
   def make_test(
@@ -168,6 +177,4 @@ def make(
     on_cpu: Whether the devices are CPUs.
   """
   network = build_model(config, dataset.num_classes, for_cpu=on_cpu)
-  return ResNetTask(
-    network, dataset, cut_chains(config), config.optimizer, config.data.augment
-  )
+  return ResNetTask(network, dataset, config)

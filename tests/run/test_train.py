@@ -36,6 +36,18 @@ def tiny_config(**fields):
   return config
 
 
+# What a recipe may change from the paper's.
+RECIPE = {
+  'model.init': 'torch',
+  'optimizer.nesterov': True,
+  'label_smoothing': 0.1,
+  'data.augment': 'crop_flip',
+  'data.pad': 2,
+  'data.fill': 'reflection',
+  'data.flips': 'alternating',
+}
+
+
 def rows(folder):
   return report.read_rows(folder / 'metrics.jsonl')
 
@@ -138,7 +150,7 @@ def stopped_at(round_index, monkeypatch, folder, config, signum=signal.SIGTERM):
   'fields',
   [
     pytest.param({}, marks=pytest.mark.slow),
-    {'optimizer.carry_momentum': True, 'min_depth': 3},
+    {'optimizer.carry_momentum': True, 'min_depth': 3, **RECIPE},
     pytest.param(
       {'exchange': 'masked_psum', 'min_depth': 3}, marks=pytest.mark.slow
     ),
