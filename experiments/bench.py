@@ -199,7 +199,8 @@ EXCHANGES_TIMED = (
 
 
 def _loss(network, dataset):
-  return classification.make_loss(network, dataset, {CHAIN: 1.0}, 0, False)
+  none = data.Augmentation()
+  return classification.make_loss(network, dataset, {CHAIN: 1.0}, none)
 
 
 def _sgd() -> optax.GradientTransformation:

@@ -89,7 +89,7 @@ class Plan:
     sizes = accounting.measure(params, list(cuts))
     self.image, self.network, blocks = image, network, sizes.num_blocks
     none: Any = None  # Predictions need neither data nor devices.
-    task = ResNetTask(network, none, cuts, config.optimizer, 'none')
+    task = ResNetTask(network, none, config)
     self.setup = Setup(config, task, blocks, sizes, none)
 
   def traffic(self, name: str, num_workers: int) -> tuple[Traffic, str]:

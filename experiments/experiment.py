@@ -99,6 +99,7 @@ class Experiment:
       suffix; None for a figure without results.
     train: Trains a config, writes the result file and deletes the workdir:
       `train(config, target, folder)`.
+    scales: At which scales it is run.
   """
 
   name: str
@@ -107,6 +108,7 @@ class Experiment:
   tables: Callable[[Results], Sequence[Table]]
   figures: Callable[[Results], Mapping[str, Drawn]]
   train: Callable[[ConfigDict, pathlib.Path, pathlib.Path], None] = run
+  scales: Sequence[str] = SCALES
 
   @property
   def command(self) -> str:
@@ -227,7 +229,9 @@ def main(
   parser = Parser(
     prog=experiment.command, description=(doc or '').split('\n')[0]
   )
-  parser.add_argument('--scale', choices=SCALES, default='cpu')
+  scales = experiment.scales
+  default = 'cpu' if 'cpu' in scales else scales[-1]
+  parser.add_argument('--scale', choices=scales, default=default)
   parser.add_argument(
     '--seeds', type=int, default=1, help='number of seeds, which start at 0'
   )

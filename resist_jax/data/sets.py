@@ -380,6 +380,13 @@ def _moments(
   return mean.astype(np.float32), std.astype(np.float32)
 
 
+@functools.lru_cache(maxsize=1)
+def _sides(seed: int, num_examples: int) -> np.ndarray:
+  """Draws 0 or 1 for each example."""
+  # No order has a seed of one number alone.
+  return np.random.default_rng([seed]).integers(0, 2, num_examples, np.int32)
+
+
 @functools.lru_cache(maxsize=64)
 def _order(seed: int, worker: int, epoch: int, num_examples: int) -> np.ndarray:
   """Returns the order in which a worker visits its examples in an epoch."""
@@ -395,6 +402,7 @@ def batch_indices(
   local_steps: int,
   num_workers: int,
   sharded: bool = False,
+  mirrors: bool = False,
 ) -> np.ndarray:
   """Chooses the examples of every step of every worker in a round.
 
@@ -408,10 +416,14 @@ def batch_indices(
     num_workers: S, the number of workers.
     sharded: Whether each worker sees only its own S-th of the training set. If
       not (the paper), each sees the whole set in an order of its own.
+    mirrors: Whether a worker sees each image mirrored in every other of its
+      epochs (K. Jordan, 94% on CIFAR-10 in 3.29 seconds on a single GPU, 2024).
+      In the first one a draw decides, and half of the workers see the opposite.
 
   Returns:
-    Indices of examples, `int32[S, T, B]`. No example repeats within a worker's
-    epoch; examples at its end that do not fill a batch are skipped.
+    Indices of examples, `int32[S, T, B]`, `~n` for image n mirrored. No example
+    repeats within a worker's epoch; examples at its end that do not fill a
+    batch are skipped.
   """
   visible = num_examples // num_workers if sharded else num_examples
   per_epoch = visible // batch_size
@@ -426,7 +438,11 @@ def batch_indices(
       epoch, i = divmod(round_index * local_steps + t, per_epoch)
       order = _order(seed, worker, epoch, visible)
       chosen = order[i * batch_size : (i + 1) * batch_size]
-      batches[worker, t] = examples[chosen]
+      numbers = examples[chosen]
+      if mirrors:
+        odd = (_sides(seed, num_examples)[numbers] + worker + epoch) % 2
+        numbers = np.where(odd, ~numbers, numbers)
+      batches[worker, t] = numbers
   return batches
 
 

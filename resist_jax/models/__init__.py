@@ -13,6 +13,7 @@ from resist_jax.models.arithmetic import (
 from resist_jax.models.blocks import Block, Branch, Classifier, Shortcut, Stem
 from resist_jax.models.resnet import (
   FAMILY,
+  INITIAL,
   STEMS,
   PreActBottleneckResNet50,
   PreActBottleneckResNet101,
@@ -34,6 +35,7 @@ from resist_jax.models.resnet import (
 
 __all__ = [
   'FAMILY',
+  'INITIAL',
   'STEMS',
   'Block',
   'Branch',

@@ -22,11 +22,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from resist_jax.models.blocks import Block, Branch, Classifier, Shortcut, Stem
-from resist_jax.models.layers import BatchNorm, Conv, GroupNorm16
+from resist_jax.models.layers import (
+  BatchNorm,
+  Conv,
+  GroupNorm16,
+  he_normal,
+  torch_bias,
+  torch_uniform,
+)
 
 PyTree = Any
 
 STEMS = ('small', 'strided', 'imagenet')
+INITIAL = ('he', 'torch')
 
 
 class ResNet(nn.Module):
@@ -44,6 +52,9 @@ class ResNet(nn.Module):
     stem: `small` (3x3, for images of 32 pixels), `strided` (3x3, stride 2, for
       images of 64 pixels or a quarter of the work) or `imagenet` (7x7, stride
       2, then max pooling).
+    initial: What draws the initial values: `he` (normal, by fan-out; He et al.
+      2015) or `torch` (PyTorch's default, as in the paper's scripts: uniform,
+      of variance 1 / (3 fan-in), and a bias of the classifier that is drawn).
     dtype: Compute dtype; parameters and statistics are float32.
     wide_kernel_gradient: Whether convolutions are those of
       `layers.convolve_with_wide_kernel_gradient`, a form that XLA's CPU backend
@@ -61,6 +72,7 @@ class ResNet(nn.Module):
   pre_activation: bool = True
   norm: str = 'batch'
   stem: str = 'small'
+  initial: str = 'he'
   dtype: Any = jnp.float32
   wide_kernel_gradient: bool = True
   cut_heads: bool = False
@@ -151,7 +163,7 @@ class ResNet(nn.Module):
       `Branch`.
 
     Raises:
-      ValueError: If the fields `norm` or `stem` have unknown values.
+      ValueError: If the fields `norm`, `stem` or `initial` have unknown values.
     """
     if self.norm not in ('batch', 'group'):
       raise ValueError(f'unknown norm {self.norm!r}: use batch or group.')
@@ -159,9 +171,15 @@ class ResNet(nn.Module):
       raise ValueError(
         f'unknown stem {self.stem!r}: use one of {", ".join(STEMS)}.'
       )
-    conv = {
+    if self.initial not in INITIAL:
+      raise ValueError(
+        f'unknown initial values {self.initial!r}: use one of '
+        f'{", ".join(INITIAL)}.'
+      )
+    conv: dict[str, Any] = {
       'dtype': self.dtype,
       'wide_kernel_gradient': self.wide_kernel_gradient,
+      'kernel_init': he_normal if self.initial == 'he' else torch_uniform,
     }
     norm = partial(GroupNorm16, dtype=self.dtype)
     if self.norm == 'batch':
@@ -178,7 +196,14 @@ class ResNet(nn.Module):
         **conv,
       )
     if name == 'classifier':
-      return Classifier(self.num_classes, name=name)
+      drawn: dict[str, Any] = {}  # Otherwise those of flax, and no bias.
+      if self.initial != 'he':
+        features = (4 if self.bottleneck else 1) * self.widths[-1]
+        drawn = {
+          'kernel_init': torch_uniform,
+          'bias_init': torch_bias(features),
+        }
+      return Classifier(self.num_classes, name=name, **drawn)
     stage, kind = name.removeprefix('stage').split('_')
     block: Any = Block
     if self.cut_heads and kind != 'chain' and self.has_projection(int(stage)):

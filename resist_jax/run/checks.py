@@ -5,7 +5,7 @@ from typing import Any
 
 import ml_collections
 
-from resist_jax import models
+from resist_jax import data, models
 from resist_jax.decomposition import Division
 from resist_jax.errors import ConfigError, did_you_mean
 from resist_jax.exchange import FORMATS
@@ -64,11 +64,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _one_of(config, 'wire_format', tuple(FORMATS))
   _one_of(config, 'residual_scale', ('evaluation', 'training', 'none'))
   _one_of(config, 'data.augment', ('auto', *AUGMENTATIONS))
+  _one_of(config, 'data.fill', data.FILLS)
+  _one_of(config, 'data.flips', data.FLIPS)
   _one_of(config, 'data.streaming', ('auto', 'always', 'never'))
   _check_schedule(config)
   _one_of(config, 'model.name', tuple(models.FAMILY))
   _one_of(config, 'model.norm', ('batch', 'group'))
   _one_of(config, 'model.stem', models.STEMS)
+  _one_of(config, 'model.init', models.INITIAL)
   _one_of(config, 'model.dtype', ('float32', 'bfloat16'))
   for field in (
     'num_workers', 'num_rounds', 'local_steps', 'batch_size', 'eval_every',
@@ -105,7 +108,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
       f'data.validation is {config.data.validation}; it is a share of the '
       'training set, at least 0 and less than 1.'
     )
+  if not 0 <= config.label_smoothing < 1:
+    raise ConfigError(
+      f'label_smoothing is {config.label_smoothing}; it is a share of each '
+      'label, at least 0 and less than 1.'
+    )
   _at_least('data.image_size', config.data.image_size, 1)
+  _at_least('data.pad', config.data.pad, -1)
   extra = config.data.extra_tests
   if len(set(extra)) < len(extra) or not all(isinstance(x, str) for x in extra):
     raise ConfigError(
@@ -155,6 +164,7 @@ def _check_module(config) -> None:
   """Whether a chain has enough blocks is found when data are there."""
   for field, off in (
     ('partition_strided', False), ('evaluation.stream_blocks', False),
+    ('label_smoothing', 0.0),
   ):  # fmt: skip
     value = value_of(config, field)
     if value != off:

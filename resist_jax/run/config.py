@@ -8,7 +8,7 @@ from typing import Any
 
 import ml_collections
 
-from resist_jax import exchange, models
+from resist_jax import data, exchange, models
 from resist_jax.decomposition import Division
 from resist_jax.errors import ConfigError
 from resist_jax.run.fields import each
@@ -172,10 +172,26 @@ def build_model(
     norm=config.model.norm,
     pre_activation=config.model.pre_activation,
     stem=config.model.stem,
+    initial=config.model.init,
     dtype=config.model.dtype,
     wide_kernel_gradient=wide_kernel_gradient,
     cut_heads=config.partition_strided,
     **sizes,
+  )
+
+
+def augmentation(
+  config: ml_collections.ConfigDict, dataset: data.Dataset
+) -> data.Augmentation:
+  """Returns what happens to training images.
+
+  Args:
+    config: A valid one.
+    dataset: The images.
+  """
+  fields = config.data
+  return data.choose(
+    fields.augment, dataset, fields.pad, fields.fill, fields.flips
   )
 
 

@@ -33,7 +33,11 @@ from resist_jax.errors import ConfigError, one_line
 from resist_jax.rounds import LossFn, State
 from resist_jax.rounds.arrays import to_host
 from resist_jax.run import export, optimizer
-from resist_jax.run.config import check_divisions, chosen_depths
+from resist_jax.run.config import (
+  augmentation,
+  check_divisions,
+  chosen_depths,
+)
 from resist_jax.run.mean_loss import MeanLoss
 from resist_jax.run.task import Dataset
 
@@ -167,18 +171,19 @@ class ModuleTask:
     if isinstance(self.dataset, data.Tables):
       return jax.tree.map(lambda examples: examples[numbers], constants)
     image_shape = self.dataset.train.images.shape[1:]
-    return data.pick(constants, numbers, image_shape)
+    mirrors = augmentation(self.config, self.dataset).alternate
+    return data.pick(constants, numbers, image_shape, mirrors)
 
   def _augmented(self, axis_name: str | None) -> Callable:
     """Returns what happens to the examples of a training batch."""
     dataset = self.dataset
     if isinstance(dataset, data.Tables):
       return lambda key, batch: batch
-    pad, flip, _ = data.choose(self.config.data.augment, dataset)
+    chosen = augmentation(self.config, dataset)
 
     def augment(key, batch):
       images, labels = batch
-      images = data.augment(key, images, pad, flip, axis_name)
+      images = data.augment(key, images, chosen, axis_name)
       return self._normalised((images, labels))
 
     return augment

@@ -9,7 +9,10 @@ import optax
 
 
 def make_optimizer(
-  schedule: optax.Schedule, momentum: float, weight_decay: float
+  schedule: optax.Schedule,
+  momentum: float,
+  weight_decay: float,
+  nesterov: bool = False,
 ) -> optax.GradientTransformation:
   """Returns SGD with momentum and weight decay.
 
@@ -18,15 +21,17 @@ def make_optimizer(
 
   Args:
     schedule: Learning rate at a step of the whole run.
-    momentum: Decay of the momentum; the paper's is 0.9, without Nesterov.
+    momentum: Decay of the momentum; the paper's is 0.9.
     weight_decay: The paper's is 5e-4.
+    nesterov: Whether a step goes along the gradient and the momentum after it,
+      as PyTorch has it (Sutskever et al. 2013), or along the momentum (paper).
 
   Returns:
     A complete optax transformation.
   """
   return optax.chain(
     optax.add_decayed_weights(weight_decay),
-    optax.trace(decay=momentum),
+    optax.trace(decay=momentum, nesterov=nesterov),
     optax.scale_by_learning_rate(schedule),
   )
 
@@ -40,7 +45,9 @@ def described(
     section: The section `optimizer` of a config.
     schedule: Learning rate at a step of the whole run.
   """
-  return make_optimizer(schedule, section.momentum, section.weight_decay)
+  return make_optimizer(
+    schedule, section.momentum, section.weight_decay, section.nesterov
+  )
 
 
 # One cycle rises for this share of the run, from this fraction of its peak.

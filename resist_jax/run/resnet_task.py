@@ -16,7 +16,7 @@ from resist_jax import data, models
 from resist_jax.rounds import LossFn, State
 from resist_jax.run import classification, export, optimizer
 from resist_jax.run.block_walk import BlockWalk
-from resist_jax.run.config import build_model, cut_chains
+from resist_jax.run.config import augmentation, build_model, cut_chains
 from resist_jax.run.evaluate import Evaluator, WholeNetwork
 
 PyTree = Any
@@ -31,16 +31,17 @@ class ResNetTask:
   Attributes:
     network: The global network.
     dataset: The images.
-    cuts: See `task.Task`.
-    optimizer: The section `optimizer` of the config.
-    augment: What happens to training images.
+    config: The config of the run.
   """
 
   network: models.ResNet
   dataset: data.Dataset
-  cuts: Mapping[str, int | None]
-  optimizer: ml_collections.ConfigDict
-  augment: str
+  config: ml_collections.ConfigDict
+
+  @property
+  def cuts(self) -> Mapping[str, int | None]:
+    """See `task.Task`."""
+    return cut_chains(self.config)
 
   @property
   def metrics(self) -> tuple[str, ...]:
@@ -60,7 +61,7 @@ class ResNetTask:
   @property
   def augmentation(self) -> data.Augmentation:
     """What happens to training images."""
-    return data.choose(self.augment, self.dataset)
+    return augmentation(self.config, self.dataset)
 
   def init(self, seed: int) -> PyTree:
     """See `task.Task`."""
@@ -75,16 +76,20 @@ class ResNetTask:
     self, scale: Mapping[str, float], axis_name: str | None
   ) -> LossFn:
     """See `task.Task`."""
-    pad, flip, _ = self.augmentation
     return classification.make_loss(
-      self.network, self.dataset, scale, pad, flip, axis_name
+      self.network,
+      self.dataset,
+      scale,
+      self.augmentation,
+      self.config.label_smoothing,
+      axis_name,
     )
 
   def make_optimizer(
     self, schedule: optax.Schedule
   ) -> optax.GradientTransformation:
     """See `task.Task`."""
-    return optimizer.described(self.optimizer, schedule)
+    return optimizer.described(self.config.optimizer, schedule)
 
   def make_test(
     self,
@@ -163,6 +168,4 @@ def make(
   network = build_model(
     config, dataset.num_classes, wide_kernel_gradient=on_cpu
   )
-  return ResNetTask(
-    network, dataset, cut_chains(config), config.optimizer, config.data.augment
-  )
+  return ResNetTask(network, dataset, config)

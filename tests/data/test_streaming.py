@@ -215,6 +215,17 @@ def test_grain_delivers_in_order_what_indexing_gives():
       np.testing.assert_array_equal(labels, index[:, t] % 2)
 
 
+def test_a_stream_mirrors_what_is_asked_for_as_mirrored():
+  images = streamed(Source(tfds_sets.photographs(8)))
+  asked = np.array([[[3, ~3, 0, ~0]]])
+  feed = pipeline.Stream(images, lambda _: asked, 1, 0, random_crops=False)
+  ((pixels, labels),) = feed.batches(0)
+  plain = images[np.array([3, 3, 0, 0])]
+  np.testing.assert_array_equal(pixels[0, ::2], plain[::2])
+  np.testing.assert_array_equal(pixels[0, 1::2], plain[1::2, :, ::-1])
+  np.testing.assert_array_equal(labels, [[1, 1, 0, 0]])
+
+
 def test_no_more_is_read_ahead_than_agreed():
   source = Source(tfds_sets.photographs(16))
   feed = stream(streamed(source))

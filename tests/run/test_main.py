@@ -151,6 +151,7 @@ def test_a_process_ends_with_the_line_and_2(words, says, tmp_path):
     ('configs/cifr100.py:s4', 'Did you mean --config=cifar100'),
     ('digits:huge', "unknown word 'huge'"),
     ('cifar10:s4,huge', "unknown word 'huge'"),
+    ('deeper:152,cpu90', "'cpu90' is a scale of cifar10"),
   ],
 )
 def test_a_bad_card(card, says, tmp_path):

@@ -37,6 +37,18 @@ def tiny_config(**fields):
   return config
 
 
+# What a recipe may change from the paper's.
+RECIPE = {
+  'model.init': 'torch',
+  'optimizer.nesterov': True,
+  'label_smoothing': 0.1,
+  'data.augment': 'crop_flip',
+  'data.pad': 2,
+  'data.fill': 'reflection',
+  'data.flips': 'alternating',
+}
+
+
 def rows(folder):
   return report.read_rows(folder / 'metrics.jsonl')
 
@@ -139,7 +151,7 @@ def stopped_at(round_index, monkeypatch, folder, config, signum=signal.SIGTERM):
 @pytest.mark.parametrize(
   'fields',
   [
-    {},
+    RECIPE,
     pytest.param(
       {'optimizer.carry_momentum': True, 'min_depth': 3},
       marks=pytest.mark.slow,
