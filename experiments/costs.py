@@ -1,22 +1,26 @@
 """A model of the seconds of a round on given machines and links.
 
-Every worker has a device and a full-duplex link of its own. Local training
-takes T * batch size * operations per image / flops seconds. An exchange takes
-the bytes that the busiest worker sends / bandwidth, plus latency * the number
-of messages that wait for each other: 2 (S - 1) in a ring all-reduce; in a
-hand-over, one for each slot of a worker and two for each replica. Data parallel
-has T all-reduces in a round. The baselines send float32. A masked psum replaces
-a hand-over where that is impossible. Nothing overlaps, nothing else takes time,
-and the losses that workers exchange are too small to count. Memory is that of a
-worker, without activations.
+Every worker has a device and a full-duplex link of its own. A local step takes
+its operations / flops seconds or, if that is longer, the bytes between device
+and memory / their bandwidth. Operations, these bytes and memory are those that
+a compiler counted, where the step has been compiled; else operations and memory
+come from formulas. An exchange takes the bytes that the busiest worker sends /
+bandwidth, plus latency * the number of messages that wait for each other: 2 (S
+- 1) in a ring all-reduce; in a hand-over, one for each slot of a worker and two
+for each replica. Data parallel has T all-reduces in a round. The baselines send
+float32. A masked psum replaces a hand-over where that is impossible. Nothing
+overlaps, nothing else takes time, and the losses that workers exchange are too
+small to count. Memory is that of a worker with its activations, without images.
 """
 
 import dataclasses
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from experiments.compile import known, tables
 from resist_jax import accounting, models
 from resist_jax.decomposition import Assigner
 from resist_jax.exchange import compression, hand_over
@@ -29,6 +33,7 @@ from resist_jax.run.resnet_task import ResNetTask
 from resist_jax.run.setup import Setup
 
 NAMES = 'local_sgd', 'data_parallel', 'resist'
+FORMULA = 'formula'  # The source of what no compiler was asked.
 
 
 class Machine(NamedTuple):
@@ -38,11 +43,14 @@ class Machine(NamedTuple):
     flops: Floating-point operations per second.
     bandwidth: Bits per second.
     latency: Seconds of a message without content.
+    memory_bandwidth: Bytes per second between the device and its memory; None
+      if they are no limit.
   """
 
   flops: float
   bandwidth: float
   latency: float
+  memory_bandwidth: float | None = None
 
 
 class Cost(NamedTuple):
@@ -52,15 +60,20 @@ class Cost(NamedTuple):
     flops: Floating-point operations.
     bytes: Bytes that the busiest worker sends.
     messages: Messages of the busiest worker that wait for each other.
+    hbm_bytes: Bytes between its device and memory in local training; None if
+      nobody knows.
   """
 
   flops: float
   bytes: float
   messages: int
+  hbm_bytes: float | None = None
 
   def seconds(self, machine: Machine) -> dict[str, float]:
     """Returns the seconds of `compute`, `exchange` and the whole `round`."""
     compute = self.flops / machine.flops
+    if self.hbm_bytes and machine.memory_bandwidth:
+      compute = max(compute, self.hbm_bytes / machine.memory_bandwidth)
     exchange = 8 * self.bytes / machine.bandwidth
     exchange += self.messages * machine.latency
     total = compute + exchange
@@ -70,13 +83,22 @@ class Cost(NamedTuple):
 class Plan:
   """Predictions for a config with any protocol and number of workers."""
 
-  def __init__(self, config: Any, image: tuple[int, ...], classes: int):
+  def __init__(
+    self,
+    config: Any,
+    image: tuple[int, ...],
+    classes: int,
+    chip: str = 'h100',
+    records: pathlib.Path = tables.FOLDER,
+  ):
     """Validates the config.
 
     Args:
       config: The config; its fields `protocol` and `num_workers` are ignored.
       image: `(H, W, C)`.
       classes: Number of classes.
+      chip: A key of `compile.targets.CHIPS`, whose compiler is believed.
+      records: Where the records of compiled programs are.
     """
     config = config.copy_and_resolve_references()
     config.update({'protocol': 'resist', 'num_workers': 2, 'num_devices': 0})
@@ -88,6 +110,8 @@ class Plan:
     cuts = config_lib.cut_chains(config)
     sizes = accounting.measure(params, list(cuts))
     self.image, self.network, blocks = image, network, sizes.num_blocks
+    self._compiled = known.steps(chip, records)
+    self._activations: dict[tuple, int] = {}
     none: Any = None  # Predictions need neither data nor devices.
     task = ResNetTask(network, none, config)
     self.setup = Setup(config, task, blocks, sizes, none)
@@ -123,12 +147,45 @@ class Plan:
     except ValueError:
       return sending('masked_psum', config.wire_format), 'masked_psum'
 
+  def step(self, traffic: Traffic) -> known.Step | None:
+    """Returns what a compiler said of a worker's step; None if none did."""
+    network = self.network.with_chain_lengths(_lengths(traffic))
+    batch_size = self.setup.config.batch_size
+    description = known.described(network, self.image, batch_size)
+    same = (step for of, step in self._compiled if of == description)
+    return next(same, None)
+
+  def memory(self, traffic: Traffic) -> dict[str, int]:
+    """Returns the bytes that a worker holds, by part; see `accounting`."""
+    protocol = traffic.protocol
+    dtype = np.dtype(self.network.dtype)
+    lengths = _lengths(traffic)
+    key = tuple(lengths.items())
+    if key not in self._activations:  # It is asked again for every link.
+      self._activations[key] = models.num_activations(
+        self.network, self.image, lengths, fused=False
+      )
+    numbers = self._activations[key]
+    held = accounting.predicted_memory(
+      traffic.sizes,
+      protocol,
+      protocol.num_workers,
+      dtype.itemsize * numbers * self.setup.config.batch_size,
+    )
+    compiled = self.step(traffic)
+    if not compiled:
+      return held
+    # The exchange is another program, which keeps some of the parameters.
+    return {'step': compiled.memory, 'exchange': held['exchange']}
+
   def cost(self, traffic: Traffic, exchange: str) -> Cost:
     """Returns the mean over all assignments, with a device for each worker."""
     protocol, sizes = traffic.protocol, traffic.sizes
     S, T = protocol.num_workers, protocol.local_steps
-    lengths = {k: protocol.slots_per_worker(k) for k in protocol.num_blocks}
-    flops = models.predicted_flops(self.network, self.image, lengths)
+    lengths = _lengths(traffic)
+    compiled = self.step(traffic)
+    flops = compiled.flops if compiled else self._flops(lengths)
+    hbm_bytes = T * compiled.hbm_bytes if compiled else None
     without_losses = dataclasses.replace(protocol, exclude_faulty=False)
     sent = accounting.wire_bytes(sizes, without_losses, S) / S
     times = T if protocol.average_gradients else 1 + protocol.carry
@@ -142,7 +199,12 @@ class Plan:
       )
       sent += times * (max(blocks_sent(assigns)) - mean) * block
       messages += times * (assigns.num_columns + 2 * assigns.num_replicas)
-    return Cost(T * self.setup.config.batch_size * flops, sent, messages)
+    return Cost(T * flops, sent, messages, hbm_bytes)
+
+  def _flops(self, lengths) -> float:
+    """Predicts the operations of a step."""
+    per_image = models.predicted_flops(self.network, self.image, lengths)
+    return self.setup.config.batch_size * per_image
 
   def predict(self, num_workers: int, machine: Machine) -> dict[str, Any]:
     """Predicts a round of each protocol, and the speed-up by ResIST.
@@ -153,7 +215,8 @@ class Plan:
 
     Returns:
       JSON values by name. For each protocol: exchange, blocks of a worker,
-      memory in bytes, cost and seconds; or `why_not` if it is impossible.
+      memory in bytes, the source of its numbers, cost and seconds; or `why_not`
+      if it is impossible.
       `speedup`: how many times faster ResIST is than each protocol.
     """
     row: dict[str, Any] = {'workers': num_workers, **machine._asdict()}
@@ -163,17 +226,22 @@ class Plan:
       except ValueError as error:
         return row | {name: {'why_not': str(error)}, 'speedup': {}}
       cost, protocol = self.cost(traffic, exchange), traffic.protocol
+      compiled = self.step(traffic)
       row[name] = {
         'exchange': exchange,
         'blocks': [protocol.slots_per_worker(k) for k in protocol.num_blocks],
-        'memory': accounting.predicted_memory(
-          traffic.sizes, protocol, num_workers
-        ),
+        'memory': self.memory(traffic),
+        'source': compiled.source if compiled else FORMULA,
         **cost._asdict(),
         'seconds': cost.seconds(machine),
       }
     s = {name: row[name]['seconds']['round'] for name in NAMES}
     return row | {'speedup': {name: s[name] / s['resist'] for name in NAMES}}
+
+
+def _lengths(traffic: Traffic) -> dict[str, int]:
+  protocol = traffic.protocol
+  return {k: protocol.slots_per_worker(k) for k in protocol.num_blocks}
 
 
 def blocks_sent(assigns: Assigner) -> list[float]:

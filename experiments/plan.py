@@ -4,6 +4,8 @@ The cost model is that of `experiments.costs`.
 
   python -m experiments.plan --bandwidth=1Gbit --flops=1e13  # paper's setting
   python -m experiments.plan --config=CARD --bandwidth=100Mbit --flops=1e12
+  python -m experiments.plan --bandwidth=1Gbit --flops=1.58e14 \
+    --memory_bandwidth=3352GB --config.model.dtype=bfloat16  # an H100
   python -m experiments.plan --check  # compare with seconds on this CPU
 """
 
@@ -18,19 +20,21 @@ from typing import Any
 
 from absl import app, flags
 import jax
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter
 import numpy as np
 
 from experiments import costs
-from experiments.costs import NAMES, Cost, Machine, Plan
+from experiments.compile import targets
+from experiments.costs import FORMULA, NAMES, Cost, Machine, Plan
 from experiments.runs import provenance, write_record
 from resist_jax import __main__ as cli
 from resist_jax import report
 from resist_jax.errors import refused
 from resist_jax.exchange import WORKER
 from resist_jax.report import plots
-from resist_jax.report.colours import shades
+from resist_jax.report.colours import PROTOCOLS, shades
 from resist_jax.rounds import State
 from resist_jax.rounds.mesh import REPLICATED, SHARDED
 from resist_jax.run import config as config_lib
@@ -49,6 +53,12 @@ LATENCY = flags.DEFINE_string(
   'latency', '0.1ms', 'Latency of a message, such as 0.1ms.'
 )
 WORKERS = flags.DEFINE_list('workers', None, 'Numbers of workers: 2,4,8.')
+MEMORY_BANDWIDTH = flags.DEFINE_string(
+  'memory_bandwidth', None, 'Between a device and its memory, such as 3352GB.'
+)
+CHIP = flags.DEFINE_enum(
+  'chip', 'h100', list(targets.CHIPS), 'Whose compiler is asked.'
+)
 IMAGE = flags.DEFINE_string(
   'image', None, 'Height, width and channels of an image: 32x32x3.'
 )
@@ -65,13 +75,18 @@ PAPER += ['--config.data.name=cifar100', '--config.min_depth=5']
 DIGITS = ['--config=digits']
 LADDER = tuple(10 ** (k / 4) for k in range(28, 45))  # 10 Mbit to 100 Gbit
 UNITS = {'': 1, 'kbit': 1e3, 'Mbit': 1e6, 'Gbit': 1e9, 'ms': 1e-3, 'us': 1e-6}
+UNITS |= {'GB': 1e9}
 DATA = {'digits': ('8x8x1', 10), 'cifar10': ('32x32x3', 10)}
 DATA |= {'cifar100': ('32x32x3', 100), 'imagenet2012': ('224x224x3', 1000)}
 HEAD = ['S', 'blocks', 'exchange', 'compute s', 'exchange s', 'round s']
 HEAD += ['local SGD s', 'data par. s', 'x SGD', 'x data', 'MB', 'MB full']
+HEAD += ['ResIST by', 'full by']
 LEGEND = """
 Seconds are those of a round. x: how many times faster ResIST is. MB: memory of
-a worker with ResIST and with the full network."""
+a worker with ResIST and with the full network. The last two columns say who
+counted the operations, memory traffic and memory of a step of ResIST and of the
+full network; formulas know no memory traffic. Bytes that workers send come from
+formulas, which equal what compiled programs send."""
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -80,7 +95,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
   for row in rows:
     *baselines, resist = (row[name] for name in NAMES)
     full = sum(baselines[0]['memory'].values()) / 1e6
-    cells = [str(row['workers']), *['-'] * 10, f'{full:.3g}']
+    cells = [str(row['workers']), *['-'] * 10, f'{full:.3g}', '-']
+    cells.append(_by(baselines[0]))
     cells[6:8] = [f'{x["seconds"]["round"]:.3g}' for x in baselines]
     if 'why_not' in resist:
       reason = resist['why_not']
@@ -90,14 +106,27 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
       cells[3:6] = [f'{x:.3g}' for x in resist['seconds'].values()]
       cells[8:10] = [f'{row["speedup"][name]:.2f}' for name in NAMES[:2]]
       cells[10] = f'{sum(resist["memory"].values()) / 1e6:.3g}'
+      cells[12] = _by(resist)
     table.append(cells)
   return '\n'.join([report.text_table(table, right_from=0), *why_not[:1]])
 
 
+def _by(prediction: Mapping[str, Any]) -> str:
+  """Returns who counted, in a word."""
+  return 'formula' if prediction['source'] == FORMULA else 'compiler'
+
+
+def _sources(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Returns what `compiler` means, in lines."""
+  found = {row[name].get('source') for row in rows for name in NAMES}
+  return [f'compiler: {source}' for source in sorted(found - {None, FORMULA})]
+
+
 def _draw(rows: Sequence[Mapping[str, Any]], bandwidth: float) -> Figure:
   """Draws ResIST's speed-up by bandwidth, for a few numbers of workers."""
-  figure = Figure(figsize=(7, 4.8), layout='constrained')
-  axes = figure.add_subplot()
+  figure = Figure(figsize=(11, 4.8), layout='constrained')
+  axes, held = figure.subplots(1, 2)
+  axes.set_xscale('log')
   able = sorted({row['workers'] for row in rows if row['speedup']})
   shown = [*able[:4], *able[4:][-1:]]  # More lines could not be told apart.
   for S, colour in zip(shown, shades(len(shown)), strict=True):
@@ -112,12 +141,38 @@ def _draw(rows: Sequence[Mapping[str, Any]], bandwidth: float) -> Figure:
     )
   axes.axvline(bandwidth, color='#888888', linestyle=':', label='your link')
   axes.axhline(1, color='#888888', linewidth=0.8)
-  axes.set(xscale='log', xlabel="speed of a worker's link")
+  axes.set(xlabel="speed of a worker's link")
   axes.set(ylabel='ResIST, times as fast as local SGD')
   axes.xaxis.set_major_formatter(EngFormatter('bit/s'))
   plots.style_axes(axes)
-  figure.legend(loc='outside lower center', frameon=False, ncols=3, fontsize=9)
+  axes.legend(frameon=False, fontsize=8)
+  _draw_memory(held, [row for row in rows if row['bandwidth'] == bandwidth])
   return figure
+
+
+def _draw_memory(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Draws a worker's memory by the number of workers, and who counted it."""
+  for name, protocol in (('local SGD', 'local_sgd'), ('ResIST', 'resist')):
+    line = [row for row in rows if 'memory' in row[protocol]]
+    workers = [row['workers'] for row in line]
+    sizes = [sum(row[protocol]['memory'].values()) for row in line]
+    colour = PROTOCOLS[protocol][1]
+    axes.plot(workers, sizes, color=colour, label=name)
+    for row, size in zip(line, sizes, strict=True):
+      counted = _by(row[protocol]) == 'compiler'
+      fill = colour if counted else 'white'
+      axes.plot(row['workers'], size, 'o', color=colour, markerfacecolor=fill)
+  for fill, word in (('#888888', 'a compiler'), ('white', 'a formula')):
+    axes.plot([], [], 'o', color='#888888', markerfacecolor=fill, label=word)
+  axes.set(xlabel='workers', ylabel='memory of a worker')
+  numbers = sorted({row['workers'] for row in rows})
+  axes.set_xscale('log', base=2)
+  axes.set_xlim(numbers[0] / 1.3, numbers[-1] * 1.3)
+  axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f'{x:.0f}'))
+  axes.yaxis.set_major_formatter(EngFormatter('B'))
+  axes.set_ylim(bottom=0)
+  plots.style_axes(axes)
+  axes.legend(frameon=False, fontsize=8)
 
 
 def _check(config: Any, workers: Sequence[int]) -> list[dict[str, Any]]:
@@ -197,7 +252,7 @@ def _median_seconds(function: Callable[[], Any]) -> float:
 
 def _amount(flag: flags.FlagHolder, like: str, least: float = 1.0) -> float:
   text = flag.value or ''
-  found = re.fullmatch(r'(\d+\.?\d*(?:e[+-]?\d\d?)?)([kMG]bit|ms|us|)', text)
+  found = re.fullmatch(r'(\d+\.?\d*(?:e[+-]?\d\d?)?)([kMG]bit|GB|ms|us|)', text)
   value = float(found[1]) * UNITS[found[2]] if found else -1.0
   if value < least:
     raise ValueError(f'--{flag.name} is {text!r}; write it like {like}.')
@@ -210,17 +265,22 @@ def _plan(config: Any) -> Plan:
   shape, classes = IMAGE.value or shape, CLASSES.value or classes
   if not re.fullmatch(r'([1-9]\d*x){2}[1-9]\d*', shape) or not classes:
     raise ValueError(f'{name} needs --image, such as 32x32x3, and --classes.')
-  return Plan(config, tuple(map(int, shape.split('x'))), classes)
+  image = tuple(map(int, shape.split('x')))
+  return Plan(config, image, classes, CHIP.value)
 
 
 def _predict(plan: Plan, workers: Sequence[int], bandwidth: float) -> list:
   """Prints predictions for a bandwidth; returns those of other ones, too."""
   flops, latency = _amount(FLOPS, '1e13'), _amount(LATENCY, '1ms', 0.0)
-  machines = [Machine(flops, b, latency) for b in sorted({bandwidth, *LADDER})]
+  memory = None
+  if MEMORY_BANDWIDTH.value is not None:
+    memory = _amount(MEMORY_BANDWIDTH, '3352GB')
+  links = sorted({bandwidth, *LADDER})
+  machines = [Machine(flops, link, latency, memory) for link in links]
   rows = [plan.predict(S, machine) for S in workers for machine in machines]
   print((costs.__doc__ or '').split('\n\n', 1)[1])
   print(_table([row for row in rows if row['bandwidth'] == bandwidth]))
-  print(LEGEND)
+  print(LEGEND, *_sources(rows), sep='\n')
   return rows
 
 

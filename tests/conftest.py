@@ -29,7 +29,8 @@ def known(xla_flags):
     ):
       for flag in xla_flags:
         name = flag.removeprefix('--').partition('=')[0]
-        if library.find(name.encode()) >= 0:
+        # As a whole word: a flag that is gone lives on in longer ones.
+        if library.find(f'\0{name}\0'.encode()) >= 0:
           found.add(flag)
   return [flag for flag in xla_flags if flag in found]
 

@@ -10,14 +10,14 @@ import jax
 from jax._src.lib import xla_client
 import numpy as np
 
-from experiments.compile import programs
+from experiments.compile import known, programs
 from experiments.compile.cases import Case
 from experiments.compile.faults import faults
 from experiments.compile.programs import Call, Problem
 from experiments.compile.targets import Target
 from experiments.runs import provenance
 from resist_jax import accounting, models
-from resist_jax.accounting import hlo
+from resist_jax.accounting import hbm, hlo
 
 ROUNDS = ('one_program', 'host_stepped', 'streamed', 'exchange')
 # The programs that compute gradients.
@@ -60,9 +60,10 @@ def _costs(low, executable) -> dict[str, float]:
   client = jax.devices('cpu')[0].client
   analyse = xla_client._xla.hlo_module_cost_analysis
   written = low.compiler_ir('hlo').as_hlo_module()
-  (optimised,) = executable.runtime_executable().hlo_modules()
-  flops = analyse(client, written)['flops']
-  return {**analyse(client, optimised), 'flops': flops}
+  return {
+    'flops': analyse(client, written)['flops'],
+    'bytes accessed': hbm.memory_traffic(executable.as_text()),
+  }
 
 
 def record(case: Case, target: Target, scale: str) -> dict[str, Any]:
@@ -106,9 +107,20 @@ def record(case: Case, target: Target, scale: str) -> dict[str, Any]:
     'case': dataclasses.asdict(case),
     'batch_size': found.batch_size,
     'local_steps': found.protocol.local_steps,
+    'step': _described(case, found),
+    'data_bytes': _argument_bytes((found.constants,)),
     'programs': read,
     'predicted': predicted,
   }
+
+
+def _described(case: Case, found: Problem) -> dict[str, Any] | None:
+  """Says which network a worker trains; None where it is no ResNet."""
+  if found.task is None:
+    return None
+  network = found.task.network.with_chain_lengths(_lengths(found))
+  images = found.batch_size // case.devices_per_worker
+  return known.described(network, found.task.image_shape, images)
 
 
 def _read(executable, case: Case, found: Problem) -> dict[str, Any]:

@@ -53,14 +53,10 @@ def load(folder: pathlib.Path) -> list[dict[str, Any]]:
 def _table(records: list[dict[str, Any]]) -> Table:
   first = records[0]
   target, scale = targets.parse(first['target']), first['scale']
-  chip, versions = target.chip, first['provenance']['versions']
-  compiler = ', '.join(
-    f'{name} {version}'
-    for name, version in versions.items()
-    if name in ('jax', *COMPILERS)
-  )
+  chip = target.chip
   caption = (
-    f'Programs compiled for {target.name} at the {scale} scale by {compiler}; '
+    f'Programs compiled for {target.name} at the {scale} scale by '
+    f'{compiler(first)}; '
     'none was run. In brackets, how far the prediction is off: "=" means not '
     'at all. Workers are S, on D devices or groups of G. Memory is that of a '
     'device; "sent" is what all devices together send in one execution, in '
@@ -84,6 +80,16 @@ def _table(records: list[dict[str, Any]]) -> Table:
 COMPILERS = tuple(
   module.replace('_', '-') for module, _ in targets.COMPILERS.values()
 )
+
+
+def compiler(record: Mapping[str, Any]) -> str:
+  """Returns the versions of JAX and of the compiler behind a record."""
+  versions = record['provenance']['versions']
+  return ', '.join(
+    f'{name} {version}'
+    for name, version in versions.items()
+    if name in ('jax', *COMPILERS)
+  )
 
 
 def _row(

@@ -77,28 +77,42 @@ class Collective(NamedTuple):
   op_name: str
 
 
-class _Instruction(NamedTuple):
+class Instruction(NamedTuple):
+  """A line of a computation.
+
+  Attributes:
+    name: Its name in the text.
+    is_root: Whether it is the computation's result.
+    type: Of its result: an array, or a tuple in parentheses.
+    opcode: What it does.
+    argument: The text between its parentheses.
+    operands: The instructions whose results it takes.
+    attributes: The text after them.
+  """
+
   name: str
   is_root: bool
   type: str
   opcode: str
-  argument: str  # The text between the parentheses.
-  operands: tuple['_Instruction', ...]
+  argument: str
+  operands: tuple['Instruction', ...]
   attributes: str
 
   @property
   def kind(self) -> str:
-    # The start of an asynchronous pair describes it; its end sends nothing.
+    """Its opcode; the start of an asynchronous pair describes the pair."""
     return self.opcode.removesuffix('-start')
 
   @property
   def op_name(self) -> str:
+    """JAX's name stack and primitive."""
     found = re.search(r'\bop_name="([^"]*)"', self.attributes)
     return found[1] if found else ''
 
   @property
   def operand_bytes(self) -> int:
-    return sum(_size(operand.type) for operand in self.operands)
+    """Bytes of all its operands."""
+    return sum(size(operand.type) for operand in self.operands)
 
   def called(self, *attributes: str) -> list[str]:
     """Returns the computations that these attributes name, in their order."""
@@ -113,8 +127,10 @@ class _Instruction(NamedTuple):
     return [[int(number) for number in x.split(',')] for x in lists]
 
 
-class _Program(NamedTuple):
-  computations: dict[str, list[_Instruction]]
+class Program(NamedTuple):
+  """A program's text, and what to count in it."""
+
+  computations: dict[str, list[Instruction]]
   entry: str
   num_devices: int
   branches: Mapping[str, int]
@@ -127,7 +143,8 @@ class _Program(NamedTuple):
     groups = {device // self.group_size for device in devices}
     return (len(groups) == 1) == self.inside
 
-  def root(self, computation: str) -> _Instruction:
+  def root(self, computation: str) -> Instruction:
+    """Returns the instruction whose result is the computation's."""
     return next(i for i in self.computations[computation] if i.is_root)
 
 
@@ -156,7 +173,7 @@ def wire_bytes(
       conditional matters and is unknown, or if the text does not say how much
       a collective sends.
   """
-  program = _parse(text, branches)
+  program = parse(text, branches)
   program = program._replace(group_size=group_size, inside=inside)
   if program.num_slices > 1 and group_size > 1:
     raise ValueError('The text numbers devices by slice: groups are unknown.')
@@ -174,7 +191,7 @@ def collectives(text: str) -> list[Collective]:
   """
   return [
     Collective(i.kind, _dtypes(i), i.operand_bytes, i.op_name)
-    for instructions in _parse(text, {}).computations.values()
+    for instructions in parse(text, {}).computations.values()
     for i in instructions
     if i.kind in _KINDS
   ]
@@ -196,7 +213,7 @@ def collectives_in_branches(
   Returns:
     Each collective in a branch of any other conditional, once.
   """
-  program = _parse(text, dict.fromkeys(scopes, 0))
+  program = parse(text, dict.fromkeys(scopes, 0))
   found: dict[str, Collective] = {}
   seen = set()
 
@@ -230,9 +247,21 @@ def num_donated(text: str) -> int:
   return len(re.findall(r'\(\d+, \{', aliases[1])) if aliases else 0
 
 
-def _parse(text: str, branches: Mapping[str, int]) -> _Program:
-  computations: dict[str, list[_Instruction]] = {}
-  known: dict[str, _Instruction] = {}  # Those of the current computation.
+def parse(text: str, branches: Mapping[str, int]) -> Program:
+  """Reads a program.
+
+  Args:
+    text: HLO of a compiled program.
+    branches: See `wire_bytes`.
+
+  Returns:
+    Its computations, each a list of instructions in their order.
+
+  Raises:
+    ValueError: If there is no program in the text.
+  """
+  computations: dict[str, list[Instruction]] = {}
+  known: dict[str, Instruction] = {}  # Those of the current computation.
   current = entry = ''
   lines = text.splitlines()
   for line in lines:
@@ -245,7 +274,7 @@ def _parse(text: str, branches: Mapping[str, int]) -> _Program:
       end = _closing(rest)
       # Operands precede those that use them.
       operands = tuple(known[o] for o in _NAME.findall(rest[:end]))
-      known[name] = _Instruction(
+      known[name] = Instruction(
         name, bool(root), shape, opcode, rest[:end], operands, rest[end:]
       )
       computations[current].append(known[name])
@@ -254,7 +283,7 @@ def _parse(text: str, branches: Mapping[str, int]) -> _Program:
   module = next((line for line in lines if line.startswith('HloModule')), '')
   counts = re.findall(r'\b(?:num_partitions|replica_count)=(\d+)', module)
   slices = [_slices(target) for target, _ in _TO_SLICES.findall(text)]
-  return _Program(
+  return Program(
     computations,
     entry,
     math.prod(map(int, counts)),
@@ -280,7 +309,15 @@ def _closing(text: str) -> int:
   return len(text)
 
 
-def _size(shape: str) -> int:
+def array_elements(shape: str) -> int:
+  """Returns how many numbers an array has, or all those of a tuple."""
+  return sum(
+    math.prod(int(d) for d in dims.split(',') if d)
+    for _, dims in _ARRAY.findall(shape)
+  )
+
+
+def size(shape: str) -> int:
   """Returns the bytes of an array, or of all those of a tuple."""
   total = 0
   for dtype, dims in _ARRAY.findall(shape):
@@ -292,16 +329,16 @@ def _size(shape: str) -> int:
   return total
 
 
-def _dtypes(instruction: _Instruction) -> str:
+def _dtypes(instruction: Instruction) -> str:
   types = ' '.join(operand.type for operand in instruction.operands)
   return ','.join(dict.fromkeys(dtype for dtype, _ in _ARRAY.findall(types)))
 
 
-def _computation_bytes(program: _Program, name: str) -> int:
+def _computation_bytes(program: Program, name: str) -> int:
   return sum(_sent(program, i) for i in program.computations[name])
 
 
-def _sent(program: _Program, instruction: _Instruction) -> int:
+def _sent(program: Program, instruction: Instruction) -> int:
   kind = instruction.kind
   if kind in _KINDS:
     return _collective_bytes(program, instruction)
@@ -315,7 +352,7 @@ def _sent(program: _Program, instruction: _Instruction) -> int:
   return 0
 
 
-def _collective_bytes(program: _Program, instruction: _Instruction) -> int:
+def _collective_bytes(program: Program, instruction: Instruction) -> int:
   kind, size = instruction.kind, instruction.operand_bytes
   to_slices = _TO_SLICES.search(instruction.attributes)
   if kind == 'send' and to_slices and not program.inside:
@@ -349,7 +386,7 @@ def _passes_between_slices(target: str, transfer: str) -> int:
   return sum(_ring_passes(kind, len(_numbers(group))) for group in groups)
 
 
-def _loop_bytes(program: _Program, loop: _Instruction) -> int:
+def _loop_bytes(program: Program, loop: Instruction) -> int:
   (condition,), (body,) = loop.called('condition'), loop.called('body')
   sent = _computation_bytes(program, body)
   checked = _computation_bytes(program, condition)
@@ -360,7 +397,7 @@ def _loop_bytes(program: _Program, loop: _Instruction) -> int:
 
 
 def _trip_count(
-  program: _Program, loop: _Instruction, condition: str, body: str
+  program: Program, loop: Instruction, condition: str, body: str
 ) -> int:
   known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
   if known:
@@ -379,8 +416,8 @@ def _trip_count(
 
 
 def _expression(
-  program: _Program,
-  instruction: _Instruction,
+  program: Program,
+  instruction: Instruction,
   arguments: tuple[str, ...] = ('state',),
 ) -> str:
   """Writes a loop counter's arithmetic as text, `?` where it is not that."""
@@ -405,7 +442,7 @@ def _expression(
   return f'{values[0]}[{index[1]}]' if index else values[0]
 
 
-def _conditional_bytes(program: _Program, conditional: _Instruction) -> int:
+def _conditional_bytes(program: Program, conditional: Instruction) -> int:
   names = conditional.called('branch_computations')
   if not names:  # On a predicate, which is the index of the branch.
     names = [

@@ -12,6 +12,7 @@ import pytest
 
 from experiments import costs
 from experiments import plan as plan_lib
+from experiments.compile import known
 from experiments.configs import digits
 from resist_jax import models
 from resist_jax.decomposition import Assigner
@@ -34,8 +35,8 @@ def papers():
   return make_plan(min_depth=6)
 
 
-def machine(bandwidth, flops=1e13, latency=0.0):
-  return costs.Machine(flops, bandwidth, latency)
+def machine(bandwidth, flops=1e13, latency=0.0, memory_bandwidth=None):
+  return costs.Machine(flops, bandwidth, latency, memory_bandwidth)
 
 
 @pytest.mark.parametrize('S', WORKERS)
@@ -111,6 +112,74 @@ def test_blocks_that_workers_send_are_the_mean_of_many_rounds(sizes, busiest):
   assert predicted == pytest.approx(counted, abs=0.1)
 
 
+def write_step(folder, network, memory=(300, 500), blocks=6, **fields):
+  """Writes the record of a step, which nobody compiled."""
+  sub = network.with_chain_lengths({'stage3_chain': blocks})
+  made = {
+    'provenance': {'versions': {'jax': '1.0', 'libtpu': '2.0'}},
+    'target': 'v5e:2x2',
+    'step': known.described(sub, (32, 32, 3), 128),
+    'data_bytes': 100,
+    'programs': {
+      'step': {
+        'memory': {'arguments': memory[0], 'temporary': memory[1]},
+        'flops': 2e12,
+        'hbm_bytes': 7e9,
+      }
+    },
+    **fields,
+  }
+  (folder / 'a').mkdir(exist_ok=True)
+  (folder / 'a' / f'{blocks}.json').write_text(json.dumps(made))
+
+
+def test_numbers_come_from_a_compiler_where_it_has_been_asked(tmp_path, papers):
+  write_step(tmp_path, papers.network)
+  write_step(tmp_path, papers.network, blocks=22, programs={'round': {}})
+  config = config_lib.get_config()
+  config.min_depth = 6
+
+  def plan(chip, records=tmp_path):
+    return plan_lib.Plan(config, (32, 32, 3), 100, chip, records)
+
+  asked = plan('v5e').predict(4, machine(1e9, memory_bandwidth=1e12))
+  # The minimum depth gives eight workers the same step, not two.
+  eight = plan('v5e').predict(8, machine(1e9))['resist']
+  two = plan('v5e').predict(2, machine(1e9))['resist']
+  resist, full = asked['resist'], asked['local_sgd']
+  assert resist['source'] == eight['source']
+  assert resist['source'] == 'compiled for v5e:2x2 by jax 1.0, libtpu 2.0'
+  assert two['source'] == full['source'] == costs.FORMULA
+  assert resist['flops'] == 50 * 2e12
+  assert resist['memory'].keys() == {'step', 'exchange'}
+  assert resist['memory']['step'] == 700
+  # 100 TFLOP take 10 s at 1e13 a second; 350 GB take 0.35 s.
+  assert resist['seconds']['compute'] == pytest.approx(10)
+  slow = plan('v5e').predict(4, machine(1e9, memory_bandwidth=1e10))['resist']
+  assert slow['seconds']['compute'] == pytest.approx(35)
+  # Another chip, and a step of other numbers, is another program.
+  assert plan('h100').predict(4, machine(1e9))['resist']['memory'].keys() > {
+    'activations'
+  }
+  config.model.dtype = 'bfloat16'
+  assert plan('v5e').predict(4, machine(1e9))['resist']['source'] == (
+    costs.FORMULA
+  )
+
+
+def test_the_table_says_who_counted(tmp_path, papers):
+  write_step(tmp_path, papers.network)
+  config = config_lib.get_config()
+  config.min_depth = 6
+  plan = plan_lib.Plan(config, (32, 32, 3), 100, 'v5e', tmp_path)
+  rows = [plan.predict(S, machine(1e9)) for S in (2, 4, 1024)]
+  _, two, four, most = plan_lib._table(rows).splitlines()
+  assert two.split()[-2:] == ['formula', 'formula']
+  assert four.split()[-2:] == most.split()[-2:] == ['compiler', 'formula']
+  (line,) = plan_lib._sources(rows)
+  assert line == 'compiler: compiled for v5e:2x2 by jax 1.0, libtpu 2.0'
+
+
 def test_memory_and_carried_momentum(papers):
   memory = papers.predict(4, machine(1e9))['resist']['memory']
   share = memory['parameters'] / (4 * papers.setup.sizes.total)
@@ -179,6 +248,7 @@ def papers_config():
     ({'bandwidth': None}, "--bandwidth is ''; write it like 100Mbit"),
     ({'flops': '1e999'}, "--flops is '1e999'"),
     ({'latency': '-1ms'}, "--latency is '-1ms'"),
+    ({'memory_bandwidth': '3TB'}, 'write it like 3352GB'),
     ({'workers': ['0']}, '--workers must be at least 1'),
     ({'workers': ['two']}, "'two'"),
     ({'image': '32x32'}, 'such as 32x32x3'),

@@ -1,0 +1,86 @@
+"""The traffic read from programs is that counted by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from resist_jax.accounting import hbm
+
+HEAD = 'HloModule a, num_partitions=1\n\n'
+# A fusion that picks 8 of 1,000 rows of 16 numbers, and one that replaces 4.
+FUSIONS = """%picks (p: f32[1000,16], i: s32[8,1]) -> f32[8,16] {
+  %p = f32[1000,16]{1,0} parameter(0)
+  %b = f32[1000,16]{1,0} bitcast(%p)
+  %i = s32[8,1]{1,0} parameter(1)
+  ROOT %g = f32[8,16]{1,0} gather(%b, %i), offset_dims={1}
+}
+
+%replaces (q: f32[1000,16], u: f32[4,16]) -> f32[1000,16] {
+  %q = f32[1000,16]{1,0} parameter(0)
+  %u = f32[4,16]{1,0} parameter(1)
+  %n = s32[] constant(3)
+  ROOT %d = f32[1000,16]{1,0} dynamic-update-slice(%q, %u, %n, %n)
+}
+
+%two (x: f32[64], y: f32[64]) -> (f32[64], f32[32]) {
+  %x = f32[64]{0} parameter(0)
+  %y = f32[64]{0} parameter(1)
+  %s = f32[64]{0} add(%x, %y)
+  %h = f32[32]{0} slice(%y), slice={[0:32]}
+  ROOT %t = (f32[64]{0}, f32[32]{0}) tuple(%s, %h)
+}
+"""
+CASES = {
+  'an instruction': ('%r = f32[64]{0} add(%x, %x2)', 3 * 256),
+  'names only': ('%r = (f32[64]{0}) tuple(%x)', 0),
+  'picked rows': (
+    '%r = f32[8,16]{1,0} fusion(%m, %i), kind=kLoop, calls=%picks',
+    2 * 8 * 64 + 32,
+  ),
+  'rows in place': (
+    '%r = f32[1000,16]{1,0} fusion(%m, %u), kind=kLoop, calls=%replaces',
+    2 * 4 * 64,
+  ),
+  # The second operand is read once, for two results.
+  'two results': (
+    '%r = (f32[64]{0}, f32[32]{0}) fusion(%x, %x2), kind=kLoop, calls=%two',
+    3 * 256 + 128,
+  ),
+  # A library's workspace is no result.
+  'a library': (
+    '%r = (f32[64]{0}, u8[4096]{0}) custom-call(%x, %x2), '
+    'custom_call_target="__cudnn$convForward"',
+    3 * 256,
+  ),
+}
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_bytes_are_those_counted_by_hand(name):
+  line, want = CASES[name]
+  text = f"""{HEAD}{FUSIONS}
+ENTRY %main (x: f32[64], x2: f32[64], m: f32[1000,16], i: s32[8,1], u: f32[4,16]) -> f32[64] {{
+  %x = f32[64]{{0}} parameter(0)
+  %x2 = f32[64]{{0}} parameter(1)
+  %m = f32[1000,16]{{1,0}} parameter(2)
+  %i = s32[8,1]{{1,0}} parameter(3)
+  %u = f32[4,16]{{1,0}} parameter(4)
+  ROOT {line}
+}}
+"""  # noqa: E501
+  assert hbm.memory_traffic(text) == want
+
+
+def test_the_body_of_a_loop_counts_once():
+  def looped(x):
+    return jax.lax.fori_loop(0, 10, lambda i, x: jnp.sin(x) + 1, x)
+
+  x = jnp.zeros(1 << 16)
+  texts = [
+    jax.jit(f).lower(x).compile().as_text()
+    for f in (looped, lambda x: jnp.sin(x) + 1)
+  ]
+  loop, once = map(hbm.memory_traffic, texts)
+  assert once >= 2 * x.nbytes
+  # Around the body, the loop copies its argument once at most.
+  assert once <= loop <= once + 2 * x.nbytes + 100
