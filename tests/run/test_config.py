@@ -94,10 +94,10 @@ def test_the_defaults_are_valid():
     ({'residual_scale': 'test'}, 'residual_scale'),
     ({'data.augment': 'mixup'}, 'augment'),
     ({'data.pad': -2}, 'data.pad is -2; it must be at least -1'),
-    ({'data.fill': 'white'}, "fill is 'white'; use one of black, reflection"),
-    ({'data.flips': 'alternate'}, 'did you mean alternating'),
+    ({'data.fill': 'white'}, "fill is 'white'. Use one of black, reflection"),
+    ({'data.flips': 'alternate'}, 'Did you mean alternating'),
     ({'label_smoothing': 1.0}, 'label_smoothing is 1.0; it is a share'),
-    ({'model.init': 'pytorch'}, 'did you mean torch'),
+    ({'model.init': 'pytorch'}, 'Did you mean torch'),
     ({'data.validation': 1.0}, 'data.validation'),
     (
       {'optimizer.schedule': 'cosin'},
