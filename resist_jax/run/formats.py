@@ -207,6 +207,7 @@ def _safetensors(model: Predictor | Parameters, path: pathlib.Path) -> None:
       'mean': model.mean.tolist(),
       'std': model.std.tolist(),
       'cut_heads': model.network.cut_heads,
+      'gate': model.network.gate,
     }
   arrays = {
     jax.tree_util.keystr(

@@ -116,7 +116,7 @@ def gradient(sub, batch):
 def train_locally(optimizer, sub, data, s):
   """The local steps of worker s, whose moments begin anew."""
   state = optimizer.init(sub)
-  for t in range(T):
+  for t in range(data['y'].shape[1]):
     batch = jax.tree.map(lambda x, t=t: x[s, t], data)
     updates, state = optimizer.update(gradient(sub, batch), state, sub)
     sub = optax.apply_updates(sub, updates)
@@ -180,6 +180,15 @@ def test_rounds_equal_algorithm_1_with_any_optimiser(name):
   """Moments restart in every round, the counts of schedules go on."""
   got, held, *_ = run(make(OPTIMISERS[name](0), min_depth=2))
   assert_close(got, plain_loop(OPTIMISERS[name], held, 4))
+
+
+def test_blocks_that_are_spread_are_exchanged_as_others():
+  exchange = resist.exchange.hand_over(spread=True)
+  optimizer = OPTIMISERS['sgd']
+  got, held, *_ = run(make(optimizer(0), min_depth=2, exchange=exchange))
+  assert_close(got, plain_loop(optimizer, held, 4))
+  with pytest.raises(ValueError, match='over equal workers'):
+    make(exchange=exchange, depths=(2, 1, 1, 1)).init(network())
 
 
 def test_an_optimiser_goes_downhill():
