@@ -295,7 +295,12 @@ def _num_blocks(chain: str, decomposed: Rows) -> int:
 
 def _window(rows: Rows, first_decomposed: int) -> tuple[Rows, str]:
   """Returns the consecutive rounds to draw, and a note if some are left out."""
-  by_round = {row['round']: row for row in rows}
+  # A row may be that of several rounds, which were trained as one.
+  by_round = {
+    row['round'] - earlier: row
+    for row in rows
+    for earlier in range(row.get('rounds', 1))
+  }
   first, last = min(by_round), max(by_round)
   begin = first
   if first_decomposed - first > MAX_ROUNDS // 2:  # Skip a long warm-up.

@@ -125,7 +125,13 @@ def _drawn_rows(path: Path) -> list[dict[str, Any]]:
     first = min(first, number)
     first_cut = min(first_cut, number) if chains else first_cut
     far = number >= max(first, first_cut) + plots.MAX_ROUNDS
-    names = ('round', 'protocol', *_measures(row), *(() if far else _CUTS))
+    names = (
+      'round',
+      'rounds',
+      'protocol',
+      *_measures(row),
+      *(() if far else _CUTS),
+    )
     # A resumed run may repeat rounds, and continues from the last repetition.
     by_round[number] = {name: row[name] for name in row if name in names}
     by_round[number]['workers'] = len(chains[0]) if chains else 0

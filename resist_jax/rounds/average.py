@@ -50,7 +50,8 @@ def step(decay: float, params: PyTree, parts: Parts) -> Parts:
     weight = (1 - kept) / (1 - kept ** count.astype(jnp.float32))
 
     def towards(old, new):
-      return ((1 - weight) * old + weight * new).astype(old.dtype)
+      share = weight.astype(old.dtype)
+      return (1 - share) * old + share * new
 
     new = jax.tree.map(towards, average, collectives.widen(params))
     return Parts([new], [count])

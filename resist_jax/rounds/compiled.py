@@ -140,8 +140,7 @@ class Round:
     """
     if 'round' in self.programs:
       return None
-    protocol = dataclasses.replace(self.protocol, rounds_at_once=count)
-    return dataclasses.replace(self, protocol=protocol)
+    return dataclasses.replace(self, protocol=self.protocol.lasting(count))
 
   def __call__(
     self,

@@ -74,6 +74,10 @@ class Protocol:
     """How often the shared part is exchanged before the blocks are."""
     return self.steps // self.shared_every - 1 if self.shared_every else 0
 
+  def lasting(self, count: int) -> 'Protocol':
+    """Returns the protocol of so many rounds at once."""
+    return dataclasses.replace(self, rounds_at_once=count)
+
   def shares_after(self, t: int) -> bool:
     """Returns whether it is after step t, from 0."""
     done = t + 1

@@ -79,7 +79,8 @@ def make(
   ...   {'num_rounds': 11, 'local_steps': 10, 'local_steps_alpha': 1.0}
   ... )
   >>> config.phases = {'full_before': 0, 'full_after': 0}
-  >>> lengths = make(config, lambda step: 0.3 if step < 20 else 0.1)
+  >>> falling = optax.piecewise_constant_schedule(0.3, {20: 1 / 3})
+  >>> lengths = make(config, falling)
   >>> [lengths.at(done) for done in (0, 1, 2, 10)]
   [1, 1, 8, 1]
   """

@@ -82,7 +82,7 @@ class Phase(Traffic):
     """Returns the same with so many rounds as one; see `Trainer.at_once`."""
     return dataclasses.replace(
       self,
-      protocol=dataclasses.replace(self.protocol, rounds_at_once=count),
+      protocol=self.protocol.lasting(count),
       trainer=self.trainer.at_once(count),
     )
 

@@ -87,11 +87,11 @@ def at_once(
     The phase with so many rounds as one, compiled, by their number.
   """
   found = {1: phase}
-  for count in counts:
+  for count in {*counts} - {1}:
     longer = phase.at_once(count)
     if longer.trainer.programs is None:
       longer = _compiled(setup, longer, state, count)
-    found.setdefault(count, longer)
+    found[count] = longer
   return found
 
 

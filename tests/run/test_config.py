@@ -157,7 +157,7 @@ def test_the_defaults_are_valid():
       {'shared_every': 10, 'wire_format': 'int8'},
       'wire_format int8 sends changes: use float32',
     ),
-    ({'dealing': 'spred'}, 'did you mean spread.* random, spread'),
+    ({'dealing': 'spred'}, 'Did you mean spread.* random, spread'),
     (
       {'dealing': 'spread', 'exchange': 'masked_psum'},
       'what hand_over can do, but exchange is masked_psum',
