@@ -6,6 +6,9 @@ import difflib
 import sys
 from typing import NoReturn
 
+# What code of somebody else's may raise: a script may end its process.
+FOREIGN = (Exception, SystemExit)
+
 
 class ConfigError(ValueError):
   """A mistake in the user's input; the message is one line with the remedy."""
@@ -41,7 +44,8 @@ def nearest(name: str, names: Iterable[str], most: int = 3) -> list[str]:
   if given in spelled:
     return [spelled[given]]
   longer = [other for other in spelled if len(given) > 2 and given in other]
-  found = longer or difflib.get_close_matches(given, spelled, 1)
+  alike = difflib.get_close_matches(given, spelled, 1)
+  found = sorted(longer, key=len) or alike
   return [spelled[other] for other in found][:most]
 
 
@@ -60,7 +64,7 @@ def did_you_mean(name: str, names: Iterable[str], form: str = '{}') -> str:
   return f'Did you mean {" or ".join(found)}? ' if found else ''
 
 
-def message(error: Exception) -> str:
+def message(error: BaseException) -> str:
   r"""Returns what an error says, as one line.
 
   >>> message(ValueError('a\n  b'))
@@ -94,7 +98,7 @@ def refused(error: Exception) -> int:
   return 2
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
   r"""Returns the type of an error and the beginning of its message.
 
   >>> one_line(ValueError('a\n  b'))

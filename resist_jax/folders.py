@@ -47,7 +47,7 @@ def resolve(
     given = os.fsdecode(name)
   except TypeError as error:
     raise ConfigError(
-      f'{what} is {name!r}, which is no path: name a local folder.'
+      f'{what} is {name!r}, which is no path: name a local one.'
     ) from error
   names = _VARIABLE.findall(given)
   unset = [name for name in names if not os.environ.get(name.strip('{}'))]
@@ -61,7 +61,7 @@ def resolve(
   if not literal:
     path = os.path.expanduser(os.path.expandvars(given))
   if not path.strip():
-    raise ConfigError(f'{what} is {given!r}: name a local folder.')
+    raise ConfigError(f'{what} is {given!r}: name a local path.')
   folder = pathlib.Path(path)
   problem = _problem(str(folder), is_text)
   if problem:
@@ -160,7 +160,8 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
   Args:
     path: What to replace; it need not exist. A link stays one: what it leads to
-      is replaced. A device such as `/dev/stdout` is written to.
+      is replaced. A file keeps its permissions. A device such as `/dev/stdout`
+      is written to.
 
   Yields:
     The path to write a file or a folder to, which does not exist.
@@ -173,6 +174,8 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
   _remove(part)  # Of a process that was killed.
   try:
     yield part
+    if place.is_file() and part.is_file():
+      shutil.copymode(place, part)
     put(part, place)
   finally:
     _remove(part)

@@ -41,8 +41,8 @@ def test_a_folder_is_found(name, folder, monkeypatch):
 @pytest.mark.parametrize(
   ('name', 'says'),
   [
-    ('', ': name a local folder'),
-    (' ', ': name a local folder'),
+    ('', ': name a local path'),
+    (' ', ': name a local path'),
     ('$UNSET/run', r'\$UNSET is not set: set it, or write'),
     ('${UNSET}', 'is not set'),
     ('$EMPTY/run', r'\$EMPTY is not set'),
@@ -204,6 +204,9 @@ def test_links_stay_and_devices_are_written_to(tmp_path):
   filled(tmp_path / 'link', 'file', 'new')
   assert (tmp_path / 'link').is_symlink()
   assert (tmp_path / 'it').read_text() == 'new'
+  (tmp_path / 'it').chmod(0o600)
+  filled(tmp_path / 'it', 'file', 'secret')
+  assert (tmp_path / 'it').stat().st_mode & 0o777 == 0o600
   os.mkfifo(tmp_path / 'pipe')
   with folders.replacing(tmp_path / 'pipe') as part:
     assert part == tmp_path / 'pipe'

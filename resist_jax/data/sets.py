@@ -252,7 +252,13 @@ def load_test(
   trained = Prepared('the run', '', image_shape, names, (), opener('', {}, ''))
   source = sources.find(name, data_dir, names)
   form = _Form(image_shape, 'are resized' if resized else '', 0)
-  return _split(_extra_test(source, trained, form), source, form, True)
+  split = _split(_extra_test(source, trained, form), source, form, True)
+  if not len(split):
+    raise ConfigError(
+      f'data set {name!r} has no image of the classes {", ".join(names[:5])}'
+      f'{", ..." if names[5:] else ""}: name another.'
+    )
+  return split
 
 
 class _Form(NamedTuple):

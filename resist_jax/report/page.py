@@ -214,6 +214,7 @@ def write_report(
   """
   out = folders.resolve(out_dir, '--out', is_text=False)
   runs = load_runs(run_dirs)
+  folders.check_writable(out, '--out')
   rows = {run.label: run.rows for run in runs}
   figures = {
     f'accuracy_by_{x.split("_")[0]}.png': plots.accuracy_figure(rows, x)
@@ -343,10 +344,11 @@ def main(args: Sequence[str] | None = None) -> int:
     help='folder to write to (default: RUN, or ./report for several runs)',
   )
   flags = parser.parse_args(args)
-  default = 'report' if flags.dirs[1:] else flags.dirs[0]
-  out = default if flags.out is None else flags.out
   try:
-    print(printable(str(write_report(flags.dirs, out))))
+    runs = [folders.resolve(d, 'a run', is_text=False) for d in flags.dirs]
+    out = Path('report') if runs[1:] else runs[0]
+    page = write_report(runs, out if flags.out is None else flags.out)
+    print(printable(str(page)))
   except (ConfigError, OSError) as error:
     hint = '' if isinstance(error, ConfigError) else '; try another --out.'
     print(f'error: {error}{hint}', file=sys.stderr)

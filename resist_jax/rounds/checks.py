@@ -61,9 +61,23 @@ def metric_names(
     out_specs=everywhere,
     check_vma=False,
   )
-  found = jax.eval_shape(
-    on_mesh, join(shared, chain), present, batch, key, *extra
+  return returned_metrics(
+    jax.eval_shape(on_mesh, join(shared, chain), present, batch, key, *extra)
   )
+
+
+def returned_metrics(found: Any) -> tuple[str, ...]:
+  """Checks what a loss function has returned.
+
+  Args:
+    found: That, or its shapes.
+
+  Returns:
+    Names of its metrics.
+
+  Raises:
+    ValueError: If it is not `(loss, metrics)`.
+  """
   if not (isinstance(found, tuple) and len(found) == 2):
     raise ValueError(
       f'loss_fn returns {type(found).__name__}; it must return the pair (loss, '

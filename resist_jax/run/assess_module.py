@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 
 from resist_jax import accounting, data
@@ -34,6 +35,7 @@ def assess(run: Trained, asked: Asked) -> dict[str, Any]:
   model: Any = run.model
   task = _task(run, asked)
   _check_fits(task, model)
+  tests = task.dataset.tests
   chains = task.network.chains
   lengths = accounting.measure(task.shapes(), chains).num_blocks
   depths = depth.asked(asked.depths, max(lengths.values(), default=0))
@@ -41,7 +43,7 @@ def assess(run: Trained, asked: Asked) -> dict[str, Any]:
   found = {
     'names': list(task.measures),
     'measures': measured.measures,
-    'examples': {name: len(split) for name, split in _tests(task).items()},
+    'examples': {name: len(split) for name, split in tests.items()},
     'broken': measured.broken,
     'depth': [],
   }
@@ -60,7 +62,7 @@ def _test(task: ModuleTask, model: Parameters, most: int | None) -> Any:
     name: np.arange(len(split))
     if most is None
     else data.sample(len(split), most)
-    for name, split in _tests(task).items()
+    for name, split in task.dataset.tests.items()
   }
   size = task.config.evaluation.batch_size
   mesh = make_mesh(1)
@@ -69,46 +71,49 @@ def _test(task: ModuleTask, model: Parameters, most: int | None) -> Any:
   ).of_params
 
 
-def _tests(task: ModuleTask) -> dict[str, Any]:
-  return dict(task.dataset.tests)
-
-
 def _task(run: Trained, asked: Asked) -> ModuleTask:
   """Returns what the run learned, with the sets to test on."""
   config = asked.reading(run.config)
-  given = config.data.name.startswith(data.GIVEN)
-
-  def read() -> data.Dataset:
-    return setup.load_data(config, copies=1)
-
-  if hasattr(module_task.load(config.model.module), 'data'):
-    if given and not asked.data:
-      read()  # Raises what a program has to do.
-    before = None if given else module_task.make(config, None, read)
-    if not asked.data:
-      assert before
-      return before
-    config.data.name = asked.data
-    task = module_task.make(config, None, read)
-    if before and _digests(before) == _digests(task):
-      raise ConfigError(
-        f'data(config) of {config.model.module} returns the same examples '
-        f'for data.name {asked.data!r}: let it read config.data.name, or leave '
-        '--data out.'
-      )
-    return task
-  task = module_task.make(config, None, read)
-  dataset: Any = task.dataset
+  own = hasattr(module_task.load(config.model.module), 'data')
   if not asked.data:
-    return task
+    if config.data.name.startswith(data.GIVEN):
+      _read(config)  # Raises what a program has to do.
+    return _made(config)
+  return (_on_own_data if own else _on_images)(config, asked.data)
+
+
+def _made(config: ml_collections.ConfigDict) -> ModuleTask:
+  return module_task.make(config, None, lambda: _read(config))
+
+
+def _read(config: ml_collections.ConfigDict) -> data.Dataset:
+  return setup.load_data(config, copies=1)
+
+
+def _on_own_data(config: ml_collections.ConfigDict, name: str) -> ModuleTask:
+  """Lets the module make its data again, by another name."""
+  given = config.data.name.startswith(data.GIVEN)
+  before = None if given else _made(config)
+  config = config.copy_and_resolve_references()
+  config.data.name = name
+  task = _made(config)
+  if before and _digests(before) == _digests(task):
+    raise ConfigError(
+      f'data(config) of {config.model.module} returns the same examples for '
+      f'data.name {name!r}: let it read config.data.name, or leave --data out.'
+    )
+  return task
+
+
+def _on_images(config: ml_collections.ConfigDict, name: str) -> ModuleTask:
+  """Puts another set of images in the place of the tests."""
+  task = _made(config)
+  dataset: Any = task.dataset
+  shape = dataset.train.images.shape[1:]
   test = data.load_test(
-    asked.data,
-    dataset.class_names,
-    dataset.train.images.shape[1:],
-    dataset.resized,
-    config.data.dir,
+    name, dataset.class_names, shape, dataset.resized, config.data.dir
   )
-  tests = {data.test_key(asked.data): test}
+  tests = {data.test_key(name): test}
   return dataclasses.replace(
     task, dataset=dataclasses.replace(dataset, tests=tests)
   )

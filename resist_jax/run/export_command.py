@@ -34,7 +34,7 @@ def main(args: Sequence[str] | None = None) -> int:
   try:
     out = folders.resolve(options.out or default, '--out')
     formats.check(options.to, out)  # Before the network is read.
-    formats.write(trained.load(options.run).model, options.to, out)
+    formats.write(trained.network(options.run), options.to, out)
   except (ConfigError, OSError) as error:
     return refused(error)
   print(out)

@@ -12,7 +12,8 @@ The module defines two functions, and may define three more:
 `config.model.options` holds what a card wants to tell the module.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -27,10 +28,10 @@ import ml_collections
 import numpy as np
 import optax
 
-from resist_jax import accounting, data
+from resist_jax import data
 from resist_jax.decomposition import Division, join, split
-from resist_jax.errors import ConfigError, one_line
-from resist_jax.rounds import LossFn, State
+from resist_jax.errors import FOREIGN, ConfigError, message, one_line
+from resist_jax.rounds import LossFn, State, checks
 from resist_jax.rounds.arrays import to_host
 from resist_jax.run import export, optimizer
 from resist_jax.run.config import (
@@ -68,12 +69,23 @@ def load(name: str) -> types.ModuleType:
   Raises:
     ConfigError: If that is impossible, or if it lacks a function.
   """
+  spelled = name.removesuffix('.py').strip('./').replace('/', '.')
+  if spelled != name:
+    raise ConfigError(
+      f'model.module is {name!r}: name it as Python imports it, such as '
+      f'{spelled or "my_network"}.'
+    )
   try:
     module = importlib.import_module(name)
-  except Exception as error:  # A module may raise anything.
+  except FOREIGN as error:  # A module may raise anything.
+    remedy = 'mend it'
+    if isinstance(error, ModuleNotFoundError) and (
+      f'{name}.'.startswith(f'{error.name}.')
+    ):
+      remedy = 'start in the folder that holds it, or install it'
     raise ConfigError(
       f'model.module is {name!r}, which cannot be imported '
-      f'({one_line(error)}): start in the folder that holds it, or install it.'
+      f'({one_line(error)}): {remedy}.'
     ) from error
   for function in _NEEDED:
     if not callable(getattr(module, function, None)):
@@ -109,8 +121,8 @@ class ModuleTask:
   def metrics(self) -> tuple[str, ...]:
     """See `task.Task`; they are found by tracing the loss."""
     batch = self.examples(next(iter(self.dataset.tests)), np.zeros(1, int))
-    _, found = jax.eval_shape(self.test_loss, self.shapes(), batch, {})
-    return tuple(found)
+    found = jax.eval_shape(self.test_loss, self.shapes(), batch, {})
+    return checks.returned_metrics(found)
 
   def init(self, seed: int) -> PyTree:
     """See `task.Task`."""
@@ -297,26 +309,66 @@ def make(
 
 
 def _check(task: ModuleTask) -> None:
-  """Raises a ConfigError if the network or the loss does not fit."""
+  """Raises a ConfigError if what the module returned does not fit."""
   config, name = task.config, task.config.model.module
-  try:
+  with _told(f'network(config) of {name}'):
     shapes = task.shapes()
-    sizes = accounting.measure(shapes, task.network.chains)
-    _ = task.metrics
-  except Exception as error:  # A function of somebody else's raises anything.
+    lengths = checks.chain_lengths(shapes, task.network.chains)
+  with _told(f'loss(config) of {name}, in a test, where its key is None'):
+    if 'perplexity' in task.metrics:
+      raise ValueError(
+        "it returns a metric 'perplexity', a name that tests use: rename it."
+      )
+  with _told(f'loss(config) of {name}'):
+    checks.returned_metrics(jax.eval_shape(_train_once(task), shapes))
+  with _told(f'optimizer(config, schedule) of {name}'):
+    rate = optax.constant_schedule(config.lr)
+    jax.eval_shape(_init_of(task.make_optimizer(rate)), shapes)
+  if config.protocol == 'resist':
+    _check_chains(config, name, lengths)
+
+
+def _train_once(task: ModuleTask) -> Callable:
+  """Returns the loss of the parameters on one training example."""
+  batch = task.examples(next(iter(task.dataset.tests)), np.zeros(1, int))
+  loss_fn = task.module.loss(task.config)
+
+  def once(params):
+    scaled = task._scaled(params, {}, {})
+    return loss_fn(params, scaled, task._normalised(batch), jax.random.key(0))
+
+  return once
+
+
+def _init_of(made: Any) -> Callable:
+  if not isinstance(made, optax.GradientTransformation):
+    raise ValueError(f'it returned {type(made).__name__}: return one of optax.')
+  return made.init
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+  """Turns what somebody else's code raises into a line about it."""
+  try:
+    yield
+  except FOREIGN as error:
+    # A check of ours raises a line that says what to do.
+    said = message(error) if type(error) is ValueError else one_line(error)
     raise ConfigError(
-      f'{name} does not fit together ({one_line(error)}): the '
-      'docstring of resist_jax.run.module_task says what its functions return.'
+      f'{what}: {said} (help(resist_jax.run.module_task) says what the '
+      'functions return.)'
     ) from error
-  if config.protocol != 'resist':
-    return
-  if not task.network.chains:
+
+
+def _check_chains(config, name: str, lengths: Mapping[str, int]) -> None:
+  """Raises a ConfigError if ResIST cannot cut the chains."""
+  if not lengths:
     raise ConfigError(
       f'network(config) of {name} names no chain that ResIST could cut: name '
       'one, or use protocol local_sgd.'
     )
   depths = chosen_depths(config)
-  if config.depths and len(sizes.num_blocks) > 1:
+  if config.depths and len(lengths) > 1:
     raise ConfigError(
       f'depths is {config.depths}, of one chain, but {name} has several.'
     )
@@ -324,7 +376,7 @@ def _check(task: ModuleTask) -> None:
     f'chain {chain}': Division(
       length, config.num_workers, config.min_depth, depths
     )
-    for chain, length in sizes.num_blocks.items()
+    for chain, length in lengths.items()
   }
   check_divisions(config, divisions)
 
@@ -334,7 +386,7 @@ def _called(name: str, function: Callable, config) -> Any:
     return function(config)
   except ConfigError:
     raise
-  except Exception as error:
+  except FOREIGN as error:
     raise ConfigError(
       f'{function.__name__}(config) of {name} failed '
       f'({one_line(error)}): mend it, or the section model.options of the card.'

@@ -34,7 +34,7 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
         'another workdir.'
       )
     return
-  before = _read_config(workdir / 'config.json')
+  before = read_config(workdir / 'config.json')
   # JSON turns tuples into lists: compare both configs as they are written.
   changed = differences(before, json.loads(json.dumps(config)))
   # A field that is younger than the run had what is now its default.
@@ -57,7 +57,18 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     )
 
 
-def _read_config(path: pathlib.Path) -> dict[str, Any]:
+def read_config(path: pathlib.Path) -> dict[str, Any]:
+  """Reads the config that a run wrote.
+
+  Args:
+    path: Its file.
+
+  Returns:
+    Nested JSON values.
+
+  Raises:
+    ConfigError: If there is none.
+  """
   problem = 'it is not a JSON object'
   try:
     config = json.loads(path.read_text('utf-8'))

@@ -150,7 +150,7 @@ def test_a_prepared_tfds_set_is_read_to_the_last_pixel(
 @pytest.mark.parametrize(
   ('name', 'says'),
   [
-    ('cifar1O', 'unknown data set'),
+    ('cifar1O', 'unknown data set .*Did you mean cifar10'),
     ('imdb_reviews', 'not one of images'),
     ('mnist', 'is not prepared in .*pip install'),
     ('imagenet2012', 'by hand, .*manual.*ILSVRC2012_img_train.tar.*Then run'),

@@ -173,7 +173,7 @@ def test_a_command_writes_what_the_report_shows(tmp_path, monkeypatch):
   [
     (language, ['--only=resist_s3'], "--only names 'resist_s3': take some of"),
     (language, ['--seeds=a'], '--seeds=a: give whole numbers'),
-    (language, ['--text=none.txt'], '--text=none.txt cannot be read'),
+    (language, ['--text=none.txt'], 'the text none.txt cannot be read'),
     (vit, ['--data=no_such_set'], 'no_such_set'),
   ],
 )

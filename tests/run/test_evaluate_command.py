@@ -183,6 +183,38 @@ def test_a_folder_without_a_run_is_refused(capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+  'text',
+  [
+    '{',
+    '[]',
+    '{"model": 3}',
+    '{"evaluation": {"batch_size": 0}}',
+    '{"evaluation": {"batch_size": "many"}}',
+    '{"partition": [9]}',
+    '\x00',
+  ],
+)
+def test_a_damaged_config_is_named(text, finished, capsys, tmp_path):
+  (tmp_path / 'model').symlink_to(finished[0] / 'model')
+  (tmp_path / 'config.json').write_text(text)
+  code, _, err = command(capsys, tmp_path, f'--out={tmp_path}/out')
+  (line,) = err.splitlines()
+  assert code == 2
+  assert str(tmp_path / 'config.json') in line
+  assert trained.network(tmp_path)  # Which needs no config.
+
+
+def test_a_set_without_images_of_the_classes_is_refused(
+  finished, capsys, tmp_path
+):
+  (tmp_path / 'data').mkdir()
+  words = (f'--data={tmp_path}/data', f'--out={tmp_path}/out')
+  code, _, err = command(capsys, finished[0], *words)
+  assert (code, len(err.splitlines())) == (2, 1)
+  assert 'has no image of the classes 0, 1, 2, 3, 4, ...' in err
+
+
 def test_the_config_of_an_older_run_lacks_nothing(finished):
   run = trained.load(finished[0])
   assert run.config.num_workers == 4

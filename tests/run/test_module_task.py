@@ -24,6 +24,7 @@ from resist_jax.run import (
   evaluate_command,
   export,
   export_command,
+  module_task,
   predict_command,
   train,
 )
@@ -317,7 +318,8 @@ def test_images_come_augmented_and_normalised(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ('fields', 'words'),
   [
-    ({'model.module': 'own_netwrok'}, 'cannot be imported'),
+    ({'model.module': 'own_netwrok'}, 'cannot be imported.*folder that holds'),
+    ({'model.module': './own_network.py'}, 'imports it, such as own_network'),
     ({'model.module': 'covering'}, 'defines no function network'),
     ({'partition_strided': True}, 'ResNets alone'),
     ({'evaluation.stream_blocks': True}, 'ResNets alone'),
@@ -337,13 +339,44 @@ def test_a_mistake_of_the_card_is_told_in_one_line(fields, words, tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+def net(init):
+  return module_task.Network(init, ('blocks',))
+
+
+def seed_of_int(seed):
+  return {'blocks': jnp.zeros((4, 2), jnp.int32)}
+
+
 @pytest.mark.parametrize(
   ('name', 'value', 'words'),
   [
     ('network', lambda _: {'blocks': 1}, 'returned dict'),
     ('network', lambda c: c.model.options.depth, 'network.* failed .*depth'),
-    ('loss', lambda _: lambda *_: 3.0, 'does not fit together'),
-    ('loss', lambda _: None, 'does not fit together'),
+    ('network', lambda _: net(lambda seed: {}), "chains names 'blocks'"),
+    ('network', lambda _: net(lambda seed: [1]), 'params is a list'),
+    (
+      'network',
+      lambda _: net(lambda: {}),
+      'network.config.*takes 0 positional',
+    ),
+    ('network', lambda _: net(seed_of_int), r"params\['blocks'\] is int32"),
+    ('network', lambda _: net(sys.exit), 'network.config.* SystemExit: 0'),
+    ('loss', lambda _: lambda *_: 3.0, 'must return the pair'),
+    ('loss', lambda _: lambda *_: (jnp.ones(3), {}), 'take the mean'),
+    ('loss', lambda _: lambda *_: (jnp.ones(()), {'loss': 1}), 'rounds use'),
+    (
+      'loss',
+      lambda _: lambda *_: (jnp.ones(()), {'perplexity': jnp.ones(())}),
+      'a name that tests use',
+    ),
+    ('loss', lambda _: None, 'not callable'),
+    (
+      'loss',
+      lambda _: lambda p, h, b, key: (jax.random.normal(key), {}),
+      'in a test, where its key is None',
+    ),
+    ('optimizer', lambda *_: None, 'optimizer.* returned NoneType'),
+    ('optimizer', lambda _: optax.sgd(1.0), 'optimizer.*takes 1 positional'),
     ('data', lambda _: [1, 2], 'returned list'),
     ('data', lambda _: own_network.from_tables({}, {'test': {}}), 'rows?'),
   ],
@@ -352,11 +385,19 @@ def test_a_mistake_of_the_module_is_told_in_one_line(
   name, value, words, tmp_path, monkeypatch
 ):
   value.__name__ = name
-  monkeypatch.setattr(own_network, name, value)
+  monkeypatch.setattr(own_network, name, value, raising=False)
   with pytest.raises(ConfigError, match=words) as told:
     train.train(config(), tmp_path / 'run')
   assert '\n' not in str(told.value)
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_module_that_cannot_be_read_is_not_elsewhere(tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(tmp_path)
+  for name, text in (('broken', 'def f(:'), ('ends', 'import sys; sys.exit()')):
+    (tmp_path / f'{name}.py').write_text(text)
+    with pytest.raises(ConfigError, match=r'cannot be imported .*: mend it'):
+      module_task.load(name)
 
 
 CARD = """
@@ -388,6 +429,9 @@ def test_the_command_line_trains_it_and_refuses_a_wrong_name(tmp_path):
   wrong = start('--workdir=wrong', '--config.model.module=mein')
   assert wrong.returncode == 2
   assert wrong.stderr.startswith('error: model.module is')
+  option = start('--workdir=wrong', '--config.model.options.widht=4')
+  assert option.returncode == 2
+  assert 'Did you mean model.options.width? The card sets b' in option.stderr
   assert len(wrong.stderr.splitlines()) == 1
   assert not (tmp_path / 'wrong').exists()
   done = start('--workdir=run', '--config.model.options.width=4')

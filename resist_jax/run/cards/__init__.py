@@ -19,7 +19,7 @@ from typing import Any
 import ml_collections
 
 from resist_jax import folders
-from resist_jax.errors import ConfigError, did_you_mean, one_line
+from resist_jax.errors import FOREIGN, ConfigError, did_you_mean, one_line
 
 FOLDER = pathlib.Path(__file__).parent
 DEFAULT = 'digits'
@@ -68,7 +68,7 @@ def load(card: str) -> ml_collections.ConfigDict:
     else:
       module = _import(path)
     config = module.get_config(*([words] if colon else []))
-  except Exception as error:  # A card is a program: it can raise anything.
+  except FOREIGN as error:  # A card is a program: it can raise anything.
     kind = '' if type(error) is ValueError else f'{type(error).__name__}: '
     text = ' '.join(f'{kind}{error}'.split())
     raise ConfigError(f'--config={card} cannot be loaded: {text}') from error
@@ -96,7 +96,7 @@ def function(name: str) -> Callable[..., Any]:
       module = _import(folders.resolve(place, 'the file'))
     else:
       module = importlib.import_module(place)
-  except Exception as error:
+  except FOREIGN as error:
     raise ConfigError(
       f'{place!r} of {name!r} cannot be imported ({one_line(error)}): name a '
       'module, or the path of a file *.py.'
