@@ -52,13 +52,17 @@ class Lengths:
     return steps * rate**2 <= self.config.local_steps_alpha**2
 
   def _end(self, done: int) -> int:
-    """Returns the last round of the phase in which round `done` lies."""
+    """Returns how many rounds are done at the end of the phase of the next."""
     phases, last = self.config.phases, self.config.num_rounds
     ends = (phases.full_before, last - phases.full_after, last)
-    return min(end for end in ends if end > done)
+    return min((end for end in ends if end > done), default=done)
 
   def of_phase(self, done: int) -> set[int]:
-    """Returns all counts that `at` gives from here to the end of the phase."""
+    """Returns all counts that `at` gives from here to the end of the phase.
+
+    Args:
+      done: How many rounds are done.
+    """
     counts, end = set(), self._end(done)
     while done < end:
       counts.add(self.at(done))

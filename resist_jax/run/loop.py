@@ -41,8 +41,6 @@ class Progress:
 
   Attributes:
     round: Rounds completed.
-    exchanges: Exchanges so far: one a round, or less where several rounds
-      were trained as one.
     bytes_total: Bytes sent so far, by the paper's count.
     wire_bytes_total: Bytes that rounds sent so far from device to device.
     evaluation_wire_bytes_total: Bytes that tests sent so far.
@@ -61,7 +59,6 @@ class Progress:
   """
 
   round: int = 0
-  exchanges: int = 0
   bytes_total: int = 0
   wire_bytes_total: int = 0
   evaluation_wire_bytes_total: int = 0
@@ -136,15 +133,14 @@ class Loop:
   Attributes:
     setup: Setup of the run.
     state: What the workers hold.
-    phase: The phase of the next round, or after the last one that of the last.
-    last: The phase of the last round that was dispatched.
+    phase: The phase of the next round, or after the last one that of the last;
+      its trainer takes as many rounds at once as the round before did.
     progress: What is done.
     test: What tests the global network.
   """
 
   state: State
   phase: Phase
-  last: Phase
 
   def __init__(
     self,
@@ -225,6 +221,10 @@ class Loop:
     # A run that has stopped early stays in the phase of its last round.
     ended = bool(stopping.reason(setup.config, self.progress.best))
     self._enter(restore.start(setup, restored, ended), self.progress.round)
+    if ended or self.progress.round == setup.config.num_rounds:
+      count = self.progress.last.get('rounds', 1)
+      again = restore.at_once(setup, self.phase, self.state, {count})
+      self.phase = again[count]
     if setup.config.evaluation.at_start and not self.progress.round:
       self._test_at_start()
     self._log.begin()
@@ -233,9 +233,7 @@ class Loop:
   def _enter(self, begun: tuple[Phase, State], done: int) -> None:
     """Goes on with a phase, for which `done` rounds are done."""
     self.phase, self.state = begun
-    self.last, counts = self.phase, set()
-    if done < self.setup.config.num_rounds:
-      counts = self._lengths.of_phase(done)
+    counts = self._lengths.of_phase(done)
     self._at_once = restore.at_once(self.setup, self.phase, self.state, counts)
 
   def _dispatch(self, index: int, count: int) -> None:
@@ -251,15 +249,15 @@ class Loop:
     self._clock.start()
     before = assignments_on_host(self.state)
     batches = data.of_rounds(self.setup.pipeline, index, count)
-    self.last = self._at_once[count]
-    self.state, measured = self.last.trainer.round(self.state, batches)
+    self.phase = self._at_once[count]
+    self.state, measured = self.phase.trainer.round(self.state, batches)
     # An accelerator runs this round while that before is read and logged.
     if self._running:
       self._read(ahead=True)
       self._write()
     after = assignments_on_host(self.state)
     done = index + count
-    self._running = _Dispatched(done, self.last, before, after, measured)
+    self._running = _Dispatched(done, self.phase, before, after, measured)
     # Where the host dispatches steps, it has waited for them: the clock is read
     # now, or the time of the next round would count for this one.
     self._waits = 'seconds_local' in measured or self._callbacks.read_state
@@ -438,7 +436,6 @@ def _noted(
   return dataclasses.replace(
     progress,
     round=done,
-    exchanges=progress.exchanges + 1,
     bytes_total=row['bytes_total'],
     wire_bytes_total=row['wire_bytes_total'],
     images_total=progress.images_total + images,

@@ -1,6 +1,5 @@
 """How a run gets its state: anew, from a checkpoint, or between phases."""
 
-from collections.abc import Iterable
 import dataclasses
 
 from resist_jax import data
@@ -73,7 +72,7 @@ def _hand_out(
 
 
 def at_once(
-  setup: Setup, phase: Phase, state: State, counts: Iterable[int]
+  setup: Setup, phase: Phase, state: State, counts: set[int]
 ) -> dict[int, Phase]:
   """Prepares rounds that are trained as one.
 
@@ -87,7 +86,7 @@ def at_once(
     The phase with so many rounds as one, compiled, by their number.
   """
   found = {1: phase}
-  for count in {*counts} - {1}:
+  for count in counts - {1}:
     longer = phase.at_once(count)
     if longer.trainer.programs is None:
       longer = _compiled(setup, longer, state, count)

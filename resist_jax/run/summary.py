@@ -53,7 +53,6 @@ def summarise(
     'num_devices': devices.size,
     'devices_per_worker': config.devices_per_worker,
     'rounds': progress['round'],
-    'exchanges': progress['exchanges'],
     'local_steps': config.local_steps,
     **measures,
     **({'best_test_accuracy_paper': best} if best else {}),

@@ -108,7 +108,7 @@ def _train_in(
     params = assemble(state).params
     setup.task.save(folder, state, params, scales, loop.test)
     progress = dataclasses.asdict(loop.progress)
-    summary = summarise(setup, loop.last, params, progress, int(state.draw))
+    summary = summarise(setup, loop.phase, params, progress, int(state.draw))
     if jax.process_index() == 0:
       workdir_lib.write_json(folder / 'summary.json', summary)
       report.write_report([folder], folder)

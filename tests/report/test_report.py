@@ -326,6 +326,8 @@ ABSURD = [
   {'round': 10**12},
   {'round': True},
   {'round': None},
+  {'rounds': 9},
+  {'rounds': '1'},
   {'slots': None},
   {'slots': []},
   {'slots': {'c': []}},
