@@ -184,7 +184,7 @@ def _check_module(config) -> None:
   """Whether a chain has enough blocks is found when data are there."""
   for field, off in (
     ('partition_strided', False), ('evaluation.stream_blocks', False),
-    ('label_smoothing', 0.0),
+    ('label_smoothing', 0.0), ('model.gates', False),
   ):  # fmt: skip
     value = value_of(config, field)
     if value != off:

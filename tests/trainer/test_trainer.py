@@ -1,6 +1,7 @@
 """A Trainer of somebody's network is Algorithm 1, with any optax optimiser."""
 
 import dataclasses
+import json
 import operator
 
 from covering import checkerboard
@@ -11,6 +12,7 @@ import optax
 import pytest
 
 import resist_jax as resist
+from resist_jax.rounds import storage
 from resist_jax.rounds.state import assignments_on_host
 
 L, T, B, WIDTH = 5, 3, 4, 6
@@ -309,6 +311,28 @@ def test_a_restored_training_repeats_to_the_bit(fields, tmp_path):
     state, _ = trainer.round(state, batches(r, 4))
   jax.tree.map(np.testing.assert_array_equal, trainer.params(state), want)
   assert len(list(tmp_path.iterdir())) == 2  # The newest, and what names it.
+
+
+def test_the_state_of_an_older_version_is_restored(tmp_path):
+  """It knows no average, and its rounds number its assignments."""
+  trainer = make(optax.sgd(RATE))
+  state, _ = trainer.round(trainer.init(network()), batches(0, 4))
+  trainer.save(tmp_path, state)
+  folder = tmp_path / 'round_1'
+  (path,) = [
+    path
+    for path in folder.rglob('*')
+    if path.is_file() and b'"draw"' in path.read_bytes()
+  ]
+  metadata = json.loads(path.read_text())
+  for name in ('draw', 'average'):
+    del metadata['custom_metadata'][name]
+  path.write_text(json.dumps(metadata))
+  storage.point_to(tmp_path / 'state.txt', folder)
+  restored = trainer.restore(tmp_path)
+  assert restored.draw == 1
+  ends = [trainer.round(x, batches(1, 4))[0] for x in (restored, state)]
+  jax.tree.map(np.testing.assert_array_equal, *map(trainer.params, ends))
 
 
 def test_other_workers_and_exchanges_continue_from_the_same_network(tmp_path):
