@@ -304,7 +304,7 @@ def _window(rows: Rows) -> tuple[Rows, str]:
     begin = first_cut - 5
   end = min(last, begin + MAX_ROUNDS - 1)
   # No worker is known to have trained in a round without a record.
-  by_round = {r: {'round': r} for r in range(begin, end + 1)}
+  by_round: dict[int, Any] = {r: {'round': r} for r in range(begin, end + 1)}
   for start, row in numbered:
     drawn = range(max(start, begin), min(row['round'], end) + 1)
     by_round.update(dict.fromkeys(drawn, row))

@@ -210,9 +210,9 @@ def _safetensors(model: Predictor | Parameters, path: pathlib.Path) -> None:
       'gate': model.network.gate,
     }
   arrays = {
-    jax.tree_util.keystr(
-      place, simple=True, separator='/'
-    ): np.ascontiguousarray(leaf)
+    jax.tree_util.keystr(place, simple=True, separator='/'): np.asarray(
+      leaf, order='C'
+    )
     for place, leaf in jax.tree.leaves_with_path(tree)
   }
   metadata = {name: json.dumps(value) for name, value in record.items()}

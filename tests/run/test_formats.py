@@ -85,14 +85,14 @@ def images(count):
     'group norm',
     'norm last',
     'heads cut',
-    'gates, norm last',
+    'gates',
     *(
       pytest.param(kind, marks=pytest.mark.slow)
       for kind in (
         'bottleneck',
         'norm last, group',
         'heads cut, norm last',
-        'gates',
+        'gates, norm last',
       )
     ),
   ]
