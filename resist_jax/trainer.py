@@ -322,8 +322,7 @@ class Trainer:
       The trainer. Where the host dispatches steps, it shares the programs of
       this one if they are compiled.
     """
-    programs = self.programs and self.programs.at_once(count)
-    return dataclasses.replace(self, rounds_at_once=count, programs=programs)
+    return _at_once(self, count)
 
   def whole(self, state: State) -> Whole:
     """Returns the global network, and the optimiser's state if carried.
@@ -476,6 +475,17 @@ def _on_devices(trainer: Trainer) -> PyTree:
     return None
   everywhere = NamedSharding(trainer.devices, REPLICATED)
   return place(trainer.constants, everywhere)
+
+
+@lru_cache(maxsize=8)
+def _at_once(trainer: Trainer, count: int) -> Trainer:
+  """Makes one trainer for each number, so that its rounds compile once."""
+  return dataclasses.replace(
+    trainer,
+    rounds_at_once=count,
+    programs=trainer.programs and trainer.programs.at_once(count),
+    constants=_on_devices(trainer),
+  )
 
 
 @lru_cache(maxsize=8)

@@ -72,12 +72,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize('case', rest_is_slow(list(CASES), ['replicas']))
+@pytest.mark.slow
+@pytest.mark.parametrize('case', list(CASES))
 def test_they_equal_a_plain_loop_and_the_rate_goes_on(case):
   optimizer = OPTIMISERS['sgd']
   trainer = make(optimizer(0), **CASES[case])
   state, held, _ = run(trainer)
-  assert (int(state.round), int(state.draw)) == (4, 3)
   assert_close(trainer.params(state), plain_loop(optimizer, held, 4))
 
 
@@ -126,8 +126,10 @@ def test_compiled_programs_serve_all_lengths():
   compiled = trainer.compile(state, batches(0, 4))
   assert compiled.at_once(4).programs.programs is compiled.programs.programs
   state, held, _ = run(compiled, state=state)
+  assert (int(state.round), int(state.draw)) == (4, 3)
   want = plain_loop(OPTIMISERS['sgd'], held, 4)
   assert_close(compiled.params(state), want)
+  assert trainer.at_once(2) is trainer.at_once(2)
   whole = make(OPTIMISERS['sgd'](0), devices=1, on_device=True)
   compiled = whole.compile(whole.init(network()), batches(0, 4))
   assert compiled.at_once(4).programs is None

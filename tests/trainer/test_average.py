@@ -55,9 +55,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-  'case', rest_is_slow(list(CASES), ['replicas', 'psum'])
-)
+@pytest.mark.parametrize('case', rest_is_slow(list(CASES), ['replicas']))
 def test_it_is_the_weighted_mean_of_the_rounds(case):
   trainer = make(average=DECAY, **CASES[case])
   state, networks = run(trainer, 4)
@@ -76,7 +74,8 @@ def test_small_steps_last_in_an_average_of_small_numbers():
   assert trainer.averaged(state)['out'].dtype == jax.numpy.bfloat16
 
 
-@pytest.mark.parametrize('carry', rest_is_slow([False, True], [True]))
+@pytest.mark.slow
+@pytest.mark.parametrize('carry', [False, True])
 def test_a_restored_training_repeats_to_the_bit(carry, tmp_path):
   fields = {'average': DECAY, 'min_depth': 2, 'carry': carry}
   want = make(OPTIMISERS['adam'](0), **fields)
@@ -91,6 +90,7 @@ def test_a_restored_training_repeats_to_the_bit(carry, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+@pytest.mark.slow
 def test_other_workers_continue_with_the_same_average(tmp_path):
   trainer = make(average=DECAY, min_depth=2)
   state, networks = run(trainer, 2)
@@ -115,7 +115,7 @@ AVERAGED = {
 
 
 @pytest.mark.parametrize(
-  'form', rest_is_slow(list(AVERAGED), ['carried psum', 'outer replicas'])
+  'form', rest_is_slow(list(AVERAGED), ['outer replicas'])
 )
 def test_bytes_are_those_of_the_compiled_program(form):
   fields, devices = AVERAGED[form]
