@@ -121,11 +121,12 @@ class Experiment:
     return {name: figure for name, figure in drawn.items() if figure}
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], form: str = '.1f') -> str:
   """Formats the mean and, for several values, the standard deviation.
 
   Args:
     values: One value for each seed.
+    form: How the mean is written.
 
   Returns:
     Text, empty without values.
@@ -135,7 +136,7 @@ def spread(values: Sequence[float]) -> str:
   """
   if not values:
     return ''
-  mean = f'{statistics.mean(values):.1f}'
+  mean = f'{statistics.mean(values):{form}}'
   if len(values) == 1:
     return mean
   return f'{mean} ± {statistics.stdev(values):.1f}'

@@ -21,10 +21,10 @@ from resist_jax.run import cards, train, workdir
 RESULTS = pathlib.Path(__file__).parent / 'results'
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
 # The fields of a round that a result file keeps.
-CURVE = ('round', 'protocol', 'train_loss', 'train_accuracy', 'test_accuracy',
-         'test_accuracy_paper', 'seconds_training', 'bytes_total',
-         'wire_bytes_total', 'slots', 'num_blocks', 'update_norms',
-         'left_out')  # fmt: skip
+CURVE = ('round', 'rounds', 'protocol', 'train_loss', 'train_accuracy',
+         'test_accuracy', 'test_accuracy_paper', 'test_accuracy_unaveraged',
+         'seconds_training', 'bytes_total', 'wire_bytes_total',
+         'slots', 'num_blocks', 'update_norms', 'left_out')  # fmt: skip
 
 
 def load_card(

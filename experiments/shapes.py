@@ -13,6 +13,7 @@ from resist_jax import accounting
 from resist_jax.decomposition import Assignment, split
 from resist_jax.exchange import collectives, participation
 from resist_jax.rounds import Protocol, State
+from resist_jax.rounds.average import first
 from resist_jax.rounds.mesh import REPLICATED, SHARDED
 from resist_jax.rounds.moments import Parts, take_apart
 
@@ -70,10 +71,12 @@ def state(
       for k in [protocol.slots_per_worker(name)]
     }
 
-  def hand_out_parts(wanted, optimizer):
-    if not wanted:
+  def state_of(optimizer):
+    return take_apart(optimizer, jax.eval_shape(optimizer.init, params))
+
+  def hand_out_parts(parts):
+    if parts is None:
       return None
-    parts = take_apart(optimizer, jax.eval_shape(optimizer.init, params))
     moments = [hand_out(moment) for moment in parts.moments]
     return Parts(
       [dict(zip(('shared', 'chain'), m, strict=True)) for m in moments],
@@ -81,6 +84,9 @@ def state(
     )
 
   shared, chain = hand_out(params)
+  carried = state_of(optimizer) if protocol.carry else None
+  outer = state_of(protocol.outer) if protocol.outer else None
+  average = jax.eval_shape(first, params) if protocol.average else None
   error = norms = None
   if protocol.keeps_error:
     size = accounting.measure(split(params, protocol.num_blocks)[0], []).total
@@ -96,8 +102,9 @@ def state(
     on_mesh(dict(assignments), mesh),
     np.int32(0),
     dict(protocol.num_blocks),
-    on_mesh(hand_out_parts(protocol.carry, optimizer), mesh, SHARDED),
+    on_mesh(hand_out_parts(carried), mesh, SHARDED),
     on_mesh(error, mesh, SHARDED),
     norms,
-    on_mesh(hand_out_parts(protocol.outer, protocol.outer), mesh, SHARDED),
+    on_mesh(hand_out_parts(outer), mesh, SHARDED),
+    on_mesh(hand_out_parts(average), mesh, SHARDED),
   )

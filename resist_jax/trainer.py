@@ -93,6 +93,13 @@ class Trainer:
       its gradient, such as `optax.sgd(0.7, momentum=0.9, nesterov=True)`; its
       state stays with the block and is carried. None takes the mean itself (the
       paper).
+    average: Decay of an average of the network over rounds, such as 0.9, see
+      `averaged`; 0 for none.
+    rounds_at_once: How many rounds are trained as one, without the exchanges
+      between them; see `at_once`.
+    shared_every: Local steps between exchanges of all that is not cut, a
+      divisor of T; its moments stay with the workers meanwhile. 0 for one
+      exchange a round, with the blocks.
     on_device: See `rounds.make_round`.
     programs: Set by `compile`.
 
@@ -134,6 +141,9 @@ class Trainer:
   loss_factor: float = 0.0
   update_factor: float = 10.0
   outer: optax.GradientTransformation | None = None
+  average: float = 0.0
+  rounds_at_once: int = 1
+  shared_every: int = 0
   on_device: bool | None = None
   programs: Round | None = dataclasses.field(default=None, repr=False)
 
@@ -186,6 +196,9 @@ class Trainer:
       self.loss_factor,
       self.update_factor,
       self.outer,
+      self.average,
+      self.rounds_at_once,
+      self.shared_every,
     )
     protocol.check()
     return protocol
@@ -254,7 +267,7 @@ class Trainer:
     """
     streamed = isinstance(batches, Iterator)
     if streamed:
-      batches = _exactly(batches, self.local_steps)
+      batches = _exactly(batches, self._steps)
       first = next(batches)
       batches = itertools.chain([first], batches)
       run = self.programs or self._round(state, first, streamed)
@@ -283,12 +296,33 @@ class Trainer:
     _check_state(self, state)
     S = self.num_workers
     here = len(workers_here(self.devices, S)) if streamed else S
-    checks.check_batch(batch, here, None if streamed else self.local_steps)
+    checks.check_batch(batch, here, None if streamed else self._steps)
     held = (state.shared, state.chain)
     leaves, structure = jax.tree.flatten((held, batch))
     shapes = tuple((x.shape, jnp.dtype(x.dtype)) for x in leaves)
     lengths = tuple((k, int(n)) for k, n in state.num_blocks.items())
     return _make_round(self, structure, shapes, lengths, streamed)
+
+  @property
+  def _steps(self) -> int:
+    return self.local_steps * self.rounds_at_once
+
+  def at_once(self, count: int) -> 'Trainer':
+    """Returns a trainer of so many rounds as one.
+
+    Its `round` takes the batches of all of them, `[S, count * T, ...]`, and
+    leaves out the exchanges between them. The rounds that are done grow by
+    `count`, so schedules go on as if the rounds had been apart. Both trainers
+    take each other's states.
+
+    Args:
+      count: How many rounds.
+
+    Returns:
+      The trainer. Where the host dispatches steps, it shares the programs of
+      this one if they are compiled.
+    """
+    return _at_once(self, count)
 
   def whole(self, state: State) -> Whole:
     """Returns the global network, and the optimiser's state if carried.
@@ -311,6 +345,26 @@ class Trainer:
       Global parameters, NumPy arrays, shaped as `init` took them.
     """
     return assemble(state).params
+
+  def averaged(self, state: State) -> dict[str, PyTree]:
+    """Returns the average of the global network over rounds.
+
+    Args:
+      state: A state of a trainer with `average`.
+
+    Returns:
+      As `params`. Each round counts `average` times as much as the one after
+      it.
+
+    Raises:
+      ValueError: If the state holds no average.
+    """
+    if state.average is None:
+      raise ValueError(
+        'the state holds no average over rounds: use a Trainer with average, '
+        'such as average=0.9.'
+      )
+    return assemble(states.averaged(state)).params
 
   def bytes_per_round(self, state: State) -> int:
     """Predicts the bytes that all devices together send in a round.
@@ -391,10 +445,10 @@ class Trainer:
     Returns:
       The state.
     """
-    done = int(stored.state.round)
+    done, draw = int(stored.state.round), int(stored.state.draw)
     protocol = self._protocol(stored.state.num_blocks)
     if tuple(protocol.num_blocks) == tuple(self.chains):
-      assignments = protocol.assign(self.seed, done)
+      assignments = protocol.assign(self.seed, draw)
       state = storage.as_state(stored, protocol, self.devices, assignments)
       if state is not None:
         return state
@@ -421,6 +475,17 @@ def _on_devices(trainer: Trainer) -> PyTree:
     return None
   everywhere = NamedSharding(trainer.devices, REPLICATED)
   return place(trainer.constants, everywhere)
+
+
+@lru_cache(maxsize=8)
+def _at_once(trainer: Trainer, count: int) -> Trainer:
+  """Makes one trainer for each number, so that its rounds compile once."""
+  return dataclasses.replace(
+    trainer,
+    rounds_at_once=count,
+    programs=trainer.programs and trainer.programs.at_once(count),
+    constants=_on_devices(trainer),
+  )
 
 
 @lru_cache(maxsize=8)
@@ -501,7 +566,7 @@ def _check_types(trainer: Trainer) -> None:
       f'min_depth is {trainer.min_depth!r}; it must be a whole number, or one '
       'for each chain.'
     )
-  for name in ('loss_factor', 'update_factor'):
+  for name in ('loss_factor', 'update_factor', 'average'):
     value = getattr(trainer, name)
     if not isinstance(value, int | float | np.number):
       raise ValueError(f'{name} is {value!r}; it must be a number.')
@@ -531,7 +596,7 @@ def _check_fields(trainer: Trainer) -> None:
       f'exchange is {trainer.exchange!r}; it must be a value such as '
       'exchange.hand_over() or exchange.masked_psum(wire_format="int8").'
     )
-  for name in ('num_workers', 'local_steps'):
+  for name in ('num_workers', 'local_steps', 'rounds_at_once'):
     value = getattr(trainer, name)
     if not isinstance(value, int | np.integer) or value < 1:
       raise ValueError(
@@ -563,10 +628,41 @@ def _check_fields(trainer: Trainer) -> None:
         'outer takes small changes of the parameters, which a wire format with '
         'fewer bits would round away: use wire_format float32.'
       )
+  if not 0 <= trainer.average < 1:
+    raise ValueError(
+      f'average is {trainer.average}; it must be at least 0 and less than 1, '
+      'such as 0.9.'
+    )
+  if trainer.average and trainer.chains and not trainer.exchange.format.exact:
+    raise ValueError(
+      'average takes small steps in blocks that move, which a wire format with '
+      'fewer bits would round away: use wire_format float32.'
+    )
+  if trainer.shared_every:
+    _check_shared_every(trainer)
   if trainer.average_gradients and trainer.exchange.format.feedback:
     raise ValueError(
       'wire_format int8 sends changes between rounds, and average_gradients '
       'has none: use bfloat16 or float32.'
+    )
+
+
+def _check_shared_every(trainer: Trainer) -> None:
+  every, steps = trainer.shared_every, trainer.local_steps
+  if not isinstance(every, int | np.integer) or every < 1 or steps % every:
+    raise ValueError(
+      f'shared_every is {every!r}; it must be a divisor of local_steps, '
+      f'{steps}, or 0.'
+    )
+  if not trainer.chains:
+    raise ValueError(
+      f'shared_every is {every}, but chains cuts nothing, so everything is '
+      'shared: set it to 0, and lower local_steps instead.'
+    )
+  if not trainer.exchange.format.exact:
+    raise ValueError(
+      f'shared_every is {every}, which sends values, and a wire format with '
+      'fewer bits sends changes: use wire_format float32, or set it to 0.'
     )
 
 
@@ -583,6 +679,7 @@ def _check_state(trainer: Trainer, state: State) -> None:
     'num_workers': (max(workers, default=None), trainer.num_workers),
     'carry': (state.carried is not None, trainer.carry),
     'outer': (state.outer is not None, trainer.outer is not None),
+    'average': (state.average is not None, bool(trainer.average)),
   }
   for name, (theirs, ours) in differ.items():
     if theirs != ours:

@@ -18,23 +18,21 @@ def train_and_compare(config, workdir):
   """
   summarise, ended = train.summarise, []
 
-  def keep_and_summarise(setup, phase, *args):
-    ended.append(phase)
-    return summarise(setup, phase, *args)
+  def keep_and_summarise(setup, phase, params, progress, draw):
+    ended.extend((phase, draw))
+    return summarise(setup, phase, params, progress, draw)
 
   with mock.patch.object(train, 'summarise', keep_and_summarise):
     summary = train.train(config, str(workdir))
-  (phase,) = ended
-  assert_predicted_bytes_are_compiled(summary, phase, config.seed)
+  assert_predicted_bytes_are_compiled(summary, *ended, config.seed)
   return summary
 
 
-def assert_predicted_bytes_are_compiled(summary, phase, seed):
+def assert_predicted_bytes_are_compiled(summary, phase, draw, seed):
   """Compares bytes between workers, and those inside groups of devices."""
   programs, protocol = phase.trainer.programs, phase.protocol
-  last = summary['rounds'] - 1
-  before = protocol.assign(seed, last)
-  after = protocol.assign(seed, last + 1, before)
+  before = protocol.assign(seed, draw - 1)
+  after = protocol.assign(seed, draw, before)
   moves = {name: (before[name], after[name]) for name in before}
   branches = accounting.branches(protocol, moves)
   predicted = summary['wire_bytes_last_round']
@@ -44,5 +42,5 @@ def assert_predicted_bytes_are_compiled(summary, phase, seed):
   assert (sent > 0) == (summary['num_devices'] > programs.group_size)
   inside = accounting.compiled_wire_bytes(programs, branches, inside=True)
   step = summary['group_bytes_per_step']['predicted']
-  assert step * protocol.local_steps == inside
+  assert step * protocol.steps == inside
   assert (inside > 0) == (programs.group_size > 1)

@@ -7,6 +7,7 @@ from resist_jax.accounting import hlo
 from resist_jax.accounting.traffic import (
   BYTES_PER_NUMBER,
   Sizes,
+  num_moments,
   params_per_worker,
 )
 from resist_jax.exchange import collectives
@@ -32,9 +33,10 @@ def predicted_memory(
   Returns:
     Bytes: `parameters` of the sub-networks; `optimizer`, one moment of them;
     `gradients` of one step; `exchange`, what is kept besides: the shared part
-    as last agreed, what rounding removed, and the blocks as last agreed where
-    workers may be excluded; and `activations`, of one worker, because the
-    workers of a device take turns.
+    as last agreed, what rounding removed, the blocks as last agreed where
+    workers may be excluded, the state of the outer optimiser, and the average
+    over rounds; and `activations`, of one worker, because the workers of a
+    device take turns.
   """
   S = protocol.num_workers
   params = BYTES_PER_NUMBER * params_per_worker(sizes, protocol)
@@ -45,6 +47,10 @@ def predicted_memory(
   if protocol.keeps_error:
     shapes = collectives.error_shapes(sizes.shared, S)
     kept += BYTES_PER_NUMBER * sum(shape[1] for shape in shapes.values())
+  if protocol.outer is not None:
+    kept += num_moments(protocol.outer) * params
+  if protocol.average:
+    kept += params
   held = {
     'parameters': params,
     'optimizer': params,
@@ -101,8 +107,14 @@ def compiled_wire_bytes(
   Returns:
     Bytes that all devices together send.
   """
+  times = {
+    'begin': 1,
+    'share': run.protocol.num_shared,
+    'finish': 1,
+    'round': 1,
+  }
   return sum(
-    (run.protocol.local_steps if name.startswith('step') else 1)
+    times.get(name, run.protocol.steps)
     * hlo.wire_bytes(program.as_text(), branches, run.group_size, inside)
     for name, program in run.programs.items()
   )

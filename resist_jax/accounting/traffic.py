@@ -11,6 +11,8 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
+import optax
 
 from resist_jax.decomposition import (
   Assignment,
@@ -20,6 +22,7 @@ from resist_jax.decomposition import (
 )
 from resist_jax.exchange import BYTES_PER_NUMBER, Load, all_reduce_bytes
 from resist_jax.rounds import Protocol
+from resist_jax.rounds.moments import take_apart
 
 PyTree = Any
 # The assignments before and after a round, by chain.
@@ -121,9 +124,12 @@ def paper_bytes(
     Bytes of float32 numbers, whatever the wire format.
   """
   if protocol.average_gradients:
-    return round_trip_bytes(sizes, protocol) * protocol.local_steps
+    return round_trip_bytes(sizes, protocol) * protocol.steps
   parts = _parts(sizes, protocol, moments)
-  return sum(round_trip_bytes(part, protocol) for part in parts)
+  shared = 2 * BYTES_PER_NUMBER * protocol.num_workers * sizes.shared
+  return protocol.num_shared * shared + sum(
+    round_trip_bytes(part, protocol) for part in parts
+  )
 
 
 def _parts(sizes, protocol, moments) -> list[Sizes]:
@@ -195,7 +201,8 @@ def wire_bytes(
       all assignments.
     devices_per_worker: G; in a group, each device sends its own copy.
     moments: See `paper_bytes`.
-    outer: Sizes of each moment of the outer optimiser; None as for `moments`.
+    outer: Sizes of each moment of the outer optimiser; None for moments of the
+      parameters' size, as many as it keeps.
 
   Returns:
     Bytes that all devices together send.
@@ -208,9 +215,10 @@ def wire_bytes(
   if protocol.average_gradients:
     step = all_reduce_bytes(sizes.total, S, D, form.values) + losses
     end = judging if protocol.judges_updates else 0
-    return devices_per_worker * (protocol.local_steps * step + end)
+    return devices_per_worker * (protocol.steps * step + end)
   parts = _parts(sizes, protocol, moments)
-  total: float = judging
+  shared = all_reduce_bytes(sizes.shared, S, D) + judging
+  total: float = judging + protocol.num_shared * shared
   for i, part in enumerate(parts):
     encoding = form.values if i else form.changes
     total += all_reduce_bytes(part.shared, S, D, encoding)
@@ -224,8 +232,28 @@ def wire_bytes(
     if protocol.outer is None:
       total += protocol.exchange.bytes(load, D, *pair)
     else:
-      total += _outer_bytes(protocol, load, name, D, pair, outer or [sizes])
+      kept = [sizes] * num_moments(protocol.outer) if outer is None else outer
+      total += _outer_bytes(protocol, load, name, D, pair, kept)
+    if protocol.average:
+      total += _average_bytes(protocol, load, D, pair)
   return devices_per_worker * total
+
+
+def _average_bytes(protocol, load, num_devices, pair) -> float:
+  """Returns the bytes of moving the averages of a chain's blocks."""
+  moving = load._replace(block_sizes=load.block_sizes[:1], excludes=False)
+  sent = protocol.exchange.bytes(moving, num_devices, *pair)
+  if protocol.outer is None and protocol.exclude_faulty:
+    return sent
+  # What is sent besides the blocks was sent before, and XLA sends it once.
+  besides = moving._replace(block_sizes=())
+  return sent - protocol.exchange.bytes(besides, num_devices, *pair)
+
+
+def num_moments(optimizer: optax.GradientTransformation) -> int:
+  """Returns how many numbers an optimiser keeps for each parameter."""
+  state = optimizer.init(np.float32(0))
+  return len(take_apart(optimizer, state).moments)
 
 
 def _outer_bytes(protocol, load, name, num_devices, pair, outer) -> float:

@@ -15,7 +15,14 @@ from resist_jax.data.folder_source import listed as listed_files
 from resist_jax.data.folder_source import read as read_files
 from resist_jax.data.given import from_arrays, from_source
 from resist_jax.data.held_out import hold_out, sample
-from resist_jax.data.pipeline import Resident, Stream, as_rows, pick
+from resist_jax.data.pipeline import (
+  Resident,
+  Stream,
+  as_rows,
+  of_rounds,
+  pick,
+  shapes_of_rounds,
+)
 from resist_jax.data.sets import (
   Dataset,
   Split,
@@ -53,8 +60,10 @@ __all__ = [
   'load',
   'load_test',
   'normalise',
+  'of_rounds',
   'pick',
   'read_files',
   'sample',
+  'shapes_of_rounds',
   'test_key',
 ]

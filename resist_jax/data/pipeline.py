@@ -6,6 +6,7 @@ in the batch), so a resumed run trains on the same pixels.
 
 from collections.abc import Callable, Iterator
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -62,6 +63,33 @@ def pick(
   images = rows[which].reshape(-1, *image_shape)
   mirrored = (numbers < 0)[:, None, None, None]
   return jnp.where(mirrored, images[:, :, ::-1], images), labels[which]
+
+
+def of_rounds(pipeline: 'Resident | Stream', first: int, count: int) -> Any:
+  """Returns the batches of some rounds that are trained as one.
+
+  Args:
+    pipeline: Where rounds get their examples from.
+    first: Number of the first one.
+    count: How many.
+
+  Returns:
+    As `pipeline.batches`, with the steps of all of them.
+  """
+  rounds: list[Any] = [pipeline.batches(r) for r in range(first, first + count)]
+  if count == 1:
+    return rounds[0]
+  if isinstance(pipeline, Stream):
+    return itertools.chain(*rounds)
+  return np.concatenate(rounds, axis=1)
+
+
+def shapes_of_rounds(pipeline: 'Resident | Stream', count: int) -> PyTree:
+  """Returns shapes and dtypes of what `of_rounds` returns."""
+  shapes = pipeline.batch_shapes()
+  if isinstance(pipeline, Stream):
+    return count * shapes
+  return np.concatenate(count * [shapes], axis=1)
 
 
 class Resident:

@@ -8,6 +8,11 @@ round-robin assignment (`slots.sample_slots`), and every host derives the same
 moves from the seed. Where workers are unequal, some have more columns than
 others, and blocks visit a worker in proportion to its depth.
 
+Blocks may also be *spread*: then a column is a part of the chain, such as its
+first S blocks, and a worker owns a block of each part. Each block visits all
+workers equally often in this case, too, but blocks of the same part do not
+meet.
+
 A worker below its depth gets *replicas* for one round: copies of blocks that
 others own. All of this is arithmetic on the host, on block indices.
 """
@@ -74,19 +79,28 @@ class Assigner:
     num_workers: S.
     min_depth: The least number of blocks that a worker runs.
     depths: See `slots.slots_per_worker`.
+    spread: Whether each worker's blocks are spread over the chain. Where S does
+      not divide L, a worker with one block more than others has that one
+      anywhere, so parts are not kept exactly.
 
   Raises:
     ValueError: If some worker would own no block, or would need more replicas
-      than owners can lend.
+      than owners can lend, or if blocks are to be spread over unequal workers.
   """
 
   num_blocks: int
   num_workers: int
   min_depth: int | None = 0
   depths: tuple[int, ...] = ()
+  spread: bool = False
 
   def __post_init__(self):
     L, S = self.num_blocks, self.num_workers
+    if self.spread and len(set(self.depths)) > 1:
+      raise ValueError(
+        f'depths is {self.depths}, but blocks are spread over equal workers '
+        'only: let depths be empty, or deal blocks at random.'
+      )
     if self.min_depth is None:
       raise ValueError(
         'hand_over gives each worker a block of its own, but here a worker may '
@@ -192,7 +206,8 @@ class Assigner:
     """
     C, S = self.num_columns, self.num_workers
     rng = np.random.default_rng([*seed, 0])
-    pack = np.append(rng.permutation(self.num_blocks), self.num_blocks)
+    pack = self._parts(rng) if self.spread else rng.permutation(self.num_blocks)
+    pack = np.append(pack, self.num_blocks)
     owned = pack[np.array(round_robin(self.owned))]
     unmoved = np.tile(np.arange(C), (S, 1)), np.zeros(C, int)
     return self._complete(owned, *unmoved, rng)
@@ -211,12 +226,40 @@ class Assigner:
       The assignment.
     """
     rng = np.random.default_rng([*seed, round_index])
-    # Shuffle each worker's blocks; empty places stay in the last column.
-    rank = np.where(owned < self.num_blocks, rng.random(owned.shape), 2.0)
-    order = rank.argsort(axis=1)
+    if self.spread:
+      order = self._order_by_part(owned, rng)
+    else:
+      # Shuffle each worker's blocks; empty places stay in the last column.
+      rank = np.where(owned < self.num_blocks, rng.random(owned.shape), 2.0)
+      order = rank.argsort(axis=1)
     rings = [len(self.ring(j)) for j in range(self.num_columns)]
     shifts = rng.integers(rings)
     return self._complete(self._move(owned, order, shifts), order, shifts, rng)
+
+  def _parts(self, rng) -> np.ndarray:
+    """Returns the blocks part by part, those of a part shuffled."""
+    L, S = self.num_blocks, self.num_workers
+    # The last part is short. Any block may be in it.
+    short = (rng.integers(L) + np.arange(L % S)) % L
+    others = np.delete(np.arange(L), short).reshape(-1, S)
+    parts = rng.permuted(others, axis=1)
+    return np.append(rng.permutation(parts), rng.permutation(short))
+
+  def _order_by_part(self, owned: np.ndarray, rng) -> np.ndarray:
+    """Returns the columns from which blocks leave: by depth in the chain.
+
+    A worker that owns one block more sends one in the last column, which is
+    that of the same rank for all of them.
+    """
+    full = self.num_blocks // self.num_workers
+    order = owned.argsort(axis=1)
+    if full < self.num_columns:
+      extra, more = rng.integers(full + 1), owned[:, -1] < self.num_blocks
+      last = np.append(np.delete(np.arange(full + 1), extra), extra)
+      order[more] = order[more][:, last]
+    # Replicas are copies from the first columns: let these be any parts.
+    order[:, :full] = order[:, rng.permutation(full)]
+    return order
 
   def at(self, seed: list[int], round_index: int) -> Assignment:
     """Returns the assignment of a round, computed from round 0.

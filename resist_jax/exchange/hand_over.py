@@ -22,7 +22,7 @@ from resist_jax.exchange.interface import Exchange, Load
 PyTree = Any
 
 
-def hand_over(wire_format: str = 'float32') -> Exchange:
+def hand_over(wire_format: str = 'float32', spread: bool = False) -> Exchange:
   """Returns the exchange in which only blocks that change their worker move.
 
   Replicas return, and the owner averages them with its own copy; every column
@@ -31,6 +31,8 @@ def hand_over(wire_format: str = 'float32') -> Exchange:
   Args:
     wire_format: float32 (exact), bfloat16 or int8, in which blocks travel in 16
       bits.
+    spread: Whether each worker gets blocks from all parts of the chain, see
+      `decomposition.Assigner`, instead of any blocks (the paper).
 
   Returns:
     The exchange. It needs a block for every worker.
@@ -41,8 +43,8 @@ def hand_over(wire_format: str = 'float32') -> Exchange:
   form = compression.wire_format(wire_format)
   return Exchange(
     form,
-    check,
-    assign,
+    partial(check, spread=spread),
+    partial(assign, spread=spread),
     partial(exchange, encoding=form.values),
     partial(wire_bytes, encoding=form.values),
     branches,
@@ -50,18 +52,20 @@ def hand_over(wire_format: str = 'float32') -> Exchange:
 
 
 @lru_cache
-def assigner(division: Division) -> Assigner:
+def assigner(division: Division, spread: bool = False) -> Assigner:
   """Returns what assigns the blocks of a chain for this exchange."""
-  return Assigner(*division)
+  return Assigner(*division, spread=spread)
 
 
 def check(
   division: Division,
   before: Assignment | None = None,
   after: Assignment | None = None,
+  *,
+  spread: bool,
 ) -> None:
   """See `Exchange.check`."""
-  assigns = assigner(division)
+  assigns = assigner(division, spread)
   if before is None or after is None:
     return
   if not assigns.follows(before, after):
@@ -76,9 +80,11 @@ def assign(
   seed: list[int],
   round_index: int,
   before: Assignment | None,
+  *,
+  spread: bool,
 ) -> Assignment:
   """See `Exchange.assign`."""
-  assigns = assigner(division)
+  assigns = assigner(division, spread)
   if before is None or before.owned is None:
     return assigns.at(seed, round_index)
   return assigns.following(before.owned, seed, round_index)

@@ -31,6 +31,7 @@ from resist_jax.models.resnet import (
   initial_params,
   rescale_branches,
   stage_of,
+  without_gates,
 )
 
 __all__ = [
@@ -61,4 +62,5 @@ __all__ = [
   'predicted_flops',
   'rescale_branches',
   'stage_of',
+  'without_gates',
 ]

@@ -9,6 +9,7 @@ from typing import Any
 
 from flax import linen as nn
 import jax
+import jax.numpy as jnp
 
 from resist_jax.models.layers import Conv, widen
 
@@ -27,6 +28,7 @@ class _Residual(nn.Module):
       the last is 4 times as wide, instead of two 3x3 convolutions.
     pre_activation: Whether norm and ReLU come before each convolution (He et
       al. 2016) instead of after it (He et al. 2015).
+    gate: Initial value of a learnable factor on the branch; None for none.
   """
 
   features: int
@@ -35,6 +37,7 @@ class _Residual(nn.Module):
   stride: int = 1
   bottleneck: bool = False
   pre_activation: bool = True
+  gate: float | None = None
 
   def _enter(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the input of the branch, and the output of the shortcut."""
@@ -60,6 +63,10 @@ class _Residual(nn.Module):
       elif not self.pre_activation:
         branch = self.norm(name=f'norm{i}')(branch)
         branch = branch if last else nn.relu(branch)
+    if self.gate is not None:
+      start = nn.initializers.constant(self.gate)
+      gate = self.param('gate', start, (), jnp.float32)
+      residual_scale = residual_scale * gate
     out = shortcut + branch * residual_scale.astype(branch.dtype)
     return out if self.pre_activation else nn.relu(out)
 

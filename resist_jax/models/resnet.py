@@ -63,6 +63,8 @@ class ResNet(nn.Module):
       can be partitioned too (first column of the paper's ablation).
     norm_axis: The mesh axis that splits batches, for batch norm; None if none
       does.
+    gate: Initial value of a learnable factor on the residual branch of each
+      block; None for none.
   """
 
   num_classes: int
@@ -77,6 +79,7 @@ class ResNet(nn.Module):
   wide_kernel_gradient: bool = True
   cut_heads: bool = False
   norm_axis: str | None = None
+  gate: float | None = None
 
   @nn.compact
   def __call__(
@@ -215,6 +218,7 @@ class ResNet(nn.Module):
       stride=1 if kind == 'chain' else min(int(stage), 2),
       bottleneck=self.bottleneck,
       pre_activation=self.pre_activation,
+      gate=self.gate,
       name=name,
     )
 
@@ -252,13 +256,40 @@ def rescale_branches(
     New parameters, with which the branches of the named chains compute `factor`
     times their previous output.
   """
-  kind = 'conv' if network.pre_activation else 'norm'
-  last = f'{kind}{3 if network.bottleneck else 2}'
-  params = dict(params)
+  last, params = _last_layer(network), dict(params)
   for chain, factor in factors.items():
     scaled = jax.tree.map(lambda x, f=factor: x * f, params[chain][last])
     params[chain] = {**params[chain], last: scaled}
   return params
+
+
+def _last_layer(network: ResNet) -> str:
+  """Returns the name of the last layer of a residual branch."""
+  kind = 'conv' if network.pre_activation else 'norm'
+  return f'{kind}{3 if network.bottleneck else 2}'
+
+
+def without_gates(params: Mapping[str, Any], network: ResNet) -> dict[str, Any]:
+  """Multiplies each gate into the last layer of its residual branch.
+
+  Args:
+    params: Global parameters by name.
+    network: The network to which the parameters belong.
+
+  Returns:
+    Parameters of the same network without gates, which computes the same.
+  """
+  last, found = _last_layer(network), {}
+  for name, piece in params.items():
+    piece = dict(piece)
+    gate = piece.pop('gate', None)
+    if gate is not None:
+      piece[last] = jax.tree.map(
+        lambda x, g=gate: x * g.reshape(g.shape + (1,) * (x.ndim - g.ndim)),
+        piece[last],
+      )
+    found[name] = piece
+  return found
 
 
 def initial_params(

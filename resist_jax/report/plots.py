@@ -256,7 +256,7 @@ def decomposition_figure(label: str, rows: Rows) -> Figure | None:
     for chain in sorted({chain for row in decomposed for chain in row['slots']})
   }
   num_workers = max(len(s) for row in decomposed for s in row['slots'].values())
-  shown, part = _window(rows, decomposed[0]['round'])
+  shown, part = _window(rows)
 
   heights = [min(max(0.2 * L, 1.0), 7.0) for L in chains.values()]
   # A phone shows few rounds without scrolling.
@@ -293,16 +293,22 @@ def _num_blocks(chain: str, decomposed: Rows) -> int:
   )
 
 
-def _window(rows: Rows, first_decomposed: int) -> tuple[Rows, str]:
+def _window(rows: Rows) -> tuple[Rows, str]:
   """Returns the consecutive rounds to draw, and a note if some are left out."""
-  by_round = {row['round']: row for row in rows}
-  first, last = min(by_round), max(by_round)
-  begin = first
-  if first_decomposed - first > MAX_ROUNDS // 2:  # Skip a long warm-up.
-    begin = first_decomposed - 5
+  # A row may be that of several rounds, which were trained as one.
+  begun = [row['round'] - row.get('rounds', 1) + 1 for row in rows]
+  numbered = list(zip(begun, rows, strict=True))
+  first, last = min(begun), max(row['round'] for row in rows)
+  begin, first_cut = first, min(r for r, row in numbered if row.get('slots'))
+  if first_cut - first > MAX_ROUNDS // 2:  # Skip a long warm-up.
+    begin = first_cut - 5
   end = min(last, begin + MAX_ROUNDS - 1)
   # No worker is known to have trained in a round without a record.
-  shown = [by_round.get(r, {'round': r}) for r in range(begin, end + 1)]
+  by_round: dict[int, Any] = {r: {'round': r} for r in range(begin, end + 1)}
+  for start, row in numbered:
+    drawn = range(max(start, begin), min(row['round'], end) + 1)
+    by_round.update(dict.fromkeys(drawn, row))
+  shown = list(by_round.values())
   if (begin, end) == (first, last):
     return shown, ''
   if begin == first:

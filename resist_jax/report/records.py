@@ -122,10 +122,12 @@ def _drawn_rows(path: Path) -> list[dict[str, Any]]:
   by_round, first, first_cut = {}, math.inf, math.inf
   for row in each_row(path):
     number, chains = row['round'], list(row['slots'].values())
-    first = min(first, number)
-    first_cut = min(first_cut, number) if chains else first_cut
-    far = number >= max(first, first_cut) + plots.MAX_ROUNDS
-    names = ('round', 'protocol', *_measures(row), *(() if far else _CUTS))
+    begun = number - row.get('rounds', 1) + 1
+    first = min(first, begun)
+    first_cut = min(first_cut, begun) if chains else first_cut
+    far = begun >= max(first, first_cut) + plots.MAX_ROUNDS
+    cuts = () if far else _CUTS
+    names = ('round', 'rounds', 'protocol', *_measures(row), *cuts)
     # A resumed run may repeat rounds, and continues from the last repetition.
     by_round[number] = {name: row[name] for name in row if name in names}
     by_round[number]['workers'] = len(chains[0]) if chains else 0
@@ -227,6 +229,8 @@ def _is_round(row: Any) -> bool:
   A row is trusted to draw pictures and tables with as many parts as it says.
   """
   if not isinstance(row, dict) or not _is_count(row.get('round'), _MAX_ROUND):
+    return False
+  if not _is_count(row.get('rounds', 0), row['round'] + 1):
     return False
   numbers = [row[name] for name in _measures(row) if row[name] is not None]
   slots, lengths = row.get('slots'), row.get('num_blocks', {})

@@ -9,7 +9,13 @@ from resist_jax.rounds.compiled import Round, make_round
 from resist_jax.rounds.local_training import LossFn
 from resist_jax.rounds.mesh import make_mesh, mesh_sizes
 from resist_jax.rounds.protocol import MinDepth, Protocol
-from resist_jax.rounds.state import State, Whole, assemble, distribute
+from resist_jax.rounds.state import (
+  State,
+  Whole,
+  assemble,
+  averaged,
+  distribute,
+)
 
 __all__ = [
   'LossFn',
@@ -19,6 +25,7 @@ __all__ = [
   'State',
   'Whole',
   'assemble',
+  'averaged',
   'distribute',
   'make_mesh',
   'make_round',

@@ -30,7 +30,11 @@ from resist_jax.rounds.state import (
   assignments_on_host,
   place_assignments,
 )
-from resist_jax.rounds.synchronisation import Synchronised, synchronise
+from resist_jax.rounds.synchronisation import (
+  Synchronised,
+  share,
+  synchronise,
+)
 
 PyTree = Any
 
@@ -44,11 +48,13 @@ class Round:
     mesh: Where the workers live.
     seed: Seed of assignments and training.
     programs: By name: `round` where one program loops over the steps; else
-      `begin`, `step` and `finish`. Where workers are unequal, a `step_0`,
-      `step_1`, ... for each group of devices replaces `step`.
+      `begin`, `step` and `finish`, and `share` where the shared part is
+      exchanged in between. Where workers are unequal, a `step_0`, `step_1`, ...
+      for each group of devices replaces `step`.
     groups: The group of devices of each `step` program; None for all devices.
     loops: Whether programs loop, over steps, workers or blocks.
     streamed: Whether batches come step by step.
+    metrics: Names of the metrics of the loss function.
   """
 
   protocol: Protocol
@@ -58,6 +64,7 @@ class Round:
   groups: Mapping[str, DeviceGroup | None]
   loops: bool
   streamed: bool
+  metrics: tuple[str, ...] = ()
 
   @property
   def group_size(self) -> int:
@@ -104,22 +111,36 @@ class Round:
     moves = (state.assignments, state.assignments)
     if 'round' in self.programs:
       batches = _shapes(batches, self._batch_sharding)
-      inputs = (held, state.error, state.outer, state.norms, *moves)
-      inputs = (*inputs, constants, batches, index)
+      inputs = (held, *_kept(state), *moves, constants, batches, index)
       return {'round': inputs}
     local = jax.eval_shape(self.programs['begin'], *held, index)
     local = _shapes(local, NamedSharding(self.mesh, SHARDED))
     batch = _shapes(self._first_step(batches), self._batch_sharding)
     agreed = self.protocol.kept(state.shared, state.chain)
     inputs = local, _slots(state.assignments), constants, batch
+    sharing = {'share': (local, agreed, state.norms)}
     return {
       'begin': (*held, index),
+      **(sharing if 'share' in self.programs else {}),
       **{
         name: (*device_groups.part(inputs, group), index, index)
         for name, group in self.groups.items()
       },
-      'finish': (local, agreed, state.error, state.outer, state.norms, *moves),
+      'finish': (local, agreed, *_kept(state), *moves),
     }
+
+  def at_once(self, count: int) -> 'Round | None':
+    """Returns so many of these rounds as one, without another compilation.
+
+    Args:
+      count: See `Protocol.rounds_at_once`.
+
+    Returns:
+      The round; None where the compiled program fixes the number of steps.
+    """
+    if 'round' in self.programs:
+      return None
+    return dataclasses.replace(self, protocol=self.protocol.lasting(count))
 
   def __call__(
     self,
@@ -128,7 +149,7 @@ class Round:
     batches: PyTree,
     assignments: Mapping[str, Assignment] | None = None,
   ) -> tuple[State, dict[str, Any]]:
-    """Trains every worker for T steps and exchanges.
+    """Trains every worker for T steps, or more rounds at once, and exchanges.
 
     Args:
       state: Its arrays are donated; do not use it again.
@@ -161,31 +182,38 @@ class Round:
     if 'round' in self.programs:
       batches = place(batches, self._batch_sharding)
       new, metrics = self.programs['round'](
-        (state.shared, state.chain, state.carried), state.error, state.outer,
-        state.norms, *moves, constants, batches, index,
+        (state.shared, state.chain, state.carried), *_kept(state), *moves,
+        constants, batches, index,
       )  # fmt: skip
     else:
-      local, seconds = self._train(state, constants, batches, index)
       agreed = self.protocol.kept(state.shared, state.chain)
+      local, seconds = self._train(state, agreed, constants, batches, index)
       new, metrics = self.programs['finish'](
-        local, agreed, state.error, state.outer, state.norms, *moves
+        local, agreed, *_kept(state), *moves
       )
       for leaf in jax.tree.leaves(agreed):
         leaf.delete()  # No output could take its place.
       metrics = {**metrics, 'seconds_local': seconds}
+    count = self.protocol.rounds_at_once
     state = state._replace(
-      **new._asdict(), assignments=after, round=np.int32(index + 1)
+      **new._asdict(),
+      assignments=after,
+      round=np.int32(index + count),
+      draw=np.int32(state.draw + 1),
     )
+    if count > 1:  # Each step has counted as one of `local_steps`.
+      summed = ('loss', *self.metrics)
+      metrics |= {name: metrics[name] / count for name in summed}
     return state, metrics
 
   def _next_assignments(self, state, given) -> Mapping[str, Assignment]:
     before = assignments_on_host(state)
     if given is None:
-      return self.protocol.assign(self.seed, int(state.round) + 1, before)
+      return self.protocol.assign(self.seed, int(state.draw) + 1, before)
     self.protocol.check_moves(before, given)
     return given
 
-  def _train(self, state, constants, batches, index):
+  def _train(self, state, agreed, constants, batches, index):
     """Takes all local steps; returns what they end with, and the seconds."""
     held = (state.shared, state.chain, state.carried)
     jax.block_until_ready(held)  # The last exchange is not counted as training.
@@ -209,6 +237,8 @@ class Round:
         parts[name] = self.programs[name](
           parts[name], *args, index, np.int32(t)
         )
+      if self.protocol.shares_after(t):
+        began += self._share(parts, local, agreed, state.norms)
     local = device_groups.whole(parts, like=local)
     # XLA's CPU collectives hold a thread each, and abort the process when a
     # device comes 40 seconds late. So no step is queued behind one that waits
@@ -216,11 +246,22 @@ class Round:
     jax.block_until_ready(local)
     return local, time.perf_counter() - began
 
+  def _share(self, parts, like, agreed, norms) -> float:
+    """Exchanges the shared part of all groups; returns what that took."""
+    jax.block_until_ready(parts)  # See the end of `_train`.
+    began = time.perf_counter()
+    local = device_groups.whole(parts, like)
+    local = self.programs['share'](local, agreed, norms)
+    jax.block_until_ready(local)
+    for name, group in self.groups.items():
+      parts[name] = device_groups.part(local, group)
+    return time.perf_counter() - began
+
   def _by_step(self, batches: PyTree) -> Iterator[PyTree]:
     """Iterates over what all workers get at each step."""
     if self.streamed:
       return iter(batches)
-    steps = range(self.protocol.local_steps)
+    steps = range(self.protocol.steps)
     return (jax.tree.map(lambda x, t=t: x[:, t], batches) for t in steps)
 
   def _first_step(self, batches: PyTree) -> PyTree:
@@ -240,6 +281,11 @@ class Round:
     by_round, by_step = batch_specs(self.mesh)
     spec = by_round if 'round' in self.programs else by_step
     return NamedSharding(self.mesh, spec)
+
+
+def _kept(state: State) -> tuple:
+  """Returns what an exchange reads of a state besides the parameters."""
+  return state.error, state.outer, state.average, state.norms
 
 
 def _slots(assignments: Mapping[str, Assignment]) -> dict[str, jax.Array]:
@@ -314,15 +360,26 @@ def make_round(
   finish = on_mesh(
     partial(synchronise, protocol, optimizer),
     mesh=mesh,
-    in_specs=(*held, SHARDED, REPLICATED, REPLICATED, REPLICATED),
+    in_specs=(*held, SHARDED, SHARDED, REPLICATED, REPLICATED, REPLICATED),
     out_specs=(Synchronised(*specs), SHARDED),
   )
+  sharing = on_mesh(
+    partial(share, protocol),
+    mesh=mesh,
+    in_specs=(SHARDED, SHARDED, REPLICATED),
+    out_specs=SHARDED,
+  )
   if on_device and not streamed and 'step' in groups:
-    whole = partial(_scan_round, protocol, begin, steps['step'], finish)
-    programs = {'round': jax.jit(whole, donate_argnums=(0, 1, 2))}
+    parts = begin, steps['step'], sharing, finish
+    whole = partial(_scan_round, protocol, *parts)
+    programs = {'round': jax.jit(whole, donate_argnums=(0, 1, 2, 3))}
   else:
     programs = _host_programs(protocol, begin, steps, finish, groups)
-  return Round(protocol, mesh, seed, programs, groups, on_device, streamed)
+    if protocol.shared_every:
+      programs['share'] = jax.jit(sharing, donate_argnums=0)
+  return Round(
+    protocol, mesh, seed, programs, groups, on_device, streamed, metrics
+  )
 
 
 def _host_programs(protocol, begin, steps, finish, groups) -> dict[str, Any]:
@@ -341,13 +398,13 @@ def _host_programs(protocol, begin, steps, finish, groups) -> dict[str, Any]:
       )
       for name, step in steps.items()
     },
-    'finish': jax.jit(finish, donate_argnums=(0, 2, 3)),
+    'finish': jax.jit(finish, donate_argnums=(0, 2, 3, 4)),
   }
 
 
 def _scan_round(
-  protocol, begin, step, finish, held, error, outer, norms, before, after,
-  constants, batches, index,
+  protocol, begin, step, sharing, finish, held, error, outer, average, norms,
+  before, after, constants, batches, index,
 ):  # fmt: skip
   """Trains and exchanges in one program, for GPU and TPU."""
   agreed = protocol.kept(*held[:2])
@@ -360,5 +417,17 @@ def _scan_round(
 
   by_step = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), batches)
   steps = jnp.arange(jax.tree.leaves(by_step)[0].shape[0], dtype=jnp.int32)
-  local, _ = lax.scan(body, local, (by_step, steps))
-  return finish(local, agreed, error, outer, norms, before, after)
+  inputs = by_step, steps
+  if protocol.num_shared:
+    every = protocol.shared_every
+    parts = jax.tree.map(lambda x: x.reshape(-1, every, *x.shape[1:]), inputs)
+    inputs = jax.tree.map(lambda x: x[-1], parts)
+
+    def body_and_share(local, part):
+      local, _ = lax.scan(body, local, part)
+      return sharing(local, agreed, norms), None
+
+    earlier = jax.tree.map(lambda x: x[:-1], parts)
+    local, _ = lax.scan(body_and_share, local, earlier)
+  local, _ = lax.scan(body, local, inputs)
+  return finish(local, agreed, error, outer, average, norms, before, after)

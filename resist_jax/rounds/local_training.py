@@ -38,7 +38,7 @@ class Local(NamedTuple):
   Attributes:
     params: Parameters of the sub-networks, arrays `[W, ...]`.
     opt_state: State of the optimiser, arrays `[W, ...]`.
-    metrics: `float32[W]` by name, means over the steps so far.
+    metrics: `float32[W]` by name, sums over the steps so far, divided by T.
   """
 
   params: dict[str, PyTree]

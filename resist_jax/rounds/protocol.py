@@ -40,6 +40,12 @@ class Protocol:
     update_factor: See `participation.healthy_updates`; 0 judges no updates.
     outer: Optimiser that takes the mean change of a round; None for the mean
       itself (the paper).
+    average: Decay of an average of the network over rounds, see `average`; 0
+      for none.
+    rounds_at_once: How many rounds are trained as one, without the exchanges
+      between them.
+    shared_every: Local steps between exchanges of the shared part; 0 for only
+      one, with the blocks.
   """
 
   num_workers: int
@@ -54,6 +60,29 @@ class Protocol:
   loss_factor: float = 0.0
   update_factor: float = 0.0
   outer: optax.GradientTransformation | None = None
+  average: float = 0.0
+  rounds_at_once: int = 1
+  shared_every: int = 0
+
+  @property
+  def steps(self) -> int:
+    """How many local steps there are from exchange to exchange."""
+    return self.local_steps * self.rounds_at_once
+
+  @property
+  def num_shared(self) -> int:
+    """How often the shared part is exchanged before the blocks are."""
+    return self.steps // self.shared_every - 1 if self.shared_every else 0
+
+  def lasting(self, count: int) -> 'Protocol':
+    """Returns the protocol of so many rounds at once."""
+    return dataclasses.replace(self, rounds_at_once=count)
+
+  def shares_after(self, t: int) -> bool:
+    """Returns whether it is after step t, from 0."""
+    done = t + 1
+    between = self.shared_every and done < self.steps
+    return bool(between) and done % self.shared_every == 0
 
   @property
   def sends_changes(self) -> bool:
@@ -109,16 +138,16 @@ class Protocol:
   def assign(
     self,
     seed: int,
-    round_index: int,
+    draw: int,
     before: Mapping[str, Assignment] | None = None,
   ) -> dict[str, Assignment]:
-    """Assigns the blocks of a round; a pure function of seed and round.
+    """Assigns the blocks of a round; a pure function of seed and draw.
 
     Args:
       seed: Seed of the run.
-      round_index: The round, from 0.
-      before: The assignment of each chain in the round before, on the host. It
-        saves computing the rounds from 0.
+      draw: The number of the assignment, see `State.draw`.
+      before: The assignment of each chain before, on the host. It saves
+        computing the draws from 0.
 
     Returns:
       The assignment of each partitioned chain, on the host.
@@ -127,7 +156,7 @@ class Protocol:
       name: self.exchange.assign(
         self.division(name),
         [seed, ASSIGNING, i],
-        round_index,
+        draw,
         before[name] if before else None,
       )
       for i, name in enumerate(self.num_blocks)

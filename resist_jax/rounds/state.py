@@ -13,6 +13,7 @@ import optax
 
 from resist_jax.decomposition import Assignment, join, split
 from resist_jax.exchange import Norms, collectives, participation
+from resist_jax.rounds import average as average_lib
 from resist_jax.rounds.arrays import first_copy, place, rows
 from resist_jax.rounds.mesh import REPLICATED, SHARDED
 from resist_jax.rounds.moments import Parts, take_apart
@@ -39,6 +40,10 @@ class State(NamedTuple):
     norms: Norms of the updates of recent rounds, replicated; None where nobody
       judges updates.
     outer: The state of the outer optimiser, as `carried`; None without one.
+    average: The average over rounds, as a single moment, and how many rounds
+      it has seen, `int32[S]`; None where nobody averages.
+    draw: The number of the assignments, which decides them together with the
+      seed. It is that of the round, or less where rounds were trained as one.
   """
 
   shared: PyTree
@@ -50,6 +55,8 @@ class State(NamedTuple):
   error: PyTree | None = None
   norms: Norms | None = None
   outer: Parts | None = None
+  average: Parts | None = None
+  draw: np.int32 = np.int32(0)
 
 
 class Whole(NamedTuple):
@@ -60,30 +67,33 @@ class Whole(NamedTuple):
     carried: The optimiser's moments, each shaped as the parameters, and the
       rest of its state, where it is carried; None where it restarts.
     outer: The same of the outer optimiser; None without one.
+    average: The average over rounds, see `average.first`; None without one.
   """
 
   params: dict[str, PyTree]
   carried: Parts | None = None
   outer: Parts | None = None
+  average: Parts | None = None
 
 
 def with_carried(
   whole: Whole, optimizer: optax.GradientTransformation, protocol: Protocol
 ) -> Whole:
-  """Adds or drops the optimisers' states, as a protocol wants them.
+  """Adds or drops what is kept besides parameters, as a protocol wants it.
 
   Args:
     whole: The global network.
     optimizer: Its `init` gives the state where there is none yet.
-    protocol: Whether the state is carried.
+    protocol: Whether the state is carried, and whether there are an outer
+      optimiser and an average.
 
   Returns:
-    The global network with the state of the optimiser, or without.
+    The global network with these, or without.
 
   Raises:
     ValueError: If a moment does not keep the blocks of a chain apart.
   """
-  carried, outer = whole.carried, whole.outer
+  carried, outer, average = whole.carried, whole.outer, whole.average
   if not protocol.carry:
     carried = None
   elif carried is None:
@@ -92,7 +102,11 @@ def with_carried(
     outer = None
   elif outer is None:
     outer = _first_parts(protocol.outer, whole.params, protocol, 'outer')
-  return whole._replace(carried=carried, outer=outer)
+  if not protocol.average:
+    average = None
+  elif average is None:
+    average = average_lib.first(whole.params)
+  return whole._replace(carried=carried, outer=outer, average=average)
 
 
 def _first_parts(optimizer, params, protocol, field) -> Parts:
@@ -179,6 +193,8 @@ def distribute(
     no_error(shared, protocol, mesh),
     place_norms(None, protocol, mesh),
     hand_out_parts(whole.outer),
+    hand_out_parts(whole.average),
+    np.int32(round_index),
   )
 
 
@@ -331,4 +347,24 @@ def assemble(state: State) -> Whole:
     )
 
   params = gather(state.shared, state.chain)
-  return Whole(params, gather_parts(state.carried), gather_parts(state.outer))
+  kept = (state.carried, state.outer, state.average)
+  return Whole(params, *map(gather_parts, kept))
+
+
+def averaged(state: State) -> State:
+  """Returns a state whose parameters are the average over rounds.
+
+  Args:
+    state: A state between two rounds.
+
+  Returns:
+    A state to test and to assemble, which shares its arrays; the state itself
+    where nobody averages.
+  """
+  if state.average is None:
+    return state
+  (average,), _ = state.average
+  shared, chain = collectives.narrow(
+    (average['shared'], average['chain']), (state.shared, state.chain)
+  )
+  return state._replace(shared=shared, chain=chain, average=None)

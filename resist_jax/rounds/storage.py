@@ -82,15 +82,19 @@ def begin(folder: pathlib.Path, state: State, record: Mapping[str, Any]) -> Any:
     arrays |= _optimiser_parts(state.carried)
   if state.outer is not None:
     arrays['outer'] = _optimiser_parts(state.outer)
+  if state.average is not None:
+    arrays['average'] = _optimiser_parts(state.average)
   if state.error is not None:
     arrays['error'] = {'workers': state.error}
   assignments = assignments_on_host(state)
   description: Any = {
     'round': int(state.round),
+    'draw': int(state.draw),
     'num_blocks': {k: int(n) for k, n in state.num_blocks.items()},
     'slots': {name: a.slots.tolist() for name, a in assignments.items()},
     'carried': state.carried is not None,
     'outer': state.outer is not None,
+    'average': state.average is not None,
     'norms': state.norms
     and [np.asarray(x.addressable_data(0)).tolist() for x in state.norms],
     'record': dict(record),
@@ -156,11 +160,14 @@ def _read(folder: pathlib.Path, target) -> Stored:
   targets = jax.tree_util.tree_map_with_path(target, saved.metadata)
   arrays: Any = ocp.load(str(folder), targets)
   shared, chain = _from_parts(arrays['params'])
-  carried, outer, norms = None, None, description.get('norms')
+  carried, outer, average = None, None, None
+  norms = description.get('norms')
   if description['carried']:
     carried = _optimiser_from_parts(arrays)
   if description.get('outer'):
     outer = _optimiser_from_parts(arrays.get('outer', {}))
+  if description.get('average'):
+    average = _optimiser_from_parts(arrays['average'])
   state = State(
     shared,
     chain,
@@ -174,6 +181,8 @@ def _read(folder: pathlib.Path, target) -> Stored:
     arrays.get('error', {}).get('workers'),
     norms and Norms(*norms),
     outer,
+    average,
+    np.int32(description.get('draw', description['round'])),
   )
   return Stored(state, description['record'])
 
@@ -202,6 +211,7 @@ def as_state(
     not hold_the_same(state.assignments, assignments)
     or (state.carried is not None) != protocol.carry
     or (state.outer is not None) != (protocol.outer is not None)
+    or (state.average is not None) != bool(protocol.average)
     or feedback != (S if protocol.keeps_error else None)
   ):
     return None
@@ -226,7 +236,8 @@ def as_whole(stored: Stored) -> Whole:
   )
   whole = assemble(one_row)
   state = stored.state
-  for leaf in jax.tree.leaves((state.chain, state.carried, state.outer)):
+  kept = (state.chain, state.carried, state.outer, state.average)
+  for leaf in jax.tree.leaves(kept):
     if isinstance(leaf, jax.Array):
       leaf.delete()  # The old parts would lie beside the new ones.
   return whole
@@ -248,6 +259,7 @@ def _map_equal(state: State, function) -> State:
     shared=function(state.shared),
     carried=in_parts(state.carried),
     outer=in_parts(state.outer),
+    average=in_parts(state.average),
   )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from resist_jax.decomposition import Assignment, join, split
@@ -14,6 +15,7 @@ from resist_jax.exchange import (
   collectives,
   participation,
 )
+from resist_jax.rounds import average as average_lib
 from resist_jax.rounds import outer as outer_lib
 from resist_jax.rounds.local_training import Local
 from resist_jax.rounds.moments import Parts, take_apart
@@ -30,6 +32,7 @@ class Synchronised(NamedTuple):
   carried: Parts | None
   error: PyTree | None
   outer: Parts | None
+  average: Parts | None
   norms: Norms | None
 
 
@@ -40,6 +43,7 @@ def synchronise(
   agreed: tuple[PyTree | None, PyTree | None],
   error: PyTree | None,
   outer: Parts | None,
+  average: Parts | None,
   norms: Norms | None,
   before: Mapping[str, Assignment],
   after: Mapping[str, Assignment],
@@ -53,6 +57,7 @@ def synchronise(
     agreed: The shared part and the blocks before it, see `Protocol.kept`.
     error: What rounding removed from changes so far.
     outer: State of the outer optimiser; None if there is none.
+    average: The average over rounds; None if there is none.
     norms: Norms of the updates of recent rounds; None if nobody judges them.
     before: The assignment of each chain in the round.
     after: The assignment of each chain in the next round.
@@ -90,7 +95,43 @@ def synchronise(
   shared, chain = collectives.narrow(
     (shared, chain), split(local.params, protocol.num_blocks)
   )
-  return Synchronised(shared, chain, carried, error, outer, norms), metrics
+  if average is not None:
+    average = _average(protocol, (shared, chain), average, before, after)
+  return (
+    Synchronised(shared, chain, carried, error, outer, average, norms),
+    metrics,
+  )
+
+
+def share(
+  protocol: Protocol,
+  local: Local,
+  agreed: tuple[PyTree | None, PyTree | None],
+  norms: Norms | None,
+) -> Local:
+  """Averages the shared part in the middle of a round; blocks stay.
+
+  Args:
+    protocol: Who holds what.
+    local: What local training has come to.
+    agreed: See `synchronise`.
+    norms: See `synchronise`; this adds none.
+
+  Returns:
+    The same with the mean, which excluded workers get, too. Where nobody is
+    healthy, all keep their own, and the end of the round notices.
+  """
+  healthy, *_ = _judge(protocol, local, collectives.widen(agreed), norms)
+  own, chain = split(local.params, protocol.num_blocks)
+  own = collectives.widen(own)
+  mean = collectives.mean_over_workers(
+    own, protocol.num_workers, healthy=healthy
+  )
+  if healthy is not None:
+    some = healthy.everywhere.any()
+    mean = jax.tree.map(lambda x, y: jnp.where(some, x, y), mean, own)
+  params = collectives.narrow(join(mean, chain), local.params)
+  return local._replace(params=params)
 
 
 def _judge(
@@ -178,6 +219,25 @@ def _outer_step(
     collectives.narrow(*pair) for pair in zip(moments, like, strict=True)
   ]
   return join(*moved[0]), Parts(moments, stepped.rest)
+
+
+def _average(
+  protocol: Protocol,
+  new: tuple[PyTree, PyTree],
+  parts: Parts,
+  before: Mapping[str, Assignment],
+  after: Mapping[str, Assignment],
+) -> Parts:
+  """Hands over the average over rounds, and adds this one to it."""
+  (average,), count = parts
+  # All holders of a block have the same average, faulty ones too.
+  moved = _exchange_chains(
+    protocol, average['chain'], before, after, None, None
+  )
+  moved = Parts([join(average['shared'], moved)], count)
+  (average,), count = average_lib.step(protocol.average, join(*new), moved)
+  halves = split(average, protocol.num_blocks)
+  return Parts([dict(zip(('shared', 'chain'), halves, strict=True))], count)
 
 
 def _exchange_chains(

@@ -403,8 +403,9 @@ def _all_finite(state: State, everywhere: NamedSharding) -> jax.Array:
   if state.carried is not None:
     arrays += [held(**moment) for moment in state.carried.moments]
     arrays += state.carried.rest
-  if state.outer is not None:
-    arrays += [held(**moment) for moment in state.outer.moments]
+  for parts in (state.outer, state.average):
+    if parts is not None:
+      arrays += [held(**moment) for moment in parts.moments]
   finite = [
     jnp.isfinite(x).all()
     for x in jax.tree.leaves(arrays)

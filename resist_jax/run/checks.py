@@ -62,6 +62,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _one_of(config, 'protocol', PROTOCOLS)
   _one_of(config, 'exchange', tuple(EXCHANGES))
   _one_of(config, 'wire_format', tuple(FORMATS))
+  _one_of(config, 'dealing', ('random', 'spread'))
   _one_of(config, 'residual_scale', ('evaluation', 'training', 'none'))
   _one_of(config, 'data.augment', ('auto', *AUGMENTATIONS))
   _one_of(config, 'data.fill', data.FILLS)
@@ -132,7 +133,26 @@ def validate(config: ml_collections.ConfigDict) -> None:
       'wire_format int8 sends changes between rounds, and data_parallel has '
       'none: use bfloat16 or float32.'
     )
+  _at_least('local_steps_alpha', config.local_steps_alpha, 0)
+  if config.local_steps_alpha and config.protocol == 'data_parallel':
+    raise ConfigError(
+      f'local_steps_alpha is {config.local_steps_alpha}, but data_parallel '
+      'exchanges at every step: set it to 0.'
+    )
+  if config.dealing == 'spread' and config.exchange != 'hand_over':
+    raise ConfigError(
+      f'dealing spread is what hand_over can do, but exchange is '
+      f'{config.exchange}: change one.'
+    )
+  if config.dealing == 'spread' and config.depths:
+    raise ConfigError(
+      f'dealing spread needs equal workers, but depths is {config.depths}: set '
+      'it to (), or deal at random.'
+    )
+  if config.shared_every:
+    _check_shared_every(config)
   _check_faults(config)
+  _check_outer_and_average(config)
   full = sum(config.phases[field] for field in PHASE_FIELDS)
   if full and config.protocol != 'resist':
     raise ConfigError(
@@ -164,7 +184,7 @@ def _check_module(config) -> None:
   """Whether a chain has enough blocks is found when data are there."""
   for field, off in (
     ('partition_strided', False), ('evaluation.stream_blocks', False),
-    ('label_smoothing', 0.0),
+    ('label_smoothing', 0.0), ('model.gates', False),
   ):  # fmt: skip
     value = value_of(config, field)
     if value != off:
@@ -285,6 +305,61 @@ def _check_faults(config) -> None:
     )
 
 
+def _check_shared_every(config) -> None:
+  every, steps = config.shared_every, config.local_steps
+  if every < 0 or steps % every:
+    raise ConfigError(
+      f'shared_every is {every}; it must be a divisor of local_steps, {steps}, '
+      'or 0.'
+    )
+  if config.protocol != 'resist':
+    raise ConfigError(
+      f'shared_every is {every}, but {config.protocol} divides nothing: set it '
+      'to 0, or use protocol resist.'
+    )
+  if config.wire_format != 'float32':
+    raise ConfigError(
+      f'shared_every is {every}, which sends values, and wire_format '
+      f'{config.wire_format} sends changes: use float32, or set it to 0.'
+    )
+
+
+def _check_outer_and_average(config) -> None:
+  outer = config.outer
+  _at_least('outer.lr', outer.lr, 0)
+  if not 0 <= outer.momentum < 1:
+    raise ConfigError(
+      f'outer.momentum is {outer.momentum}; it must be at least 0 and less '
+      'than 1.'
+    )
+  if outer.momentum and not outer.lr:
+    raise ConfigError(
+      f'outer.momentum is {outer.momentum}, but there is no outer optimiser: '
+      'set outer.lr, such as 1.0.'
+    )
+  if outer.nesterov and not outer.momentum:
+    raise ConfigError(
+      'outer.nesterov is on, but outer.momentum is 0: set that, such as 0.9.'
+    )
+  if outer.lr and config.wire_format != 'float32':
+    raise ConfigError(
+      f'wire_format {config.wire_format} would round away the small changes '
+      'that outer takes: use float32, or set outer.lr to 0.'
+    )
+  decay = config.average.decay
+  if not 0 <= decay < 1:
+    raise ConfigError(
+      f'average.decay is {decay}; it must be at least 0 and less than 1, such '
+      'as 0.9.'
+    )
+  if decay and config.wire_format != 'float32' and config.protocol == 'resist':
+    raise ConfigError(
+      f'wire_format {config.wire_format} would round away the small steps of '
+      'an average that moves with its blocks: use float32, or set '
+      'average.decay to 0.'
+    )
+
+
 def _check_model(config) -> None:
   for name, values in (
     ('partition', config.partition),
@@ -293,6 +368,11 @@ def _check_model(config) -> None:
   ):
     if not all(type(value) is int for value in values):
       raise ConfigError(f'{name} is {values}; it must hold whole numbers.')
+  if config.model.gate_start != 1 and not config.model.gates:
+    raise ConfigError(
+      f'model.gate_start is {config.model.gate_start}, but there are no gates: '
+      'turn model.gates on, or set it to 1.'
+    )
   network = build_model(config, num_classes=2)
   if len(network.stage_sizes) != len(network.widths):
     raise ConfigError(

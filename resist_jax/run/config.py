@@ -37,6 +37,9 @@ ELASTIC = frozenset(
     'depths',
     'exchange',
     'wire_format',
+    'dealing',
+    'shared_every',
+    'local_steps_alpha',
     'evaluation.at_start',
     'evaluation.batches_at_once',
     'evaluation.stream_blocks',
@@ -115,6 +118,12 @@ def for_processes(
   return config
 
 
+def make_exchange(config: ml_collections.ConfigDict) -> exchange.Exchange:
+  """Returns the exchange that a config describes."""
+  spread = {'spread': True} if config.dealing == 'spread' else {}
+  return EXCHANGES[config.exchange](config.wire_format, **spread)
+
+
 def check_divisions(
   config: ml_collections.ConfigDict, divisions: Mapping[str, Division]
 ) -> None:
@@ -127,10 +136,10 @@ def check_divisions(
   Raises:
     ConfigError: If it cannot.
   """
-  exchange = EXCHANGES[config.exchange](config.wire_format)
+  made = make_exchange(config)
   for what, division in divisions.items():
     try:
-      exchange.check(division)
+      made.check(division)
     except ValueError as error:
       raise ConfigError(f'{what}: {error}') from error
 
@@ -176,6 +185,7 @@ def build_model(
     dtype=config.model.dtype,
     wide_kernel_gradient=wide_kernel_gradient,
     cut_heads=config.partition_strided,
+    gate=config.model.gate_start if config.model.gates else None,
     **sizes,
   )
 

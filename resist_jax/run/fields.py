@@ -66,6 +66,13 @@ FIELDS = {
       "T: optimiser steps of a worker in a round, the paper's l. The paper "
       'takes fewer for eight workers.',
     ),
+    Field(
+      'local_steps_alpha',
+      0.0,
+      'If set, rounds grow longer as the learning rate falls, towards '
+      '(local_steps_alpha / rate)^2 steps: 2, 4, 8, ... rounds are trained as '
+      'one, without the exchanges between them. 0: none are (paper).',
+    ),
     Field('seed', 0, 'Determines initial parameters, batches and assignments.'),
   ),
   'Cutting the network': (
@@ -117,6 +124,19 @@ FIELDS = {
       'float32',
       'The format of numbers that are sent: float32 (exact), bfloat16, or int8 '
       '(changes with error feedback; blocks that move take 16 bits).',
+    ),
+    Field(
+      'dealing',
+      'random',
+      'Which blocks a worker gets: random ones (paper), or spread: one from '
+      'each part of the chain, as far as the numbers allow; hand_over only.',
+    ),
+    Field(
+      'shared_every',
+      0,
+      'If set, a divisor of local_steps: workers average all that is not '
+      'divided after so many steps, and exchange blocks at the end of the '
+      'round only. 0: all at the end (paper).',
     ),
   ),
   'Full-model phases': (
@@ -179,6 +199,30 @@ FIELDS = {
       'Keep the momentum from round to round, averaged with the parameters, '
       'and send twice the bytes. Otherwise it restarts every round (paper). '
       'Data parallel always keeps it.',
+    ),
+  ),
+  'Outer optimiser and average': (
+    Field(
+      'outer.lr',
+      0.0,
+      'If set, an optimiser takes the negative mean change of each round as '
+      'its gradient, with this rate, such as 1. 0: a round ends with the mean '
+      'itself (paper).',
+    ),
+    Field(
+      'outer.momentum',
+      0.0,
+      'Momentum of the outer optimiser. It belongs to a block, and is sent '
+      'with it.',
+    ),
+    Field('outer.nesterov', False, "Whether that is Nesterov's."),
+    Field(
+      'average.decay',
+      0.0,
+      'If set, such as 0.9, the network that is tested and exported is an '
+      'average over rounds, in which a round counts so many times as much as '
+      'the one after it. It is sent with blocks that move. 0: the network of '
+      'the last round (paper).',
     ),
   ),
   'Data': (
@@ -294,6 +338,13 @@ FIELDS = {
       "torch, PyTorch's default (uniform, of variance 1 / (3 fan-in)), for "
       'which the paper chose its learning rates.',
     ),
+    Field(
+      'model.gates',
+      False,
+      'Multiply the residual branch of each block by a number that is learned. '
+      'An export has it in the last layer of the branch.',
+    ),
+    Field('model.gate_start', 1.0, 'The value of these numbers at first.'),
     Field(
       'model.module',
       '',

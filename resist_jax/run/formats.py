@@ -207,11 +207,12 @@ def _safetensors(model: Predictor | Parameters, path: pathlib.Path) -> None:
       'mean': model.mean.tolist(),
       'std': model.std.tolist(),
       'cut_heads': model.network.cut_heads,
+      'gate': model.network.gate,
     }
   arrays = {
-    jax.tree_util.keystr(
-      place, simple=True, separator='/'
-    ): np.ascontiguousarray(leaf)
+    jax.tree_util.keystr(place, simple=True, separator='/'): np.asarray(
+      leaf, order='C'
+    )
     for place, leaf in jax.tree.leaves_with_path(tree)
   }
   metadata = {name: json.dumps(value) for name, value in record.items()}

@@ -12,13 +12,21 @@ from jax.sharding import NamedSharding
 import ml_collections
 import numpy as np
 
+from resist_jax import data
 from resist_jax.decomposition import Assignment
 from resist_jax.errors import NonFiniteError
 from resist_jax.rounds import State, assemble
 from resist_jax.rounds.arrays import place_parts, to_host
 from resist_jax.rounds.mesh import SHARDED, workers_here
 from resist_jax.rounds.state import assignments_on_host
-from resist_jax.run import metrics, phases, processes, restore, stopping
+from resist_jax.run import (
+  lengths,
+  metrics,
+  phases,
+  processes,
+  restore,
+  stopping,
+)
 from resist_jax.run.callbacks import Callbacks
 from resist_jax.run.checkpoint import Checkpoints, Restored
 from resist_jax.run.interrupt import Interrupt, Interrupted
@@ -94,9 +102,9 @@ class Clock:
 
 
 class _Dispatched(NamedTuple):
-  """A round that may still be running on the devices."""
+  """A round, or several as one, that may still be running on the devices."""
 
-  index: int
+  done: int  # How many rounds are done when it ends.
   phase: Phase
   before: dict[str, Assignment]
   after: dict[str, Assignment]
@@ -125,7 +133,8 @@ class Loop:
   Attributes:
     setup: Setup of the run.
     state: What the workers hold.
-    phase: The phase of the next round, or after the last one that of the last.
+    phase: The phase of the next round, or after the last one that of the last;
+      its trainer takes as many rounds at once as the round before did.
     progress: What is done.
     test: What tests the global network.
   """
@@ -156,6 +165,7 @@ class Loop:
     self.test = phases.make_test(setup)
     self._judged_by = stopping.judged_by(setup)
     self._rate = phases.schedule(setup.config)
+    self._lengths = lengths.make(setup.config, self._rate)
     self._clock = Clock(0.0)
     self._running: _Dispatched | None = None
     self._asked = 0  # The signal that some process got, or 0.
@@ -174,11 +184,14 @@ class Loop:
     """
     self._begin(restored, started)
     config = self.setup.config
-    for index in range(self.progress.round, config.num_rounds):
+    index = self.progress.round
+    while index < config.num_rounds:
       if stopping.reason(config, self.progress.best):
         break
-      self._dispatch(index)
-      due = self._due(index + 1)
+      count = self._lengths.at(index)
+      self._dispatch(index, count)
+      due = self._due(index, index + count)
+      index += count
       if jax.process_count() == 1:
         self._asked = self._interrupt.signum or 0
       if not (any(due) or self._asked or self._waits):
@@ -207,14 +220,27 @@ class Loop:
     self._clock = Clock(progress.seconds_training)
     # A run that has stopped early stays in the phase of its last round.
     ended = bool(stopping.reason(setup.config, self.progress.best))
-    self.phase, self.state = restore.start(setup, restored, ended)
+    self._enter(restore.start(setup, restored, ended), self.progress.round)
+    if ended or self.progress.round == setup.config.num_rounds:
+      count = self.progress.last.get('rounds', 1)
+      again = restore.at_once(setup, self.phase, self.state, {count})
+      self.phase = again[count]
     if setup.config.evaluation.at_start and not self.progress.round:
       self._test_at_start()
     self._log.begin()
     self._apart = True  # Whether the processes may be at different points.
 
-  def _dispatch(self, index: int) -> None:
-    """Begins a round; where the host dispatches steps, it also ends."""
+  def _enter(self, begun: tuple[Phase, State], done: int) -> None:
+    """Goes on with a phase, for which `done` rounds are done."""
+    self.phase, self.state = begun
+    counts = self._lengths.of_phase(done)
+    self._at_once = restore.at_once(self.setup, self.phase, self.state, counts)
+
+  def _dispatch(self, index: int, count: int) -> None:
+    """Begins a round, or `count` as one.
+
+    Where the host dispatches steps, it also ends.
+    """
     processes.doing(f'round {index + 1}')
     if self._apart:
       # Time spent waiting for other processes is not counted.
@@ -222,25 +248,31 @@ class Loop:
       self._apart = False
     self._clock.start()
     before = assignments_on_host(self.state)
-    batches = self.setup.pipeline.batches(index)
+    batches = data.of_rounds(self.setup.pipeline, index, count)
+    self.phase = self._at_once[count]
     self.state, measured = self.phase.trainer.round(self.state, batches)
     # An accelerator runs this round while that before is read and logged.
     if self._running:
       self._read(ahead=True)
       self._write()
     after = assignments_on_host(self.state)
-    self._running = _Dispatched(index, self.phase, before, after, measured)
+    done = index + count
+    self._running = _Dispatched(done, self.phase, before, after, measured)
     # Where the host dispatches steps, it has waited for them: the clock is read
     # now, or the time of the next round would count for this one.
     self._waits = 'seconds_local' in measured or self._callbacks.read_state
 
-  def _due(self, done: int) -> _Due:
+  def _due(self, before: int, done: int) -> _Due:
     config = self.setup.config
     last = done == config.num_rounds
+
+    def passed(every: int) -> bool:
+      return done // every > before // every
+
     return _Due(
       last,
-      evaluates=last or done % config.eval_every == 0,
-      saves=last or done % config.checkpoint_every == 0,
+      evaluates=last or passed(config.eval_every),
+      saves=last or passed(config.checkpoint_every),
       leaves=not last and phases.name_at(config, done) != self.phase.name,
     )
 
@@ -255,7 +287,7 @@ class Loop:
     if not ahead:
       self._clock.stop()
     seconds = self._clock.seconds()
-    step = (self._running.index + 1) * self.setup.config.local_steps - 1
+    step = self._running.done * self.setup.config.local_steps - 1
     rate: Any = self._rate(step)
     self.progress = _noted(
       self.setup, self._running, self.progress, gathered, seconds, float(rate)
@@ -298,7 +330,7 @@ class Loop:
       )
     if due.leaves:
       whole = assemble(self.state)
-      self.phase, self.state = restore.begin_phase(self.setup, done, whole)
+      self._enter(restore.begin_phase(self.setup, done, whole), done)
 
   def _test_at_start(self) -> None:
     """Logs a test of the network before round 1, as round 0 of the curves."""
@@ -373,13 +405,16 @@ def _noted(
   rate: float,
 ) -> Progress:
   """Returns the progress with a round, whose row of the log it makes."""
-  config, done = setup.config, running.index + 1
+  config, done = setup.config, running.done
+  count = running.phase.protocol.rounds_at_once
   excluded = _excluded(config, done, measured)
-  images = config.num_workers * config.local_steps * config.batch_size
+  steps = running.phase.protocol.steps
+  images = config.num_workers * steps * config.batch_size
   healthy = measured['healthy']
   sent = running.phase.wire_bytes(running.before, running.after)
   row: dict[str, Any] = {
     'round': done,
+    **({'rounds': count} if count > 1 else {}),
     'protocol': running.phase.name,
     'train_loss': float(measured['loss'][healthy].mean()),
     **{

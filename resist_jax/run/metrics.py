@@ -84,7 +84,8 @@ class MetricsLog:
     rows = report.read_rows(path)
     # A run that begins anew logs round 0, a test before the first one, again.
     rows = [row for row in rows if row['round'] <= start_round > 0]
-    missing = start_round - len({row['round'] for row in rows} - {0})
+    logged = {row['round']: row.get('rounds', 1) for row in rows}
+    missing = start_round - sum(n for done, n in logged.items() if done)
     if missing > 0:
       logging.warning(
         '%s has no row of %d of the %d rounds that are done: it was damaged or '
@@ -142,7 +143,7 @@ class MetricsLog:
     shown['sent'] = report.byte_text(row['wire_bytes_total'])
     shown[f'{self._unit}/s'] = f'{row["images_per_second"]:.0f}'
     self._bar.set_postfix(shown, refresh=False)
-    self._bar.update()
+    self._bar.update(row.get('rounds', 1))
     self._kept = row['round']
 
   def check(self) -> None:

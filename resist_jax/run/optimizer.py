@@ -50,6 +50,19 @@ def described(
   )
 
 
+def make_outer(
+  lr: float, momentum: float, nesterov: bool
+) -> optax.GradientTransformation | None:
+  """Returns what takes the mean change of a round; see `Trainer.outer`.
+
+  Args:
+    lr: Its rate; 0 for none, so that a round ends with the mean itself.
+    momentum: Decay of its momentum; 0 keeps none.
+    nesterov: Whether that is Nesterov's.
+  """
+  return optax.sgd(lr, momentum or None, nesterov) if lr else None
+
+
 # One cycle rises for this share of the run, from this fraction of its peak.
 _RISE, _START = 0.3, 25
 SCHEDULES = ('step', 'cosine', 'linear', 'one_cycle', 'constant')

@@ -19,7 +19,8 @@ from resist_jax.errors import FOREIGN, ConfigError, one_line
 from resist_jax.exchange import DATA
 from resist_jax.rounds import Protocol, mesh_sizes
 from resist_jax.run import cards, optimizer
-from resist_jax.run.config import EXCHANGES
+from resist_jax.run.averaged import AveragedTest
+from resist_jax.run.config import make_exchange
 from resist_jax.run.setup import Setup
 from resist_jax.run.task import Test
 from resist_jax.trainer import Trainer
@@ -76,6 +77,14 @@ class Phase(Traffic):
 
   name: str
   trainer: Trainer
+
+  def at_once(self, count: int) -> 'Phase':
+    """Returns the same with so many rounds as one; see `Trainer.at_once`."""
+    return dataclasses.replace(
+      self,
+      protocol=self.protocol.lasting(count),
+      trainer=self.trainer.at_once(count),
+    )
 
 
 def name_at(config: ml_collections.ConfigDict, round_index: int) -> str:
@@ -176,7 +185,7 @@ def _protocol_fields(setup: Setup, name: str) -> dict:
   return {
     'num_workers': config.num_workers,
     'local_steps': config.local_steps,
-    'exchange': EXCHANGES[config.exchange](config.wire_format),
+    'exchange': make_exchange(config),
     'min_depth': setup.task.cuts,
     'depths': setup.depths if name == 'resist' else (),
     'average_gradients': parallel,
@@ -184,6 +193,9 @@ def _protocol_fields(setup: Setup, name: str) -> dict:
     'exclude_faulty': config.faults.leave_out,
     'loss_factor': config.faults.loss_factor,
     'update_factor': config.faults.update_factor,
+    'outer': optimizer.make_outer(**config.outer),
+    'average': config.average.decay,
+    'shared_every': config.shared_every if name == 'resist' else 0,
   }
 
 
@@ -235,7 +247,8 @@ def training_scale(setup: Setup, name: str) -> dict[str, float]:
 def make_test(setup: Setup) -> Test:
   """Returns what tests the global network, at its residual scale."""
   options = setup.config.evaluation
-  return setup.task.make_test(global_scales(setup), setup.mesh, options)
+  test = setup.task.make_test(global_scales(setup), setup.mesh, options)
+  return AveragedTest(test) if setup.config.average.decay else test
 
 
 def global_scales(setup: Setup) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
 """A trained network as plain layers: what other libraries call them.
 
-Residual scales are multiplied into the last layer of each branch, and norm
-statistics into means and variances, so that nothing of ResIST remains.
+Residual scales and gates are multiplied into the last layer of each branch, and
+norm statistics into means and variances, so that nothing of ResIST remains.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resist_jax.models import ResNet, rescale_branches
+from resist_jax.models import ResNet, rescale_branches, without_gates
 from resist_jax.run.export import Predictor
 
 Arrays = dict[str, np.ndarray]
@@ -98,7 +98,7 @@ def arrays(model: Predictor) -> Arrays:
   """
   factors = {name: float(scale[0]) for name, scale in model.scales.items()}
   params = rescale_branches(model.variables['params'], factors, model.network)
-  params = jax.tree.map(np.asarray, params)
+  params = without_gates(jax.tree.map(np.asarray, params), model.network)
   statistics = jax.tree.map(np.asarray, model.variables['batch_stats'])
   found: Arrays = {
     'mean': model.mean.reshape(-1, 1, 1),
@@ -147,6 +147,11 @@ def variables(
   Raises:
     ValueError: If the arrays are those of another network.
   """
+  if network.gate is not None:
+    raise ValueError(
+      'the network has gates, which PyTorch has in the last layers of its '
+      'branches: give the same network without gate.'
+    )
   unread = dict(given)
 
   def read(layer: str, kind: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from resist_jax import data
 from resist_jax.rounds import State, Whole, storage
 from resist_jax.rounds.moments import Parts
 from resist_jax.run import phases
@@ -32,7 +33,8 @@ def start(
   phase = phases.make_phase(setup, name)
   factors = _scale_changes(setup, restored)
   if not factors:
-    assignments = phase.protocol.assign(setup.config.seed, done)
+    draw = int(restored.stored.state.draw)
+    assignments = phase.protocol.assign(setup.config.seed, draw)
     state = storage.as_state(
       restored.stored, phase.protocol, setup.mesh, assignments
     )
@@ -69,8 +71,33 @@ def _hand_out(
   return _compiled(setup, phase, state), state
 
 
-def _compiled(setup: Setup, phase: Phase, state: State) -> Phase:
-  shapes = setup.pipeline.batch_shapes()
+def at_once(
+  setup: Setup, phase: Phase, state: State, counts: set[int]
+) -> dict[int, Phase]:
+  """Prepares rounds that are trained as one.
+
+  Args:
+    setup: Setup of the run.
+    phase: A phase, compiled.
+    state: A state of it; only shapes are used.
+    counts: How many rounds may be trained as one.
+
+  Returns:
+    The phase with so many rounds as one, compiled, by their number.
+  """
+  found = {1: phase}
+  for count in counts - {1}:
+    longer = phase.at_once(count)
+    if longer.trainer.programs is None:
+      longer = _compiled(setup, longer, state, count)
+    found[count] = longer
+  return found
+
+
+def _compiled(
+  setup: Setup, phase: Phase, state: State, count: int = 1
+) -> Phase:
+  shapes = data.shapes_of_rounds(setup.pipeline, count)
   return dataclasses.replace(
     phase, trainer=phase.trainer.compile(state, shapes)
   )
@@ -78,15 +105,21 @@ def _compiled(setup: Setup, phase: Phase, state: State) -> Phase:
 
 def _rescaled(setup: Setup, whole: Whole, factors: dict[str, float]) -> Whole:
   """Keeps the global network the same where its residual scale changes."""
-  params = setup.task.rescale(whole.params, factors)
-  if whole.carried is None:
-    return Whole(params)
-  # Larger parameters have smaller gradients.
+  # Larger parameters have smaller gradients, and change less.
   shrinking = {chain: 1 / factor for chain, factor in factors.items()}
-  moments = [
-    setup.task.rescale(moment, shrinking) for moment in whole.carried.moments
-  ]
-  return Whole(params, Parts(moments, whole.carried.rest))
+
+  def rescaled(parts: Parts | None, factors: dict[str, float]) -> Parts | None:
+    if parts is None:
+      return None
+    moments = [setup.task.rescale(moment, factors) for moment in parts.moments]
+    return Parts(moments, parts.rest)
+
+  return Whole(
+    setup.task.rescale(whole.params, factors),
+    rescaled(whole.carried, shrinking),
+    rescaled(whole.outer, shrinking),
+    rescaled(whole.average, factors),
+  )
 
 
 def _scale_changes(setup: Setup, restored: Restored) -> dict[str, float]:

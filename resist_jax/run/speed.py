@@ -138,6 +138,7 @@ def _step_seconds(setup: Setup, row: int, depth: int) -> float:
   config.num_workers, config.exchange = 1, 'masked_psum'
   config.local_steps = min(STEPS, config.local_steps)
   config.phases.full_before = config.phases.full_after = 0
+  config.shared_every = 0
   lone = dataclasses.replace(
     setup, config=config, chains={chain: depth}, mesh=mesh
   )

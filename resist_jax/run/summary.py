@@ -18,7 +18,11 @@ PyTree = Any
 
 
 def summarise(
-  setup: Setup, phase: Phase, params: PyTree, progress: Mapping[str, Any]
+  setup: Setup,
+  phase: Phase,
+  params: PyTree,
+  progress: Mapping[str, Any],
+  draw: int,
 ) -> dict[str, Any]:
   """Returns what is kept of a run.
 
@@ -27,6 +31,7 @@ def summarise(
     phase: Phase of its last round.
     params: Global parameters.
     progress: What the run counted; `last` is the newest row of its log.
+    draw: See `State.draw`, of the last state.
 
   Returns:
     JSON values.
@@ -59,7 +64,7 @@ def summarise(
     'final_train_loss': last['train_loss'],
     'left_out_total': progress['left_out_total'],
     **_sizes(setup),
-    **_traffic(setup, phase, progress),
+    **_traffic(setup, phase, progress, draw),
     **_memory_and_flops(setup, phase),
     'seconds_training': progress['seconds_training'],
     'seconds_total': progress['seconds_total'],
@@ -104,13 +109,13 @@ def _sizes(setup: Setup) -> dict[str, Any]:
 
 
 def _traffic(
-  setup: Setup, phase: Phase, progress: Mapping[str, Any]
+  setup: Setup, phase: Phase, progress: Mapping[str, Any], draw: int
 ) -> dict[str, Any]:
   """Returns bytes of a round and of the run, and those of the baselines."""
-  config, last = setup.config, progress['round'] - 1
+  config = setup.config
   typical = phases.describe(setup, phases.typical_name(config))
-  before = phase.protocol.assign(config.seed, last)
-  after = phase.protocol.assign(config.seed, last + 1, before)
+  before = phase.protocol.assign(config.seed, draw - 1)
+  after = phase.protocol.assign(config.seed, draw, before)
   sent = typical.wire_bytes()
   traffic = {
     'bytes_per_round': typical.bytes_per_round,

@@ -14,7 +14,7 @@ import ml_collections
 
 from resist_jax import folders, report
 from resist_jax.errors import ConfigError, NonFiniteError
-from resist_jax.rounds import assemble
+from resist_jax.rounds import assemble, averaged
 from resist_jax.run import metrics, phases, processes, speed, stopping
 from resist_jax.run import workdir as workdir_lib
 from resist_jax.run.callbacks import Began, Callback, Callbacks, Function
@@ -104,10 +104,11 @@ def _train_in(
     loop = _rounds(folder, setup, callbacks, after, started)
     setup = loop.setup  # It has depths by speed.
     processes.doing('the export')
-    params, scales = assemble(loop.state).params, phases.global_scales(setup)
-    setup.task.save(folder, loop.state, params, scales, loop.test)
+    state, scales = averaged(loop.state), phases.global_scales(setup)
+    params = assemble(state).params
+    setup.task.save(folder, state, params, scales, loop.test)
     progress = dataclasses.asdict(loop.progress)
-    summary = summarise(setup, loop.phase, params, progress)
+    summary = summarise(setup, loop.phase, params, progress, int(state.draw))
     if jax.process_index() == 0:
       workdir_lib.write_json(folder / 'summary.json', summary)
       if setup.config.log.report:

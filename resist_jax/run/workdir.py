@@ -36,8 +36,10 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     return
   before = read_config(workdir / 'config.json')
   # JSON turns tuples into lists: compare both configs as they are written.
-  changed = differences(before, json.loads(json.dumps(config)))
+  now = json.loads(json.dumps(config))
   # A field that is younger than the run had what is now its default.
+  groups = {name: {} for name, value in now.items() if isinstance(value, dict)}
+  changed = differences({**groups, **before}, now)
   defaults = {
     field.name: json.loads(json.dumps(field.default)) for field in each()
   }

@@ -25,9 +25,12 @@ SIZES = [
 ]
 
 
+@pytest.mark.parametrize('spread', [False, True])
 @pytest.mark.parametrize(('L', 'S', 'min_depth'), SIZES)
-def test_workers_hold_every_block_and_none_holds_one_twice(L, S, min_depth):
-  assigner = Assigner(L, S, min_depth)
+def test_workers_hold_every_block_and_none_holds_one_twice(
+  L, S, min_depth, spread
+):
+  assigner = Assigner(L, S, min_depth, spread=spread)
   K = decomposition.slots_per_worker(L, S, min_depth)
   copies = decomposition.num_copies(L, S, min_depth)
   for assignment in tiny.in_turn(assigner, [1], 30):
@@ -44,9 +47,10 @@ def test_workers_hold_every_block_and_none_holds_one_twice(L, S, min_depth):
         assert slot == K or row[slot] == block
 
 
+@pytest.mark.parametrize('spread', [False, True])
 @pytest.mark.parametrize(('L', 'S', 'min_depth'), SIZES)
-def test_an_assignment_follows_from_seed_and_round(L, S, min_depth):
-  assigner = Assigner(L, S, min_depth)
+def test_an_assignment_follows_from_seed_and_round(L, S, min_depth, spread):
+  assigner = Assigner(L, S, min_depth, spread=spread)
   assignments = tiny.in_turn(assigner, [1], 8)
   for r, assignment in enumerate(assignments):
     again = assigner.at([1], r)
@@ -118,9 +122,12 @@ def test_one_long_run_is_fair_as_well():
   np.testing.assert_allclose(pairs, chance, rtol=0.16)
 
 
+@pytest.mark.parametrize('spread', [False, True])
 @pytest.mark.parametrize(('L', 'S', 'min_depth'), SIZES)
-def test_routes_carry_what_changes_its_worker_and_nothing_else(L, S, min_depth):
-  assigner = Assigner(L, S, min_depth)
+def test_routes_carry_what_changes_its_worker_and_nothing_else(
+  L, S, min_depth, spread
+):
+  assigner = Assigner(L, S, min_depth, spread=spread)
   for before, after in itertools.pairwise(tiny.in_turn(assigner, [1], 20)):
     sent = sum(
       source != target
@@ -242,4 +249,65 @@ def test_sizes_that_cannot_be_handed_over_are_refused_in_one_line(
 ):
   with pytest.raises(ValueError, match=says) as raised:
     Assigner(L, S, min_depth)
+  assert '\n' not in str(raised.value)
+
+
+def blocks_of(assignment, L):
+  return [np.sort(row[row < L]) for row in assignment.owned]
+
+
+@pytest.mark.parametrize(('L', 'S'), [(12, 4), (8, 2), (9, 3)])
+def test_spread_blocks_come_from_all_parts_of_the_chain(L, S):
+  """One from each S neighbours, in every round."""
+  for assignment in tiny.in_turn(Assigner(L, S, spread=True), [1], 30):
+    for mine in blocks_of(assignment, L):
+      assert (mine // S).tolist() == list(range(L // S))
+
+
+def unevenness(assigner):
+  """How far blocks are from even places along the chain, mean of squares."""
+  L, found = assigner.num_blocks, []
+  for assignment in tiny.in_turn(assigner, [1], 300):
+    for mine in blocks_of(assignment, L):
+      even = (np.arange(len(mine)) + 0.5) * L / len(mine) - 0.5
+      found += ((mine - even) ** 2).tolist()
+  return np.mean(found)
+
+
+def test_they_are_nearly_spread_where_workers_cannot_share_equally():
+  random, spread = (
+    unevenness(Assigner(22, 4, spread=spread)) for spread in (False, True)
+  )
+  assert spread < random / 2
+
+
+@pytest.mark.parametrize(
+  ('L', 'S', 'min_depth'),
+  rest_is_slow([(12, 4, 0), (22, 4, 7), (22, 8, 4)], [(22, 4, 7)]),
+)
+def test_each_spread_block_visits_all_workers_alike(L, S, min_depth):
+  """Chi-squared over fresh runs, of owners and of those who borrow."""
+  assigner, samples = Assigner(L, S, min_depth, spread=True), 3000
+  found = [assigner.at([s], 6) for s in range(samples)]
+  owned = np.array([owners(assignment, L) for assignment in found])
+  held = sum(presence(a.slots, L).astype(int) for a in found)
+  borrowed = held - sum(
+    (owned == w).sum(axis=0)[None] * (np.arange(S) == w)[:, None]
+    for w in range(S)
+  )
+  for worker in range(S):
+    for count, size in (
+      ((owned == worker).sum(axis=0), assigner.owned[worker]),
+      (borrowed[worker], max(min_depth - assigner.owned[worker], 0)),
+    ):
+      share = size / L
+      expected = samples * share
+      if expected:
+        statistic = ((count - expected) ** 2).sum() / (expected * (1 - share))
+        assert stats.chi2.sf(statistic * (L - 1) / L, L - 1) > 1e-4
+
+
+def test_spread_over_unequal_workers_is_refused_in_one_line():
+  with pytest.raises(ValueError, match='over equal workers') as raised:
+    Assigner(22, 4, depths=(8, 6, 4, 4), spread=True)
   assert '\n' not in str(raised.value)

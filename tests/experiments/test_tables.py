@@ -7,6 +7,7 @@ import pytest
 from experiments import (
   ablation,
   ensemble,
+  levers,
   paper,
   pictures,
   runs,
@@ -219,3 +220,46 @@ def test_accelerators_have_a_section(tmp_path, monkeypatch):
   assert [row[0] for row in table.rows] == ['CPU', 'GPU']
   assert table.rows[1][1:] == ['local sgd', '1.0e-09', '1.0e-10']
   assert '(GPU, JAX 1)' in table.caption
+
+
+def test_levers_gain_over_the_run_of_the_same_seed(tmp_path):
+  results = Results('levers', 'cpu90', tmp_path)
+  assert levers.tables(results) == []
+
+  def trained(cell, accuracy, seed=0, rounds=(1,) * 24):
+    config = cell.config('cpu90')
+    found = record(accuracy, seed)
+    found['config'] = json.loads(json.dumps(config.to_dict()))
+    found['curve'] = [
+      {'round': i, 'rounds': n, 'protocol': config.protocol}
+      for i, n in enumerate(rounds)
+    ]
+    put(results, cell, found)
+    return found
+
+  def cell(lever, protocol='resist'):
+    return levers.cell(lever, protocol, 4, 'cpu90')
+
+  for seed, accuracies in enumerate([(0.5, 0.52), (0.6, 0.63)]):
+    for lever, accuracy in zip(('none', 'average'), accuracies, strict=True):
+      trained(cell(lever), accuracy, seed)
+  trained(cell('growing'), 0.4, rounds=(1,) * 8 + (2,) * 8)
+  trained(cell('none', 'local_sgd'), 0.7)
+  (table,) = levers.tables(results)
+  none, average, growing = table.rows
+  assert none[1:3] == ['none', '55.0 ± 7.1']
+  assert none[3] == none[6] == ''
+  assert average[2:4] == ['57.5 ± 7.8', '+2.5 ± 0.7']
+  assert growing[3] == '-10.0'
+  assert average[5:] == growing[5:] == ['', '', '']
+  resist, more, fewer, local = (
+    float(x) for x in (none[4], average[4], growing[4], none[7])
+  )
+  assert fewer < resist < more < local
+  assert fewer == pytest.approx(resist * 16 / 24, abs=0.02)
+
+
+def test_every_lever_changes_a_field():
+  for scale in levers.EXPERIMENT.scales:
+    configs = [c.config(scale).to_dict() for c in levers.cells(scale)]
+    assert len({json.dumps(c, sort_keys=True) for c in configs}) == len(configs)

@@ -248,3 +248,28 @@ def test_unknown_choices_say_what_is_known(field):
   net = tiny.network(**{field: 'nonsense'})
   with pytest.raises(ValueError, match=f'unknown {field}'):
     tiny.init(net)
+
+
+@pytest.mark.parametrize('fields', [{}, {'pre_activation': False}])
+def test_a_gate_multiplies_the_branch_of_its_block(fields):
+  """Gates of the chain are scales; all of them can go into last layers."""
+  sizes = {'num_classes': 3, 'stage_sizes': (1, 3), 'widths': (8, 8), **fields}
+  gated, bare = models.ResNet(gate=0.5, **sizes), models.ResNet(**sizes)
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 8, 8, 3)), 'float32')
+  params = models.initial_params(gated, (8, 8, 3), seed=0)
+  np.testing.assert_array_equal(params['stage2_chain']['gate'], [0.5, 0.5])
+  gates = np.array([0.2, -1.5], np.float32)
+  params['stage2_chain']['gate'] = gates
+  for head in ('stage1_head', 'stage2_head'):
+    params[head]['gate'] = np.float32(1)
+  got = gated.apply({'params': params}, x)
+  plain = {
+    name: {key: value for key, value in piece.items() if key != 'gate'}
+    for name, piece in params.items()
+  }
+  want = bare.apply({'params': plain}, x, {'stage2_chain': jnp.asarray(gates)})
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+  params['stage1_head']['gate'] = np.float32(0.3)
+  got = gated.apply({'params': params}, x)
+  want = bare.apply({'params': models.without_gates(params, gated)}, x)
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)

@@ -199,6 +199,16 @@ def test_long_runs_are_cut_and_say_so():
   assert figure.get_suptitle() == 'run: rounds 76 to 100 of 100'
 
 
+def test_rounds_at_once_are_drawn_as_so_many_rounds():
+  row = {'slots': SLOTS, 'num_blocks': {'stage3_chain': 3}}
+  rows = [{'round': 1, **row}, {'round': 5, 'rounds': 4, **row}]
+  figure = plots.decomposition_figure('run', rows)
+  assert figure is not None
+  pixels = np.asarray(figure.axes[0].images[0].get_array())
+  assert pixels.shape[1] == 5
+  assert (pixels == pixels[:, :1]).all()
+
+
 def test_names_of_runs_are_text(tmp_path):
   names = ['<b>bold & "co"', '_hidden', 'a$b$']
   runs = [make_run(tmp_path / name) for name in names]
@@ -316,6 +326,8 @@ ABSURD = [
   {'round': 10**12},
   {'round': True},
   {'round': None},
+  {'rounds': 9},
+  {'rounds': '1'},
   {'slots': None},
   {'slots': []},
   {'slots': {'c': []}},

@@ -134,6 +134,44 @@ def test_the_defaults_are_valid():
       'data_parallel has averaged by then',
     ),
     ({'protocol': 'local_sgd', 'phases.full_before': 1}, 'phases .* resist'),
+    ({'outer.lr': -1.0}, 'outer.lr is -1.0; it must be at least 0'),
+    ({'outer.lr': 1.0, 'outer.momentum': 1.0}, 'outer.momentum is 1.0; .*than'),
+    ({'outer.momentum': 0.5}, 'there is no outer optimiser: set outer.lr'),
+    ({'outer.lr': 1.0, 'outer.nesterov': True}, 'outer.momentum is 0: set'),
+    (
+      {'outer.lr': 1.0, 'wire_format': 'int8'},
+      'wire_format int8 would round .* use float32, or set outer.lr to 0',
+    ),
+    ({'local_steps_alpha': -1.0}, 'local_steps_alpha is -1.0; it must be at'),
+    (
+      {'local_steps_alpha': 0.1, 'protocol': 'data_parallel'},
+      'data_parallel exchanges at every step: set it to 0',
+    ),
+    ({'shared_every': 7}, 'shared_every is 7; .* a divisor of local_steps, 50'),
+    ({'shared_every': -1}, 'shared_every is -1; it must be a divisor'),
+    (
+      {'shared_every': 10, 'protocol': 'local_sgd'},
+      'local_sgd divides nothing: set it to 0',
+    ),
+    (
+      {'shared_every': 10, 'wire_format': 'int8'},
+      'wire_format int8 sends changes: use float32',
+    ),
+    ({'dealing': 'spred'}, 'Did you mean spread.* random, spread'),
+    (
+      {'dealing': 'spread', 'exchange': 'masked_psum'},
+      'what hand_over can do, but exchange is masked_psum',
+    ),
+    (
+      {'dealing': 'spread', 'depths': 'by_speed'},
+      'needs equal workers, but depths is by_speed',
+    ),
+    ({'model.gate_start': 0.5}, 'there are no gates: turn model.gates on'),
+    ({'average.decay': 1.0}, 'average.decay is 1.0; .* less than 1'),
+    (
+      {'average.decay': 0.9, 'wire_format': 'bfloat16'},
+      'wire_format bfloat16 would round .* or set average.decay to 0',
+    ),
   ],
 )
 def test_a_mistake_gets_one_clear_line(fields, says):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from resist_jax import data
-from resist_jax.models import ResNet, initial_params
+from resist_jax.models import ResNet, initial_params, without_gates
 from resist_jax.run import (
   export,
   export_command,
@@ -37,6 +37,12 @@ NETWORKS = {
   'norm last, group': {'pre_activation': False, 'norm': 'group'},
   'heads cut': {'cut_heads': True},
   'heads cut, norm last': {'cut_heads': True, 'pre_activation': False},
+  'gates': {'gate': 0.7},
+  'gates, norm last': {
+    'gate': 0.7,
+    'cut_heads': True,
+    'pre_activation': False,
+  },
 }
 
 
@@ -79,9 +85,15 @@ def images(count):
     'group norm',
     'norm last',
     'heads cut',
+    'gates',
     *(
       pytest.param(kind, marks=pytest.mark.slow)
-      for kind in ('bottleneck', 'norm last, group', 'heads cut, norm last')
+      for kind in (
+        'bottleneck',
+        'norm last, group',
+        'heads cut, norm last',
+        'gates, norm last',
+      )
     ),
   ]
 )
@@ -198,10 +210,10 @@ def test_safetensors_hold_every_array(model, tmp_path):
     about = {k: json.loads(v) for k, v in file.metadata().items()}
   assert about['class_names'] == list(NAMES)
   mean, std = np.float32(about['mean']), np.float32(about['std'])
-  assert ResNet(
-    num_classes=3, **{k: about[k] for k in ('norm', 'stem', 'bottleneck',
-    'pre_activation', 'cut_heads')}, stage_sizes=tuple(about['stage_sizes']),
-    widths=tuple(about['widths'])) == model.network  # fmt: skip
+  names = 'norm', 'stem', 'bottleneck', 'pre_activation', 'cut_heads', 'gate'
+  sizes = {k: tuple(about[k]) for k in ('stage_sizes', 'widths')}
+  same = {name: about[name] for name in names}
+  assert ResNet(num_classes=3, **sizes, **same) == model.network
   again = export.Predictor(
     model.network, {'batch_stats': {}, **variables}, scales, mean, std,
     NAMES, tuple(about['image_shape']),
@@ -214,7 +226,8 @@ def test_safetensors_hold_every_array(model, tmp_path):
 def test_the_plain_layers_are_those_of_the_network(model):
   """By their number of parameters, which needs no other library."""
   arrays = plain.arrays(model)
-  ours = jax.tree.leaves(model.variables['params'])
+  params = model.variables['params']
+  ours = jax.tree.leaves(without_gates(params, model.network))
   extra = ('mean', 'std', 'num_batches_tracked', 'running_mean', 'running_var')
   theirs = [a for n, a in arrays.items() if not n.endswith(extra)]
   assert sum(a.size for a in theirs) == sum(x.size for x in ours)

@@ -323,6 +323,7 @@ def test_images_come_augmented_and_normalised(tmp_path, monkeypatch):
     ({'model.module': 'covering'}, 'defines no function network'),
     ({'partition_strided': True}, 'ResNets alone'),
     ({'evaluation.stream_blocks': True}, 'ResNets alone'),
+    ({'model.gates': True}, 'model.gates is True, which ResNets alone'),
     ({'num_workers': 8, 'num_devices': 4}, 'chain blocks: .*8 workers'),
     ({'batch_size': 300}, '200 training examples'),
     ({'model.options': 3}, 'model.options is 3'),

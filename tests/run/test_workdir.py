@@ -51,6 +51,19 @@ def holder(tmp_path):
   process.communicate()
 
 
+def test_fields_younger_than_a_run_had_what_is_now_their_default(tmp_path):
+  """Groups of such fields, too."""
+  before = get_config().to_dict()
+  for name in ('average', 'outer', 'shared_every'):
+    del before[name]
+  workdir.write_json(tmp_path / 'config.json', before)
+  config = get_config()
+  workdir.check(tmp_path, config.to_dict())
+  config.outer.lr = 1.0
+  with pytest.raises(ConfigError, match=r'outer.lr None -> 1.0\)'):
+    workdir.check(tmp_path, config.to_dict())
+
+
 def test_a_second_run_is_refused_until_the_first_one_dies(holder, tmp_path):
   folder = tmp_path / 'run'
   with pytest.raises(ConfigError, match='is in use by') as caught:

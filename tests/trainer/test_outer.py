@@ -58,10 +58,14 @@ def plain_loop(outer, held, S, left_out=()):
       mean = merge_where(ends, counted, params, lost)
     else:
       mean = merge(ends, counted)
-    change = jax.tree.map(jnp.subtract, params, mean)
-    updates, state = outer.update(change, state, params)
-    params = optax.apply_updates(params, updates)
+    params, state = plain_outer_step(outer, state, params, mean)
   return params
+
+
+def plain_outer_step(outer, state, params, mean):
+  change = jax.tree.map(jnp.subtract, params, mean)
+  updates, state = outer.update(change, state, params)
+  return optax.apply_updates(params, updates), state
 
 
 def merge_where(ends, counted, params, lost):

@@ -1,6 +1,7 @@
 """A Trainer of somebody's network is Algorithm 1, with any optax optimiser."""
 
 import dataclasses
+import json
 import operator
 
 from covering import checkerboard
@@ -11,6 +12,7 @@ import optax
 import pytest
 
 import resist_jax as resist
+from resist_jax.rounds import storage
 from resist_jax.rounds.state import assignments_on_host
 
 L, T, B, WIDTH = 5, 3, 4, 6
@@ -116,7 +118,7 @@ def gradient(sub, batch):
 def train_locally(optimizer, sub, data, s):
   """The local steps of worker s, whose moments begin anew."""
   state = optimizer.init(sub)
-  for t in range(T):
+  for t in range(data['y'].shape[1]):
     batch = jax.tree.map(lambda x, t=t: x[s, t], data)
     updates, state = optimizer.update(gradient(sub, batch), state, sub)
     sub = optax.apply_updates(sub, updates)
@@ -180,6 +182,15 @@ def test_rounds_equal_algorithm_1_with_any_optimiser(name):
   """Moments restart in every round, the counts of schedules go on."""
   got, held, *_ = run(make(OPTIMISERS[name](0), min_depth=2))
   assert_close(got, plain_loop(OPTIMISERS[name], held, 4))
+
+
+def test_blocks_that_are_spread_are_exchanged_as_others():
+  exchange = resist.exchange.hand_over(spread=True)
+  optimizer = OPTIMISERS['sgd']
+  got, held, *_ = run(make(optimizer(0), min_depth=2, exchange=exchange))
+  assert_close(got, plain_loop(optimizer, held, 4))
+  with pytest.raises(ValueError, match='over equal workers'):
+    make(exchange=exchange, depths=(2, 1, 1, 1)).init(network())
 
 
 def test_an_optimiser_goes_downhill():
@@ -300,6 +311,28 @@ def test_a_restored_training_repeats_to_the_bit(fields, tmp_path):
     state, _ = trainer.round(state, batches(r, 4))
   jax.tree.map(np.testing.assert_array_equal, trainer.params(state), want)
   assert len(list(tmp_path.iterdir())) == 2  # The newest, and what names it.
+
+
+def test_the_state_of_an_older_version_is_restored(tmp_path):
+  """It knows no average, and its rounds number its assignments."""
+  trainer = make(optax.sgd(RATE))
+  state, _ = trainer.round(trainer.init(network()), batches(0, 4))
+  trainer.save(tmp_path, state)
+  folder = tmp_path / 'round_1'
+  (path,) = [
+    path
+    for path in folder.rglob('*')
+    if path.is_file() and b'"draw"' in path.read_bytes()
+  ]
+  metadata = json.loads(path.read_text())
+  for name in ('draw', 'average'):
+    del metadata['custom_metadata'][name]
+  path.write_text(json.dumps(metadata))
+  storage.point_to(tmp_path / 'state.txt', folder)
+  restored = trainer.restore(tmp_path)
+  assert restored.draw == 1
+  ends = [trainer.round(x, batches(1, 4))[0] for x in (restored, state)]
+  jax.tree.map(np.testing.assert_array_equal, *map(trainer.params, ends))
 
 
 def test_other_workers_and_exchanges_continue_from_the_same_network(tmp_path):

@@ -1,0 +1,273 @@
+"""What each lever that the paper does not have changes, ResIST and local SGD.
+
+  python -m experiments.levers --scale=cpu90 --seeds=2 --data_dir=FOLDER --busy
+
+Each run changes one thing in the recipe of the scale `cpu90` on CIFAR-10, which
+is shortened to some ten minutes of two cores for ResIST: a quarter of the
+epochs, half of the channels. Local SGD gets every lever that means something to
+it. "Gain" is the mean difference from the run of the same seed without a lever.
+Bytes are what all workers would send if each had a device of its own.
+
+Results and a table are written to experiments/results/levers/SCALE/.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+import json
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from experiments.costs import Plan
+from experiments.experiment import (
+  Cell,
+  Drawn,
+  Experiment,
+  Record,
+  Results,
+  main,
+  of_runs,
+  spread,
+)
+from experiments.table import Table
+from experiments.table2 import NAMES
+from resist_jax import accounting
+from resist_jax.run.config import get_config
+
+WORKERS = (4, 8)
+PROTOCOLS = ('resist', 'local_sgd')
+IMAGE, CLASSES = (32, 32, 3), 10
+# A quarter of the epochs of cpu90, in a network of half the width.
+SHORT = {
+  'model.widths': (32, 64, 128),
+  'num_rounds': 24,
+  'optimizer.warmup_rounds': 4,
+  'eval_every': 4,
+  'checkpoint_every': 2,
+}
+
+
+class Lever(NamedTuple):
+  """One thing that runs change.
+
+  Attributes:
+    title: For readers.
+    fields: Returns the fields that it sets, for the config without it.
+    alone: Whether it means nothing to local SGD.
+  """
+
+  title: str
+  fields: Callable[[ConfigDict], Mapping[str, Any]]
+  alone: bool = False
+
+
+def _set(**fields: Any) -> Callable[[ConfigDict], Mapping[str, Any]]:
+  named = {name.replace('__', '.'): value for name, value in fields.items()}
+  return lambda config: named
+
+
+def _finish(config: ConfigDict) -> Mapping[str, Any]:
+  return {'phases.full_after': max(1, config.num_rounds * 15 // 100)}
+
+
+def _outer(momentum: float) -> Callable[[ConfigDict], Mapping[str, Any]]:
+  return _set(outer__lr=1.0, outer__momentum=momentum, outer__nesterov=True)
+
+
+def _growing(config: ConfigDict) -> Mapping[str, Any]:
+  """Rounds are twice as long from half of the largest rate on."""
+  return {'local_steps_alpha': config.lr / 2 * (2 * config.local_steps) ** 0.5}
+
+
+def _times(factor: float) -> Callable[[ConfigDict], Mapping[str, Any]]:
+  """Rounds have so many times as many steps, and there are fewer of them."""
+
+  def fields(config: ConfigDict) -> Mapping[str, Any]:
+    steps = max(1, int(config.local_steps * factor))
+    share = config.local_steps / steps
+    return {
+      'local_steps': steps,
+      'num_rounds': max(1, round(config.num_rounds * share)),
+      'eval_every': max(1, round(config.eval_every * share)),
+      'optimizer.warmup_rounds': round(config.optimizer.warmup_rounds * share),
+    }
+
+  return fields
+
+
+def _sharing(config: ConfigDict) -> Mapping[str, Any]:
+  return {'shared_every': max(1, config.local_steps // 2)}
+
+
+def _deeper(config: ConfigDict) -> Mapping[str, Any]:
+  return {'min_depth': config.min_depth + 1}
+
+
+LEVERS = {
+  'none': Lever('none', _set()),
+  'finish': Lever('full models at the end', _finish, alone=True),
+  'outer05': Lever('outer momentum 0.5', _outer(0.5)),
+  'outer08': Lever('outer momentum 0.8', _outer(0.8)),
+  'carry': Lever('momentum carried', _set(optimizer__carry_momentum=True)),
+  'training': Lever(
+    'scaled in training', _set(residual_scale='training'), alone=True
+  ),
+  'gates': Lever('gates', _set(model__gates=True)),
+  'average': Lever('average, decay 0.8', _set(average__decay=0.8)),
+  'growing': Lever('rounds grow as the rate falls', _growing),
+  'half': Lever('half the steps in a round', _times(0.5)),
+  'double': Lever('twice the steps in a round', _times(2)),
+  'sharing': Lever('shared part twice a round', _sharing, alone=True),
+  'deeper': Lever('a block more for each worker', _deeper, alone=True),
+  'spread': Lever('spread over the chain', _set(dealing='spread'), alone=True),
+}
+
+
+def cell(lever: str, protocol: str, workers: int, scale: str) -> Cell:
+  """Returns what is trained.
+
+  Args:
+    lever: A key of `LEVERS`.
+    protocol: One of `PROTOCOLS`.
+    workers: 4 or 8.
+    scale: `cpu90` or `smoke`.
+
+  Returns:
+    The cell.
+  """
+  base = {'protocol': protocol, **(SHORT if scale == 'cpu90' else {})}
+  argument = f's{workers}'
+  config = Cell('', 'cifar10', argument, base).config(scale)
+  fields = {**base, **LEVERS[lever].fields(config)}
+  return Cell(f's{workers}_{protocol}_{lever}', 'cifar10', argument, fields)
+
+
+def applies(lever: str, protocol: str) -> bool:
+  """Returns whether a lever means something to a protocol."""
+  return protocol == 'resist' or not LEVERS[lever].alone
+
+
+def cells(scale: str) -> list[Cell]:
+  """Returns the cells to train, those of four workers first."""
+  return [
+    cell(lever, protocol, workers, scale)
+    for workers in WORKERS
+    for protocol in PROTOCOLS
+    for lever in LEVERS
+    if applies(lever, protocol)
+  ]
+
+
+def gains(with_it: Sequence[Record], without: Sequence[Record]) -> list[float]:
+  """Returns differences in accuracy, in points, of runs of the same seed.
+
+  Args:
+    with_it: Results with a lever.
+    without: Results without it.
+  """
+  base = {_seed(record): _accuracy(record) for record in without}
+  return [
+    100 * (_accuracy(record) - base[_seed(record)])
+    for record in with_it
+    if _seed(record) in base
+  ]
+
+
+def _seed(record: Record) -> int:
+  return record['summary']['seed']
+
+
+def _accuracy(record: Record) -> float:
+  return record['summary']['test_accuracy']
+
+
+def sent(record: Record) -> float:
+  """Predicts the bytes of a run in which each worker had a device.
+
+  Args:
+    record: Its result.
+
+  Returns:
+    Bytes that all devices together would send, the mean over assignments.
+  """
+  config = json.dumps(record['config'], sort_keys=True)
+  rows = ((r['protocol'], r.get('rounds', 1)) for r in record['curve'])
+  return sum(_sent_in_a_round(config, *row) for row in rows)
+
+
+@cache
+def _sent_in_a_round(text: str, protocol: str, rounds: int) -> float:
+  config = get_config()
+  with config.unlocked():
+    config.update(ConfigDict(json.loads(text)))
+  workers = config.num_workers
+  traffic, _ = Plan(config, IMAGE, CLASSES).traffic(protocol, workers)
+  made = traffic.protocol.lasting(rounds)
+  return accounting.wire_bytes(traffic.sizes, made, workers)
+
+
+def tables(results: Results) -> list[Table]:
+  """Shows accuracies with each lever, gains, and bytes."""
+  rows, found = [], []
+  for workers in WORKERS:
+    for lever, (title, *_) in LEVERS.items():
+      row = [str(workers), title]
+      for protocol in PROTOCOLS:
+        records = _records(results, lever, protocol, workers)
+        found += records
+        row += _columns(records, _records(results, 'none', protocol, workers))
+      if any(row[2:]):
+        rows.append(row)
+  if not rows:
+    return []
+  recipe = f'{results.scale} scale'
+  if results.scale == 'cpu90':
+    recipe += ', a quarter of its epochs and half of its channels'
+  caption = (
+    'Deployed test accuracy in % on CIFAR-10 after the last round, '
+    f'{recipe}. Each row changes one thing in the recipe. "Gain" is the mean '
+    'difference, in points, from the run of the same seed without a lever. '
+    '"GB" is what all workers would send if each had a device of its own. '
+    f'{of_runs(found)}'
+  )
+  head = ['workers', 'lever']
+  for protocol in PROTOCOLS:
+    head += [NAMES[protocol], 'gain', 'GB']
+  return [Table(caption, EXPERIMENT.command, head, rows)]
+
+
+def _records(results, lever, protocol, workers) -> list[Record]:
+  if not applies(lever, protocol):
+    return []
+  return results.of(cell(lever, protocol, workers, results.scale))
+
+
+def _columns(records: Sequence[Record], without: Sequence[Record]) -> list[str]:
+  """Returns the accuracy, the gain and the GB of a lever."""
+  if not records:
+    return ['', '', '']
+  gained = [] if records == without else gains(records, without)
+  return [
+    spread([100 * _accuracy(record) for record in records]),
+    spread(gained, '+.1f'),
+    f'{sent(records[0]) / 1e9:.2f}',
+  ]
+
+
+def figures(results: Results) -> Mapping[str, Drawn]:
+  """Returns none: the table says it all."""
+  del results
+  return {}
+
+
+EXPERIMENT = Experiment(
+  'levers',
+  'Levers that the paper does not have',
+  cells,
+  tables,
+  figures,
+  scales=('smoke', 'cpu90'),
+)
+
+if __name__ == '__main__':
+  main(EXPERIMENT, __doc__)
