@@ -46,7 +46,8 @@ class ResNet(nn.Module):
       2, then max pooling).
     dtype: Compute dtype; parameters and statistics are float32.
     for_cpu: Whether to use `layers.convolve_with_wide_kernel_gradient`, a form
-      that XLA's CPU backend runs faster. The result is the same up to rounding.
+      that XLA's CPU backend runs faster, and not `accelerated.norm_relu`. The
+      result is the same up to rounding.
     cut_heads: Whether to separate the residual branches of heads, so that they
       can be partitioned too (first column of the paper's ablation).
     norm_axis: The mesh axis that splits batches, for batch norm; None if none
@@ -161,7 +162,12 @@ class ResNet(nn.Module):
     conv = {'dtype': self.dtype, 'wide_kernel_gradient': self.for_cpu}
     norm = partial(GroupNorm16, dtype=self.dtype)
     if self.norm == 'batch':
-      norm = partial(BatchNorm, dtype=self.dtype, axis_name=self.norm_axis)
+      norm = partial(
+        BatchNorm,
+        dtype=self.dtype,
+        axis_name=self.norm_axis,
+        saves_traffic=not self.for_cpu,
+      )
     if name == 'stem':
       large = self.stem == 'imagenet'
       return Stem(

@@ -7,15 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from resist_jax import data
-from resist_jax.models import ResNet
+from resist_jax import data, models
 from resist_jax.rounds import LossFn
 
 METRICS = ('accuracy',)  # What the loss reports beside itself.
 
 
 def make_loss(
-  network: ResNet,
+  network: models.ResNet,
   dataset: data.Dataset,
   branch_scale: Mapping[str, float],
   pad: int,
@@ -58,6 +57,8 @@ def make_loss(
       for name, length in lengths.items()
     }
     subnetwork = network.with_chain_lengths(lengths)
+    if not network.for_cpu:
+      params = models.computed_kernels(params, network.dtype)
     logits: Any = subnetwork.apply({'params': params}, images, scales)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     hits = (logits.argmax(axis=-1) == labels).mean(dtype=jnp.float32)

@@ -1,0 +1,110 @@
+"""Forms of layers for accelerators compute what the plain forms do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from resist_jax import models
+from resist_jax.models import layers
+
+CHANNELS = 5
+
+
+def images(dtype, constant=False):
+  rng = np.random.default_rng(0)
+  x = rng.normal(1, 2, (4, 3, 3, CHANNELS))
+  if constant:
+    x[..., 0] = 0.5
+  return jnp.asarray(x, dtype)
+
+
+def norm_of(dtype, saves_traffic):
+  """Returns a function of scale, bias and input, and values for these."""
+  norm = layers.BatchNorm(dtype=dtype, saves_traffic=saves_traffic)
+
+  def apply(scale, bias, x):
+    params = {'scale': scale, 'bias': bias}
+    return norm.apply({'params': params}, x, relu=True)
+
+  wide = layers.widen(jnp.zeros((), dtype)).dtype
+  scale = jnp.linspace(0.5, 2, CHANNELS, dtype=wide)
+  return apply, scale, scale[::-1] - 1
+
+
+def values_and_gradients(apply, *args):
+  y, pull = jax.vjp(apply, *args)
+  rng = np.random.default_rng(1)
+  return y, pull(jnp.asarray(rng.normal(size=y.shape), y.dtype))
+
+
+@pytest.mark.parametrize(
+  ('dtype', 'tolerance'), [('float64', 1e-12), ('bfloat16', 2e-2)]
+)
+def test_norm_and_relu_equal_the_plain_form(dtype, tolerance):
+  with jax.enable_x64(dtype == 'float64'):
+    ours, theirs = (
+      values_and_gradients(*norm_of(jnp.dtype(dtype), saves), images(dtype))
+      for saves in (True, False)
+    )
+    # A bfloat16 gradient of the input is rounded once here, and there too.
+    for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+      assert a.dtype == b.dtype
+      a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+      np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+    np.testing.assert_array_equal(ours[0], theirs[0])
+
+
+def test_a_channel_without_variance_has_a_finite_gradient():
+  _, gradients = values_and_gradients(
+    *norm_of(jnp.float32, True), images('float32', constant=True)
+  )
+  assert all(np.isfinite(g).all() for g in gradients)
+  # What all inputs share is taken away again: it has no gradient.
+  assert np.abs(gradients[2].sum((0, 1, 2))).max() < 1e-2
+
+
+def test_the_backward_pass_keeps_the_input_alone_as_narrow_as_it_came():
+  x = images('bfloat16')
+  apply, *args = norm_of(jnp.bfloat16, True)
+  _, pull = jax.vjp(apply, *args, x)
+  large = [leaf for leaf in jax.tree.leaves(pull) if leaf.size >= x.size]
+  assert [leaf.dtype for leaf in large] == [jnp.bfloat16]
+
+
+def test_kernels_are_cast_and_their_gradients_are_the_same():
+  rng = np.random.default_rng(0)
+  params = {
+    'conv': jnp.asarray(rng.normal(size=(2, 3, 3, 4, 5)), jnp.float32),
+    'scale': jnp.ones(4),
+  }
+
+  def loss(cast, params):
+    cast = cast(params)
+    assert cast['scale'].dtype == jnp.float32
+    assert cast['conv'].dtype == jnp.bfloat16
+    return jnp.square(cast['conv'].astype(jnp.float32)).sum()
+
+  def plain(params):
+    return {**params, 'conv': params['conv'].astype(jnp.bfloat16)}
+
+  found = [
+    jax.grad(lambda p, cast=cast: loss(cast, p))(params)
+    for cast in (lambda p: models.computed_kernels(p, jnp.bfloat16), plain)
+  ]
+  jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+@pytest.mark.parametrize('pre_activation', [True, False])
+def test_a_network_for_accelerators_has_the_same_gradient(pre_activation):
+  found = []
+  for for_cpu in (True, False):
+    net = tiny.network(2, for_cpu=for_cpu, pre_activation=pre_activation)
+    params = tiny.init(net)
+    present = {tiny.CHAIN: jnp.ones(2)}
+    found.append(
+      tiny.gradient(tiny.make_loss(net), params, present, np.arange(6))
+    )
+  for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
