@@ -14,7 +14,7 @@ whose shortcut is the identity has no `stageN_head`.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
@@ -27,6 +27,24 @@ from resist_jax.models.layers import BatchNorm, Conv, GroupNorm16
 PyTree = Any
 
 STEMS = ('small', 'strided', 'imagenet')
+
+
+class Forms(NamedTuple):
+  """Which forms of layers a platform runs best.
+
+  Attributes:
+    wide_kernels: `layers.convolve_with_wide_kernel_gradient`.
+    saves_traffic: `accelerated.norm_relu` and `accelerated.computed_kernels`.
+  """
+
+  wide_kernels: bool = False
+  saves_traffic: bool = False
+
+
+FORMS = {
+  'cpu': Forms(wide_kernels=True),
+  'gpu': Forms(saves_traffic=True),
+}
 
 
 class ResNet(nn.Module):
@@ -45,9 +63,8 @@ class ResNet(nn.Module):
       images of 64 pixels or a quarter of the work) or `imagenet` (7x7, stride
       2, then max pooling).
     dtype: Compute dtype; parameters and statistics are float32.
-    for_cpu: Whether to use `layers.convolve_with_wide_kernel_gradient`, a form
-      that XLA's CPU backend runs faster, and not `accelerated.norm_relu`. The
-      result is the same up to rounding.
+    platform: What trains: `cpu`, `gpu` or `tpu`; see `Forms`. The result is the
+      same up to rounding.
     cut_heads: Whether to separate the residual branches of heads, so that they
       can be partitioned too (first column of the paper's ablation).
     norm_axis: The mesh axis that splits batches, for batch norm; None if none
@@ -62,7 +79,7 @@ class ResNet(nn.Module):
   norm: str = 'batch'
   stem: str = 'small'
   dtype: Any = jnp.float32
-  for_cpu: bool = True
+  platform: str = 'cpu'
   cut_heads: bool = False
   norm_axis: str | None = None
 
@@ -110,6 +127,11 @@ class ResNet(nn.Module):
         ones = jnp.ones((size - 1,), jnp.float32)
         x, _ = self.make_piece(name, chain)(x, scales.get(name, ones))
     return self.make_piece('classifier')(x)
+
+  @property
+  def forms(self) -> Forms:
+    """The forms of layers for its platform."""
+    return FORMS.get(self.platform, Forms())
 
   @nn.nowrap
   def pieces(self) -> list[tuple[str, int | None]]:
@@ -159,14 +181,17 @@ class ResNet(nn.Module):
       raise ValueError(
         f'unknown stem {self.stem!r}: use one of {", ".join(STEMS)}.'
       )
-    conv = {'dtype': self.dtype, 'wide_kernel_gradient': self.for_cpu}
+    conv = {
+      'dtype': self.dtype,
+      'wide_kernel_gradient': self.forms.wide_kernels,
+    }
     norm = partial(GroupNorm16, dtype=self.dtype)
     if self.norm == 'batch':
       norm = partial(
         BatchNorm,
         dtype=self.dtype,
         axis_name=self.norm_axis,
-        saves_traffic=not self.for_cpu,
+        saves_traffic=self.forms.saves_traffic,
       )
     if name == 'stem':
       large = self.stem == 'imagenet'
@@ -260,7 +285,8 @@ def initial_params(
   # One module per name: JAX would compile again for another, equal module.
   modules = {name: network.make_piece(name) for name, _ in network.pieces()}
   # This program runs once: on CPU, compile it fast rather than well.
-  options = {'xla_backend_optimization_level': 0} if network.for_cpu else None
+  on_cpu = network.platform == 'cpu'
+  options = {'xla_backend_optimization_level': 0} if on_cpu else None
   init = jax.jit(_init, static_argnums=0, compiler_options=options)
   for position, (name, block) in enumerate(network.pieces()):
     module = modules[name]

@@ -57,7 +57,7 @@ def make_loss(
       for name, length in lengths.items()
     }
     subnetwork = network.with_chain_lengths(lengths)
-    if not network.for_cpu:
+    if network.forms.saves_traffic:
       params = models.computed_kernels(params, network.dtype)
     logits: Any = subnetwork.apply({'params': params}, images, scales)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)

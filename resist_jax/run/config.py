@@ -148,14 +148,14 @@ def chosen_depths(config: ml_collections.ConfigDict) -> tuple[int, ...]:
 
 
 def build_model(
-  config: ml_collections.ConfigDict, num_classes: int, for_cpu: bool = True
+  config: ml_collections.ConfigDict, num_classes: int, platform: str = 'cpu'
 ) -> models.ResNet:
   """Returns the network that `config.model` describes.
 
   Args:
     config: As made by `get_config`.
     num_classes: Width of the classifier.
-    for_cpu: See `models.ResNet`.
+    platform: See `models.ResNet`.
 
   Returns:
     The global network.
@@ -171,7 +171,7 @@ def build_model(
     pre_activation=config.model.pre_activation,
     stem=config.model.stem,
     dtype=config.model.dtype,
-    for_cpu=for_cpu,
+    platform=platform,
     cut_heads=config.partition_strided,
     **sizes,
   )

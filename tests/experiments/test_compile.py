@@ -52,7 +52,7 @@ def round_of(mesh, loss_fn):
   return run, run.arguments(state, examples, batches)['round'], scopes
 
 
-NETWORK = tiny.network(L, for_cpu=False)
+NETWORK = tiny.network(L, platform='gpu')
 plain_loss = tiny.make_loss(NETWORK)
 
 

@@ -99,12 +99,13 @@ def test_kernels_are_cast_and_their_gradients_are_the_same():
 @pytest.mark.parametrize('pre_activation', [True, False])
 def test_a_network_for_accelerators_has_the_same_gradient(pre_activation):
   found = []
-  for for_cpu in (True, False):
-    net = tiny.network(2, for_cpu=for_cpu, pre_activation=pre_activation)
+  for platform in ('cpu', 'gpu', 'tpu'):
+    net = tiny.network(2, platform=platform, pre_activation=pre_activation)
     params = tiny.init(net)
     present = {tiny.CHAIN: jnp.ones(2)}
     found.append(
       tiny.gradient(tiny.make_loss(net), params, present, np.arange(6))
     )
-  for a, b in zip(*map(jax.tree.leaves, found), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+  for other in found[1:]:
+    for a, b in zip(*map(jax.tree.leaves, (found[0], other)), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
