@@ -30,7 +30,8 @@ import numpy as np
 import optax
 
 from experiments.runs import RESULTS, provenance, write_record
-from resist_jax import Trainer, exchange, make_mesh, models
+from resist_jax import Trainer, exchange, folders, make_mesh, models
+from resist_jax.errors import Parser
 from resist_jax.run import optimizer
 
 FOLDER = RESULTS / 'accelerator'
@@ -236,12 +237,12 @@ def file_name(platform: str, case: Case) -> str:
 
 def main() -> int:
   """Compares, prints and writes the result; returns 1 if a case failed."""
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser = Parser(description=__doc__.split('\n')[0])
   parser.add_argument('--timeout', type=float, default=600, help='seconds')
   parser.add_argument('--only', default='', help='part of the names of cases')
-  parser.add_argument('--out', type=pathlib.Path)
+  parser.add_argument('--out', type=folders.argument)
   parser.add_argument('--platform', choices=[*CASES], help=argparse.SUPPRESS)
-  parser.add_argument('--folder', type=pathlib.Path, help=argparse.SUPPRESS)
+  parser.add_argument('--folder', type=folders.argument, help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.platform:
     run_all(args.platform, args.only, args.folder)

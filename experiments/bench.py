@@ -17,7 +17,6 @@ written to experiments/results/bench/ with its provenance.
 
 import argparse
 import json
-import pathlib
 import resource
 import statistics
 import sys
@@ -30,13 +29,14 @@ import numpy as np
 import optax
 
 from experiments.runs import RESULTS, provenance, write_record
-from resist_jax import Trainer, accounting, data, models
+from resist_jax import Trainer, accounting, data, folders, models
 from resist_jax.decomposition import (
   Assignment,
   join,
   sample_slots,
   slots_per_worker,
 )
+from resist_jax.errors import Parser
 from resist_jax.exchange import masked_psum
 from resist_jax.rounds import (
   Protocol,
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser = Parser(description=__doc__.split('\n')[0])
   parser.add_argument('--network', choices=[*NETWORKS, 'both'], default='both')
   parser.add_argument('--workers', type=int, default=4, help='S, the workers')
   parser.add_argument('--batch_size', type=int, help='B, of a worker')
@@ -125,9 +125,9 @@ def _arguments() -> argparse.Namespace:
     '--steps', type=int, default=1, help='steps of a timed call'
   )
   parser.add_argument(
-    '--profile', type=pathlib.Path, help='folder for the profile of a round'
+    '--profile', type=folders.argument, help='folder for the profile of a round'
   )
-  parser.add_argument('--out', type=pathlib.Path, help='JSON file to write')
+  parser.add_argument('--out', type=folders.argument, help='JSON file to write')
   return parser.parse_args()
 
 
@@ -200,7 +200,8 @@ EXCHANGES_TIMED = (
 
 
 def _loss(network, dataset):
-  return classification.make_loss(network, dataset, {CHAIN: 1.0}, 0, False)
+  none = data.Augmentation()
+  return classification.make_loss(network, dataset, {CHAIN: 1.0}, none)
 
 
 def _sgd() -> optax.GradientTransformation:

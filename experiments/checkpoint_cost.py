@@ -7,7 +7,7 @@ a checkpoint after each, in turn. Saving goes on in the background during the
 next round, so a turn ends when its last checkpoint is whole.
 """
 
-import argparse
+from collections.abc import Iterator
 import json
 import pathlib
 import statistics
@@ -18,14 +18,17 @@ from typing import Any
 
 import jax
 
+from experiments.experiment import machine
 from experiments.runs import RESULTS, load_card, provenance, write_record
+from experiments.table import Table
+from resist_jax.errors import Parser
 from resist_jax.run import restore
 from resist_jax.run.checkpoint import Checkpoints
 from resist_jax.run.checks import validate
 from resist_jax.run.setup import prepare
 
 RESULT = RESULTS / 'checkpoint_cost' / 'digits_resnet101.json'
-FIELDS = {'model.name': 'PreActResNet101', 'batch_size': 32, 'local_steps': 20}
+FIELDS = {'model.name': 'PreActResNet101', 'batch_size': 32, 'local_steps': 3}
 
 
 def timed(
@@ -64,9 +67,32 @@ def timed(
   return state, time.perf_counter() - begin, waited
 
 
+def tables() -> Iterator[Table]:
+  """Yields what checkpoints cost, if it has been measured."""
+  if not RESULT.exists():
+    return
+  r = json.loads(RESULT.read_text())
+  config, waited = r['config'], r['seconds_waited']
+  caption = (
+    f'Rounds of {config["model"]["name"]} ({config["local_steps"]} steps, '
+    f'{config["num_workers"]} workers, checkpoints of '
+    f'{r["checkpoint_bytes"] / 1e6:.0f} MB) with and without a checkpoint '
+    'after each, which is written while the next round runs. Medians of '
+    f'{len(r["turns"])} turns of each, {machine(r["provenance"])}. "Waited" is '
+    'the part of a round in which nothing else goes on; "ratio" is that of all '
+    'time, with the least and the most of the turns. The goal was 3 %.'
+  )
+  row = [
+    f'{r["seconds_without"]:.1f} s',
+    f'{waited:.2f} s ({waited / r["seconds_without"]:.1%})',
+    f'{r["ratio"]:.3f} ({r["ratio_least"]:.3f} to {r["ratio_most"]:.3f})',
+  ]
+  yield Table(caption, r['command'], ['a round', 'waited', 'ratio'], [row])
+
+
 def main() -> int:
   """Runs the experiment."""
-  parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+  parser = Parser(description=(__doc__ or '').split('\n')[0])
   parser.add_argument('--turns', type=int, default=5, help='of each kind')
   parser.add_argument('--rounds', type=int, default=3, help='in a turn')
   parser.add_argument('--local_steps', type=int, help='of a round')

@@ -238,7 +238,12 @@ def _table3(results: Results) -> list[Claim]:
     for S in table2.WORKERS:
       name = f'{title}, {S} workers'
       pairs[name] = None, None
-      for group in table3.each_group(results, data, S):
+      # Initial values change no seconds.
+      groups = [
+        table3.each_group(results, data, S, initial)
+        for initial in table2.INITIAL
+      ]
+      for group in itertools.chain(*groups):
         runs = group.runs
         times = seconds(runs['resist']), seconds(runs['local_sgd'])
         pairs[f'{name}, {group.machine.partition(",")[0]}'] = times

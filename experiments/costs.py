@@ -113,7 +113,7 @@ class Plan:
     self._compiled = known.steps(chip, records)
     self._activations: dict[tuple, int] = {}
     none: Any = None  # Predictions need neither data nor devices.
-    task = ResNetTask(network, none, cuts, config.optimizer, 'none')
+    task = ResNetTask(network, none, config)
     self.setup = Setup(config, task, blocks, sizes, none)
 
   def traffic(self, name: str, num_workers: int) -> tuple[Traffic, str]:

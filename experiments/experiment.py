@@ -1,6 +1,5 @@
 """An experiment of the paper as a value, and the command that runs it."""
 
-import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import json
@@ -16,7 +15,8 @@ from ml_collections import ConfigDict
 from experiments.pictures import Picture
 from experiments.runs import RESULTS, load_card, mark_busy, run
 from experiments.table import Table
-from resist_jax.errors import ConfigError, NonFiniteError
+from resist_jax import folders
+from resist_jax.errors import ConfigError, NonFiniteError, Parser
 from resist_jax.run.interrupt import Interrupt, Interrupted
 
 SCALES = ('smoke', 'cpu', 'paper')
@@ -99,6 +99,7 @@ class Experiment:
       suffix; None for a figure without results.
     train: Trains a config, writes the result file and deletes the workdir:
       `train(config, target, folder)`.
+    scales: At which scales it is run.
   """
 
   name: str
@@ -107,6 +108,7 @@ class Experiment:
   tables: Callable[[Results], Sequence[Table]]
   figures: Callable[[Results], Mapping[str, Drawn]]
   train: Callable[[ConfigDict, pathlib.Path, pathlib.Path], None] = run
+  scales: Sequence[str] = SCALES
 
   @property
   def command(self) -> str:
@@ -224,10 +226,12 @@ def main(
     doc: The docstring of its module, whose first line becomes the help.
     args: The command line; that of this process if None.
   """
-  parser = argparse.ArgumentParser(
+  parser = Parser(
     prog=experiment.command, description=(doc or '').split('\n')[0]
   )
-  parser.add_argument('--scale', choices=SCALES, default='cpu')
+  scales = experiment.scales
+  default = 'cpu' if 'cpu' in scales else scales[-1]
+  parser.add_argument('--scale', choices=scales, default=default)
   parser.add_argument(
     '--seeds', type=int, default=1, help='number of seeds, which start at 0'
   )
@@ -235,10 +239,16 @@ def main(
     '--data_dir', default='', help='folder of prepared TFDS data sets'
   )
   parser.add_argument(
-    '--runs', default='runs', help='folder for the workdirs of unfinished runs'
-  )
+    '--runs',
+    default='runs',
+    type=folders.argument,
+    help='folder for the workdirs of unfinished runs',
+  )  # fmt: skip
   parser.add_argument(
-    '--results', type=pathlib.Path, default=RESULTS, help='folder of results'
+    '--results',
+    type=folders.argument,
+    default=RESULTS,
+    help='folder of results',
   )
   parser.add_argument(
     '--only', default='', help='train only cells whose name contains this'
@@ -274,9 +284,7 @@ def main(
       config = cell.config(scale)
       config.seed, config.data.dir = seed, options.data_dir
       config.model.dtype = options.dtype
-      folder = (
-        pathlib.Path(options.runs) / experiment.name / scale / target.stem
-      )
+      folder = options.runs / experiment.name / scale / target.stem
       try:
         experiment.train(config, target, folder)
         if options.busy:

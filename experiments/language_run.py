@@ -3,7 +3,8 @@ r"""The language model as a run of the command line; its card names this module.
   python -m resist_jax --workdir=runs/language \
     --config=experiments/configs/language.py
 
-It has checkpoints, processes, faults and reports as any run does.
+It has checkpoints, processes, faults and reports as any run does. The field
+`data.name` says which text; see `text.load`.
 """
 
 from typing import Any
@@ -41,10 +42,10 @@ def data(config: Any) -> data_lib.Tables:
   options = config.model.options
   train, test = (
     _windows(part, options.length)
-    for part in text.load(options.text, config.data.dir)
+    for part in text.load(config.data.name, config.data.dir)
   )
   tests = {'test': test[: options.test_windows]}
-  return data_lib.from_tables(train, tests, name=options.text)
+  return data_lib.from_tables(train, tests, config.data.name, 'windows')
 
 
 def _windows(part: np.ndarray, length: int) -> np.ndarray:

@@ -8,7 +8,6 @@ every program of the run, and the live arrays on each device are sampled many
 times a second. The largest sum of both is a bound of what a device held.
 """
 
-import argparse
 import collections
 import json
 import sys
@@ -21,6 +20,7 @@ import jax
 
 from experiments.runs import RESULTS, provenance, write_record
 from resist_jax import accounting
+from resist_jax.errors import Parser
 from resist_jax.run import config as config_lib
 from resist_jax.run import train
 
@@ -93,7 +93,7 @@ def programs() -> list[dict[str, Any]]:
 
 def main() -> int:
   """Runs the experiment; returns 1 if a device exceeded the budget."""
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser = Parser(description=__doc__.split('\n')[0])
   parser.add_argument('--budget', type=float, default=64, help='MiB a device')
   args = parser.parse_args()
   jax.config.update('jax_num_cpu_devices', WORKERS)
@@ -116,7 +116,7 @@ def main() -> int:
   compiled.sort(key=lambda program: -program['peak'])
   scratch = max(p['outputs'] + p['temporary'] for p in compiled)
   (length,) = summary['num_blocks'].values()
-  chain = accounting.BYTES_PER_PARAM * summary['params_per_block'] * length
+  chain = accounting.BYTES_PER_NUMBER * summary['params_per_block'] * length
   record = {
     'provenance': provenance(),
     'config': config.to_dict(),

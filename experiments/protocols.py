@@ -22,8 +22,8 @@ import optax
 
 from experiments.runs import RESULTS, begin, provenance, write_record
 import resist_jax as resist
-from resist_jax import accounting
-from resist_jax.errors import ConfigError, refused
+from resist_jax import accounting, folders
+from resist_jax.errors import ConfigError, Parser, refused
 from resist_jax.run.workdir import replace_text
 
 PyTree = Any
@@ -183,7 +183,7 @@ def _begin(trainer, task: Task, seed: int, folder: pathlib.Path):
   return [row for row in rows if row['round'] <= int(state.round)], state
 
 
-def parser(doc: str | None, scales: Sequence[str]) -> argparse.ArgumentParser:
+def parser(doc: str | None, scales: Sequence[str]) -> Parser:
   """Returns the flags that all such experiments have.
 
   Args:
@@ -193,14 +193,19 @@ def parser(doc: str | None, scales: Sequence[str]) -> argparse.ArgumentParser:
   Returns:
     The parser.
   """
-  found = argparse.ArgumentParser(description=(doc or '').split('\n')[0])
+  found = Parser(description=(doc or '').split('\n')[0])
   add = found.add_argument
   add('--scale', choices=scales, default=scales[-1])
   add('--only', default='', help='such as resist_s4,diloco_s4')
   add('--seeds', default='0,1', help='separated by commas')
   add('--data_dir', default='', help='folder of prepared TFDS data sets')
-  add('--runs', default='runs', help='folder for unfinished runs')
-  add('--results', type=pathlib.Path, default=RESULTS)
+  add(
+    '--runs',
+    default='runs',
+    type=folders.argument,
+    help='folder for unfinished runs',
+  )
+  add('--results', type=folders.argument, default=RESULTS)
   add('--busy', action='store_true', help='other work runs on the machine')
   return found
 
@@ -238,7 +243,7 @@ def _complete(task: Task, protocol, S, seed, name, options) -> None:
   if target.exists():
     return
   begin(target)
-  folder = pathlib.Path(options.runs) / name / options.scale / stem
+  folder = options.runs / name / options.scale / stem
   folder.mkdir(parents=True, exist_ok=True)
   record = _record(
     task, protocol, S, seed, run(task, protocol, S, seed, folder)

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from resist_jax import report
+from resist_jax import folders, report
 from resist_jax.run import cards, train, workdir
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
@@ -115,7 +115,7 @@ def begin(target: pathlib.Path) -> None:
   Raises:
     ConfigError: If it cannot be written.
   """
-  workdir.check_writable(target.parent, 'results')
+  folders.check_writable(target.parent, 'results')
   _begin_process()
   print(f'{target.parent.name}/{target.name}', file=sys.stderr, flush=True)
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from experiments import (
   ablation,
+  checkpoint_cost,
   claims,
   deeper,
   digits,
@@ -23,9 +24,11 @@ from experiments import (
   quantised,
   slow_network,
   slow_report,
+  storm,
   table2,
   table3,
   tfds_catalog,
+  to_accuracy,
 )
 from experiments.claims import Claim
 from experiments.compile import tables as compiled
@@ -40,6 +43,7 @@ EXPERIMENTS = tuple(
     digits,
     table2,
     table3,
+    to_accuracy,
     ablation,
     local_iterations,
     quantised,
@@ -48,7 +52,7 @@ EXPERIMENTS = tuple(
     healthy,
   )
 )
-SCALES = ('paper', 'cpu')  # Smoke runs only show that a command works.
+SCALES = ('paper', 'cpu90', 'cpu')  # Smoke runs only show that a command works.
 COUNTS, WIRE = "The paper's count of bytes (Table 1)", 'On the wire'
 INTRODUCTION = (
   'These are the results of this implementation beside those that the paper '
@@ -105,7 +109,7 @@ def sections(with_figures: bool = False) -> Iterator[Section]:
     The sections.
   """
   for experiment in EXPERIMENTS:
-    for scale in SCALES:
+    for scale in (s for s in SCALES if s in experiment.scales):
       results = Results(experiment.name, scale)
       tables = list(experiment.tables(results))
       if tables:
@@ -136,6 +140,7 @@ def sections(with_figures: bool = False) -> Iterator[Section]:
     (COUNTS, list(_counts())),
     (WIRE, list(_wire())),
     ('Workers of unequal speed', list(_unequal())),
+    ('Hosts that are lost', [*storm.tables(), *checkpoint_cost.tables()]),
     ('Memory', list(_memory())),
     ('Speed', [*_benches(), *_peer()]),
     ('Sets of the TFDS catalog', list(_catalog())),
@@ -206,7 +211,11 @@ def headline() -> Table:
 
 def _paper_runs(protocol: str) -> list[dict[str, Any]]:
   """Returns the runs of a protocol at the paper's scale, four workers."""
-  return _load(f'table2/paper/cifar100_{protocol}_s4_seed*.json')
+  cells = (
+    table2.cell('cifar100', protocol, 4, initial) for initial in table2.INITIAL
+  )
+  names = (f'table2/paper/{cell.name}_seed*.json' for cell in cells)
+  return next(filter(None, map(_load, names)), [])
 
 
 def _accelerator() -> Iterator[Table]:

@@ -6,7 +6,6 @@ The page contains its pictures, its style and its script, so it needs no other
 file and no network.
 """
 
-import argparse
 from collections import Counter
 from collections.abc import Sequence
 from html import escape
@@ -19,7 +18,8 @@ from experiments.claims import Claim
 from experiments.experiment import Results, spread
 from experiments.pictures import Picture
 from experiments.sections import INTRODUCTION, Section, sections
-from resist_jax import report
+from resist_jax import folders, report
+from resist_jax.errors import Parser
 from resist_jax.report import shell
 from resist_jax.report.compare import compare
 
@@ -41,10 +41,10 @@ _SCALES = {'paper': "at the paper's scale", 'cpu': 'small, on a CPU'}
 
 def main() -> None:
   """Writes the page."""
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser = Parser(description=__doc__.split('\n')[0])
   parser.add_argument(
     '--out',
-    type=pathlib.Path,
+    type=folders.argument,
     default=pathlib.Path('site/index.html'),
     help='file to write',
   )

@@ -11,7 +11,6 @@ after an interrupt. Each link and method has a result file in
 experiments/results/slow_network/; existing ones are not measured again.
 """
 
-import argparse
 from collections.abc import Iterator
 import itertools
 import json
@@ -28,6 +27,7 @@ from typing import Any
 from experiments.namespaces import LINKS, Host, Link, NotPossibleError, hosts
 from experiments.runs import RESULTS, provenance, write_record
 from resist_jax import report
+from resist_jax.errors import Parser
 
 FOLDER = RESULTS / 'slow_network'
 WORKERS = 4
@@ -190,7 +190,7 @@ def jobs(only: str) -> Iterator[tuple[str, str, Link, pathlib.Path]]:
 
 def main() -> None:
   """Measures everything that has no result file."""
-  parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+  parser = Parser(description=(__doc__ or '').split('\n')[0])
   parser.add_argument(
     '--only', default='', help='measure only names that contain this'
   )

@@ -13,6 +13,7 @@ trained rounds which count, and the accuracy at the end.
 """
 
 import argparse
+from collections.abc import Iterator
 import contextlib
 import itertools
 import json
@@ -29,8 +30,12 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from experiments.experiment import machine
 from experiments.launch.local import free_port
 from experiments.runs import RESULTS, provenance, write_record
+from experiments.table import Table
+from resist_jax import folders
+from resist_jax.errors import Parser
 
 FOLDER = RESULTS / 'storm'
 HOSTS = 4
@@ -252,14 +257,70 @@ def repeated(logged: list[Logged]) -> list[int]:
   ]
 
 
+def tables() -> Iterator[Table]:
+  """Yields what storms cost, beside the run without one, if there are any."""
+  records = [
+    json.loads(path.read_text()) for path in sorted(FOLDER.glob('*.json'))
+  ]
+  if not records:
+    return
+  rows = [
+    [
+      'without faults' if r['command'].endswith('--calm') else 'storm',
+      str(sum(r['faults'][kind] for kind in KINDS)),
+      str(r['faults']['host returns']),
+      f'{r["faults_per_hour"]:.0f}',
+      f'{r["seconds"]:.0f}',
+      f'{r["useful_share"]:.0%}',
+      *_recoveries(r),
+      f'{100 * r["test_accuracy"]:.1f}',
+    ]
+    for r in records
+  ]
+  caption = (
+    f'{records[0]["rounds"]} rounds on four hosts, each an elastic launcher '
+    'with a process, all on one machine '
+    f'({machine(records[0]["provenance"])}). Hosts and processes are killed, '
+    'suspended or told to leave at random, and return. "Useful" is the share '
+    'of the time that trained rounds which count; "recovery" is the seconds '
+    'from a fault to the next finished round, median and worst; "repeated" is '
+    'the most rounds that one fault cost. The test accuracy is in %.'
+  )
+  head = [
+    '',
+    'faults',
+    'returns',
+    'faults an hour',
+    'seconds',
+    'useful',
+    'recovery',
+  ]
+  head += ['worst', 'repeated', 'accuracy']
+  yield Table(caption, 'python -m experiments.storm', head, rows)
+
+
+def _recoveries(record: dict[str, Any]) -> list[str]:
+  if record['recovery_median'] is None:
+    return ['', '', '']
+  return [
+    f'{record["recovery_median"]:.0f} s',
+    f'{record["recovery_worst"]:.0f} s',
+    str(record['rounds_repeated_most']),
+  ]
+
+
 def main() -> int:
   """Runs the experiment; returns 1 if the run has not ended in time."""
-  parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+  parser = Parser(description=(__doc__ or '').split('\n')[0])
   parser.add_argument('--seed', type=int, default=0, help='of the storm')
   parser.add_argument('--gap', type=float, default=40, help='mean seconds')
   parser.add_argument('--rounds', type=int, default=150, help='of the run')
   parser.add_argument('--calm', action='store_true', help='without a storm')
-  parser.add_argument('--folder', help='where outputs stay; else they do not')
+  parser.add_argument(
+    '--folder',
+    type=folders.argument,
+    help='where outputs stay; else they do not',
+  )
   options = parser.parse_args()
   args = [
     '--config=digits:smoke', '--config.model.name=PreActResNet18',

@@ -10,11 +10,9 @@ local SGD sends in float32.
   python -m experiments.table1 --json      # print JSON instead of tables
 """
 
-import argparse
 from collections.abc import Iterable, Iterator, Mapping
 import itertools
 import json
-import pathlib
 import sys
 from typing import Any, NamedTuple
 
@@ -25,9 +23,10 @@ import optax
 
 from experiments import shapes
 from experiments.runs import provenance, write_record
-from resist_jax import accounting, models, report
+from resist_jax import accounting, folders, models, report
 from resist_jax.accounting import Sizes
 from resist_jax.decomposition import Assigner, Assignment
+from resist_jax.errors import Parser
 from resist_jax.exchange import FORMATS, hand_over
 from resist_jax.exchange.hand_over import messages
 from resist_jax.rounds import Protocol, make_mesh, make_round
@@ -79,14 +78,14 @@ VARIANTS = [
 
 def main() -> None:
   """Prints the tables; exits with 1 if a program's bytes are not predicted."""
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser = Parser(description=__doc__.split('\n')[0])
   parser.add_argument('--json', action='store_true', help='print JSON')
   parser.add_argument(
     '--compiled',
     action='store_true',
     help='compare with compiled programs (takes minutes)',
   )
-  parser.add_argument('--out', type=pathlib.Path, help='JSON file to write')
+  parser.add_argument('--out', type=folders.argument, help='JSON file to write')
   args = parser.parse_args()
   jax.config.update('jax_num_cpu_devices', max(MIN_DEPTH))
   params = network_shapes()

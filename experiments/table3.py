@@ -57,7 +57,7 @@ def seconds_to(record: Record, accuracy: float) -> float | None:
 
 def tables(results: Results) -> list[Table]:
   """Compares our seconds with the paper's, where both protocols were run."""
-  cells = itertools.product(table2.DATA, table2.WORKERS)
+  cells = itertools.product(table2.DATA, table2.WORKERS, table2.INITIAL)
   groups = [group for cell in cells for group in each_group(results, *cell)]
   if not groups:
     return []
@@ -81,24 +81,31 @@ def tables(results: Results) -> list[Table]:
 
 
 class Group(NamedTuple):
-  """Runs of each protocol on one machine, whose seconds can be compared."""
+  """Runs of each protocol on one machine, whose seconds can be compared.
+
+  The fields before `machine` are those of `table2.cell`.
+  """
 
   data: str
   workers: int
+  initial: str
   machine: str
   runs: dict[str, list[Record]]
 
 
-def each_group(results: Results, data: str, workers: int) -> Iterator[Group]:
+def each_group(
+  results: Results, data: str, workers: int, initial: str = ''
+) -> Iterator[Group]:
   """Yields the runs of each machine that ran ResIST and local SGD.
 
   Args:
     results: The results.
     data: `cifar10` or `cifar100`.
     workers: Number of workers.
+    initial: See `table2.cell`.
   """
   runs = {
-    protocol: quiet(results.of(table2.cell(data, protocol, workers)))
+    protocol: quiet(results.of(table2.cell(data, protocol, workers, initial)))
     for protocol in table2.NAMES
   }
   machines = {machine(r['provenance']) for rs in runs.values() for r in rs}
@@ -108,7 +115,8 @@ def each_group(results: Results, data: str, workers: int) -> Iterator[Group]:
       for protocol, records in runs.items()
     }
     if here['resist'] and here['local_sgd']:
-      yield Group(data, workers, name, {k: v for k, v in here.items() if v})
+      found = {k: v for k, v in here.items() if v}
+      yield Group(data, workers, initial, name, found)
 
 
 def _rows(group: Group, share: float) -> Iterator[list[str]]:
@@ -125,7 +133,9 @@ def _rows(group: Group, share: float) -> Iterator[list[str]]:
     trained = seconds(records) or math.nan
     published = theirs.get(protocol, {}).get(group.workers)
     yield [
-      *(table2.DATA[group.data], table2.NAMES[protocol], str(group.workers)),
+      table2.DATA[group.data],
+      f'{table2.NAMES[protocol]}{table2.INITIAL[group.initial]}',
+      str(group.workers),
       *(f'{trained:.0f}', f'{base / trained:.2f}'),
       *(f'{target:.1%}', _time_to(times, len(records))),
       _theirs(published, theirs['local_sgd'].get(group.workers)),

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from resist_jax import folders
 from resist_jax.errors import ConfigError
 
 SOURCES = 'python'
@@ -31,13 +32,13 @@ def load(name: str, data_dir: str = '') -> tuple[np.ndarray, np.ndarray]:
   elif name.startswith('tfds:'):
     parts = _tfds(name.removeprefix('tfds:'), data_dir)
   else:
-    parts = _file(pathlib.Path(name).expanduser())
+    parts = _file(folders.resolve(name, 'the text'))
   tested = range(0, len(parts), _TESTED)
   train = b''.join(part for i, part in enumerate(parts) if i not in tested)
   test = b''.join(parts[i] for i in tested)
   if min(len(train), len(test)) < 10_000:
     raise ConfigError(
-      f'--text={name} has {len(train) + len(test)} bytes: give a text of at '
+      f'the text {name} has {len(train) + len(test)} bytes: give a text of at '
       'least 200,000.'
     )
   return np.frombuffer(train, np.uint8), np.frombuffer(test, np.uint8)
@@ -54,7 +55,7 @@ def _file(path: pathlib.Path) -> list[bytes]:
     content = path.read_bytes()
   except OSError as error:
     raise ConfigError(
-      f'--text={path} cannot be read ({error.strerror}): name a file, '
+      f'the text {path} cannot be read ({error.strerror}): name a file, '
       f'tfds:NAME, or {SOURCES}.'
     ) from error
   size = -(-len(content) // 100) or 1
@@ -72,8 +73,8 @@ def _tfds(name: str, data_dir: str) -> list[bytes]:
   except Exception as error:  # Each set and reader raises its own.
     reason = ' '.join(str(error).split())[:150]
     raise ConfigError(
-      f'--text=tfds:{name} cannot be read ({reason}): prepare it with TFDS in '
-      '--data_dir, and name a set whose examples have a field text.'
+      f'the text tfds:{name} cannot be read ({reason}): prepare it with TFDS '
+      'in --data_dir, and name a set whose examples have a field text.'
     ) from error
 
 

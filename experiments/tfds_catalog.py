@@ -9,7 +9,6 @@ the form of the set's features. Nothing is downloaded, so what is real is the
 form of a set and all code that reads it; its pixels and splits are not.
 """
 
-import argparse
 import collections
 from collections.abc import Iterator, Mapping
 import contextlib
@@ -31,7 +30,7 @@ from tensorflow_datasets.testing import mocking
 from experiments.runs import RESULTS, provenance, write_record
 from experiments.table import Table
 from resist_jax import data
-from resist_jax.errors import ConfigError, one_line
+from resist_jax.errors import ConfigError, Parser, one_line
 
 RESULT = RESULTS / 'tfds_catalog' / 'sets.json'
 COUNT = 6  # Examples of a split.
@@ -44,7 +43,7 @@ class NoImageSetError(Exception):
 
 def main() -> int:
   """Tries all sets, prints the table and writes the result."""
-  parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+  parser = Parser(description=(__doc__ or '').split('\n')[0])
   parser.add_argument('--only', default='', help='sets with this in their name')
   args = parser.parse_args()
   listed = tfds.list_builders(with_community_datasets=False)

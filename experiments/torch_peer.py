@@ -9,7 +9,6 @@ counts.
     --batch_size=128 --dtype=bfloat16 --compile --steps=20 --runs=1
 """
 
-import argparse
 import json
 import pathlib
 import statistics
@@ -18,6 +17,8 @@ import sys
 import tempfile
 
 from experiments.runs import RESULTS, provenance, write_record
+from resist_jax import folders
+from resist_jax.errors import Parser
 
 FOLDER = RESULTS / 'bench'
 ROOT = pathlib.Path(__file__).parent.parent
@@ -104,7 +105,7 @@ print(json.dumps({'seconds': found, 'params': params, 'device': name,
 
 def main() -> None:
   """Measures, prints and writes the result."""
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser = Parser(description=__doc__.split('\n')[0])
   parser.add_argument(
     '--torch', required=True, help='a Python interpreter with PyTorch'
   )
@@ -118,7 +119,7 @@ def main() -> None:
   )
   parser.add_argument('--precision', help='of float32: see experiments.bench')
   parser.add_argument('--compile', action='store_true', help='torch.compile')
-  parser.add_argument('--out', type=pathlib.Path)
+  parser.add_argument('--out', type=folders.argument)
   args = parser.parse_args()
   blocks = -(-LENGTH // args.workers)
   ours, theirs, peer = [], [], {}

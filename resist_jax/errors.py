@@ -1,6 +1,13 @@
 """Errors that a person can mend; the message of each is one line."""
 
+import argparse
+from collections.abc import Iterable
+import difflib
 import sys
+from typing import NoReturn
+
+# What code of somebody else's may raise: a script may end its process.
+FOREIGN = (Exception, SystemExit)
 
 
 class ConfigError(ValueError):
@@ -15,7 +22,49 @@ class WorkdirLostError(RuntimeError):
   """A run writes to files that are no longer in its workdir."""
 
 
-def message(error: Exception) -> str:
+def nearest(name: str, names: Iterable[str], most: int = 3) -> list[str]:
+  """Returns the names that somebody may have meant.
+
+  Args:
+    name: What was written.
+    names: What there is.
+    most: How many names to return.
+
+  Returns:
+    Those that contain it, else the one that is spelled most alike; none if none
+    is near.
+
+  >>> nearest('cosin', ['step', 'cosine'])
+  ['cosine']
+  >>> nearest('resnet50', ['PreActResNet18', 'PreActBottleneckResNet50'])
+  ['PreActBottleneckResNet50']
+  """
+  spelled = {other.lower(): other for other in names}
+  given = name.lower()
+  if given in spelled:
+    return [spelled[given]]
+  longer = [other for other in spelled if len(given) > 2 and given in other]
+  alike = difflib.get_close_matches(given, spelled, 1)
+  found = sorted(longer, key=len) or alike
+  return [spelled[other] for other in found][:most]
+
+
+def did_you_mean(name: str, names: Iterable[str], form: str = '{}') -> str:
+  """Returns a question that names what is near, and a space; '' for nothing.
+
+  Args:
+    name: What was written.
+    names: What there is.
+    form: How one of them is written in the question.
+
+  >>> did_you_mean('cosin', ['step', 'cosine'], '--schedule={}')
+  'Did you mean --schedule=cosine? '
+  """
+  found = [form.format(other) for other in nearest(name, names)]
+  return f'Did you mean {" or ".join(found)}? ' if found else ''
+
+
+def message(error: BaseException) -> str:
   r"""Returns what an error says, as one line.
 
   >>> message(ValueError('a\n  b'))
@@ -24,13 +73,32 @@ def message(error: Exception) -> str:
   return ' '.join(str(error).split())
 
 
+def printable(text: str, length: int | None = None) -> str:
+  r"""Returns text that a terminal shows as one line, whatever is in it.
+
+  Args:
+    text: Such as what another process has sent, or the name of a file.
+    length: How many characters to keep; None for all.
+
+  >>> printable('red \x1b[31m and\ntwo lines'), printable('too long', 6)
+  ('red \\x1b[31m and two lines', 'too...')
+  """
+  shown = ''.join(
+    c if c.isprintable() else ' ' if c.isspace() else ascii(c)[1:-1]
+    for c in (text if length is None else text[: length + 1])
+  )
+  if length is None or len(shown) <= length:
+    return shown
+  return shown[: length - 3] + '...'
+
+
 def refused(error: Exception) -> int:
   """Prints what an error says, and returns the exit code for bad input."""
   print('error:', message(error), file=sys.stderr)
   return 2
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
   r"""Returns the type of an error and the beginning of its message.
 
   >>> one_line(ValueError('a\n  b'))
@@ -39,3 +107,12 @@ def one_line(error: Exception) -> str:
   said = message(error)[:200]
   kind = type(error).__name__
   return f'{kind}: {said}' if said else kind
+
+
+class Parser(argparse.ArgumentParser):
+  """Reads a command line, and tells a mistake in one line, not in two."""
+
+  def error(self, message: str) -> NoReturn:
+    """Ends the process with what is wrong, and code 2."""
+    said = ' '.join(message.split()).rstrip('.')
+    self.exit(2, f'error: {said}; --help lists all arguments.\n')

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 from functools import lru_cache
 import itertools
-import pathlib
+import os
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 import numpy as np
 import optax
 
-from resist_jax import accounting
+from resist_jax import accounting, folders
 from resist_jax.decomposition import Assignment
 from resist_jax.exchange import Exchange, hand_over
 from resist_jax.rounds import (
@@ -330,21 +330,19 @@ class Trainer:
       accounting.wire_bytes(sizes, protocol, D, None, G, moments, outer)
     )
 
-  def save(self, folder: str | pathlib.Path, state: State) -> None:
+  def save(self, folder: str | os.PathLike[str], state: State) -> None:
     """Saves a state; a kill leaves the one saved before, or this one.
 
     Args:
-      folder: Any folder; it may hold an earlier state. In several processes,
-        all of them see it.
+      folder: Any folder, whose name may hold `~` and `$NAME`; it may hold an
+        earlier state. In several processes, all of them see it.
       state: A state between two rounds.
 
     Raises:
-      ValueError: If the folder is a file, or lies in one.
+      ValueError: If the folder cannot be one, or cannot be written to.
     """
-    folder = pathlib.Path(folder).absolute()
-    there = next(p for p in (folder, *folder.parents) if p.exists())
-    if not there.is_dir():
-      raise ValueError(f'folder is {folder}, but {there} is a file.')
+    folder = folders.resolve(folder, 'folder').absolute()
+    folders.check_writable(folder, 'folder')
     name = f'round_{int(state.round)}'
     if storage.pointed_at(folder / _POINTER)[0] == name:
       name = f'{name}_again'  # The one that is there stays whole meanwhile.
@@ -352,7 +350,7 @@ class Trainer:
     if jax.process_index() == 0:
       storage.point_to(folder / _POINTER, folder / name)
 
-  def restore(self, folder: str | pathlib.Path) -> State:
+  def restore(self, folder: str | os.PathLike[str]) -> State:
     """Reads the state that `save` wrote.
 
     Another number of workers or devices, another exchange or wire format may
@@ -368,7 +366,7 @@ class Trainer:
     Raises:
       ValueError: If there is no state, or if it is damaged.
     """
-    folder = pathlib.Path(folder).absolute()
+    folder = folders.resolve(folder, 'folder').absolute()
     name, digest = storage.pointed_at(folder / _POINTER)
     if not name:
       raise ValueError(

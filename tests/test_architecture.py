@@ -1,9 +1,15 @@
 """Arrows between rooms run one way."""
 
+import argparse
 import ast
 import pathlib
 
+import pytest
+
 import resist_jax
+from resist_jax import errors
+from resist_jax.report import page
+from resist_jax.run import evaluate_command, export_command, predict_command
 
 PACKAGE = pathlib.Path(resist_jax.__file__).parent
 ROOT = PACKAGE.parent
@@ -80,6 +86,30 @@ def test_a_config_is_read_in_one_room_only():
     if 'ConfigDict' in path.read_text() or 'ml_collections' in path.read_text()
   }
   assert said == {'run'}
+
+
+def test_every_command_tells_a_mistake_in_one_line():
+  """By `errors.Parser`: that of argparse prints its usage before the line."""
+  files = [*modules(), *(ROOT / 'experiments').rglob('*.py')]
+  plain = [p for p in files if 'argparse.ArgumentParser(' in p.read_text()]
+  assert not plain
+  (base,) = errors.Parser.__bases__
+  assert base is argparse.ArgumentParser
+
+
+@pytest.mark.parametrize('words', [[], ['run'], ['run', 'x', '--bogus=1']])
+@pytest.mark.parametrize(
+  'main',
+  [export_command.main, predict_command.main, evaluate_command.main, page.main],
+)
+def test_a_wrong_usage_is_one_line(main, words, capsys):
+  if main in (evaluate_command.main, page.main):
+    words = words and [*words, '--bogus=1']
+  with pytest.raises(SystemExit, match='2'):
+    main(words if main is not predict_command.main else words[:1])
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith('error: ')
+  assert line.endswith('--help lists all arguments.')
 
 
 def test_there_is_no_drawer_for_everything():

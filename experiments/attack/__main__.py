@@ -8,7 +8,6 @@ starts processes that differ, `kills` kills processes while they save, and
 is 1 if anything was wrong, hung, or ended in more than one line.
 """
 
-import argparse
 from collections.abc import Sequence
 import os
 import pathlib
@@ -20,6 +19,8 @@ import jax
 
 from experiments.attack import damages, inputs, judged, kills, order, pairs
 from experiments.runs import RESULTS, write_record
+from resist_jax import folders
+from resist_jax.errors import Parser
 
 FOLDER = RESULTS / 'attack'
 KINDS = {
@@ -40,7 +41,7 @@ def main(args: Sequence[str] | None = None) -> int:
   Returns:
     The exit code: 1 if an outcome is bad.
   """
-  parser = argparse.ArgumentParser(
+  parser = Parser(
     'python -m experiments.attack',
     description=(__doc__ or '').split('\n')[0],
   )
@@ -52,7 +53,7 @@ def main(args: Sequence[str] | None = None) -> int:
     '--share', type=float, default=1.0, help='share of the attacks to make'
   )
   parser.add_argument(
-    '--results', type=pathlib.Path, default=FOLDER, help='folder of results'
+    '--results', type=folders.argument, default=FOLDER, help='folder of results'
   )
   options = parser.parse_args(args)
   kinds = options.only.split(',')

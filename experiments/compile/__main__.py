@@ -15,8 +15,6 @@ goes on. The compilers come with `pip install '.[tpu]'` and `'.[cuda]'`, each in
 an environment of its own.
 """
 
-import argparse
-import pathlib
 import re
 import sys
 
@@ -24,18 +22,19 @@ import jax
 
 from experiments.compile import cases, record, tables, targets
 from experiments.runs import write_record
-from resist_jax.errors import ConfigError, message, refused
+from resist_jax import folders
+from resist_jax.errors import ConfigError, Parser, message, refused
 
 
 def main() -> int:
   """Compiles; returns 1 if a program has a fault, see `faults`."""
-  parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+  parser = Parser(description=(__doc__ or '').split('\n')[0])
   parser.add_argument('--target', required=True, help='such as v5e:2x2, h100:8')
   parser.add_argument('--only', default='', help='cases whose names have this')
   parser.add_argument('--scale', choices=cases.SCALES, default='paper')
   parser.add_argument('--list', action='store_true', help='only name the cases')
   parser.add_argument(
-    '--out', type=pathlib.Path, default=tables.FOLDER, help='a folder'
+    '--out', type=folders.argument, default=tables.FOLDER, help='a folder'
   )
   options = parser.parse_args()
   jax.config.update('jax_platforms', 'cpu')  # Ask for no device.

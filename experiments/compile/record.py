@@ -243,7 +243,7 @@ def _predicted_wire(name, case, found) -> dict[str, float]:
     }
     count = blocks.get(verb, {}).get(chain[0] if chain else '', 0)
     block = sizes.block[chain[0]] if count else 0
-    sent = 2 * (D - 1) * G * accounting.BYTES_PER_PARAM * block * count
+    sent = 2 * (D - 1) * G * accounting.BYTES_PER_NUMBER * block * count
     return {'between_workers': sent}
   # All communication between workers is in the exchange, unless they average
   # gradients; then it is in the only program.

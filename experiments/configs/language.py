@@ -15,9 +15,9 @@ def get_config() -> ml_collections.ConfigDict:
     'width': 48,
     'heads': 4,
     'length': 48,
-    'text': SOURCES,  # Or the path of a file, or tfds:NAME.
     'test_windows': 512,
   }
+  config.data.name = SOURCES  # Or the path of a file, or tfds:NAME.
   config.num_rounds, config.local_steps, config.batch_size = 25, 20, 4
   config.lr = 3e-3
   config.optimizer.schedule = 'cosine'

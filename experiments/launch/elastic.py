@@ -32,6 +32,7 @@ import tempfile
 import time
 from typing import NoReturn
 
+from resist_jax.errors import Parser
 from resist_jax.run.processes import TRY_AGAIN
 
 # Seconds. The defaults wait 30 for the last host and 15 for a lost one.
@@ -59,7 +60,7 @@ def main() -> None:
 
 
 def _parse() -> argparse.Namespace:
-  parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+  parser = Parser(description=(__doc__ or '').split('\n')[0])
   parser.add_argument(
     '--meet', required=True, metavar='HOST:PORT', help='where the agents meet'
   )

@@ -13,13 +13,13 @@ resumes it until it is done:
   done
 """
 
-import argparse
 from collections.abc import Sequence
 import signal
 import socket
 import subprocess
 import sys
 
+from resist_jax.errors import Parser
 from resist_jax.run.processes import TRY_AGAIN
 
 
@@ -74,7 +74,7 @@ def exit_code(codes: Sequence[int]) -> int:
 
 def main() -> None:
   """Starts the processes, forwards signals to them, and waits for them."""
-  parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+  parser = Parser(description=(__doc__ or '').split('\n')[0])
   parser.add_argument(
     '--num_processes', type=int, required=True, help='number of processes'
   )

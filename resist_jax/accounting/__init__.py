@@ -10,7 +10,7 @@ from resist_jax.accounting.memory_and_flops import (
   predicted_memory,
 )
 from resist_jax.accounting.traffic import (
-  BYTES_PER_PARAM,
+  BYTES_PER_NUMBER,
   Moves,
   Sizes,
   branches,
@@ -23,7 +23,7 @@ from resist_jax.accounting.traffic import (
 )
 
 __all__ = [
-  'BYTES_PER_PARAM',
+  'BYTES_PER_NUMBER',
   'Collective',
   'Moves',
   'Sizes',

@@ -5,7 +5,7 @@ from typing import Any
 
 from resist_jax.accounting import hlo
 from resist_jax.accounting.traffic import (
-  BYTES_PER_PARAM,
+  BYTES_PER_NUMBER,
   Sizes,
   params_per_worker,
 )
@@ -37,14 +37,14 @@ def predicted_memory(
     workers of a device take turns.
   """
   S = protocol.num_workers
-  params = BYTES_PER_PARAM * params_per_worker(sizes, protocol)
-  shared = BYTES_PER_PARAM * sizes.shared
+  params = BYTES_PER_NUMBER * params_per_worker(sizes, protocol)
+  shared = BYTES_PER_NUMBER * sizes.shared
   kept = shared if protocol.keeps_shared else 0
   if protocol.keeps_blocks:
     kept += params - shared
   if protocol.keeps_error:
     shapes = collectives.error_shapes(sizes.shared, S)
-    kept += BYTES_PER_PARAM * sum(shape[1] for shape in shapes.values())
+    kept += BYTES_PER_NUMBER * sum(shape[1] for shape in shapes.values())
   held = {
     'parameters': params,
     'optimizer': params,
@@ -131,7 +131,7 @@ def predicted_group_bytes(
   S = protocol.num_workers
   params = params_per_worker(sizes, protocol)
   numbers = params + num_metrics + 2 * statistics
-  return S * 2 * (devices_per_worker - 1) * BYTES_PER_PARAM * numbers
+  return S * 2 * (devices_per_worker - 1) * BYTES_PER_NUMBER * numbers
 
 
 def compiled_flops(run: Round, images: int) -> float | None:

@@ -18,14 +18,12 @@ from resist_jax.decomposition import (
   slots_per_worker,
   split,
 )
-from resist_jax.exchange import Load, all_reduce_bytes
+from resist_jax.exchange import BYTES_PER_NUMBER, Load, all_reduce_bytes
 from resist_jax.rounds import Protocol
 
 PyTree = Any
 # The assignments before and after a round, by chain.
 Moves = Mapping[str, tuple[Assignment, Assignment]]
-
-BYTES_PER_PARAM = 4  # float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +102,7 @@ def round_trip_bytes(sizes: Sizes, protocol: Protocol) -> int:
     num_copies(*protocol.division(name)) * sizes.block[name]
     for name in sizes.num_blocks
   )
-  return 2 * BYTES_PER_PARAM * params
+  return 2 * BYTES_PER_NUMBER * params
 
 
 def paper_bytes(

@@ -4,7 +4,13 @@ A batch is a pure function of (seed, round, worker, step), so a resumed run
 trains on the same images.
 """
 
-from resist_jax.data.augmentation import Augmentation, augment, choose
+from resist_jax.data.augmentation import (
+  FILLS,
+  FLIPS,
+  Augmentation,
+  augment,
+  choose,
+)
 from resist_jax.data.folder_source import listed as listed_files
 from resist_jax.data.folder_source import read as read_files
 from resist_jax.data.given import from_arrays, from_source
@@ -24,6 +30,8 @@ from resist_jax.data.streaming import StreamedImages
 from resist_jax.data.tables import Table, Tables, from_tables
 
 __all__ = [
+  'FILLS',
+  'FLIPS',
   'GIVEN',
   'Augmentation',
   'Dataset',

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import re
 from typing import Any
+import zipfile
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from resist_jax.data.prepared import Prepared, opener
 from resist_jax.data.streaming import MODES
 from resist_jax.errors import ConfigError, one_line
 
-_SPLITS = {'': 'train', 'val': 'validation'}  # Other names of the same split.
+_SPLITS = {'': 'train', 'val_': 'validation'}  # Other names of a split.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,11 @@ def checked(images: Any, labels: Any, what: str = '') -> Arrays:
       f'[N, height, width, channels] with 1, 3 or 4 channels is needed: '
       f'{remedy}.'
     )
+  if not all(pixels.shape[1:]):
+    raise ValueError(
+      f'{what}images have the shape {pixels.shape}, without a pixel: make them '
+      'again.'
+    )
   if numbers.ndim == 2 and numbers.shape[1] == 1:
     numbers = numbers[:, 0]
   if numbers.shape != pixels.shape[:1]:
@@ -109,7 +115,17 @@ def named(
       f'there are {len(names)} classes, and a label is {largest}: name at '
       f'least {max(largest + 1, 2)} in class_names, or number them from 0.'
     )
+  check_names(names)
   return names
+
+
+def check_names(names: Sequence[str]) -> None:
+  """Raises a ValueError if two classes have one name."""
+  twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+  if twice:
+    raise ValueError(
+      f'class_names hold {twice[0]!r} twice: give each class a name of its own.'
+    )
 
 
 def find(name: str, class_names: Sequence[str] = ()) -> Prepared:
@@ -128,16 +144,21 @@ def find(name: str, class_names: Sequence[str] = ()) -> Prepared:
     ConfigError: If there is no such file, or its arrays are others.
   """
   path = folders.resolve(name, 'a data set')
+  if not path.is_file():
+    raise ConfigError(
+      f'the data set is {name!r}, but there is no such file: name a file that '
+      'numpy.savez wrote, or a folder of images.'
+    )
+  if not zipfile.is_zipfile(path):  # NumPy would take it for a pickle.
+    raise ConfigError(
+      f'{path} is no file of arrays, or was cut: write it again by numpy.savez.'
+    )
   try:
     # NumPy would leave a damaged file open.
     with path.open('rb') as raw, np.load(raw, allow_pickle=False) as file:
-      arrays = {key: file[key] for key in file.files}
+      arrays = {key: _array(file, key) for key in file.files}
     splits = _splits(arrays)
     names = named(splits, arrays.get('class_names', class_names or None))
-  except FileNotFoundError as error:
-    raise ConfigError(
-      f'the data set is {name!r}, but there is no such file.'
-    ) from error
   except Exception as error:  # A damaged archive raises many types.
     reason = str(error) if type(error) is ValueError else one_line(error)
     raise ConfigError(f'in {path}, {" ".join(reason.split())}') from error
@@ -154,15 +175,37 @@ def find(name: str, class_names: Sequence[str] = ()) -> Prepared:
   )  # fmt: skip
 
 
+def _array(file: Mapping[str, np.ndarray], key: str) -> Any:
+  try:
+    return file[key]
+  except ValueError as error:
+    raise ValueError(
+      f'{key} cannot be read ({error}): save an array of numbers, of images of '
+      'one size.'
+    ) from error
+
+
 def _splits(arrays: Mapping[str, np.ndarray]) -> dict[str, Arrays]:
   """Returns the examples of each split."""
   found = {}
-  for key in arrays:
-    match = re.fullmatch(r'(?:(\w+)_)?images', key)
-    if match and (labels := f'{key[: -len("images")]}labels') in arrays:
-      prefix = match[1] or ''
-      part = checked(arrays[key], arrays[labels], prefix and f'{prefix}_')
-      found[_SPLITS.get(prefix, prefix)] = part
+  prefixes = {
+    match[1]: match[2]
+    for key in arrays
+    if (match := re.fullmatch(r'((?:\w+_)?)(images|labels)', key))
+  }
+  for prefix, kind in prefixes.items():
+    for needed in (f'{prefix}images', f'{prefix}labels'):
+      if needed not in arrays:
+        raise ValueError(
+          f'{prefix}{kind} come without {needed}: add those, or leave '
+          f'{prefix}{kind} out.'
+        )
+    split = _SPLITS.get(prefix, prefix[:-1])
+    if split in found:
+      raise ValueError(f'the split {split} is there twice: leave one out.')
+    found[split] = checked(
+      arrays[f'{prefix}images'], arrays[f'{prefix}labels'], prefix
+    )
   if 'train' not in found:
     raise ValueError(
       f'there are {", ".join(arrays) or "no arrays"}: call them images and '

@@ -8,6 +8,10 @@ import jax.numpy as jnp
 
 from resist_jax.data.sets import Dataset
 from resist_jax.data.streaming import StreamedImages
+from resist_jax.errors import ConfigError
+
+FILLS = ('black', 'reflection')
+FLIPS = ('random', 'alternating')
 
 # Data sets of characters, which are never flipped: a mirrored character is
 # another one, or none.
@@ -29,19 +33,30 @@ class Augmentation(NamedTuple):
   """How training images are augmented.
 
   Attributes:
-    pad: Black pixels added on every side before a random crop of the original
-      size; 0 disables the crop.
+    pad: Pixels added on every side before a random crop of the original size; 0
+      disables the crop.
     flip: Whether to mirror each image left to right with probability 1/2.
     resized_crop: Whether to crop a part of random area and aspect ratio and
       resize it. This runs on the host, while an image is decoded.
+    reflect: Whether the added pixels mirror those inside, or are black.
+    alternate: Whether each image is mirrored in every other epoch instead, see
+      `sets.batch_indices`; then `flip` is off.
   """
 
-  pad: int
-  flip: bool
-  resized_crop: bool
+  pad: int = 0
+  flip: bool = False
+  resized_crop: bool = False
+  reflect: bool = False
+  alternate: bool = False
 
 
-def choose(kind: str, dataset: Dataset) -> Augmentation:
+def choose(
+  kind: str,
+  dataset: Dataset,
+  pad: int = -1,
+  fill: str = 'black',
+  flips: str = 'random',
+) -> Augmentation:
   """Returns the augmentation that the config field `data.augmentation` names.
 
   `auto` depends on the data set: random resized crops for images that are
@@ -51,9 +66,16 @@ def choose(kind: str, dataset: Dataset) -> Augmentation:
   Args:
     kind: `crop`, `resized_crop`, either with `_flip`, `flip`, `none` or `auto`.
     dataset: The data set to augment.
+    pad: Pixels on every side of padded crops; -1: an eighth of the height, 4 of
+      32 (paper).
+    fill: What they show, one of `FILLS`.
+    flips: How images are mirrored where they are, one of `FLIPS`.
 
   Returns:
     The augmentation of its training images.
+
+  Raises:
+    ConfigError: If crops would show nothing of their image.
   """
   images = dataset.train.images
   height = images.shape[1]
@@ -66,25 +88,37 @@ def choose(kind: str, dataset: Dataset) -> Augmentation:
       kind = 'crop_flip'
     if dataset.name in CHARACTERS:
       kind = kind.removesuffix('flip').removesuffix('_')
-  pad = height // 8 if kind in ('crop', 'crop_flip') else 0  # CIFAR: 4 of 32.
-  return Augmentation(pad, 'flip' in kind, kind.startswith('resized'))
+  if kind not in ('crop', 'crop_flip'):
+    pad = 0
+  elif pad < 0:
+    pad = height // 8
+  elif pad >= height:
+    raise ConfigError(
+      f'data.pad is {pad}, but the images of {dataset.name!r} are only '
+      f'{height} pixels high: lower it.'
+    )
+  flip, alternate = 'flip' in kind, flips == 'alternating'
+  return Augmentation(
+    pad,
+    flip and not alternate,
+    kind.startswith('resized'),
+    fill == 'reflection',
+    flip and alternate,
+  )
 
 
 def augment(
   key: jax.Array,
   images: jax.Array,
-  pad: int,
-  flip: bool,
+  augmentation: Augmentation,
   axis_name: str | None = None,
 ) -> jax.Array:
-  """Pads images with black, crops them at random, and flips half of them.
+  """Pads images, crops them at random, and flips half of them.
 
   Args:
     key: A PRNG key.
     images: `uint8[B, H, W, C]`.
-    pad: Pixels added on every side; 0 disables the crop. The paper pads CIFAR
-      by 4.
-    flip: Whether to mirror each image left to right with probability 1/2.
+    augmentation: Which of these happens, and how.
     axis_name: The mesh axis that splits the batch into equal parts, if
       `images` is one of them. The result does not depend on the number of
       parts.
@@ -92,7 +126,7 @@ def augment(
   Returns:
     The augmented images, `uint8[B, H, W, C]`.
   """
-  B = len(images)
+  B, pad = len(images), augmentation.pad
   num_parts = 1 if axis_name is None else lax.axis_size(axis_name)
 
   def local(draws):
@@ -112,8 +146,9 @@ def augment(
         image, (corner[0], corner[1], 0), images.shape[1:]
       )
     )
-    images = crop(jnp.pad(images, sides), corners)
-  if flip:
+    mode = 'reflect' if augmentation.reflect else 'constant'
+    images = crop(jnp.pad(images, sides, mode), corners)
+  if augmentation.flip:
     shape = (num_parts * B, 1, 1, 1)
     flipped = local(jax.random.bernoulli(flip_key, 0.5, shape))
     images = jnp.where(flipped, images[:, :, ::-1], images)

@@ -184,11 +184,17 @@ def listed(paths: Sequence[str]) -> list[str]:
 
   Args:
     paths: Files and folders, in which `~` and `$NAME` are filled in.
+
+  Raises:
+    ConfigError: If a folder holds none.
   """
   found = []
   for path in paths:
-    place = folders.resolve(path, 'a file')
-    found += map(str, sorted(_below(place)) if place.is_dir() else [place])
+    place = folders.resolve(path, 'a file', is_text=False)
+    inside = sorted(_below(place)) if place.is_dir() else [place]
+    if not inside:
+      raise ConfigError(f'{place} holds no file: name images, or their folder.')
+    found += map(str, inside)
   return found
 
 
@@ -241,6 +247,6 @@ def _header(path: pathlib.Path) -> headers.Header:
     return headers.read(path)
   except Exception as error:  # Each format raises types of its own.
     raise ConfigError(
-      f'{path} is no image that can be read ({one_line(error)}): mend or '
-      'remove it.'
+      f'{path} is no image that can be read ({one_line(error)}): mend it, '
+      'remove it, or name another.'
     ) from error

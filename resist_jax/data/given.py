@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from resist_jax.data import headers
-from resist_jax.data.array_source import checked, named
+from resist_jax.data.array_source import check_names, checked, named
 from resist_jax.data.prepared import Prepared, Source, opener
 from resist_jax.data.sets import Dataset, Reading, assemble
 from resist_jax.data.streaming import MODES, as_image
@@ -109,6 +109,7 @@ def from_source(
     raise ValueError(
       'class_names is missing: name each class, in the order of the labels.'
     )
+  check_names(list(map(str, class_names)))
   splits: dict[str, Source] = {'train': Pairs(train)}
   if test is not None:
     splits['test'] = Pairs(test)

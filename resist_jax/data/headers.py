@@ -1,6 +1,7 @@
 """What the beginning of an image file says, without decoding its pixels."""
 
 from collections.abc import Iterable
+import os
 from typing import IO, Any, NamedTuple
 
 from PIL import ExifTags, Image
@@ -29,6 +30,10 @@ def read(file: Any | IO[bytes]) -> Header:
   Raises:
     Exception: Of many types, if it is no image.
   """
+  if isinstance(file, str | os.PathLike) and not os.path.isfile(file):
+    # One that is there, such as a pipe, might never end.
+    there = os.path.lexists(file)
+    raise OSError('it is no file' if there else 'there is no such file')
   with Image.open(file) as image:
     return of(image)
 

@@ -15,7 +15,8 @@ import numpy as np
 from resist_jax.data.streaming import THREADS, StreamedImages
 
 PyTree = Any
-# Maps a round's number to the examples that it trains on, int32[S, T, B].
+# Maps a round's number to the examples that it trains on, int32[S, T, B]: n, or
+# ~n for image n mirrored left to right.
 Indices = Callable[[int], np.ndarray]
 
 PREFETCHED = 3  # Steps read ahead, kept in host memory (B images per worker).
@@ -40,6 +41,7 @@ def pick(
   examples: tuple[jax.Array, jax.Array],
   numbers: jax.Array,
   image_shape: tuple[int, ...],
+  mirrors: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
   """Picks a batch of images.
 
@@ -47,12 +49,19 @@ def pick(
     examples: Images as `as_rows` returns them, and their labels `int32[N]`.
     numbers: `int32[B]`, which of them.
     image_shape: `(H, W, C)`.
+    mirrors: Whether a number below 0, `~n`, asks for image n mirrored left to
+      right.
 
   Returns:
     `(uint8[B, H, W, C], int32[B])`.
   """
   rows, labels = examples
-  return rows[numbers].reshape(-1, *image_shape), labels[numbers]
+  if not mirrors:
+    return rows[numbers].reshape(-1, *image_shape), labels[numbers]
+  which = jnp.maximum(numbers, ~numbers)
+  images = rows[which].reshape(-1, *image_shape)
+  mirrored = (numbers < 0)[:, None, None, None]
+  return jnp.where(mirrored, images[:, :, ::-1], images), labels[which]
 
 
 class Resident:
@@ -140,7 +149,9 @@ class Stream:
       position = (round_index, s, t, b)
       sequence = np.random.SeedSequence(self._seed, spawn_key=position)
       rng = np.random.default_rng(sequence)
-    return self._images.example(self._indices(round_index)[s, t, b], rng)
+    i = self._indices(round_index)[s, t, b]
+    image, label = self._images.example(max(i, ~i), rng)
+    return image[:, ::-1] if i < 0 else image, label
 
   def batches(
     self, round_index: int

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,11 +78,20 @@ class Dataset:
   class_names: tuple[str, ...]
   mean: np.ndarray
   std: np.ndarray
+  unit: ClassVar[str] = 'images'  # What records call the examples.
 
   @property
   def num_classes(self) -> int:
     """Number of classes."""
     return len(self.class_names)
+
+  def describe(self) -> dict[str, Any]:
+    """Returns what records say of the examples; JSON values."""
+    return {
+      'unit': self.unit,
+      'class_names': list(self.class_names),
+      'image_shape': list(self.train.images.shape[1:]),
+    }
 
   @property
   def streamed(self) -> bool:
@@ -243,7 +252,13 @@ def load_test(
   trained = Prepared('the run', '', image_shape, names, (), opener('', {}, ''))
   source = sources.find(name, data_dir, names)
   form = _Form(image_shape, 'are resized' if resized else '', 0)
-  return _split(_extra_test(source, trained, form), source, form, True)
+  split = _split(_extra_test(source, trained, form), source, form, True)
+  if not len(split):
+    raise ConfigError(
+      f'data set {name!r} has no image of the classes {", ".join(names[:5])}'
+      f'{", ..." if names[5:] else ""}: name another.'
+    )
+  return split
 
 
 class _Form(NamedTuple):
@@ -371,6 +386,13 @@ def _moments(
   return mean.astype(np.float32), std.astype(np.float32)
 
 
+@functools.lru_cache(maxsize=1)
+def _sides(seed: int, num_examples: int) -> np.ndarray:
+  """Draws 0 or 1 for each example."""
+  # No order has a seed of one number alone.
+  return np.random.default_rng([seed]).integers(0, 2, num_examples, np.int32)
+
+
 @functools.lru_cache(maxsize=64)
 def _order(seed: int, worker: int, epoch: int, num_examples: int) -> np.ndarray:
   """Returns the order in which a worker visits its examples in an epoch."""
@@ -386,6 +408,7 @@ def batch_indices(
   local_steps: int,
   num_workers: int,
   sharded: bool = False,
+  mirrors: bool = False,
 ) -> np.ndarray:
   """Chooses the examples of every step of every worker in a round.
 
@@ -399,10 +422,14 @@ def batch_indices(
     num_workers: S, the number of workers.
     sharded: Whether each worker sees only its own S-th of the training set. If
       not (the paper), each sees the whole set in an order of its own.
+    mirrors: Whether a worker sees each image mirrored in every other of its
+      epochs (K. Jordan, 94% on CIFAR-10 in 3.29 seconds on a single GPU, 2024).
+      In the first one a draw decides, and half of the workers see the opposite.
 
   Returns:
-    Indices of examples, `int32[S, T, B]`. No example repeats within a worker's
-    epoch; examples at its end that do not fill a batch are skipped.
+    Indices of examples, `int32[S, T, B]`, `~n` for image n mirrored. No example
+    repeats within a worker's epoch; examples at its end that do not fill a
+    batch are skipped.
   """
   visible = num_examples // num_workers if sharded else num_examples
   per_epoch = visible // batch_size
@@ -417,7 +444,11 @@ def batch_indices(
       epoch, i = divmod(round_index * local_steps + t, per_epoch)
       order = _order(seed, worker, epoch, visible)
       chosen = order[i * batch_size : (i + 1) * batch_size]
-      batches[worker, t] = examples[chosen]
+      numbers = examples[chosen]
+      if mirrors:
+        odd = (_sides(seed, num_examples)[numbers] + worker + epoch) % 2
+        numbers = np.where(odd, ~numbers, numbers)
+      batches[worker, t] = numbers
   return batches
 
 

@@ -43,15 +43,24 @@ class Tables:
     name: What records call it.
     train: Examples to train on.
     tests: Sets to test on, by name; the first is the one that counts.
+    unit: What records call the examples.
   """
 
   name: str
   train: Table
   tests: Mapping[str, Table]
+  unit: str = 'examples'
+
+  def describe(self) -> dict[str, Any]:
+    """Returns what records say of the examples; JSON values."""
+    return {'unit': self.unit, 'dataset': self.name}
 
 
 def from_tables(
-  train: PyTree, tests: Mapping[str, PyTree], name: str = 'tables'
+  train: PyTree,
+  tests: Mapping[str, PyTree],
+  name: str = 'tables',
+  unit: str = 'examples',
 ) -> Tables:
   """Makes a data set of arrays that need not be images.
 
@@ -60,6 +69,7 @@ def from_tables(
       batch has the same form.
     tests: The same for each set to test on, by name, such as `test`.
     name: What records call the data set.
+    unit: What they call its examples, such as `windows`.
 
   Returns:
     The data set; numbers of 64 bits become numbers of 32.
@@ -82,7 +92,7 @@ def from_tables(
         f'an example of {key} has the form {_form(table)}, and one of train '
         f'{_form(examples)}: give both one form.'
       )
-  return Tables(name, examples, found)
+  return Tables(name, examples, found, unit)
 
 
 def _checked(key: str, examples: PyTree) -> Table:

@@ -16,7 +16,7 @@ import numpy as np
 
 from resist_jax.data.prepared import Examples, Part, Prepared
 from resist_jax.data.streaming import MODES, THREADS
-from resist_jax.errors import ConfigError, one_line
+from resist_jax.errors import ConfigError, did_you_mean, one_line
 
 # NAMESPACE:NAME/CONFIG:VERSION/ARGUMENT=VALUE, of which TFDS needs the NAME.
 _NAME = r'([\w-]+:)?[a-zA-Z]\w*(/[\w+.-]+)?(:[\d.*]+)?(/\w+=[^/]+)?'
@@ -176,10 +176,12 @@ def _refusal(error: Exception, name: str, where: str) -> str:
   if isinstance(error, tfds.core.DatasetNotFoundError):
     if there:
       return f'there is no data set {name!r}, but {holds}: ask for that.'
+    known = ['digits', *tfds.list_builders(with_community_datasets=False)]
+    hint = did_you_mean(re.split('[/:]', name)[0], known)
     return (
-      f'unknown data set {name!r}, and {holds}: use digits, a name from the '
-      'TFDS catalog such as cifar10, cifar100, svhn_cropped or fashion_mnist, '
-      'or the path of a folder of images.'
+      f'unknown data set {name!r}, and {holds}. {hint}Use digits, a name from '
+      'the TFDS catalog such as cifar10, cifar100, svhn_cropped or '
+      'fashion_mnist, or the path of a folder of images.'
     )
   # TFDS puts all arguments before the message of the error itself.
   reason = ' '.join(str(error).split()).split('}": ')[-1][:200]

@@ -62,10 +62,13 @@ def slots_per_worker(
     allowed = f'a chain of {num_blocks} blocks allows 0 to {num_blocks}'
     raise ValueError(f'min_depth is {min_depth}; {allowed}.')
   if num_workers > num_blocks and min_depth == 0:
+    remedy = (
+      f'Use at most {num_blocks} workers, or min_depth >= 1 with the '
+      'exchange masked_psum, so that workers share blocks.'
+    )
     raise ValueError(
       f'{num_workers} workers cannot share {num_blocks} blocks: some would run '
-      'none. Use at most one worker per block, or min_depth >= 1, so that '
-      'workers share blocks.'
+      f'none. {remedy if num_blocks else "Cut a longer chain."}'
     )
   return max(-(-num_blocks // num_workers), min_depth)
 

@@ -6,6 +6,7 @@ that returns such a value.
 """
 
 from resist_jax.exchange.collectives import (
+  BYTES_PER_NUMBER,
   DATA,
   WORKER,
   Healthy,
@@ -18,6 +19,7 @@ from resist_jax.exchange.masked_psum import masked_psum
 from resist_jax.exchange.participation import Limits, Norms
 
 __all__ = [
+  'BYTES_PER_NUMBER',
   'DATA',
   'FORMATS',
   'WORKER',

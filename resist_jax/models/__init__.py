@@ -14,6 +14,7 @@ from resist_jax.models.arithmetic import (
 from resist_jax.models.blocks import Block, Branch, Classifier, Shortcut, Stem
 from resist_jax.models.resnet import (
   FAMILY,
+  INITIAL,
   STEMS,
   PreActBottleneckResNet50,
   PreActBottleneckResNet101,
@@ -35,6 +36,7 @@ from resist_jax.models.resnet import (
 
 __all__ = [
   'FAMILY',
+  'INITIAL',
   'STEMS',
   'Block',
   'Branch',

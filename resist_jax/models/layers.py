@@ -1,5 +1,7 @@
 """The layers of a residual block: convolution, batch norm and group norm."""
 
+from collections.abc import Callable
+from functools import partial
 import math
 from typing import Any
 
@@ -12,8 +14,22 @@ from resist_jax.models.accelerated import norm_relu, over_parts, widen
 
 NHWC = ('NHWC', 'HWIO', 'NHWC')
 
+Initializer = Callable[..., jax.Array]
+
 # He et al. (2015), in the variant that preserves the variance of gradients.
 he_normal = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+# PyTorch's default for convolutions and linear layers.
+torch_uniform = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+
+
+def torch_bias(fan_in: int) -> Initializer:
+  """Returns PyTorch's default for the bias of a layer with so many inputs."""
+  limit = fan_in**-0.5
+  return partial(_uniform, limit)
+
+
+def _uniform(limit, key, shape, dtype=jnp.float32):
+  return jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
 class Conv(nn.Module):
@@ -26,6 +42,7 @@ class Conv(nn.Module):
     dtype: Compute dtype; the kernel is stored in float32.
     wide_kernel_gradient: Whether to compute the kernel's gradient by
       `convolve_with_wide_kernel_gradient` where that applies (3x3, stride 1).
+    kernel_init: Draws the kernel.
   """
 
   features: int
@@ -33,12 +50,13 @@ class Conv(nn.Module):
   stride: int = 1
   dtype: Any = jnp.float32
   wide_kernel_gradient: bool = False
+  kernel_init: Initializer = he_normal
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps `[B, H, W, C]` to `[B, H / stride, W / stride, features]`."""
     shape = (self.size, self.size, x.shape[-1], self.features)
-    kernel = self.param('kernel', he_normal, shape, jnp.float32)
+    kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
     x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
     if self.wide_kernel_gradient and self.size == 3 and self.stride == 1:
       return convolve_with_wide_kernel_gradient(x, kernel)

@@ -22,11 +22,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from resist_jax.models.blocks import Block, Branch, Classifier, Shortcut, Stem
-from resist_jax.models.layers import BatchNorm, Conv, GroupNorm16
+from resist_jax.models.layers import (
+  BatchNorm,
+  Conv,
+  GroupNorm16,
+  he_normal,
+  torch_bias,
+  torch_uniform,
+)
 
 PyTree = Any
 
 STEMS = ('small', 'strided', 'imagenet')
+INITIAL = ('he', 'torch')
 
 
 class Forms(NamedTuple):
@@ -62,9 +70,12 @@ class ResNet(nn.Module):
     stem: `small` (3x3, for images of 32 pixels), `strided` (3x3, stride 2, for
       images of 64 pixels or a quarter of the work) or `imagenet` (7x7, stride
       2, then max pooling).
+    initial: What draws the initial values: `he` (normal, by fan-out; He et al.
+      2015) or `torch` (PyTorch's default, as in the paper's scripts: uniform,
+      of variance 1 / (3 fan-in), and a bias of the classifier that is drawn).
     dtype: Compute dtype; parameters and statistics are float32.
-    platform: What trains: `cpu`, `gpu` or `tpu`; see `Forms`. The result is the
-      same up to rounding.
+    platform: What trains: `cpu`, `gpu` or `tpu`; None is what JAX uses here. It
+      chooses `Forms` of layers; the result is the same up to rounding.
     cut_heads: Whether to separate the residual branches of heads, so that they
       can be partitioned too (first column of the paper's ablation).
     norm_axis: The mesh axis that splits batches, for batch norm; None if none
@@ -78,8 +89,9 @@ class ResNet(nn.Module):
   pre_activation: bool = True
   norm: str = 'batch'
   stem: str = 'small'
+  initial: str = 'he'
   dtype: Any = jnp.float32
-  platform: str = 'cpu'
+  platform: str | None = None
   cut_heads: bool = False
   norm_axis: str | None = None
 
@@ -131,7 +143,7 @@ class ResNet(nn.Module):
   @property
   def forms(self) -> Forms:
     """The forms of layers for its platform."""
-    return FORMS.get(self.platform, Forms())
+    return FORMS.get(self.platform or jax.default_backend(), Forms())
 
   @nn.nowrap
   def pieces(self) -> list[tuple[str, int | None]]:
@@ -173,7 +185,7 @@ class ResNet(nn.Module):
       `Branch`.
 
     Raises:
-      ValueError: If the fields `norm` or `stem` have unknown values.
+      ValueError: If the fields `norm`, `stem` or `initial` have unknown values.
     """
     if self.norm not in ('batch', 'group'):
       raise ValueError(f'unknown norm {self.norm!r}: use batch or group.')
@@ -181,9 +193,15 @@ class ResNet(nn.Module):
       raise ValueError(
         f'unknown stem {self.stem!r}: use one of {", ".join(STEMS)}.'
       )
-    conv = {
+    if self.initial not in INITIAL:
+      raise ValueError(
+        f'unknown initial values {self.initial!r}: use one of '
+        f'{", ".join(INITIAL)}.'
+      )
+    conv: dict[str, Any] = {
       'dtype': self.dtype,
       'wide_kernel_gradient': self.forms.wide_kernels,
+      'kernel_init': he_normal if self.initial == 'he' else torch_uniform,
     }
     norm = partial(GroupNorm16, dtype=self.dtype)
     if self.norm == 'batch':
@@ -205,7 +223,14 @@ class ResNet(nn.Module):
         **conv,
       )
     if name == 'classifier':
-      return Classifier(self.num_classes, name=name)
+      drawn: dict[str, Any] = {}  # Otherwise those of flax, and no bias.
+      if self.initial != 'he':
+        features = (4 if self.bottleneck else 1) * self.widths[-1]
+        drawn = {
+          'kernel_init': torch_uniform,
+          'bias_init': torch_bias(features),
+        }
+      return Classifier(self.num_classes, name=name, **drawn)
     stage, kind = name.removeprefix('stage').split('_')
     block: Any = Block
     if self.cut_heads and kind != 'chain' and self.has_projection(int(stage)):
@@ -285,7 +310,7 @@ def initial_params(
   # One module per name: JAX would compile again for another, equal module.
   modules = {name: network.make_piece(name) for name, _ in network.pieces()}
   # This program runs once: on CPU, compile it fast rather than well.
-  on_cpu = network.platform == 'cpu'
+  on_cpu = jax.default_backend() == 'cpu'
   options = {'xla_backend_optimization_level': 0} if on_cpu else None
   init = jax.jit(_init, static_argnums=0, compiler_options=options)
   for position, (name, block) in enumerate(network.pieces()):

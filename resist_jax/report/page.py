@@ -3,20 +3,20 @@
 Run it as `python -m resist_jax.report RUN... [--out=OUT]`.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from html import escape
 import itertools
 import json
+import os
 from pathlib import Path
 import re
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from resist_jax import folders
-from resist_jax.errors import ConfigError
+from resist_jax.errors import ConfigError, Parser, printable
 from resist_jax.report import curves, plots, shell, tables
 from resist_jax.report.groups import Group, grouped
 from resist_jax.report.records import (
@@ -25,7 +25,6 @@ from resist_jax.report.records import (
   Summary,
   is_number,
   load_runs,
-  printable,
 )
 from resist_jax.report.sentence import sentences
 
@@ -45,15 +44,16 @@ TABLE = (
   ('best, as in paper', '{best_test_accuracy_paper:.2%}'),
   ('test loss', '{test_loss:.4g}'),
   ('final training loss', '{final_train_loss:.4g}'),
-  ('communication', '{bytes_total_text}'),
-  ('communication per round', '{bytes_per_round_text}'),
-  ('communication vs local SGD', '{share_of_bytes:.1%}'),
-  ('on the wire per round', '{wire_bytes_per_round_text}'),
-  ('wire vs local SGD', '{share_of_wire:.1%}'),
-  ('wire vs data parallel', '{share_of_wire_parallel:.1%}'),
+  ('sent by all devices', '{wire_bytes_total_text}'),
+  ('sent in a round', '{wire_bytes_per_round_text}'),
+  ('sent vs local SGD', '{share_of_wire:.1%}'),
+  ('sent vs data parallel', '{share_of_wire_parallel:.1%}'),
+  ("paper's count", '{bytes_total_text}'),
+  ("paper's count of a round", '{bytes_per_round_text}'),
+  ("paper's count vs local SGD", '{share_of_bytes:.1%}'),
   ('exchange, format', '{exchange}, {wire_format}'),
   ('seconds of training', '{seconds_training:,.1f}'),
-  ('images per second', '{images_per_second:,.0f}'),
+  ('{unit} per second', '{images_per_second:,.0f}'),
   ('parameters', '{params_total:,}'),
   ('parameters on a worker', '{share_of_params:.1%}'),
   ('parameters per device', '{parameter_memory_text}'),
@@ -71,12 +71,12 @@ _NAMES = 10  # Classes that a table names.
 _HOW = ('as deployed', 'as in paper')  # For each of `ACCURACIES`.
 NOTE = """As deployed: with fixed norm statistics, measured for the global model
 after training. As in the paper: with the statistics of each test batch.
-Communication: the paper's count, in which every worker fetches and returns its
-parameters in each round. On the wire: the bytes that all devices together send
-to each other; local SGD and data parallel are counted with exact ring
-all-reduces. Seconds of training: without compilation, tests and checkpoints,
-over the links that the run had. Peak memory: that of the largest compiled
-program of a round."""
+Sent: the bytes that all devices together send to each other for training; local
+SGD and data parallel are counted with exact ring all-reduces. Paper's count:
+the bytes as the paper counts them, where every worker fetches and returns its
+parameters in each round. Seconds of training: without compilation, tests and
+checkpoints, over the links that the run had. Peak memory: that of the largest
+compiled program of a round."""
 SEEDS_NOTE = 'A number with ± is a mean and a standard deviation over seeds.'
 
 
@@ -88,12 +88,12 @@ def _rows(
   for summary in summaries:
     fields: dict[str, Any] = {'of_rounds': '', **summary}
     fields |= _memory(fields.get('memory_per_device')) | _images(fields)
-    for name in ('bytes_total', 'bytes_per_round', 'wire_bytes_per_round',
-                 'parameter_memory', 'peak_memory'):  # fmt: skip
+    for name in ('bytes_total', 'bytes_per_round', 'wire_bytes_total',
+                 'wire_bytes_per_round', 'parameter_memory',
+                 'peak_memory'):  # fmt: skip
       count = fields.get(name)
       if is_number(count):
-        unit, unit_name = plots.byte_unit(count)
-        fields[f'{name}_text'] = f'{count / unit:.4g} {unit_name}'
+        fields[f'{name}_text'] = plots.byte_text(count)
     wire = 'wire_bytes_per_round'
     for name, part, whole in (
       ('share_of_bytes', 'bytes_per_round', 'bytes_per_round_local_sgd'),
@@ -109,7 +109,17 @@ def _rows(
       texts = (f'{k} {v}' for k, v in versions.items())
       fields['versions_text'] = ', '.join(texts) or DASH
     readable.append(fields)
-  return [[n, *(_cell(form, s) for s in readable)] for n, form in table]
+  unit = _unit(summaries)
+  return [
+    [name.format(unit=unit), *(_cell(form, s) for s in readable)]
+    for name, form in table
+  ]
+
+
+def _unit(summaries: Sequence[Summary]) -> str:
+  """Returns what all runs learn from, such as images or windows of a text."""
+  units = {summary.get('unit', 'images') for summary in summaries}
+  return str(units.pop()) if len(units) == 1 else 'examples'
 
 
 def _memory(memory: Any) -> dict[str, int]:
@@ -170,17 +180,24 @@ def summary_table(
     labels: Heads of the columns; empty for a table without a head.
 
   Returns:
-    One line for each field and one column for each run. Two runs fit in 100
-    characters.
+    One line for each field that a run has, and one column for each run. Two
+    runs fit in 100 characters.
   """
   rows = [['', *labels]] if labels else []
-  rows += _rows(_table(summaries), summaries)
+  rows += _filled(_rows(_table(summaries), summaries))
   # The names take 26 of 100 characters, and 2 spaces separate the columns.
   width = max(26, 74 // max(len(summaries), 1) - 2)
   return tables.text_table(rows, max_width=width)
 
 
-def write_report(run_dirs: Sequence[Path], out_dir: Path) -> Path:
+def _filled(rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+  """Returns the rows of a table that say something."""
+  return [row for row in rows if set(row[1:]) - {DASH}]
+
+
+def write_report(
+  run_dirs: Sequence[str | os.PathLike[str]], out_dir: str | os.PathLike[str]
+) -> Path:
   """Writes `report.html`, which needs no other file, and pictures for slides.
 
   Args:
@@ -195,7 +212,9 @@ def write_report(run_dirs: Sequence[Path], out_dir: Path) -> Path:
     ConfigError: If a run cannot be read; then nothing is written.
     OSError: If a file cannot be read or written.
   """
+  out = folders.resolve(out_dir, '--out', is_text=False)
   runs = load_runs(run_dirs)
+  folders.check_writable(out, '--out')
   rows = {run.label: run.rows for run in runs}
   figures = {
     f'accuracy_by_{x.split("_")[0]}.png': plots.accuracy_figure(rows, x)
@@ -209,10 +228,11 @@ def write_report(run_dirs: Sequence[Path], out_dir: Path) -> Path:
   files = {name: plots.render_png(f) for name, f in figures.items()}
   page = _page(grouped(runs), blocks)
   files['report.html'] = page.encode('utf-8', 'replace')
-  out_dir.mkdir(parents=True, exist_ok=True)
+  out.mkdir(parents=True, exist_ok=True)
   for name, content in files.items():
-    (out_dir / name).write_bytes(content)
-  return out_dir / 'report.html'
+    with folders.replacing(out / name) as part:
+      part.write_bytes(content)
+  return out / 'report.html'
 
 
 def _page(groups: Sequence[Group], blocks: Mapping[str, Figure]) -> str:
@@ -280,29 +300,24 @@ def _blocks(groups: Sequence[Group], blocks: Mapping[str, Figure]) -> str:
 
 def _numbers(groups: Sequence[Group], rows: Sequence[Sequence[str]]) -> str:
   """Returns a table of what differs, and one of what is the same."""
-  same = [row for row in rows if len(set(row[1:])) == 1]
+  rows = _filled(rows)
   if not groups[1:]:
-    return _html_table(groups, [row for row in rows if row[1] != DASH])
+    return _html_table(groups, rows)
+  same = [row for row in rows if len(set(row[1:])) == 1]
   other = [row for row in rows if row not in same]
   found = _html_table(groups, other) if other else ''
-  common = [row[:2] for row in same if row[1] != DASH]
-  if common:
-    table = tables.html_table([], common, row_heads=True)
-    found += f'<h3>The same in all of them</h3>\n{table}'
+  if same:
+    pairs = tables.html_pairs([row[:2] for row in same])
+    found += f'<h3>The same in all of them</h3>\n{pairs}'
   return found
 
 
 def _html_table(groups: Sequence[Group], rows: Sequence[Sequence[str]]) -> str:
-  """Returns a table with one column for each group; one needs no head."""
-  head = ['', *(group.name for group in groups)] if groups[1:] else []
+  """Returns a table with one column for each group, or pairs for one group."""
+  if not groups[1:]:
+    return tables.html_pairs(rows)
+  head = ['', *(group.name for group in groups)]
   return tables.html_table(head, rows, row_heads=True)
-
-
-class _Parser(argparse.ArgumentParser):
-  """Tells a mistake in one line, as all commands of this package do."""
-
-  def error(self, message: str) -> NoReturn:
-    self.exit(2, f'error: {message}; --help lists all arguments.\n')
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -314,7 +329,7 @@ def main(args: Sequence[str] | None = None) -> int:
   Returns:
     The exit code: 0, or 2 if the input is bad.
   """
-  parser = _Parser(
+  parser = Parser(
     'python -m resist_jax.report',
     description='Writes a report of one run, or of several side by side.',
   )
@@ -322,7 +337,6 @@ def main(args: Sequence[str] | None = None) -> int:
     'dirs',
     metavar='RUN',
     nargs='+',
-    type=Path,
     help='workdir of a run, or folder of the workdirs of several seeds',
   )
   parser.add_argument(
@@ -330,11 +344,11 @@ def main(args: Sequence[str] | None = None) -> int:
     help='folder to write to (default: RUN, or ./report for several runs)',
   )
   flags = parser.parse_args(args)
-  out = Path('report') if flags.dirs[1:] else flags.dirs[0]
   try:
-    if flags.out is not None:
-      out = folders.resolve(flags.out, '--out')
-    print(printable(str(write_report(flags.dirs, out))))
+    runs = [folders.resolve(d, 'a run', is_text=False) for d in flags.dirs]
+    out = Path('report') if runs[1:] else runs[0]
+    page = write_report(runs, out if flags.out is None else flags.out)
+    print(printable(str(page)))
   except (ConfigError, OSError) as error:
     hint = '' if isinstance(error, ConfigError) else '; try another --out.'
     print(f'error: {error}{hint}', file=sys.stderr)

@@ -68,6 +68,16 @@ def byte_unit(num_bytes: float) -> tuple[float, str]:
   return 1.0, 'B'
 
 
+def byte_text(num_bytes: float) -> str:
+  """Returns a number of bytes for readers.
+
+  >>> byte_text(12_345_678)
+  '12.35 MB'
+  """
+  unit, name = byte_unit(num_bytes)
+  return f'{num_bytes / unit:.4g} {name}'
+
+
 def style_axes(axes: Axes, grid: Literal['both', 'x', 'y'] = 'both') -> None:
   """Gives axes a light grid below the data, and a frame on two sides only.
 
@@ -344,13 +354,16 @@ def _worker_legend(
   _legend(figure, patches, names, ncols=min(len(names), ncols), fontsize=8)
 
 
-def depth_figure(measured: Sequence[Mapping[str, Any]], test: str) -> Figure:
-  """Draws accuracy against the blocks that a network keeps.
+def depth_figure(
+  measured: Sequence[Mapping[str, Any]], test: str, names: Sequence[str]
+) -> Figure:
+  """Draws how good a network is against the blocks that it keeps.
 
   Args:
-    measured: Networks: `order` (`first` or `random`), `blocks`, and the fields
-      `TEST_accuracy` and `TEST_accuracy_paper`, of which one may be missing.
+    measured: Networks: `order` (`first` or `random`), `blocks`, and a field
+      `TEST_NAME` for each name, which may be missing.
     test: Name of the test.
+    names: What was measured: `accuracy`, `accuracy_paper`, or another name.
 
   Returns:
     A figure. Random choices are shown by their mean, and a band from the lowest
@@ -359,13 +372,20 @@ def depth_figure(measured: Sequence[Mapping[str, Any]], test: str) -> Figure:
   figure = Figure(figsize=(6.4, 4.2), layout='constrained')
   axes = figure.add_subplot()
   orders = ('first', 'random')
+  curves = {
+    metric.removeprefix('test_'): (how, style) for metric, how, style in CURVES
+  }
+  scale = 100 if names[0] in curves else 1
   for order, colour in zip(orders, colours(len(orders)), strict=True):
-    for metric, how, style in CURVES:
-      name = metric.replace('test', test, 1)
+    for name in names:
+      how, style = curves.get(name, (name, CURVES[0][2]))
       found: dict[int, list[float]] = {}
       for row in measured:
-        if row['order'] == order and name in row:
-          found.setdefault(row['blocks'], []).append(100 * row[name])
+        if row['order'] == order and math.isfinite(
+          row.get(f'{test}_{name}', math.nan)
+        ):
+          value = scale * row[f'{test}_{name}']
+          found.setdefault(row['blocks'], []).append(value)
       if found:
         depths = sorted(found)
         means = [sum(found[k]) / len(found[k]) for k in depths]
@@ -373,10 +393,12 @@ def depth_figure(measured: Sequence[Mapping[str, Any]], test: str) -> Figure:
         axes.plot(depths, means, color=colour, label=label, **style)
         low, high = ([f(found[k]) for k in depths] for f in (min, max))
         axes.fill_between(depths, low, high, color=colour, alpha=0.15, lw=0)
-  axes.set(xlabel='blocks kept', ylabel=f'accuracy on {test} (%)')
+  what = f'accuracy on {test} (%)' if scale > 1 else f'{names[0]} on {test}'
+  axes.set(xlabel='blocks kept', ylabel=what)
   axes.xaxis.set_major_locator(MaxNLocator(integer=True))
   style_axes(axes)
-  figure.legend(loc='outside lower center', ncols=2, fontsize='small')
+  if axes.lines:
+    figure.legend(loc='outside lower center', ncols=2, fontsize='small')
   return figure
 
 

@@ -6,10 +6,12 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from resist_jax.errors import ConfigError
+from resist_jax import folders
+from resist_jax.errors import ConfigError, printable
 from resist_jax.report import plots
 
 Summary = Mapping[str, Any]
@@ -47,7 +49,7 @@ class Run:
   rows: plots.Rows
 
 
-def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
+def load_runs(run_dirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
   """Reads the workdirs of runs.
 
   Args:
@@ -61,14 +63,16 @@ def load_runs(run_dirs: Sequence[Path]) -> list[Run]:
   Raises:
     ConfigError: If a workdir cannot be read.
   """
-  paths = [run for path in run_dirs for run in _within(Path(path).resolve())]
+  given = [
+    folders.resolve(path, 'a run', is_text=False).resolve() for path in run_dirs
+  ]
+  paths = [run for path in given for run in _within(path)]
   if len(set(paths)) < len(paths):
     raise ConfigError('a run is given twice: give every run once.')
   depth = 1
   while len({path.parts[-depth:] for path in paths}) < len(paths):
     depth += 1
-  names = [printable('/'.join(path.parts[-depth:])) for path in paths]
-  labels = [' '.join(name.split()) for name in names]
+  labels = [printable('/'.join(path.parts[-depth:])) for path in paths]
   return list(map(_load_run, paths, labels))
 
 
@@ -83,11 +87,6 @@ def _within(path: Path) -> list[Path]:
 def is_workdir(path: Path) -> bool:
   """Returns whether a folder has the files of a run."""
   return all((path / name).is_file() for name in _FILES)
-
-
-def printable(name: str) -> str:
-  """Returns a name that can be printed and drawn, whatever bytes it has."""
-  return name.encode('utf-8', 'backslashreplace').decode('utf-8')
 
 
 def _load_run(path: Path, label: str) -> Run:
@@ -263,7 +262,10 @@ def _summary_so_far(config: Summary, rows: plots.Rows) -> dict[str, Any]:
       fields[f'best_{name}'] = max(values, default=None)
   fields['final_train_loss'] = fields['train_loss']
   fields['dataset'] = config.get('data.name', DASH)
-  fields['model'] = config.get('model.name', DASH)
+  module = config.get('model.module')
+  fields['model'] = module or config.get('model.name', DASH)
+  if module:
+    fields['unit'] = 'examples'
   fields['of_rounds'] = f' of {config.get("num_rounds", "?")}, unfinished'
   return fields
 

@@ -105,8 +105,10 @@ def _images(summary) -> str:
 
 
 def _examples(group: Group) -> str:
-  """Returns what a network learns from: ResNets have no loss in tests."""
-  return 'examples' if group.values('test_loss') else 'images'
+  """Returns what a network learns from."""
+  # Older summaries do not say it; of ResNets, tests have no loss.
+  usual = 'examples' if group.values('test_loss') else 'images'
+  return str(group.summary.get('unit', usual))
 
 
 def _result(groups: Sequence[Group]) -> str:

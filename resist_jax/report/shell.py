@@ -65,6 +65,12 @@ th, td { text-align: left; vertical-align: top; padding: .3rem 1.1rem .3rem 0;
 thead th { border-bottom: 2px solid #999; font-weight: 600; }
 figure .wide td { white-space: nowrap; }
 tbody th { font-weight: normal; color: #555; }
+.pairs { columns: 22rem; column-gap: 2.5rem; margin: .4rem 0; font-size: .9rem;
+  font-variant-numeric: tabular-nums; }
+.pairs div { display: flex; gap: 1rem; justify-content: space-between;
+  break-inside: avoid; padding: .3rem 0; border-bottom: 1px solid #ddd; }
+.pairs dt { color: #555; flex: none; max-width: 65%; }
+.pairs dd { margin: 0; text-align: right; }
 .swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px;
   margin-right: .4em; }
 
@@ -101,10 +107,6 @@ tbody th { font-weight: normal; color: #555; }
     overflow-wrap: anywhere; }
   figure .wide td:first-child { font-weight: 600; }
   .wide td:empty { display: none; }
-  .wide .pairs tr { display: flex; gap: 1rem; border: 0; margin: 0;
-    border-bottom: 1px solid #ddd; border-radius: 0; padding: .2rem 0;
-    justify-content: space-between; }
-  .wide .pairs th { font-weight: normal; flex: 0 1 45%; }
   .wide td[data-head]::before { content: attr(data-head); color: #555;
     text-align: left; flex: 0 1 auto; max-width: 55%; }
 }

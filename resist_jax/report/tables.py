@@ -70,7 +70,7 @@ def html_table(head: Row, rows: Sequence[Row], row_heads: bool = False) -> str:
   becomes a card.
 
   Args:
-    head: Names of the columns; empty for a table without a head.
+    head: Names of the columns.
     rows: The cells of each row, which are escaped.
     row_heads: Whether the first cell of each row is a heading, too.
 
@@ -81,21 +81,35 @@ def html_table(head: Row, rows: Sequence[Row], row_heads: bool = False) -> str:
   def tag(cells: Row) -> str:
     return ''.join(f'<th>{escape(cell)}</th>' for cell in cells)
 
-  first = f'<thead><tr>{tag(head)}</tr></thead>\n' if head else ''
   heads = 1 if row_heads else 0
   names = [f' data-head="{escape(name)}"' if name else '' for name in head]
 
   def line(row: Row) -> str:
-    named = names or [''] * len(row)
     cells = [
       f'<td{name}>{escape(cell)}</td>'
-      for name, cell in zip(named[heads:], row[heads:], strict=True)
+      for name, cell in zip(names[heads:], row[heads:], strict=True)
     ]
     return f'<tr>{tag(row[:heads])}{"".join(cells)}</tr>'
 
   body = '\n'.join(map(line, rows))
-  pairs = ' class="pairs"'  # Names and values, which fit a phone.
   return (
-    f'<div class="wide" tabindex="0"><table{"" if head else pairs}>{first}'
+    '<div class="wide" tabindex="0"><table>'
+    f'<thead><tr>{tag(head)}</tr></thead>\n'
     f'<tbody>\n{body}\n</tbody></table></div>'
   )
+
+
+def html_pairs(rows: Sequence[Row]) -> str:
+  """Writes names and values in HTML, in as many columns as a screen has.
+
+  Args:
+    rows: A name and a value each, which are escaped.
+
+  Returns:
+    An HTML element.
+  """
+  pairs = '\n'.join(
+    f'<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>'
+    for name, value in rows
+  )
+  return f'<dl class="pairs">\n{pairs}\n</dl>'

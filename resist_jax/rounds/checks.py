@@ -4,7 +4,6 @@ All of them are found from shapes, before anything is compiled.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-import difflib
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 import numpy as np
 
 from resist_jax.decomposition import join, split
+from resist_jax.errors import did_you_mean
 from resist_jax.rounds.local_training import LossFn
 
 PyTree = Any
@@ -61,9 +61,23 @@ def metric_names(
     out_specs=everywhere,
     check_vma=False,
   )
-  found = jax.eval_shape(
-    on_mesh, join(shared, chain), present, batch, key, *extra
+  return returned_metrics(
+    jax.eval_shape(on_mesh, join(shared, chain), present, batch, key, *extra)
   )
+
+
+def returned_metrics(found: Any) -> tuple[str, ...]:
+  """Checks what a loss function has returned.
+
+  Args:
+    found: That, or its shapes.
+
+  Returns:
+    Names of its metrics.
+
+  Raises:
+    ValueError: If it is not `(loss, metrics)`.
+  """
   if not (isinstance(found, tuple) and len(found) == 2):
     raise ValueError(
       f'loss_fn returns {type(found).__name__}; it must return the pair (loss, '
@@ -147,9 +161,11 @@ def _chain_at(params: Mapping[str, PyTree], name: str) -> PyTree:
   except (KeyError, TypeError, AttributeError):
     pass
   names = list(_paths(params))
-  near = difflib.get_close_matches(name, names, n=1, cutoff=0)
-  hint = f': did you mean {near[0]!r}?' if near else '.'
-  raise ValueError(f'chains names {name!r}, which params does not hold{hint}')
+  hint = did_you_mean(name, names, "'{}'")
+  raise ValueError(
+    f'chains names {name!r}, which params does not hold. {hint}It holds '
+    f'{", ".join(names) or "nothing"}.'
+  )
 
 
 def _paths(params: Mapping[str, PyTree], prefix: str = '') -> Iterator[str]:

@@ -16,6 +16,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
+from resist_jax import folders
 from resist_jax.decomposition import Assignment
 from resist_jax.exchange import WORKER, Norms
 from resist_jax.rounds.arrays import first_copy
@@ -327,9 +328,8 @@ def point_to(pointer: pathlib.Path, folder: pathlib.Path) -> None:
     folder: A folder beside it that was written.
   """
   earlier, _ = pointed_at(pointer)
-  part = pointer.with_name(pointer.name + '.part')
-  part.write_text(f'{folder.name} {digest_of_files(folder)}\n')
-  part.replace(pointer)
+  with folders.replacing(pointer) as part:
+    part.write_text(f'{folder.name} {digest_of_files(folder)}\n')
   if earlier and earlier != folder.name:
     shutil.rmtree(folder.with_name(earlier), ignore_errors=True)
 

@@ -1,17 +1,21 @@
-"""How good a trained network is: in which classes, and at which depth."""
+"""How good a trained ResNet is: in which classes, and at which depth."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 from functools import partial
+import sys
 from typing import Any
 
 import jax
 import numpy as np
 
 from resist_jax import data
-from resist_jax.run import depth
+from resist_jax.errors import ConfigError
+from resist_jax.run import depth, resnet_task, setup
+from resist_jax.run.config import cut_chains
 from resist_jax.run.evaluate import Batches, Evaluator, Results, count
 from resist_jax.run.export import Predictor
+from resist_jax.run.trained import Asked, Trained
 
 PyTree = Any
 
@@ -124,59 +128,100 @@ def _fixed(model: Predictor) -> PyTree:
   return model.variables['batch_stats']
 
 
-@dataclasses.dataclass(frozen=True)
-class AtDepth:
-  """The accuracy of a shallower network.
-
-  Attributes:
-    order: `first`: the first blocks of each chain; `random`: others.
-    blocks: How many of the longest chain that is cut.
-    draw: Number of the random choice.
-    accuracies: See `task.Evaluation.measures`.
-  """
-
-  order: str
-  blocks: int
-  draw: int
-  accuracies: dict[str, float]
-
-
-def by_depth(
-  test: Evaluator,
-  model: Predictor,
-  lengths: Mapping[str, int],
-  depths: Sequence[int],
-  draws: int,
-) -> Iterator[AtDepth]:
-  """Tests shallower networks inside the trained one.
-
-  Norm statistics are measured anew for each of them.
+def assess(run: Trained, asked: Asked) -> dict[str, Any]:
+  """Measures how good a run of a ResNet is.
 
   Args:
-    test: What tests the whole network.
-    model: The network.
-    lengths: L of each chain to shorten; a shorter one than the longest keeps
-      the same share of its blocks.
-    depths: Blocks of the longest chain to keep, each from 0 to L.
-    draws: Random choices of blocks for each depth.
+    run: The run.
+    asked: What to measure.
 
-  Yields:
-    The accuracies.
+  Returns:
+    `class_names`, `names` of what is measured, `measures`, `examples` by test,
+    `confusion` by test, and `depth`: a row for each shallower network. JSON
+    values.
+
+  Raises:
+    ConfigError: If the data are not there, or an option does not fit.
   """
-  longest = max(lengths.values())
-  for blocks in depths:
-    drawn = draws if 0 < blocks < longest else 0
-    for order, draw in [('first', 0), *(('random', i) for i in range(drawn))]:
-      scales = {}
-      for name, length in lengths.items():
-        number = round(blocks * length / longest)
-        chosen = (
-          depth.first(number, length)
-          if order == 'first'
-          else depth.drawn(number, length, draw)
-        )
-        whole = model.scales.get(name, np.ones(length, np.float32))
-        scales[name] = depth.keep(np.asarray(whole), chosen)
-      forward = Exported(model, {**model.scales, **scales})
-      found = dataclasses.replace(test, forward=forward)(None)
-      yield AtDepth(order, blocks, draw, found.measures)
+  model: Any = run.model
+  lengths = _lengths(run, model)
+  depths = depth.asked(asked.depths, max(lengths.values(), default=0))
+  dataset, whole = _dataset(run, model, asked)
+  fields = run.config.evaluation
+  size, images = fields.batch_size, fields.statistics_images if whole else 0
+  test = evaluator(model, dataset, size, images)
+  found = {
+    'class_names': list(model.class_names),
+    'names': list(resnet_task.MEASURES),
+    'measures': test(None).measures,
+    'examples': {name: len(split) for name, split in dataset.tests.items()},
+    'confusion': {
+      name: confusion(model, split, size).tolist()
+      for name, split in dataset.tests.items()
+    },
+    'depth': [],
+  }
+  if whole and depths:
+    some = {
+      name: split.take(data.sample(len(split), asked.depth_examples))
+      for name, split in dataset.tests.items()
+    }
+    dataset = dataclasses.replace(dataset, tests=some)
+    test = dataclasses.replace(test, dataset=dataset)
+    # Norm statistics are measured anew for each network.
+    found['depth'] = [
+      network.row(_at(test, model, network))
+      for network in depth.networks(lengths, model.scales, depths, asked.draws)
+    ]
+  return found
+
+
+def _at(
+  test: Evaluator, model: Predictor, network: depth.Shallower
+) -> dict[str, float]:
+  """Tests a shallower network inside the trained one."""
+  forward = Exported(model, network.scales)
+  return dataclasses.replace(test, forward=forward)(None).measures
+
+
+def _lengths(run: Trained, model: Predictor) -> dict[str, int]:
+  """Returns L of each chain of blocks that the run's config cuts."""
+  params = model.variables['params']
+  return {
+    name: len(jax.tree.leaves(params[name])[0])
+    for name in sorted(cut_chains(run.config))
+    if name in params and not name.endswith('_branch')
+  }
+
+
+def _dataset(
+  run: Trained, model: Predictor, asked: Asked
+) -> tuple[data.Dataset, bool]:
+  """Returns the sets to test on, and whether the training images are there."""
+  config = asked.reading(run.config)
+  tests = {}
+  if asked.data:
+    tests[data.test_key(asked.data)] = data.load_test(
+      asked.data,
+      model.class_names,
+      model.image_shape,
+      model.resized,
+      config.data.dir,
+    )
+  try:
+    dataset = setup.load_data(config, copies=2)
+  except ConfigError as error:
+    if not tests:
+      raise ConfigError(
+        f'the data of the run cannot be read ({error}) Name a set to test on '
+        'with --data, or the folder of TFDS sets with --data_dir.'
+      ) from error
+    print(
+      f'only the whole network is tested, with the statistics that it has: the '
+      f'training images cannot be read ({error})',
+      file=sys.stderr,
+    )
+    split = next(iter(tests.values()))
+    names = model.class_names
+    return data.Dataset('', split, tests, names, model.mean, model.std), False
+  return dataclasses.replace(dataset, tests=tests or dataset.tests), True

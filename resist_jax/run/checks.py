@@ -1,15 +1,13 @@
 """The mistakes in a config that need no data and no device, a line for each."""
 
-from collections.abc import Sequence
-import difflib
 import math
 from typing import Any
 
 import ml_collections
 
-from resist_jax import models
+from resist_jax import data, models
 from resist_jax.decomposition import Division
-from resist_jax.errors import ConfigError
+from resist_jax.errors import ConfigError, did_you_mean
 from resist_jax.exchange import FORMATS
 from resist_jax.run import cards
 from resist_jax.run.config import (
@@ -65,13 +63,16 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _one_of(config, 'exchange', tuple(EXCHANGES))
   _one_of(config, 'wire_format', tuple(FORMATS))
   _one_of(config, 'residual_scale', ('evaluation', 'training', 'none'))
-  _one_of(config.data, 'augment', ('auto', *AUGMENTATIONS))
-  _one_of(config.data, 'streaming', ('auto', 'always', 'never'))
+  _one_of(config, 'data.augment', ('auto', *AUGMENTATIONS))
+  _one_of(config, 'data.fill', data.FILLS)
+  _one_of(config, 'data.flips', data.FLIPS)
+  _one_of(config, 'data.streaming', ('auto', 'always', 'never'))
   _check_schedule(config)
-  _one_of(config.model, 'name', tuple(models.FAMILY))
-  _one_of(config.model, 'norm', ('batch', 'group'))
-  _one_of(config.model, 'stem', models.STEMS)
-  _one_of(config.model, 'dtype', ('float32', 'bfloat16'))
+  _one_of(config, 'model.name', tuple(models.FAMILY))
+  _one_of(config, 'model.norm', ('batch', 'group'))
+  _one_of(config, 'model.stem', models.STEMS)
+  _one_of(config, 'model.init', models.INITIAL)
+  _one_of(config, 'model.dtype', ('float32', 'bfloat16'))
   for field in (
     'num_workers', 'num_rounds', 'local_steps', 'batch_size', 'eval_every',
     'checkpoint_every', 'devices_per_worker',
@@ -107,7 +108,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
       f'data.validation is {config.data.validation}; it is a share of the '
       'training set, at least 0 and less than 1.'
     )
+  if not 0 <= config.label_smoothing < 1:
+    raise ConfigError(
+      f'label_smoothing is {config.label_smoothing}; it is a share of each '
+      'label, at least 0 and less than 1.'
+    )
   _at_least('data.image_size', config.data.image_size, 1)
+  _at_least('data.pad', config.data.pad, -1)
   extra = config.data.extra_tests
   if len(set(extra)) < len(extra) or not all(isinstance(x, str) for x in extra):
     raise ConfigError(
@@ -157,6 +164,7 @@ def _check_module(config) -> None:
   """Whether a chain has enough blocks is found when data are there."""
   for field, off in (
     ('partition_strided', False), ('evaluation.stream_blocks', False),
+    ('label_smoothing', 0.0),
   ):  # fmt: skip
     value = value_of(config, field)
     if value != off:
@@ -174,8 +182,8 @@ def _check_schedule(config) -> None:
     cards.function(name)
   elif name not in SCHEDULES:
     raise ConfigError(
-      f'optimizer.schedule is {name!r}; {_nearest(name, SCHEDULES)}use one of '
-      f'{", ".join(SCHEDULES)}, or MODULE:FUNCTION.'
+      f'optimizer.schedule is {name!r}. {did_you_mean(name, SCHEDULES)}Use one '
+      f'of {", ".join(SCHEDULES)}, or MODULE:FUNCTION.'
     )
   if name == 'one_cycle' and config.optimizer.warmup_rounds:
     raise ConfigError(
@@ -343,22 +351,12 @@ def _check_depths(config) -> None:
 
 
 def _one_of(config, field: str, values: tuple[str, ...]) -> None:
-  value = config[field]
+  value = value_of(config, field)
   if value not in values:
     raise ConfigError(
-      f'{field} is {value!r}; {_nearest(value, values)}use one of '
+      f'{field} is {value!r}. {did_you_mean(value, values)}Use one of '
       f'{", ".join(values)}.'
     )
-
-
-def _nearest(value: str, values: Sequence[str]) -> str:
-  """Returns a question that names the nearest of some values, if one is near.
-
-  >>> _nearest('cosin', ('step', 'cosine'))
-  'did you mean cosine? Otherwise '
-  """
-  found = difflib.get_close_matches(value, values, 1)
-  return f'did you mean {found[0]}? Otherwise ' if found else ''
 
 
 def _at_least(name: str, value: float, least: int) -> None:

@@ -17,8 +17,8 @@ def make_loss(
   network: models.ResNet,
   dataset: data.Dataset,
   branch_scale: Mapping[str, float],
-  pad: int,
-  flip: bool,
+  augmentation: data.Augmentation,
+  label_smoothing: float = 0.0,
   axis_name: str | None = None,
 ) -> LossFn:
   """Returns the loss of a sub-network, or of the full one, on a batch.
@@ -28,8 +28,9 @@ def make_loss(
     dataset: Its moments normalise images.
     branch_scale: For each chain that ResIST cuts, the factor on its residual
       branches in training.
-    pad: See `augmentation.augment`.
-    flip: See `augmentation.augment`.
+    augmentation: What happens to training images.
+    label_smoothing: The share of each label that all classes get, equally
+      (Szegedy et al. 2016).
     axis_name: The mesh axis over which a worker's batch is spread, if it is.
       The loss is then that of a device's part, while batch norm and
       augmentation are those of the whole batch.
@@ -45,9 +46,9 @@ def make_loss(
 
   def loss_fn(params, present, batch, key, constants=None):
     if constants is not None:
-      batch = data.pick(constants, batch, image_shape)
+      batch = data.pick(constants, batch, image_shape, augmentation.alternate)
     images, labels = batch
-    images = data.augment(key, images, pad, flip, axis_name)
+    images = data.augment(key, images, augmentation, axis_name)
     images = data.normalise(images, dataset.mean, dataset.std)
     lengths = {n: len(jax.tree.leaves(params[n])[0]) for n in branch_scale}
     # An empty slot holds zeros; its scale of 0 also keeps NaN out of it.
@@ -61,6 +62,9 @@ def make_loss(
       params = models.computed_kernels(params, network.dtype)
     logits: Any = subnetwork.apply({'params': params}, images, scales)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    if label_smoothing:
+      everywhere = jax.nn.logsumexp(logits, axis=-1) - logits.mean(axis=-1)
+      loss = (1 - label_smoothing) * loss + label_smoothing * everywhere
     hits = (logits.argmax(axis=-1) == labels).mean(dtype=jnp.float32)
     return loss.mean(), {'accuracy': hits}
 

@@ -4,8 +4,7 @@
 process. Nothing here imports JAX, so that `--help` answers at once.
 """
 
-from collections.abc import Sequence
-import difflib
+from collections.abc import Iterator, Sequence
 import re
 import textwrap
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from ml_collections import config_flags
 
 import resist_jax
 from resist_jax import folders
-from resist_jax.errors import ConfigError, message
+from resist_jax.errors import ConfigError, did_you_mean, message
 from resist_jax.run import cards, fields
 
 _WIDTH = 79
@@ -40,6 +39,7 @@ _FLAGS = {
   'help': 'Prints this text; --helpfull adds the flags of absl.',
   'version': 'Prints the version.',
 }
+_OPTIONS = 'model.options.'
 _HELP = ('-h', '-?', '-help', '-helpshort', '-helpfull')
 # `config_flags` joins the values of all flags of a tuple; see `_arrange`.
 _TUPLES = {
@@ -95,11 +95,13 @@ def parse(argv: Sequence[str], values: flags.FlagValues) -> Options:
   Raises:
     ConfigError: On a mistake in a word, or in the card.
   """
+  config, words = None, []
   try:
     argv = values.read_flags_from_files(argv, force_gnu=False)
     card, words = _arrange(argv)
+    config = cards.load(card)
     config_flags.DEFINE_config_dict(
-      'config', cards.load(card), _FLAGS['config=CARD'], flag_values=values,
+      'config', config, _FLAGS['config=CARD'], flag_values=values,
       sys_argv=words, allow_override=True,
     )  # fmt: skip
     rest = values(words)
@@ -108,10 +110,7 @@ def parse(argv: Sequence[str], values: flags.FlagValues) -> Options:
   except flags.Error as error:
     raise ConfigError(message(error)) from error
   except (AttributeError, KeyError) as error:
-    # The error names the nearest field, in quotes within quotes.
-    text = re.sub(r'[\\\'"]', '', str(error).replace('\\n', '. '))
-    text = text.split('Attempting to lookup: ')[-1]
-    raise ConfigError(f'unknown config field {text}') from error
+    raise ConfigError(_no_field(words, config)) from error
   except ConfigError:
     raise
   except ValueError as error:  # Such as of `--config.=1`.
@@ -262,12 +261,35 @@ def _check_processes(options: Options) -> None:
     )
 
 
+def _no_field(
+  words: Sequence[str], config: ml_collections.ConfigDict | None
+) -> str:
+  """Returns a line about a field that the config has not."""
+  known = sorted(_leaves(config)) if config is not None else []
+  flags = (re.match(r'--?(?:no)?config\.([^=]+)', word) for word in words)
+  names = [found[1] for found in flags if found]
+  name = next((n for n in names if n not in known), 'of that name')
+  options = [n.removeprefix(_OPTIONS) for n in known if n.startswith(_OPTIONS)]
+  if name.startswith(_OPTIONS) and options:
+    hint = did_you_mean(name.removeprefix(_OPTIONS), options, f'{_OPTIONS}{{}}')
+    rest = f'The card sets {", ".join(options)} there.'
+  else:
+    hint, rest = did_you_mean(name, known), '--help lists all fields.'
+  return f'unknown config field {name}. {hint}{rest}'
+
+
+def _leaves(config: Any, prefix: str = '') -> Iterator[str]:
+  """Yields the dotted names of all fields."""
+  for name, value in config.items():
+    if isinstance(value, ml_collections.ConfigDict):
+      yield from _leaves(value, f'{prefix}{name}.')
+    else:
+      yield f'{prefix}{name}'
+
+
 def _unknown(name: str, values: flags.FlagValues) -> str:
   """Returns a line about a flag that does not exist."""
   known = [*values, *(f'config.{field.name}' for field in fields.each())]
   field = f'config.{name}'
-  nearest = (
-    [field] if field in known else difflib.get_close_matches(name, known, 1)
-  )
-  hint = f'Did you mean --{nearest[0]}? ' if nearest else ''
+  hint = did_you_mean(field if field in known else name, known, '--{}')
   return f'unknown flag --{name}. {hint}--help lists all flags and fields.'

@@ -8,7 +8,7 @@ from typing import Any
 
 import ml_collections
 
-from resist_jax import exchange, models
+from resist_jax import data, exchange, models
 from resist_jax.decomposition import Division
 from resist_jax.errors import ConfigError
 from resist_jax.run.fields import each
@@ -148,7 +148,9 @@ def chosen_depths(config: ml_collections.ConfigDict) -> tuple[int, ...]:
 
 
 def build_model(
-  config: ml_collections.ConfigDict, num_classes: int, platform: str = 'cpu'
+  config: ml_collections.ConfigDict,
+  num_classes: int,
+  platform: str | None = None,
 ) -> models.ResNet:
   """Returns the network that `config.model` describes.
 
@@ -170,10 +172,26 @@ def build_model(
     norm=config.model.norm,
     pre_activation=config.model.pre_activation,
     stem=config.model.stem,
+    initial=config.model.init,
     dtype=config.model.dtype,
     platform=platform,
     cut_heads=config.partition_strided,
     **sizes,
+  )
+
+
+def augmentation(
+  config: ml_collections.ConfigDict, dataset: data.Dataset
+) -> data.Augmentation:
+  """Returns what happens to training images.
+
+  Args:
+    config: A valid one.
+    dataset: The images.
+  """
+  fields = config.data
+  return data.choose(
+    fields.augment, dataset, fields.pad, fields.fill, fields.flips
   )
 
 

@@ -4,11 +4,67 @@ A block that is left out adds nothing: its residual scale is 0. So one program
 computes the networks of all depths.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from resist_jax.errors import ConfigError
+
 Scales = Mapping[str, np.ndarray]
+
+
+class Shallower(NamedTuple):
+  """A network inside a trained one.
+
+  Attributes:
+    order: `first`: the first blocks of each chain; `random`: others.
+    blocks: How many of the longest chain.
+    draw: Number of the random choice.
+    scales: Residual scale of each block, `float32[L]` by chain; 0 for those
+      that are left out.
+  """
+
+  order: str
+  blocks: int
+  draw: int
+  scales: dict[str, np.ndarray]
+
+  def row(self, measures: Mapping[str, float]) -> dict[str, Any]:
+    """Returns what is written of it, with what a test of it measured."""
+    named = {'order': self.order, 'blocks': self.blocks, 'draw': self.draw}
+    return {**named, **measures}
+
+
+def networks(
+  lengths: Mapping[str, int],
+  scales: Scales,
+  depths: Sequence[int],
+  draws: int,
+) -> Iterator[Shallower]:
+  """Yields shallower networks inside a trained one.
+
+  Args:
+    lengths: L of each chain to shorten; a shorter one than the longest keeps
+      the same share of its blocks.
+    scales: Residual scales of the whole network; 1 for any other chain.
+    depths: Blocks of the longest chain to keep, each from 0 to L.
+    draws: Random choices of blocks for each depth.
+  """
+  longest = max(lengths.values(), default=0)
+  for blocks in depths:
+    drawn_often = draws if 0 < blocks < longest else 0
+    for draw in range(-1, drawn_often):  # -1: the first ones.
+      kept = {}
+      for name, length in lengths.items():
+        number = round(blocks * length / longest)
+        chosen = (
+          first(number, length) if draw < 0 else drawn(number, length, draw)
+        )
+        whole = scales.get(name, np.ones(length, np.float32))
+        kept[name] = keep(np.asarray(whole), chosen)
+      order = 'first' if draw < 0 else 'random'
+      yield Shallower(order, blocks, max(draw, 0), {**scales, **kept})
 
 
 def first(count: int, length: int) -> np.ndarray:
@@ -71,3 +127,29 @@ def choose(length: int, most: int = 8) -> list[int]:
     return list(range(length + 1))
   grown = np.geomspace(1, length, most - 1)
   return [0, *np.unique(np.rint(grown).astype(int)).tolist()]
+
+
+def asked(words: str, longest: int) -> list[int]:
+  """Returns the depths that the text of `--depths` asks for.
+
+  Args:
+    words: Numbers such as `0,2,8`, or `some`, or `none`.
+    longest: L of the longest chain; 0 without any.
+
+  Raises:
+    ConfigError: If it is another text.
+  """
+  if words == 'none' or not longest:
+    return []
+  if words == 'some':
+    return choose(longest)
+  try:
+    depths = sorted(set(map(int, words.split(','))))
+  except ValueError:
+    depths = [-1]
+  if not 0 <= depths[0] <= depths[-1] <= longest:
+    raise ConfigError(
+      f'--depths is {words!r}: give numbers from 0 to {longest}, the blocks of '
+      'the longest chain that is cut, or some, or none.'
+    )
+  return depths

@@ -10,8 +10,8 @@ import contextlib
 import dataclasses
 from functools import partial
 import json
+import os
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from resist_jax import data
+from resist_jax import data, folders
 from resist_jax.models.resnet import ResNet
 from resist_jax.run.manifest import check, manifest
 from resist_jax.run.workdir import write_json
@@ -130,7 +130,7 @@ def _as_pixels(images: Any, image_shape: tuple[int, ...]) -> Any:
 def save(workdir: pathlib.Path, predictor: Predictor) -> None:
   """Writes a trained model into the folder `model` of its run.
 
-  At any time that folder holds the model before, the new one, or nothing.
+  At any time that folder holds the model before, or the new one.
 
   Args:
     workdir: Workdir of the run.
@@ -171,20 +171,25 @@ def write(workdir: pathlib.Path, state: PyTree, record: dict[str, Any]) -> None:
   )
   if jax.process_index() == 0:
     write_json(part / MANIFEST, manifest(part))
-    _replace(folder, part)
+    folders.put(part, folder)
 
 
-def _replace(folder: pathlib.Path, part: pathlib.Path) -> None:
-  """Puts a whole folder in the place of another one, if there is one."""
-  old = folder.with_name(f'{folder.name}.old')
-  shutil.rmtree(old, ignore_errors=True)
-  if folder.exists():
-    folder.rename(old)
-  part.rename(folder)
-  shutil.rmtree(old, ignore_errors=True)
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+  """A trained network of somebody else's: its parameters alone.
+
+  Attributes:
+    module: The module that defines it, see `module_task`.
+    params: The global parameters.
+    scales: Residual scale of each chain that ResIST cuts, `float32[L]`.
+  """
+
+  module: str
+  params: PyTree
+  scales: dict[str, np.ndarray]
 
 
-def load(workdir: str | pathlib.Path) -> Predictor:
+def load(workdir: str | os.PathLike[str]) -> Predictor:
   """Reads the trained model of a finished run.
 
   Args:
@@ -195,15 +200,25 @@ def load(workdir: str | pathlib.Path) -> Predictor:
 
   Raises:
     FileNotFoundError: If the run has not finished.
-    ValueError: If a file of the model is missing or damaged.
+    ValueError: If a file of the model is missing or damaged, or if it
+      classifies no images.
   """
-  record, state = _read(workdir)
-  if 'module' in record:
+  found = read(workdir)
+  if isinstance(found, Parameters):
     raise ValueError(
-      f'the network of {workdir} is that of the module {record["module"]}, '
-      'which classifies no images here: read its parameters with '
+      f'the network of {workdir} is that of the module {found.module}, whose '
+      'classes nobody knows here: read its parameters with '
       'resist_jax.run.export.load_parameters.'
     )
+  return found
+
+
+def read(workdir: str | os.PathLike[str]) -> Predictor | Parameters:
+  """Reads what a finished run has trained; see `load`."""
+  record, state = _read(workdir)
+  if 'module' in record:
+    scales = state.get('scales', {})
+    return Parameters(record['module'], state['params'], scales)
   network = record['network']
   for field in ('stage_sizes', 'widths'):
     network[field] = tuple(network[field])
@@ -219,7 +234,7 @@ def load(workdir: str | pathlib.Path) -> Predictor:
   )
 
 
-def load_parameters(workdir: str | pathlib.Path) -> tuple[PyTree, PyTree]:
+def load_parameters(workdir: str | os.PathLike[str]) -> tuple[PyTree, PyTree]:
   """Reads the parameters of a finished run, whatever its network is.
 
   Args:
@@ -237,9 +252,9 @@ def load_parameters(workdir: str | pathlib.Path) -> tuple[PyTree, PyTree]:
   return state.get('variables', state)['params'], state.get('scales', {})
 
 
-def _read(workdir: str | pathlib.Path) -> tuple[dict[str, Any], Any]:
+def _read(workdir: str | os.PathLike[str]) -> tuple[dict[str, Any], Any]:
   """Returns the record of a model and its arrays."""
-  folder = pathlib.Path(workdir).absolute() / FOLDER
+  folder = folders.resolve(workdir, 'workdir').absolute() / FOLDER
   if not folder.is_dir():
     raise FileNotFoundError(
       f'{folder} does not exist: a run writes it when it has finished.'

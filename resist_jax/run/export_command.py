@@ -1,12 +1,11 @@
 """The command that writes a finished run's network for another library."""
 
-import argparse
 from collections.abc import Sequence
 import pathlib
 
 from resist_jax import folders
-from resist_jax.errors import ConfigError, refused
-from resist_jax.run import formats, trained, workdir
+from resist_jax.errors import ConfigError, Parser, refused
+from resist_jax.run import formats, trained
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -18,24 +17,24 @@ def main(args: Sequence[str] | None = None) -> int:
   Returns:
     The exit code: 0, or 2 if the input is bad.
   """
-  parser = argparse.ArgumentParser(
+  parser = Parser(
     'python -m resist_jax.export',
     description='Writes the network of a finished run for another library.',
   )
   parser.add_argument('run', metavar='RUN', help='workdir of a finished run')
   parser.add_argument(
-    '--to', required=True, choices=list(formats.NEEDED), help='the format'
+    '--to', required=True, choices=list(formats.FORMATS), help='the format'
   )
   parser.add_argument(
     '--out', help='file or folder to write (default: in RUN/exported)'
   )
   options = parser.parse_args(args)
-  _, name = formats.NEEDED[options.to]
+  name = formats.FORMATS[options.to].name
   default = pathlib.Path(options.run) / 'exported' / name
   try:
     out = folders.resolve(options.out or default, '--out')
-    workdir.check_writable(out.parent, '--out')
-    formats.write(trained.load(options.run).model, options.to, out)
+    formats.check(options.to, out)  # Before the network is read.
+    formats.write(trained.network(options.run), options.to, out)
   except (ConfigError, OSError) as error:
     return refused(error)
   print(out)

@@ -138,9 +138,21 @@ FIELDS = {
     Field('lr', 0.03, "The paper's learning rate for S=4 on CIFAR-100."),
     Field('optimizer.momentum', 0.9, 'As in the paper.'),
     Field(
+      'optimizer.nesterov',
+      False,
+      'Step along the gradient and the momentum after it; in the paper, along '
+      'the momentum alone.',
+    ),
+    Field(
       'optimizer.weight_decay',
       5e-4,
       'As in the paper; on all parameters, as PyTorch applies it.',
+    ),
+    Field(
+      'label_smoothing',
+      0.0,
+      'The share of each label that all classes get, equally. Fast recipes for '
+      'CIFAR take 0.2; the paper takes none.',
     ),
     Field(
       'optimizer.schedule',
@@ -207,6 +219,23 @@ FIELDS = {
       'crop, flip, or none. auto chooses by the data set.',
     ),
     Field(
+      'data.pad',
+      -1,
+      'Pixels that crop and crop_flip add on every side. -1: an eighth of the '
+      'height, 4 of 32 as in the paper.',
+    ),
+    Field(
+      'data.fill',
+      'black',
+      'What these pixels show: black (paper), or a reflection of those inside.',
+    ),
+    Field(
+      'data.flips',
+      'random',
+      'random mirrors an image with probability 1/2; alternating does so in '
+      'every other epoch of a worker, so that no epoch repeats the last one.',
+    ),
+    Field(
       'data.streaming',
       'auto',
       'Read images from files while the workers train (always), or from memory '
@@ -234,7 +263,9 @@ FIELDS = {
     Field(
       'model.stage_sizes',
       (),
-      'Blocks of each stage. Empty: those of the model that is named.',
+      'Blocks of each stage. The first one, where stride and channels may '
+      'change, is on every worker; the others are the chain that is divided: a '
+      'stage of 5 has a chain of 4. Empty: those of the model that is named.',
     ),
     Field(
       'model.widths',
@@ -255,6 +286,13 @@ FIELDS = {
       'small',
       'small: 3x3; strided: 3x3 with stride 2; imagenet: 7x7 with stride 2, '
       'then max pooling.',
+    ),
+    Field(
+      'model.init',
+      'he',
+      'What draws the initial values: he (He et al. 2015, by fan-out), or '
+      "torch, PyTorch's default (uniform, of variance 1 / (3 fan-in)), for "
+      'which the paper chose its learning rates.',
     ),
     Field(
       'model.module',

@@ -10,38 +10,65 @@ import json
 import pathlib
 import re
 import shutil
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from resist_jax import data
+from resist_jax import data, folders
 from resist_jax.errors import ConfigError
 from resist_jax.models import ResNet
 from resist_jax.run import onnx_graph, plain, workdir
-from resist_jax.run.export import Predictor
-
-# The package that each format needs, and the name of what is written.
-NEEDED = {
-  'safetensors': ('safetensors', 'model.safetensors'),
-  'torch': ('torch', 'torch'),
-  'savedmodel': ('tensorflow', 'savedmodel'),
-  'onnx': ('onnx', 'model.onnx'),
-}
+from resist_jax.run.export import Parameters, Predictor
 
 
-def write(model: Predictor, kind: str, path: pathlib.Path) -> None:
-  """Writes a network.
+class Format(NamedTuple):
+  """A format to write.
+
+  Attributes:
+    package: What is needed to write it.
+    name: Name of what is written.
+    files: What lies in it, if it is a folder; empty for a file.
+  """
+
+  package: str
+  name: str
+  files: tuple[str, ...] = ()
+
+
+FORMATS = {
+  'safetensors': Format('safetensors', 'model.safetensors'),
+  'torch': Format(
+    'torch', 'torch',
+    ('network.pt', 'network.py', 'network.json', '__pycache__'),
+  ),
+  'savedmodel': Format(
+    'tensorflow', 'savedmodel',
+    ('saved_model.pb', 'fingerprint.pb', 'variables', 'assets'),
+  ),
+  'onnx': Format('onnx', 'model.onnx'),
+}  # fmt: skip
+
+
+def write(model: Predictor | Parameters, kind: str, path: pathlib.Path) -> None:
+  """Writes a network; a kill leaves what was there before, or all of the new.
 
   Args:
-    model: The network.
-    kind: A key of `NEEDED`.
-    path: The file or folder to write.
+    model: The network; of one that is no ResNet, `safetensors` alone is known.
+    kind: A key of `FORMATS`.
+    path: The file or folder to write. What an earlier call wrote is replaced.
 
   Raises:
-    ConfigError: If the package of the format is not installed.
+    ConfigError: If the package of the format is not installed, if the format
+      cannot hold the network, or if something else is in the way.
   """
-  package, _ = NEEDED[kind]
+  if isinstance(model, Parameters) and kind != 'safetensors':
+    raise ConfigError(
+      f'--to={kind} knows the layers of ResNets alone, but the network of this '
+      f'run is that of the module {model.module}: use --to=safetensors, which '
+      'holds every array by its path.'
+    )
+  package = FORMATS[kind].package
   try:
     importlib.import_module(package)
   except ImportError as error:
@@ -49,8 +76,34 @@ def write(model: Predictor, kind: str, path: pathlib.Path) -> None:
       f'--to={kind} needs the package {package}, which cannot be imported here '
       f'({error}): pip install {package}.'
     ) from error
+  check(kind, path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  _WRITERS[kind](model, path)
+  with folders.replacing(path) as part:
+    _WRITERS[kind](model, part)
+
+
+def check(kind: str, path: pathlib.Path) -> None:
+  """Checks that a network can be written to a place, and nothing gets lost.
+
+  Args:
+    kind: A key of `FORMATS`.
+    path: See `write`.
+
+  Raises:
+    ConfigError: If it cannot.
+  """
+  files = FORMATS[kind].files
+  if not files:
+    folders.check_file(path, '--out')
+    return
+  folders.check_writable(path, '--out')
+  other = sorted({p.name for p in path.glob('*')} - {*files})
+  if other:
+    listed = ', '.join(other[:3]) + (', ...' if other[3:] else '')
+    raise ConfigError(
+      f'--out is {path}, a folder that holds other things ({listed}), and '
+      f'--to={kind} writes a folder of its own: name a new one.'
+    )
 
 
 # What layers are called elsewhere: a pattern of our name, and theirs.
@@ -142,18 +195,24 @@ def _as_array(tensor: Any) -> np.ndarray:
   return np.asarray(tensor, np.float32)
 
 
-def _safetensors(model: Predictor, path: pathlib.Path) -> None:
+def _safetensors(model: Predictor | Parameters, path: pathlib.Path) -> None:
   """Writes the arrays as they were trained, and what else a network needs."""
   library: Any = importlib.import_module('safetensors.numpy')
-  tree = {**model.variables, 'scales': model.scales}
+  if isinstance(model, Parameters):
+    tree = {'params': model.params, 'scales': model.scales}
+    record = {'module': model.module}
+  else:
+    tree = {**model.variables, 'scales': model.scales}
+    record = plain.describe(model) | {
+      'mean': model.mean.tolist(),
+      'std': model.std.tolist(),
+      'cut_heads': model.network.cut_heads,
+    }
   arrays = {
-    '/'.join(str(part.key) for part in place): np.ascontiguousarray(leaf)
+    jax.tree_util.keystr(
+      place, simple=True, separator='/'
+    ): np.ascontiguousarray(leaf)
     for place, leaf in jax.tree.leaves_with_path(tree)
-  }
-  record = plain.describe(model) | {
-    'mean': model.mean.tolist(),
-    'std': model.std.tolist(),
-    'cut_heads': model.network.cut_heads,
   }
   metadata = {name: json.dumps(value) for name, value in record.items()}
   library.save_file(arrays, str(path), metadata)
@@ -162,7 +221,7 @@ def _safetensors(model: Predictor, path: pathlib.Path) -> None:
 def _torch(model: Predictor, path: pathlib.Path) -> None:
   """Writes a state dict, and the modules that load it."""
   torch: Any = importlib.import_module('torch')
-  path.mkdir(exist_ok=True)
+  path.mkdir()
   state = {
     name: torch.tensor(array) for name, array in plain.arrays(model).items()
   }
@@ -206,10 +265,10 @@ def _onnx(model: Predictor, path: pathlib.Path) -> None:
   graph = onnx_graph.build(model)
   names = json.dumps(list(model.class_names))
   onnx.helper.set_model_props(graph, {'class_names': names})
-  onnx.save_model(graph, str(path))
+  onnx.save_model(graph, str(path), format='protobuf')
 
 
-_WRITERS: dict[str, Callable[[Predictor, pathlib.Path], None]] = {
+_WRITERS: dict[str, Callable[[Any, pathlib.Path], None]] = {
   'safetensors': _safetensors,
   'torch': _torch,
   'savedmodel': _savedmodel,

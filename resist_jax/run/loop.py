@@ -205,7 +205,9 @@ class Loop:
     )
     self._before = progress.seconds_total - started
     self._clock = Clock(progress.seconds_training)
-    self.phase, self.state = restore.start(setup, restored)
+    # A run that has stopped early stays in the phase of its last round.
+    ended = bool(stopping.reason(setup.config, self.progress.best))
+    self.phase, self.state = restore.start(setup, restored, ended)
     if setup.config.evaluation.at_start and not self.progress.round:
       self._test_at_start()
     self._log.begin()
@@ -273,6 +275,10 @@ class Loop:
       processes.doing(f'the test after round {done}')
       self._test()
       due = self._due_after_test(due)
+    if due.saves:
+      # A round that the log has is lost only with a save that was under way,
+      # so at most one is: the checkpoint before is whole before this row.
+      self._checkpoints.finish()
     self._write()
     elapsed = self._before + time.perf_counter()
     self.progress = dataclasses.replace(self.progress, seconds_total=elapsed)
@@ -300,7 +306,9 @@ class Loop:
     tested = _tested(self.progress, self.test, self.state)
     counted = ('seconds_training', 'bytes_total', 'wire_bytes_total')
     row = {'round': 0, 'protocol': self.phase.name, **dict.fromkeys(counted, 0)}
-    self._log.before({**row, **tested.last, 'slots': {}, 'num_blocks': {}})
+    row = {**row, **tested.last, 'slots': {}, 'num_blocks': {}}
+    self._log.before(row)
+    self._callbacks(row, self.state)
     sent = tested.evaluation_wire_bytes_total
     self.progress = dataclasses.replace(
       self.progress, evaluation_wire_bytes_total=sent

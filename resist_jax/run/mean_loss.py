@@ -1,6 +1,6 @@
 """How good a network of somebody else's is: its mean loss on the test sets."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import math
 from typing import Any
 
@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
-from resist_jax.decomposition import join
+from resist_jax.decomposition import join, split
 from resist_jax.rounds import State
 from resist_jax.rounds.arrays import place, to_host
 from resist_jax.rounds.mesh import REPLICATED, SHARDED, spread
@@ -25,34 +25,38 @@ class MeanLoss:
     self,
     loss_fn: Callable,
     read: Callable[[str, np.ndarray], PyTree],
-    sizes: Mapping[str, int],
+    rows: Mapping[str, np.ndarray],
+    scales: Mapping[str, Any],
     mesh: Mesh,
     batch_size: int,
   ):
     """Builds the program.
 
     Args:
-      loss_fn: `loss_fn(params, batch) -> (loss, metrics)`, means over a batch.
+      loss_fn: `loss_fn(params, batch, scales) -> (loss, metrics)`, means over a
+        batch; see `ModuleTask.test_loss`.
       read: Reads rows of a set, see `ModuleTask.examples`.
-      sizes: Examples of each set to test on, by name.
+      rows: Which examples of each set to test on, `int[n]` by its name.
+      scales: Residual scale of each chain that ResIST cuts, `float32[L]`.
       mesh: Where the workers live.
       batch_size: Examples in a batch.
     """
-    self._read, self._sizes = read, sizes
+    self._read, self._rows, self._scales = read, rows, scales
     self._mesh, self._batch_size = mesh, batch_size
 
-    def local(shared, chain, batch):
+    def local(shared, chain, scales, batch):
       params = join(jax.tree.map(lambda x: x[0], shared), chain)
-      loss, metrics = loss_fn(params, jax.tree.map(lambda x: x[0], batch))
+      batch = jax.tree.map(lambda x: x[0], batch)
+      loss, metrics = loss_fn(params, batch, scales)
       return jax.tree.map(lambda x: x[None], {'loss': loss, **metrics})
 
-    rows = spread(mesh)
+    rows_of_devices = spread(mesh)
     self._apply = jax.jit(
       jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(SHARDED, REPLICATED, rows),
-        out_specs=rows,
+        in_specs=(SHARDED, REPLICATED, REPLICATED, rows_of_devices),
+        out_specs=rows_of_devices,
         check_vma=True,
       )
     )
@@ -68,18 +72,41 @@ class MeanLoss:
       and a mean of each metric.
     """
     gathered, sent = gather_network(self._mesh, state)
+    measured = self._measured(gathered, self._scales)
+    return measured._replace(wire_bytes=sent)
+
+  def of_params(
+    self,
+    params: Mapping[str, PyTree],
+    chains: Sequence[str],
+    scales: Mapping[str, Any],
+  ) -> Evaluation:
+    """Measures the same of global parameters, on a mesh of one device.
+
+    Args:
+      params: Global parameters, on the host.
+      chains: Names of the chains to which scales belong.
+      scales: Residual scale of each block, `float32[L]` by chain.
+    """
+    shared, chain = split(params, chains)
+    one_row = jax.tree.map(lambda x: np.asarray(x)[None], shared)
+    return self._measured((one_row, chain), scales)
+
+  def _measured(self, gathered, scales: Mapping[str, Any]) -> Evaluation:
+    everywhere = NamedSharding(self._mesh, REPLICATED)
+    fixed = (*gathered, place(dict(scales), everywhere))
     measures, broken = {}, {}
-    for name, size in self._sizes.items():
-      sums, bad = self._sums(name, size, gathered)
+    for name, rows in self._rows.items():
+      sums, bad = self._sums(name, rows, fixed)
       if bad:
         broken[f'{name}_loss'] = bad
-      means = {key: float(value) / size for key, value in sums.items()}
+      means = {key: float(value) / len(rows) for key, value in sums.items()}
       if means['loss'] < 700:  # Of more, the exponential is infinite.
         means['perplexity'] = math.exp(means['loss'])
       measures |= {f'{name}_{key}': value for key, value in means.items()}
-    return Evaluation(measures, broken, sent)
+    return Evaluation(measures, broken, 0)
 
-  def _sums(self, name: str, size: int, gathered) -> tuple[dict, int]:
+  def _sums(self, name: str, chosen: np.ndarray, fixed) -> tuple[dict, int]:
     """Returns sums over a set, and how many examples have a loss of NaN."""
     by_row = NamedSharding(self._mesh, spread(self._mesh))
     sums: dict[str, np.ndarray] = {}
@@ -94,9 +121,10 @@ class MeanLoss:
         counted = np.where(weights > 0, value.astype(np.float64) * weights, 0)
         sums[key] = sums.get(key, 0.0) + counted.sum()
 
-    for rows, weights in batches(size, self._mesh.size, self._batch_size):
-      batch = place(self._read(name, rows), by_row)
-      waiting.append((self._apply(*gathered, batch), weights))
+    devices, size = self._mesh.size, self._batch_size
+    for rows, weights in batches(len(chosen), devices, size):
+      batch = place(self._read(name, chosen[rows]), by_row)
+      waiting.append((self._apply(*fixed, batch), weights))
       if len(waiting) > 2:  # The next one is read while a device computes.
         finish(*waiting.pop(0))
     for found, weights in waiting:

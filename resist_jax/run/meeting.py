@@ -18,7 +18,7 @@ import socket
 import time
 from typing import Any, NamedTuple
 
-from resist_jax.errors import ConfigError
+from resist_jax.errors import ConfigError, printable
 from resist_jax.run.config import differences
 
 _HELLO = 'resist_jax'
@@ -103,21 +103,6 @@ def difference(
         f'process {first}: {remedy}'
       )
   return ''
-
-
-def printable(text: str, length: int = 300) -> str:
-  r"""Returns text that a terminal shows as one line.
-
-  Args:
-    text: What another process has sent.
-    length: How many characters of it to keep.
-
-  >>> printable('red \x1b[31m and\ntwo lines')
-  'red ?[31m and two lines'
-  """
-  text = ' '.join(text[: 2 * length].split())
-  shown = ''.join(c if c.isprintable() else '?' for c in text)
-  return shown if len(shown) <= length else shown[: length - 3] + '...'
 
 
 def bind_address(place: Place) -> str:

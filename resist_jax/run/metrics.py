@@ -32,7 +32,11 @@ class Log(NamedTuple):
 
 @contextlib.contextmanager
 def open_log(
-  workdir: pathlib.Path, start_round: int, num_rounds: int, writes: bool
+  workdir: pathlib.Path,
+  start_round: int,
+  num_rounds: int,
+  writes: bool,
+  unit: str = 'images',
 ) -> Iterator[Log]:
   """Opens the log in the process that writes it.
 
@@ -41,6 +45,7 @@ def open_log(
     start_round: Number of rounds completed.
     num_rounds: Number of rounds in the whole run.
     writes: Whether this process writes the log.
+    unit: What the examples are called.
 
   Yields:
     The log.
@@ -48,27 +53,34 @@ def open_log(
   if not writes:
     yield Log(lambda: None, *2 * (lambda row: None,), lambda: None)
     return
-  with MetricsLog(workdir, start_round, num_rounds) as log:
+  with MetricsLog(workdir, start_round, num_rounds, unit) as log:
     yield Log(log.begin, log.before, log.write, log.check)
 
 
 class MetricsLog:
   """Appends one row for each round to `metrics.jsonl`."""
 
-  def __init__(self, workdir: pathlib.Path, start_round: int, num_rounds: int):
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    start_round: int,
+    num_rounds: int,
+    unit: str = 'images',
+  ):
     """Opens the log, and drops the rows of rounds that will be repeated.
 
     Args:
       workdir: Workdir of the run.
       start_round: Number of rounds completed.
       num_rounds: Number of rounds in the whole run.
+      unit: What the examples are called.
 
     Raises:
       ConfigError: If `metrics.jsonl` is damaged.
     """
     self._path = path = workdir / 'metrics.jsonl'
     self._config = workdir / 'config.json'
-    self._kept = start_round
+    self._kept, self._unit = start_round, unit
     rows = report.read_rows(path)
     # A run that begins anew logs round 0, a test before the first one, again.
     rows = [row for row in rows if row['round'] <= start_round > 0]
@@ -127,8 +139,8 @@ class MetricsLog:
     elif 'test_loss' in row:  # Of a network that classifies nothing.
       self._shown_test = f'{row["test_loss"]:.3f}'
     shown['test'] = self._shown_test
-    shown['sent'] = f'{row["wire_bytes_total"] / 1e6:.4g}MB'
-    shown['img/s'] = f'{row["images_per_second"]:.0f}'
+    shown['sent'] = report.byte_text(row['wire_bytes_total'])
+    shown[f'{self._unit}/s'] = f'{row["images_per_second"]:.0f}'
     self._bar.set_postfix(shown, refresh=False)
     self._bar.update()
     self._kept = row['round']

@@ -12,7 +12,8 @@ The module defines two functions, and may define three more:
 `config.model.options` holds what a card wants to tell the module.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -27,13 +28,17 @@ import ml_collections
 import numpy as np
 import optax
 
-from resist_jax import accounting, data
+from resist_jax import data
 from resist_jax.decomposition import Division, join, split
-from resist_jax.errors import ConfigError, one_line
-from resist_jax.rounds import LossFn, State
+from resist_jax.errors import FOREIGN, ConfigError, message, one_line
+from resist_jax.rounds import LossFn, State, checks
 from resist_jax.rounds.arrays import to_host
 from resist_jax.run import export, optimizer
-from resist_jax.run.config import check_divisions, chosen_depths
+from resist_jax.run.config import (
+  augmentation,
+  check_divisions,
+  chosen_depths,
+)
 from resist_jax.run.mean_loss import MeanLoss
 from resist_jax.run.task import Dataset
 
@@ -64,12 +69,23 @@ def load(name: str) -> types.ModuleType:
   Raises:
     ConfigError: If that is impossible, or if it lacks a function.
   """
+  spelled = name.removesuffix('.py').strip('./').replace('/', '.')
+  if spelled != name:
+    raise ConfigError(
+      f'model.module is {name!r}: name it as Python imports it, such as '
+      f'{spelled or "my_network"}.'
+    )
   try:
     module = importlib.import_module(name)
-  except Exception as error:  # A module may raise anything.
+  except FOREIGN as error:  # A module may raise anything.
+    remedy = 'mend it'
+    if isinstance(error, ModuleNotFoundError) and (
+      f'{name}.'.startswith(f'{error.name}.')
+    ):
+      remedy = 'start in the folder that holds it, or install it'
     raise ConfigError(
       f'model.module is {name!r}, which cannot be imported '
-      f'({one_line(error)}): start in the folder that holds it, or install it.'
+      f'({one_line(error)}): {remedy}.'
     ) from error
   for function in _NEEDED:
     if not callable(getattr(module, function, None)):
@@ -105,8 +121,8 @@ class ModuleTask:
   def metrics(self) -> tuple[str, ...]:
     """See `task.Task`; they are found by tracing the loss."""
     batch = self.examples(next(iter(self.dataset.tests)), np.zeros(1, int))
-    _, found = jax.eval_shape(self.make_test_loss({}), self.shapes(), batch)
-    return tuple(found)
+    found = jax.eval_shape(self.test_loss, self.shapes(), batch, {})
+    return checks.returned_metrics(found)
 
   def init(self, seed: int) -> PyTree:
     """See `task.Task`."""
@@ -135,23 +151,23 @@ class ModuleTask:
 
     return loss_fn
 
-  def make_test_loss(self, scales: Mapping[str, Any]) -> Callable:
-    """Returns the loss of the whole network on a batch that is as read.
+  def test_loss(
+    self, params: PyTree, batch: PyTree, scales: Mapping[str, Any]
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Calls the module's loss of the whole network, without a key.
 
     Args:
+      params: Global parameters.
+      batch: Examples as read, see `examples`.
       scales: Residual scale of each chain that ResIST cuts, `float32[L]`; 1
         for any other chain.
 
     Returns:
-      `loss_fn(params, batch)`, which calls that of the module without a key.
+      `(loss, metrics)`.
     """
+    scaled = self._scaled(params, {}, scales)
     loss = self.module.loss(self.config)
-
-    def loss_fn(params, batch):
-      scaled = self._scaled(params, {}, scales)
-      return loss(params, scaled, self._normalised(batch), None)
-
-    return loss_fn
+    return loss(params, scaled, self._normalised(batch), None)
 
   def _scaled(self, params, present, scale) -> dict[str, jax.Array]:
     """Returns the factor of each slot of each chain; 0 where it is empty."""
@@ -167,18 +183,19 @@ class ModuleTask:
     if isinstance(self.dataset, data.Tables):
       return jax.tree.map(lambda examples: examples[numbers], constants)
     image_shape = self.dataset.train.images.shape[1:]
-    return data.pick(constants, numbers, image_shape)
+    mirrors = augmentation(self.config, self.dataset).alternate
+    return data.pick(constants, numbers, image_shape, mirrors)
 
   def _augmented(self, axis_name: str | None) -> Callable:
     """Returns what happens to the examples of a training batch."""
     dataset = self.dataset
     if isinstance(dataset, data.Tables):
       return lambda key, batch: batch
-    pad, flip, _ = data.choose(self.config.data.augment, dataset)
+    chosen = augmentation(self.config, dataset)
 
     def augment(key, batch):
       images, labels = batch
-      images = data.augment(key, images, pad, flip, axis_name)
+      images = data.augment(key, images, chosen, axis_name)
       return self._normalised((images, labels))
 
     return augment
@@ -190,7 +207,7 @@ class ModuleTask:
     return data.normalise(images, self.dataset.mean, self.dataset.std), labels
 
   def examples(self, test: str, rows: np.ndarray) -> PyTree:
-    """Reads examples of a set to test on, as `make_test_loss` takes them.
+    """Reads examples of a set to test on, as `test_loss` takes them.
 
     Args:
       test: Name of the set.
@@ -208,10 +225,7 @@ class ModuleTask:
     own = getattr(self.module, 'optimizer', None)
     if own is not None:
       return own(self.config, schedule)
-    described = self.config.optimizer
-    return optimizer.make_optimizer(
-      schedule, described.momentum, described.weight_decay
-    )
+    return optimizer.described(self.config.optimizer, schedule)
 
   def make_test(
     self,
@@ -220,9 +234,9 @@ class ModuleTask:
     options: ml_collections.ConfigDict,
   ) -> MeanLoss:
     """See `task.Task`."""
-    sizes = {name: len(split) for name, split in self.dataset.tests.items()}
-    loss_fn = self.make_test_loss(scales)
-    return MeanLoss(loss_fn, self.examples, sizes, mesh, options.batch_size)
+    tests, size = self.dataset.tests.items(), options.batch_size
+    rows = {name: np.arange(len(split)) for name, split in tests}
+    return MeanLoss(self.test_loss, self.examples, rows, scales, mesh, size)
 
   def rescale(self, params: PyTree, factors: Mapping[str, float]) -> PyTree:
     """See `task.Task`."""
@@ -248,16 +262,6 @@ class ModuleTask:
     del state, test
     record = {'module': self.config.model.module}
     export.write(workdir, {'params': params, 'scales': dict(scales)}, record)
-
-  def describe(self) -> dict[str, Any]:
-    """See `task.Task`."""
-    dataset = self.dataset
-    if isinstance(dataset, data.Tables):
-      return {'dataset': dataset.name}
-    return {
-      'class_names': list(dataset.class_names),
-      'image_shape': list(dataset.train.images.shape[1:]),
-    }
 
   def flops(self, lengths: Mapping[str, int]) -> None:
     """See `task.Task`: nobody counts them."""
@@ -305,26 +309,66 @@ def make(
 
 
 def _check(task: ModuleTask) -> None:
-  """Raises a ConfigError if the network or the loss does not fit."""
+  """Raises a ConfigError if what the module returned does not fit."""
   config, name = task.config, task.config.model.module
-  try:
+  with _told(f'network(config) of {name}'):
     shapes = task.shapes()
-    sizes = accounting.measure(shapes, task.network.chains)
-    _ = task.metrics
-  except Exception as error:  # A function of somebody else's raises anything.
+    lengths = checks.chain_lengths(shapes, task.network.chains)
+  with _told(f'loss(config) of {name}, in a test, where its key is None'):
+    if 'perplexity' in task.metrics:
+      raise ValueError(
+        "it returns a metric 'perplexity', a name that tests use: rename it."
+      )
+  with _told(f'loss(config) of {name}'):
+    checks.returned_metrics(jax.eval_shape(_train_once(task), shapes))
+  with _told(f'optimizer(config, schedule) of {name}'):
+    rate = optax.constant_schedule(config.lr)
+    jax.eval_shape(_init_of(task.make_optimizer(rate)), shapes)
+  if config.protocol == 'resist':
+    _check_chains(config, name, lengths)
+
+
+def _train_once(task: ModuleTask) -> Callable:
+  """Returns the loss of the parameters on one training example."""
+  batch = task.examples(next(iter(task.dataset.tests)), np.zeros(1, int))
+  loss_fn = task.module.loss(task.config)
+
+  def once(params):
+    scaled = task._scaled(params, {}, {})
+    return loss_fn(params, scaled, task._normalised(batch), jax.random.key(0))
+
+  return once
+
+
+def _init_of(made: Any) -> Callable:
+  if not isinstance(made, optax.GradientTransformation):
+    raise ValueError(f'it returned {type(made).__name__}: return one of optax.')
+  return made.init
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+  """Turns what somebody else's code raises into a line about it."""
+  try:
+    yield
+  except FOREIGN as error:
+    # A check of ours raises a line that says what to do.
+    said = message(error) if type(error) is ValueError else one_line(error)
     raise ConfigError(
-      f'{name} does not fit together ({one_line(error)}): the '
-      'docstring of resist_jax.run.module_task says what its functions return.'
+      f'{what}: {said} (help(resist_jax.run.module_task) says what the '
+      'functions return.)'
     ) from error
-  if config.protocol != 'resist':
-    return
-  if not task.network.chains:
+
+
+def _check_chains(config, name: str, lengths: Mapping[str, int]) -> None:
+  """Raises a ConfigError if ResIST cannot cut the chains."""
+  if not lengths:
     raise ConfigError(
       f'network(config) of {name} names no chain that ResIST could cut: name '
       'one, or use protocol local_sgd.'
     )
   depths = chosen_depths(config)
-  if config.depths and len(sizes.num_blocks) > 1:
+  if config.depths and len(lengths) > 1:
     raise ConfigError(
       f'depths is {config.depths}, of one chain, but {name} has several.'
     )
@@ -332,7 +376,7 @@ def _check(task: ModuleTask) -> None:
     f'chain {chain}': Division(
       length, config.num_workers, config.min_depth, depths
     )
-    for chain, length in sizes.num_blocks.items()
+    for chain, length in lengths.items()
   }
   check_divisions(config, divisions)
 
@@ -342,7 +386,7 @@ def _called(name: str, function: Callable, config) -> Any:
     return function(config)
   except ConfigError:
     raise
-  except Exception as error:
+  except FOREIGN as error:
     raise ConfigError(
       f'{function.__name__}(config) of {name} failed '
       f'({one_line(error)}): mend it, or the section model.options of the card.'

@@ -4,11 +4,15 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import optax
 
 
 def make_optimizer(
-  schedule: optax.Schedule, momentum: float, weight_decay: float
+  schedule: optax.Schedule,
+  momentum: float,
+  weight_decay: float,
+  nesterov: bool = False,
 ) -> optax.GradientTransformation:
   """Returns SGD with momentum and weight decay.
 
@@ -17,16 +21,32 @@ def make_optimizer(
 
   Args:
     schedule: Learning rate at a step of the whole run.
-    momentum: Decay of the momentum; the paper's is 0.9, without Nesterov.
+    momentum: Decay of the momentum; the paper's is 0.9.
     weight_decay: The paper's is 5e-4.
+    nesterov: Whether a step goes along the gradient and the momentum after it,
+      as PyTorch has it (Sutskever et al. 2013), or along the momentum (paper).
 
   Returns:
     A complete optax transformation.
   """
   return optax.chain(
     optax.add_decayed_weights(weight_decay),
-    optax.trace(decay=momentum),
+    optax.trace(decay=momentum, nesterov=nesterov),
     optax.scale_by_learning_rate(schedule),
+  )
+
+
+def described(
+  section: ml_collections.ConfigDict, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+  """Returns the optimiser that a config describes.
+
+  Args:
+    section: The section `optimizer` of a config.
+    schedule: Learning rate at a step of the whole run.
+  """
+  return make_optimizer(
+    schedule, section.momentum, section.weight_decay, section.nesterov
   )
 
 

@@ -15,7 +15,7 @@ import optax
 
 from resist_jax import accounting
 from resist_jax.decomposition import Assignment
-from resist_jax.errors import ConfigError, one_line
+from resist_jax.errors import FOREIGN, ConfigError, one_line
 from resist_jax.exchange import DATA
 from resist_jax.rounds import Protocol, mesh_sizes
 from resist_jax.run import cards, optimizer
@@ -120,7 +120,7 @@ def schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
     given = cards.function(name)(config.copy_and_resolve_references(), steps)
     rate = optimizer.with_warmup(given, warmup)
     rates = [float(jax.jit(rate)(step)) for step in (0, steps - 1)]
-  except Exception as error:  # A card is a program: it can raise anything.
+  except FOREIGN as error:  # A card is a program: it can raise anything.
     raise ConfigError(
       f'optimizer.schedule {name} cannot be used ({one_line(error)}): it takes '
       'the config and the number of steps, and returns a function from a step '

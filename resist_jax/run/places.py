@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import os
 import warnings
 
-from resist_jax.errors import ConfigError
+from resist_jax.errors import ConfigError, printable
 from resist_jax.run import meeting
 from resist_jax.run.meeting import Place
 
@@ -52,7 +52,7 @@ def find_place(
   except Exception as error:  # Each cluster raises its own.
     raise meeting.MeetingError(
       f'the cluster does not say where the processes of this run are '
-      f'({meeting.printable(str(error))}): set --coordinator, --num_processes '
+      f'({printable(str(error))}): set --coordinator, --num_processes '
       'and --process_id, or --num_processes=1 for a run of one process.'
     ) from error
   coordinator, count, me, devices = found

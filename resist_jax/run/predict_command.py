@@ -1,6 +1,5 @@
 """The command that asks a finished run for the likeliest classes of files."""
 
-import argparse
 from collections.abc import Iterator, Sequence
 import contextlib
 import csv
@@ -12,10 +11,11 @@ from typing import IO
 import numpy as np
 
 from resist_jax import data, folders
-from resist_jax.errors import ConfigError, refused
-from resist_jax.run import trained, workdir
+from resist_jax.errors import ConfigError, Parser, refused
+from resist_jax.run import trained
 from resist_jax.run.export import Predictor
 
+_USUAL = 5  # Classes that a row names.
 _AT_ONCE = 64  # Files that are read and classified together.
 
 
@@ -28,7 +28,7 @@ def main(args: Sequence[str] | None = None) -> int:
   Returns:
     The exit code: 0, or 2 if the input is bad.
   """
-  parser = argparse.ArgumentParser(
+  parser = Parser(
     'python -m resist_jax.predict',
     description='Writes the likeliest classes of image files as CSV.',
   )
@@ -36,17 +36,17 @@ def main(args: Sequence[str] | None = None) -> int:
   parser.add_argument(
     'files', metavar='FILE', nargs='+', help='an image, or a folder of images'
   )
-  parser.add_argument('--top', type=int, default=5, help='classes for a file')
+  parser.add_argument(
+    '--top', type=int, help='classes for a file (default: 5, or all if fewer)'
+  )
   parser.add_argument('--out', help='file to write (default: to print)')
   options = parser.parse_args(args)
   try:
-    if options.top < 1:
-      raise ConfigError(f'--top is {options.top}; it must be at least 1.')
     if options.out is not None:
       _check_out(folders.resolve(options.out, '--out'))
-    model = trained.load(options.run).model
+    model = trained.classifier(options.run)
     paths = data.listed_files(options.files)
-    top = min(options.top, len(model.class_names))
+    top = _top(options.top, len(model.class_names))
     found = rows(model, paths, top)
     first = next(found)  # The header follows when files can be read.
     numbers = range(1, top + 1)
@@ -63,14 +63,21 @@ def main(args: Sequence[str] | None = None) -> int:
   return 0
 
 
+def _top(asked: int | None, known: int) -> int:
+  """Returns how many classes a row names."""
+  if asked is not None and not 1 <= asked <= known:
+    raise ConfigError(
+      f'--top is {asked}; the network knows {known} classes: name 1 to {known}.'
+    )
+  return min(asked or _USUAL, known)
+
+
 def _check_out(path: pathlib.Path) -> None:
-  if path.is_dir():
-    raise ConfigError(f'--out is {path}, which is a folder: name a file.')
+  folders.check_file(path, '--out')
   if not path.parent.is_dir():
     raise ConfigError(
       f'--out is {path}, whose folder does not exist: make it first.'
     )
-  workdir.check_writable(path.parent, '--out')
 
 
 @contextlib.contextmanager
@@ -80,14 +87,12 @@ def _opened(out: str | None) -> Iterator[IO[str]]:
     yield sys.stdout
     return
   path = folders.resolve(out, '--out')
-  part = path.with_name(f'.{path.name}.part')
   odd = 'surrogateescape'  # Names of files may be no text.
-  try:
-    with part.open('w', encoding='utf-8', errors=odd, newline='') as file:
-      yield file
-    part.replace(path)
-  finally:
-    part.unlink(missing_ok=True)
+  with (
+    folders.replacing(path) as part,
+    part.open('w', encoding='utf-8', errors=odd, newline='') as file,
+  ):
+    yield file
 
 
 def rows(

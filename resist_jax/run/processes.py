@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 
-from resist_jax.errors import ConfigError
+from resist_jax.errors import ConfigError, printable
 from resist_jax.run import meeting
 from resist_jax.run.meeting import Place
 
@@ -179,10 +179,10 @@ class _Monitor:
         continue
       first, _, rest = value.partition(' ')
       if kind == _END and first.isdecimal():
-        self.ended[process] = int(first), meeting.printable(rest)
+        self.ended[process] = int(first), printable(rest)
       elif kind == 'alive' and self._heartbeats.get(process) != first:
         self._heartbeats[process] = first
-        self._tasks[process] = meeting.printable(rest, 80)
+        self._tasks[process] = printable(rest, 80)
         self._last_heartbeat[process] = self._last_answer
 
   def _check_repeatedly(self) -> None:

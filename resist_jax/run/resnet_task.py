@@ -16,10 +16,12 @@ from resist_jax import data, models
 from resist_jax.rounds import LossFn, State
 from resist_jax.run import classification, export, optimizer
 from resist_jax.run.block_walk import BlockWalk
-from resist_jax.run.config import build_model, cut_chains
+from resist_jax.run.config import augmentation, build_model, cut_chains
 from resist_jax.run.evaluate import Evaluator, WholeNetwork
 
 PyTree = Any
+
+MEASURES = ('accuracy', 'accuracy_paper')  # Of each set that is tested.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,16 +31,17 @@ class ResNetTask:
   Attributes:
     network: The global network.
     dataset: The images.
-    cuts: See `task.Task`.
-    optimizer: The section `optimizer` of the config.
-    augment: What happens to training images.
+    config: The config of the run.
   """
 
   network: models.ResNet
   dataset: data.Dataset
-  cuts: Mapping[str, int | None]
-  optimizer: ml_collections.ConfigDict
-  augment: str
+  config: ml_collections.ConfigDict
+
+  @property
+  def cuts(self) -> Mapping[str, int | None]:
+    """See `task.Task`."""
+    return cut_chains(self.config)
 
   @property
   def metrics(self) -> tuple[str, ...]:
@@ -48,7 +51,7 @@ class ResNetTask:
   @property
   def measures(self) -> tuple[str, ...]:
     """See `task.Task`."""
-    return 'accuracy', 'accuracy_paper'
+    return MEASURES
 
   @property
   def image_shape(self) -> tuple[int, ...]:
@@ -58,7 +61,7 @@ class ResNetTask:
   @property
   def augmentation(self) -> data.Augmentation:
     """What happens to training images."""
-    return data.choose(self.augment, self.dataset)
+    return augmentation(self.config, self.dataset)
 
   def init(self, seed: int) -> PyTree:
     """See `task.Task`."""
@@ -73,18 +76,20 @@ class ResNetTask:
     self, scale: Mapping[str, float], axis_name: str | None
   ) -> LossFn:
     """See `task.Task`."""
-    pad, flip, _ = self.augmentation
     return classification.make_loss(
-      self.network, self.dataset, scale, pad, flip, axis_name
+      self.network,
+      self.dataset,
+      scale,
+      self.augmentation,
+      self.config.label_smoothing,
+      axis_name,
     )
 
   def make_optimizer(
     self, schedule: optax.Schedule
   ) -> optax.GradientTransformation:
     """See `task.Task`."""
-    return optimizer.make_optimizer(
-      schedule, self.optimizer.momentum, self.optimizer.weight_decay
-    )
+    return optimizer.described(self.config.optimizer, schedule)
 
   def make_test(
     self,
@@ -141,13 +146,6 @@ class ResNetTask:
       dataset.resized,
     )
 
-  def describe(self) -> dict[str, Any]:
-    """See `task.Task`."""
-    return {
-      'class_names': list(self.dataset.class_names),
-      'image_shape': list(self.image_shape),
-    }
-
   def flops(self, lengths: Mapping[str, int]) -> float:
     """See `task.Task`."""
     return models.predicted_flops(self.network, self.image_shape, lengths)
@@ -168,6 +166,4 @@ def make(
     platform: Of the devices; see `models.ResNet`.
   """
   network = build_model(config, dataset.num_classes, platform)
-  return ResNetTask(
-    network, dataset, cut_chains(config), config.optimizer, config.data.augment
-  )
+  return ResNetTask(network, dataset, config)

@@ -10,21 +10,26 @@ from resist_jax.run.phases import Phase
 from resist_jax.run.setup import Setup
 
 
-def start(setup: Setup, restored: Restored | None) -> tuple[Phase, State]:
+def start(
+  setup: Setup, restored: Restored | None, ended: bool = False
+) -> tuple[Phase, State]:
   """Begins a run, or continues it.
 
   Args:
     setup: Setup of the run.
     restored: Its newest checkpoint, or None.
+    ended: Whether no round follows that checkpoint.
 
   Returns:
-    The phase of the next round, compiled, and the state before it.
+    The phase of the next round, or of the last one where none follows,
+    compiled, and the state before it.
   """
   if restored is None:
     params = setup.task.init(setup.config.seed)
     return begin_phase(setup, 0, Whole(params))
   done = restored.progress['round']
-  phase = phases.make_phase(setup, phases.name_at(setup.config, done))
+  name = phases.name_at(setup.config, done - 1 if ended else done)
+  phase = phases.make_phase(setup, name)
   factors = _scale_changes(setup, restored)
   if not factors:
     assignments = phase.protocol.assign(setup.config.seed, done)
@@ -34,7 +39,7 @@ def start(setup: Setup, restored: Restored | None) -> tuple[Phase, State]:
     if state is not None:
       return _compiled(setup, phase, state), state
   whole = storage.as_whole(restored.stored)
-  return begin_phase(setup, done, _rescaled(setup, whole, factors))
+  return _hand_out(setup, name, done, _rescaled(setup, whole, factors))
 
 
 def begin_phase(
@@ -52,6 +57,13 @@ def begin_phase(
     See `start`.
   """
   name = phases.name_at(setup.config, round_index)
+  return _hand_out(setup, name, round_index, whole)
+
+
+def _hand_out(
+  setup: Setup, name: str, round_index: int, whole: Whole
+) -> tuple[Phase, State]:
+  """Hands the global network out for rounds of a protocol."""
   phase = phases.make_phase(setup, name)
   state = phase.trainer.distribute(whole, round_index)
   return _compiled(setup, phase, state), state

@@ -17,7 +17,7 @@ from resist_jax.rounds import make_mesh, storage
 from resist_jax.rounds.arrays import place
 from resist_jax.rounds.mesh import REPLICATED, workers_here
 from resist_jax.run import module_task, resnet_task
-from resist_jax.run.config import chosen_depths, get_config
+from resist_jax.run.config import augmentation, chosen_depths, get_config
 from resist_jax.run.task import Dataset, Task
 
 PyTree = Any
@@ -57,7 +57,10 @@ class Setup:
   def pipeline(self) -> data.Resident | data.Stream:
     """Where rounds get their examples from."""
     config, dataset = self.config, self.dataset
-    train = dataset.train
+    train, crops, mirrors = dataset.train, False, False
+    if isinstance(dataset, data.Dataset):
+      chosen = augmentation(config, dataset)
+      crops, mirrors = chosen.resized_crop, chosen.alternate
     indices = partial(
       data.batch_indices,
       len(train),
@@ -66,12 +69,12 @@ class Setup:
       local_steps=config.local_steps,
       num_workers=config.num_workers,
       sharded=config.data.sharded,
+      mirrors=mirrors,
     )
     if isinstance(dataset, data.Tables):
       return data.Resident(dataset.train.arrays, indices)
     train = dataset.train
     if isinstance(train.images, data.StreamedImages):
-      crops = data.choose(config.data.augment, dataset).resized_crop
       rounds, seed = config.num_rounds, config.seed
       mine = workers_here(self.mesh, config.num_workers)
       return data.Stream(train.images, indices, rounds, seed, crops, mine)

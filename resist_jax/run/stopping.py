@@ -6,12 +6,11 @@ decide alike.
 """
 
 from collections.abc import Mapping
-import difflib
 from typing import Any
 
 import ml_collections
 
-from resist_jax.errors import ConfigError
+from resist_jax.errors import ConfigError, did_you_mean
 from resist_jax.run.setup import Setup
 
 
@@ -34,11 +33,15 @@ def judged_by(setup: Setup) -> str:
     return f'{test}_{"accuracy" if "accuracy" in measures else "loss"}'
   names = [f'{test}_{measure}' for test in tests for measure in measures]
   if name not in names:
-    nearest = difflib.get_close_matches(name, names, 1)
+    if name.startswith('validation_') and 'validation' not in tests:
+      raise ConfigError(
+        f'best_by is {name!r}, but nothing is held out to validate on: set '
+        'data.validation to a share of the training set, such as 0.1, or use '
+        f'one of {", ".join(names)}, or auto.'
+      )
     raise ConfigError(
-      f'best_by is {name!r}; '
-      + (f'did you mean {nearest[0]}? Otherwise ' if nearest else '')
-      + f'use one of {", ".join(names)}, or auto.'
+      f'best_by is {name!r}. {did_you_mean(name, names)}Use one of '
+      f'{", ".join(names)}, or auto.'
     )
   return name
 

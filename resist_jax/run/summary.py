@@ -41,7 +41,7 @@ def summarise(
     'exchange': config.exchange if setup.chains else 'all_reduce',
     'wire_format': config.wire_format,
     'dataset': config.data.name,
-    **setup.task.describe(),
+    **setup.dataset.describe(),
     'model': config.model.module or config.model.name,
     'num_workers': config.num_workers,
     'depths': list(setup.depths),

@@ -147,10 +147,6 @@ class Task(Protocol):
     """
     ...
 
-  def describe(self) -> dict[str, Any]:
-    """Returns what a summary says of the examples."""
-    ...
-
   def flops(self, lengths: Mapping[str, int]) -> float | None:
     """Predicts the operations of training on one example; None: unknown.
 

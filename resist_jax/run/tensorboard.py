@@ -32,7 +32,7 @@ class TensorBoard(callbacks.Callback):
     self._run = run
     self._folder = run.workdir / 'tensorboard'
     self._writer = tensorboardX.SummaryWriter(
-      str(self._folder), purge_step=run.round + 1
+      str(self._folder), purge_step=run.round + 1 if run.round else 0
     )
     lines = json.dumps(run.config.to_dict(), indent=2).splitlines()
     # Markdown takes lines that are indented by four for code.

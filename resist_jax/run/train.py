@@ -53,12 +53,13 @@ def train(
 
   Raises:
     ConfigError: On a mistake of the user's, before anything is written.
-    ValueError: If a callback cannot be called.
+    ValueError: If an argument is another thing.
     NonFiniteError: If training diverges; the message says how to go on.
     WorkdirLostError: If the workdir is deleted or moved meanwhile.
     Interrupted: On SIGTERM or SIGINT, after a checkpoint.
   """
   started = time.perf_counter()
+  _check_types(config, dataset)
   folder = folders.resolve(workdir, 'workdir')
   config = for_processes(config, jax.process_count())
   validate(config)
@@ -79,6 +80,20 @@ def train(
       workdir_lib.check(folder, config.to_dict())
     _check_shared(folder)
     return _train_in(folder, setup, called, started)
+
+
+def _check_types(config: Any, dataset: Any) -> None:
+  """Raises a ValueError if an argument is another thing."""
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise ValueError(
+      f'config is a {type(config).__name__}: begin with '
+      "resist_jax.run.config.get_config(), or cards.load('digits')."
+    )
+  if not isinstance(dataset, Dataset | None):
+    raise ValueError(
+      f'dataset is a {type(dataset).__name__}: make it by from_source, '
+      'from_arrays or from_tables of resist_jax.data.'
+    )
 
 
 def _train_in(
@@ -121,7 +136,8 @@ def _rounds(
     )
     if writes:
       workdir_lib.write_json(folder / 'config.json', config.to_dict())
-    with metrics.open_log(folder, done, config.num_rounds, writes) as log:
+    unit, rounds = setup.dataset.unit, config.num_rounds
+    with metrics.open_log(folder, done, rounds, writes, unit) as log:
       loop = Loop(setup, checkpoints, log, callbacks, interrupt)
       try:
         loop.run(restored, started)

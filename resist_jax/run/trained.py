@@ -1,15 +1,16 @@
 """A finished run: the network that it left, and its config."""
 
 import dataclasses
-import json
 import os
 import pathlib
+from typing import Any, NamedTuple
 
 import ml_collections
 
 from resist_jax import folders
-from resist_jax.errors import ConfigError, message
-from resist_jax.run import export
+from resist_jax.errors import ConfigError, message, one_line
+from resist_jax.run import checks, export
+from resist_jax.run import workdir as workdir_lib
 from resist_jax.run.config import get_config
 
 
@@ -24,8 +25,36 @@ class Trained:
   """
 
   folder: pathlib.Path
-  model: export.Predictor
+  model: export.Predictor | export.Parameters
   config: ml_collections.ConfigDict
+
+
+class Asked(NamedTuple):
+  """What a command asks about a run.
+
+  Attributes:
+    data: The set to test on, named as `data.name` does; '' for those of the
+      run.
+    data_dir: The folder of prepared TFDS sets; None for that of the run.
+    depths: See `depth.asked`.
+    draws: Random choices of blocks for each depth.
+    depth_examples: Examples of each test for shallower networks.
+  """
+
+  data: str = ''
+  data_dir: str | None = None
+  depths: str = 'some'
+  draws: int = 3
+  depth_examples: int = 2000
+
+  def reading(
+    self, config: ml_collections.ConfigDict
+  ) -> ml_collections.ConfigDict:
+    """Returns the config of the run as its data are read here."""
+    found = config.copy_and_resolve_references()
+    if self.data_dir is not None:
+      found.data.dir = self.data_dir
+    return found
 
 
 def load(workdir: str | os.PathLike[str]) -> Trained:
@@ -38,6 +67,14 @@ def load(workdir: str | os.PathLike[str]) -> Trained:
     ConfigError: If there is no finished run, or it is damaged, or the folder
       holds several runs.
   """
+  folder, model = _model(workdir)
+  return Trained(folder, model, _config(folder / 'config.json'))
+
+
+def _model(
+  workdir: str | os.PathLike[str],
+) -> tuple[pathlib.Path, export.Predictor | export.Parameters]:
+  """Returns the folder of a run, and the network that it left."""
   folder = folders.resolve(workdir, 'the run')
   runs = folders_of(folder)
   if runs != [folder]:
@@ -48,19 +85,70 @@ def load(workdir: str | os.PathLike[str]) -> Trained:
       f'such as {runs[0]}.'
     )
   try:
-    model = export.load(folder)
-    fields = json.loads((folder / 'config.json').read_text('utf-8'))
-    config = get_config()
-    with config.unlocked():
-      config.update(ml_collections.ConfigDict(fields))
+    return folder, export.read(folder)
   except FileNotFoundError as error:
     raise ConfigError(
-      f'{folder} holds no finished run ({error.filename or error}): name the '
-      'workdir of one.'
+      f'{folder} holds no finished run, whose network would lie in '
+      f'{folder / export.FOLDER}: name the workdir of one.'
     ) from error
-  except (OSError, ValueError, TypeError) as error:
+  except (OSError, ValueError) as error:
     raise ConfigError(message(error)) from error
-  return Trained(folder, model, config)
+
+
+def _config(path: pathlib.Path) -> ml_collections.ConfigDict:
+  """Reads the config of a run; fields that are gone count for nothing."""
+  config, known = get_config(), get_config().to_dict()
+  read = workdir_lib.read_config(path)
+  try:
+    with config.unlocked():
+      config.update(ml_collections.ConfigDict(_among(read, known)))
+    checked = config.copy_and_resolve_references()
+    # Nothing is trained here, and a file with a schedule may be gone.
+    checked.optimizer.schedule = 'constant'
+    checks.validate(checked)
+  except Exception as error:  # A damaged one raises anything.
+    raise ConfigError(
+      f'{path} is not as a run wrote it ({one_line(error)}): repair it.'
+    ) from error
+  return config
+
+
+def _among(fields: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+  """Returns the fields that are known; `model.options` has any."""
+  return {
+    name: _among(fields[name], inner)
+    if isinstance(inner, dict) and inner
+    else fields[name]
+    for name, inner in known.items()
+    if name in fields
+  }
+
+
+def network(
+  workdir: str | os.PathLike[str],
+) -> export.Predictor | export.Parameters:
+  """Reads the network of a finished run; see `load`."""
+  _, model = _model(workdir)
+  return model
+
+
+def classifier(workdir: str | os.PathLike[str]) -> export.Predictor:
+  """Reads the network of a finished run that classifies images.
+
+  Args:
+    workdir: Its workdir.
+
+  Raises:
+    ConfigError: See `load`; or if its network does something else.
+  """
+  model = network(workdir)
+  if isinstance(model, export.Predictor):
+    return model
+  raise ConfigError(
+    f'the network of {workdir} is that of the module {model.module}, whose '
+    'loss names no classes: test it by python -m resist_jax.evaluate, or read '
+    'its parameters with resist_jax.run.export.load_parameters.'
+  )
 
 
 def folders_of(workdir: str | os.PathLike[str]) -> list[pathlib.Path]:

@@ -7,9 +7,9 @@ import os
 import pathlib
 import re
 import secrets
-import tempfile
 from typing import IO, Any
 
+from resist_jax import folders
 from resist_jax.errors import ConfigError, message
 from resist_jax.run.config import ELASTIC, differences
 from resist_jax.run.fields import each
@@ -26,7 +26,7 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     ConfigError: If the folder holds a run of another config, or cannot be
       written to.
   """
-  check_writable(workdir, 'workdir')
+  folders.check_writable(workdir, 'workdir')
   if not (workdir / 'config.json').exists():
     if saved_rounds(workdir / 'checkpoints'):
       raise ConfigError(
@@ -34,7 +34,7 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
         'another workdir.'
       )
     return
-  before = _read_config(workdir / 'config.json')
+  before = read_config(workdir / 'config.json')
   # JSON turns tuples into lists: compare both configs as they are written.
   changed = differences(before, json.loads(json.dumps(config)))
   # A field that is younger than the run had what is now its default.
@@ -57,7 +57,18 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     )
 
 
-def _read_config(path: pathlib.Path) -> dict[str, Any]:
+def read_config(path: pathlib.Path) -> dict[str, Any]:
+  """Reads the config that a run wrote.
+
+  Args:
+    path: Its file.
+
+  Returns:
+    Nested JSON values.
+
+  Raises:
+    ConfigError: If there is none.
+  """
   problem = 'it is not a JSON object'
   try:
     config = json.loads(path.read_text('utf-8'))
@@ -87,33 +98,6 @@ def saved_rounds(folder: pathlib.Path) -> list[int]:
   )
 
 
-def check_writable(folder: pathlib.Path, what: str) -> None:
-  """Checks that a folder can be created and written to; creates nothing.
-
-  Args:
-    folder: The folder, which need not exist.
-    what: What the error message calls the folder.
-
-  Raises:
-    ConfigError: If it cannot.
-  """
-  existing = folder
-  while not os.path.exists(existing) and existing != existing.parent:
-    existing = existing.parent
-  if not existing.is_dir():
-    raise ConfigError(
-      f'{what} {folder} cannot be created: {existing} is not a folder; choose '
-      'another.'
-    )
-  try:
-    with tempfile.TemporaryFile(dir=existing):
-      pass
-  except OSError as error:
-    raise ConfigError(
-      f'{what} {folder} cannot be written ({error.strerror}): choose another.'
-    ) from error
-
-
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
   """Replaces a file atomically by JSON.
 
@@ -131,9 +115,9 @@ def replace_text(path: pathlib.Path, text: str) -> None:
     path: Path of the file.
     text: Its new content.
   """
-  part = path.with_name(path.name + '.part')
-  part.write_text(text)
-  part.replace(path)
+  # Names of classes may be names of folders that are no text.
+  with folders.replacing(path) as part:
+    part.write_text(text, 'utf-8', 'surrogateescape')
 
 
 def is_at(path: pathlib.Path, file: IO) -> bool:

@@ -2,6 +2,7 @@
 
 import itertools
 
+from covering import checkerboard
 import pytest
 import tiny
 
@@ -56,11 +57,14 @@ def test_the_residual_scale_is_the_papers(S, min_depth, share):
   assert share == max(1 / S, min_depth / 22)
 
 
-@pytest.mark.parametrize(('S', 'min_depth'), [(4, 0), (4, 6), (8, 4), (2, 11)])
-@pytest.mark.parametrize('per_device', [1, 2])
+@pytest.mark.parametrize(
+  ('division', 'per_device'),
+  checkerboard([(4, 0), (4, 6), (8, 4), (2, 11)], [1, 2]),
+)
 def test_the_mean_message_count_is_that_of_many_assignments(
-  S, min_depth, per_device
+  division, per_device
 ):
+  S, min_depth = division
   assert_mean_of_messages(Assigner(22, S, min_depth), S // per_device)
 
 

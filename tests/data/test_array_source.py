@@ -91,7 +91,16 @@ def test_another_file_is_an_extra_test(tmp_path):
     ({'images': images(0), 'labels': labels(0)}, 'no images'),
     ({'images': images(3), 'labels': labels(3), 'test_images': images(3, 9, 9),
       'test_labels': labels(3)}, 'images have the shapes'),
-    ({'images': np.array([None]), 'labels': labels(1)}, 'pickle'),
+    ({'images': np.array([None]), 'labels': labels(1)},
+     'images cannot be read .* save an array of numbers'),
+    ({'images': images(3), 'labels': labels(3), 'test_images': images(3)},
+     'test_images come without test_labels'),
+    ({'images': images(3)}, 'images come without labels'),
+    ({'images': images(3), 'labels': labels(3), 'train_images': images(3),
+      'train_labels': labels(3)}, 'the split train is there twice'),
+    ({'images': images(3, 0, 8), 'labels': labels(3)}, 'without a pixel'),
+    ({'images': images(3), 'labels': labels(3), 'class_names': ['a', 'b', 'a']},
+     "class_names hold 'a' twice"),
   ],
 )  # fmt: skip
 def test_other_arrays_get_a_clear_line(arrays, says, tmp_path):
@@ -104,9 +113,17 @@ def test_other_arrays_get_a_clear_line(arrays, says, tmp_path):
 
 def test_a_file_that_is_damaged_or_not_there_gets_a_clear_line(tmp_path):
   path = write(tmp_path, images=images(30), labels=labels(30))
+  (tmp_path / 'folder.npz').mkdir()
   with open(path, 'r+b') as file:
     file.truncate(1000)
-  for name, says in ((path, 'in .*own.npz, '), ('nowhere.npz', 'no such file')):
+  text = tmp_path / 'text.npz'
+  text.write_text('no archive')
+  for name, says in (
+    (path, 'own.npz is no file of arrays, or was cut'),
+    (str(text), 'text.npz is no file of arrays'),
+    ('nowhere.npz', 'no such file'),
+    (str(tmp_path / 'folder.npz'), 'no such file'),
+  ):
     with pytest.raises(ConfigError, match=says) as caught:
       load(name)
     assert '\n' not in str(caught.value)

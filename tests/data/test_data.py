@@ -11,7 +11,7 @@ import tfds_sets
 
 from resist_jax import data
 from resist_jax.data import prepared
-from resist_jax.data.augmentation import augment
+from resist_jax.data.augmentation import Augmentation, augment
 from resist_jax.errors import ConfigError
 
 
@@ -43,6 +43,41 @@ def test_shards_are_disjoint_and_cover_the_set():
   assert [len(s) for s in seen] == [12] * 4
   assert len(set.union(*seen)) == 48
   assert [set(steps[worker, 3:].ravel()) for worker in range(4)] == seen
+
+
+def epochs(sharded=False, S=4):
+  """Asks for four epochs of 48 examples: `int32[S, 4, 48 / steps]`."""
+  rounds = [
+    data.batch_indices(48, 4, 0, r, 3, S, sharded, mirrors=True)
+    for r in range(4 if sharded else 16)
+  ]
+  return np.concatenate(rounds, axis=1).reshape(S, 4, -1)
+
+
+@pytest.mark.parametrize('sharded', [False, True])
+def test_alternating_flips_show_each_side_in_every_other_epoch(sharded):
+  asked = epochs(sharded)
+  plain = np.concatenate(
+    [
+      indices(r, N=48, B=4, sharded=sharded) for r in range(asked.shape[2] // 3)
+    ],
+    axis=1,
+  ).reshape(asked.shape)
+  # Which images, and in which order, is as without.
+  np.testing.assert_array_equal(np.maximum(asked, ~asked), plain)
+  mirrored = np.zeros((4, 4, 48), bool)
+  for worker, epoch in np.ndindex(4, 4):
+    numbers = asked[worker, epoch]
+    mirrored[worker, epoch, np.maximum(numbers, ~numbers)] = numbers < 0
+  for worker in range(4):
+    mine = np.unique(plain[worker])
+    first, second, third, fourth = mirrored[worker][:, mine]
+    np.testing.assert_array_equal(first, ~second)
+    np.testing.assert_array_equal(first, third)
+    np.testing.assert_array_equal(second, fourth)
+  if not sharded:  # Half of the workers see the other side.
+    np.testing.assert_array_equal(mirrored[0], ~mirrored[1])
+    assert 12 < mirrored[0, 0].sum() < 36
 
 
 def test_digits_are_the_digits():
@@ -115,7 +150,7 @@ def test_a_prepared_tfds_set_is_read_to_the_last_pixel(
 @pytest.mark.parametrize(
   ('name', 'says'),
   [
-    ('cifar1O', 'unknown data set'),
+    ('cifar1O', 'unknown data set .*Did you mean cifar10'),
     ('imdb_reviews', 'not one of images'),
     ('mnist', 'is not prepared in .*pip install'),
     ('imagenet2012', 'by hand, .*manual.*ILSVRC2012_img_train.tar.*Then run'),
@@ -161,7 +196,8 @@ def test_a_constant_channel_is_no_division_by_zero(monkeypatch):
 def test_every_crop_is_a_window_of_the_padded_image():
   rng = np.random.default_rng(0)
   images = rng.integers(1, 256, (64, 6, 6, 2)).astype(np.uint8)
-  got = np.asarray(augment(jax.random.key(0), jnp.array(images), 2, False))
+  chosen = Augmentation(pad=2)
+  got = np.asarray(augment(jax.random.key(0), jnp.array(images), chosen))
   padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
   corners = set()
   for image, source in zip(got, padded, strict=True):
@@ -176,10 +212,45 @@ def test_every_crop_is_a_window_of_the_padded_image():
   assert len(corners) > 15  # Of 25: they differ from image to image.
 
 
+def test_a_pad_is_chosen_for_padded_crops_alone():
+  digits = data.load('digits')
+  assert data.choose('crop', digits).pad == 1
+  assert data.choose('crop', digits, pad=3).pad == 3
+  assert data.choose('flip', digits, pad=3).pad == 0
+  with pytest.raises(ConfigError, match=r'pad is 8, .*only 8 pixels.*lower'):
+    data.choose('crop', digits, pad=8)
+
+
+def test_flips_alternate_where_images_are_flipped_at_all():
+  digits = data.load('digits')
+  chosen = data.choose('crop_flip', digits, flips='alternating')
+  assert (chosen.flip, chosen.alternate) == (False, True)
+  chosen = data.choose('auto', digits, flips='alternating')
+  assert (chosen.flip, chosen.alternate) == (False, False)
+
+
+def test_a_crop_can_show_its_image_mirrored_at_the_edges():
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (64, 6, 6, 1)).astype(np.uint8)
+  chosen = Augmentation(pad=2, reflect=True)
+  got = np.asarray(augment(jax.random.key(0), jnp.array(images), chosen))
+  # By hand: rows and columns 2, 1, [0, ..., 5], 4, 3.
+  at = np.array([2, 1, *range(6), 4, 3])
+  for image, source in zip(got, images[:, at][:, :, at], strict=True):
+    assert any(
+      (source[i : i + 6, j : j + 6] == image).all()
+      for i in range(5)
+      for j in range(5)
+    )
+  black = augment(jax.random.key(0), jnp.array(images), Augmentation(pad=2))
+  assert (got != black).any()
+
+
 def test_about_half_are_mirrored_and_none_otherwise_changed():
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (200, 4, 4, 1)).astype(np.uint8)
-  got = np.asarray(augment(jax.random.key(0), jnp.array(images), 0, True))
+  chosen = Augmentation(flip=True)
+  got = np.asarray(augment(jax.random.key(0), jnp.array(images), chosen))
   same = (got == images).all((1, 2, 3))
   mirrored = (got == images[:, :, ::-1]).all((1, 2, 3))
   assert (same | mirrored).all()
@@ -188,7 +259,7 @@ def test_about_half_are_mirrored_and_none_otherwise_changed():
 
 def test_without_augmentation_images_pass_through():
   images = jnp.arange(32, dtype=jnp.uint8).reshape(2, 4, 4, 1)
-  got = augment(jax.random.key(0), images, 0, False)
+  got = augment(jax.random.key(0), images, Augmentation())
   np.testing.assert_array_equal(got, images)
 
 

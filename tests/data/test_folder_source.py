@@ -266,7 +266,10 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
     path.write_bytes(content)
     message = refusal(tmp_path)
     assert f'{path} is no image that can be read' in message
-    assert 'mend or remove it' in message
+    assert 'mend it, remove it, or name another' in message
+  path.unlink()
+  os.mkfifo(path)  # To read from it might never end.
+  assert 'it is no file' in refusal(tmp_path)
 
 
 @pytest.mark.parametrize('streaming', ['always', 'auto'])

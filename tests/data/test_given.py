@@ -164,6 +164,7 @@ def tiny_config(**fields):
   config.num_rounds, config.local_steps, config.batch_size = 2, 2, 8
   config.eval_every, config.checkpoint_every = 2, 1
   config.evaluation.statistics_images = 20
+  config.log.tensorboard = False
   with config.unlocked():
     config.update_from_flattened_dict(fields)
   return config
@@ -212,4 +213,18 @@ def test_what_a_given_data_set_does_not_have_is_refused(tmp_path):
       train.train(tiny_config(**{field: value}), tmp_path, dataset=made)
   with pytest.raises(ConfigError, match='which a program gave'):
     data.load('given:insects:0123456789ab')
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('wrong', [[(images(1)[0], 0)], {}, 'digits', 3])
+def test_what_is_no_data_set_is_refused(wrong, tmp_path):
+  with pytest.raises(ValueError, match=r'dataset is a .*from_source'):
+    train.train(tiny_config(), tmp_path / 'run', dataset=wrong)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('wrong', [None, {}, 'digits'])
+def test_what_is_no_config_is_refused(wrong, tmp_path):
+  with pytest.raises(ValueError, match=r'config is a .*cards.load'):
+    train.train(wrong, tmp_path / 'run')
   assert not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 
+import jax
 import numpy as np
 from PIL import Image
 import pytest
@@ -16,7 +17,7 @@ from wire import train_and_compare
 from resist_jax import data, report
 from resist_jax.data import pipeline, streaming
 from resist_jax.errors import ConfigError
-from resist_jax.run import cards, metrics, train
+from resist_jax.run import cards, metrics, restore, train
 from resist_jax.run import config as config_lib
 from resist_jax.run.interrupt import Interrupted
 from resist_jax.run.setup import Setup, prepare
@@ -110,18 +111,26 @@ def cifar(tmp_path_factory):
   return folder
 
 
+def test_rounds_of_streamed_images_are_those_from_memory(cifar):
+  found = []
+  for choice in ('always', 'never'):
+    setup = prepare(small_config(cifar, choice, local_steps=2))
+    assert setup.dataset.streamed == (choice == 'always')
+    phase, state = restore.start(setup, None)
+    for r in range(2):
+      batches = setup.pipeline.batches(r)
+      state, metrics = phase.trainer.round(state, batches)
+    found.append((phase.trainer.params(state), metrics['loss']))
+  jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'fields',
   [
     {},
-    pytest.param(
-      {'data.validation': 0.2, 'num_workers': 2, 'num_devices': 1},
-      marks=pytest.mark.slow,
-    ),
-    pytest.param(
-      {'protocol': 'data_parallel', 'data.sharded': True, 'batch_size': 4},
-      marks=pytest.mark.slow,
-    ),
+    {'data.validation': 0.2, 'num_workers': 2, 'num_devices': 1},
+    {'protocol': 'data_parallel', 'data.sharded': True, 'batch_size': 4},
   ],
   ids=['resist', 'validation', 'data_parallel'],
 )
@@ -204,6 +213,17 @@ def test_grain_delivers_in_order_what_indexing_gives():
       assert pixels.shape == (2, 4, 24, 24, 3)
       np.testing.assert_array_equal(pixels, images[index[:, t]])
       np.testing.assert_array_equal(labels, index[:, t] % 2)
+
+
+def test_a_stream_mirrors_what_is_asked_for_as_mirrored():
+  images = streamed(Source(tfds_sets.photographs(8)))
+  asked = np.array([[[3, ~3, 0, ~0]]])
+  feed = pipeline.Stream(images, lambda _: asked, 1, 0, random_crops=False)
+  ((pixels, labels),) = feed.batches(0)
+  plain = images[np.array([3, 3, 0, 0])]
+  np.testing.assert_array_equal(pixels[0, ::2], plain[::2])
+  np.testing.assert_array_equal(pixels[0, 1::2], plain[1::2, :, ::-1])
+  np.testing.assert_array_equal(labels, [[1, 1, 0, 0]])
 
 
 def test_no_more_is_read_ahead_than_agreed():

@@ -60,6 +60,11 @@ def test_an_assignment_follows_from_seed_and_round(L, S, min_depth):
     assert not assigner.follows(other, assignments[1])
 
 
+def presence(slots, L):
+  """Who holds what; by NumPy, for thousands of rounds."""
+  return (slots[:, :, None] == np.arange(L)).any(axis=1)
+
+
 def owners(assignment, L):
   found = np.full(L, -1)
   for worker, owned in enumerate(assignment.owned):
@@ -103,8 +108,7 @@ def test_one_long_run_is_fair_as_well():
   L, S, min_depth, count = 22, 4, 7, 4000
   held, together = np.zeros((S, L)), np.zeros((L, L))
   for assignment in tiny.in_turn(Assigner(L, S, min_depth), [1], count):
-    has = decomposition.presence(assignment.slots, L)
-    held += np.asarray(has)
+    held += presence(assignment.slots, L)
     owner = owners(assignment, L)
     together += owner[:, None] == owner[None, :]
   # An assignment is correlated with the next one; 8 % covers it.
@@ -177,10 +181,7 @@ def test_blocks_visit_unequal_workers_in_proportion(L, depths):
   assigner = Assigner(L, S, depths=depths)
   assignments = [assigner.at([s], 4) for s in range(samples)]
   owned = np.array([owners(assignment, L) for assignment in assignments])
-  held = sum(
-    (assignment.slots[:, :, None] == np.arange(L)).any(axis=1).astype(int)
-    for assignment in assignments
-  )
+  held = sum(presence(a.slots, L).astype(int) for a in assignments)
   for worker in range(S):
     for count, size in (
       ((owned == worker).sum(axis=0), assigner.owned[worker]),
@@ -206,7 +207,7 @@ def test_a_long_run_is_fair_to_unequal_workers():
   L, depths, count = 22, (9, 6, 5, 4), 4000
   held = np.zeros((4, L))
   for assignment in tiny.in_turn(Assigner(L, 4, depths=depths), [1], count):
-    held += np.asarray(decomposition.presence(assignment.slots, L))
+    held += presence(assignment.slots, L)
   expected = np.tile(np.array(depths)[:, None] / L, (1, L))
   np.testing.assert_allclose(held / count, expected, rtol=0.13)
 

@@ -25,7 +25,7 @@ from resist_jax.run.config import get_config
 from resist_jax.run.interrupt import Interrupt
 
 EXPERIMENTS = {e.name: e for e in sections.EXPERIMENTS}
-GIVEN = [(n, scale) for n in EXPERIMENTS for scale in experiment.SCALES]
+GIVEN = [(n, scale) for n, e in EXPERIMENTS.items() for scale in e.scales]
 
 
 @pytest.mark.parametrize(('name', 'scale'), GIVEN)
@@ -64,7 +64,7 @@ def test_committed_results_are_of_these_cells(name):
   """A card that changes leaves results behind that it no longer describes."""
   free = dict.fromkeys(('data.dir', 'seed', 'model.dtype'))
   defaults = dict(flat(as_json(get_config())))
-  for scale in experiment.SCALES:
+  for scale in EXPERIMENTS[name].scales:
     for cell in EXPERIMENTS[name].cells(scale):
       now = dict(flat(as_json(cell.config(scale)))) | free
       for record in Results(name, scale).of(cell):

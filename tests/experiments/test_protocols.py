@@ -57,7 +57,7 @@ def test_a_block_that_is_absent_changes_nothing_and_has_no_gradient(make):
   (loss, _), grads = grad(params, present, batch, None)
   kept = np.array([0, 2, 3, 4, 5, 6, 7])
   fewer = {**params, BLOCKS: jax.tree.map(lambda x: x[kept], params[BLOCKS])}
-  want, _ = loss_fn(fewer, {BLOCKS: jnp.ones(7)}, batch, None)
+  want, _ = jax.jit(loss_fn)(fewer, {BLOCKS: jnp.ones(7)}, batch, None)
   np.testing.assert_allclose(loss, want, rtol=1e-6)
   for leaf in jax.tree.leaves(grads[BLOCKS]):
     assert not leaf[1].any()
@@ -70,12 +70,13 @@ def test_a_scale_in_training_is_the_same_scale_in_a_test(make):
   params = drawn(task)
   batch = jax.tree.map(lambda x: x[0, 0], task.batches(1, 0, 0))
   losses = [
-    float(task.make_loss(scale)(params, {}, batch, None)[0])
+    float(jax.jit(task.make_loss(scale))(params, {}, batch, None)[0])
     for scale in (0.0, 0.5, 1.0)
   ]
   assert len(set(losses)) == 3
   halves = {BLOCKS: jnp.full(8, 0.5)}
-  assert float(task.make_loss(1.0)(params, halves, batch, None)[0]) == losses[1]
+  scaled, _ = jax.jit(task.make_loss(1.0))(params, halves, batch, None)
+  assert float(scaled) == pytest.approx(losses[1], rel=1e-6)
   tested = [task.test(params, scale)['test_loss'] for scale in (0.0, 0.5, 1.0)]
   assert len(set(tested)) == 3
 
@@ -134,6 +135,7 @@ def command(monkeypatch, module, *words):
   return module.main()
 
 
+@pytest.mark.slow
 def test_a_command_writes_what_the_report_shows(tmp_path, monkeypatch):
   words = [f'--results={tmp_path}', f'--runs={tmp_path}/runs', '--seeds=0,1']
   words += ['--only=resist_s2', '--busy']
@@ -171,7 +173,7 @@ def test_a_command_writes_what_the_report_shows(tmp_path, monkeypatch):
   [
     (language, ['--only=resist_s3'], "--only names 'resist_s3': take some of"),
     (language, ['--seeds=a'], '--seeds=a: give whole numbers'),
-    (language, ['--text=none.txt'], '--text=none.txt cannot be read'),
+    (language, ['--text=none.txt'], 'the text none.txt cannot be read'),
     (vit, ['--data=no_such_set'], 'no_such_set'),
   ],
 )

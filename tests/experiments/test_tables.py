@@ -13,6 +13,7 @@ from experiments import (
   sections,
   table2,
   table3,
+  to_accuracy,
 )
 from experiments.experiment import Results
 
@@ -100,6 +101,51 @@ def test_table3_compares_the_runs_of_one_machine_only(tmp_path):
   (axes,) = figures['cifar10'].figure().axes
   assert sorted(line.get_xdata()[-1] for line in axes.lines) == [3, 4, 6]
   assert figures['cifar100'] is None
+
+
+def test_seconds_to_an_accuracy_are_those_of_a_quiet_machine(tmp_path):
+  results = Results('to_accuracy', 'cpu90', tmp_path)
+  assert to_accuracy.tables(results) == []
+  made = record(0.84)
+  made['curve'] = [
+    {'round': r, 'test_accuracy': a, 'seconds_training': 90.0 * r,
+     'bytes_total': 1e9 * r}
+    for r, a in ((1, 0.1), (2, 0.81), (3, 0.79), (4, 0.84))
+  ]  # fmt: skip
+  run = to_accuracy.cell('cifar10', 'resist', 4)
+  put(results, run, made)
+  ((row,),) = (table.rows for table in to_accuracy.tables(results))
+  assert row == [
+    'CIFAR-10', 'ResIST', '4', '84.0', '85.0', '180 s, 2.00 GB',
+    'not reached', 'not reached', 'not reached',
+  ]  # fmt: skip
+  runs.mark_busy(results.target(run, 0))
+  ((row,),) = (table.rows for table in to_accuracy.tables(results))
+  assert row[5] == '2.00 GB'
+  paced = record(0.1)
+  ends = (9.0, 11.0, 13.5, 15.5)
+  paced['curve'] = [
+    {'round': r, 'seconds_training': s} for r, s in enumerate(ends, start=1)
+  ]
+  put(results, to_accuracy.pace('resist', 4), paced)
+  (table,) = to_accuracy.tables(results)
+  assert table.rows[0][5] == '4 s, 2.00 GB'
+  assert len(table.head) == len(table.rows[0])
+
+
+def test_table2_tells_other_initial_values_apart(tmp_path):
+  results = Results('table2', 'paper', tmp_path)
+  put(results, table2.cell('cifar100', 'resist', 4), record(0.7))
+  put(results, table2.cell('cifar100', 'resist', 4, 'he'), record(0.6))
+  (table,) = table2.tables(results)
+  assert [row[1:4] for row in table.rows] == [
+    ['ResIST', '4', '70.0'], ["ResIST, He's values", '4', '60.0'],
+  ]  # fmt: skip
+  given = table2.cell('cifar100', 'resist', 4, 'he').config('paper').model.init
+  assert given == 'he'
+  assert table2.cell('cifar100', 'resist', 4).config('paper').model.init == (
+    'torch'
+  )
 
 
 def test_ensembles_are_drawn_beside_resist_on_as_many_workers(tmp_path):

@@ -115,6 +115,34 @@ def test_initial_weights_have_he_deviation():
   assert abs(deviation / math.sqrt(2 / (9 * 64)) - 1) < 0.02
 
 
+@pytest.mark.parametrize('initial', models.INITIAL)
+def test_initial_values_have_the_statistics_of_their_kind(initial):
+  """PyTorch's default: uniform, within +-1 / sqrt(inputs) of a number."""
+  net = models.PreActResNet18(10, widths=(32, 48, 64, 96), initial=initial)
+  params = models.initial_params(net, (16, 16, 3), seed=0)
+  for path, leaf in jax.tree.leaves_with_path(params):
+    kind = path[-1].key
+    values = np.asarray(leaf, np.float64)
+    if kind != 'kernel':
+      continue
+    *size, inputs, outputs = values.shape[-4 if values.ndim > 2 else 0 :]
+    taps = math.prod(size)
+    deviation = math.sqrt(1 / (3 * taps * inputs))
+    if initial == 'he':
+      deviation = math.sqrt(2 / (taps * outputs))
+      if path[0].key == 'classifier':  # LeCun's, as flax has it.
+        deviation = math.sqrt(1 / inputs)
+    spread = values.std() / deviation - 1
+    assert abs(spread) < 5 / math.sqrt(values.size), path
+    # A normal one has values past sqrt(3) deviations.
+    limit = math.sqrt(3) * deviation * (1 + 1e-6)
+    within = np.abs(values).max() <= limit
+    assert within == (initial == 'torch'), path
+  bias = params['classifier']['bias']
+  assert (bias.std() > 0) == (initial == 'torch')
+  assert np.abs(bias).max() <= 96**-0.5 * (1 + 1e-6)
+
+
 @pytest.mark.parametrize(('size', 'stride'), [(3, 1), (3, 2), (1, 1), (1, 2)])
 def test_convolution_by_hand(size, stride):
   """Padding is (size - 1) // 2 on both sides, also where the stride is 2."""

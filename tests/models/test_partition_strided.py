@@ -126,11 +126,18 @@ def plain_loss(net):
 @pytest.mark.parametrize(
   ('S', 'D', 'min_depth', 'on_device', 'form'),
   [
-    pytest.param(2, 2, 0, False, {}, marks=pytest.mark.slow),
+    (2, 2, 0, False, {}),
     pytest.param(
       4, 2, 2, False, {'pre_activation': False}, marks=pytest.mark.slow
     ),
-    (3, 1, 0, True, {'norm': 'group', 'bottleneck': True}),
+    pytest.param(
+      3,
+      1,
+      0,
+      True,
+      {'norm': 'group', 'bottleneck': True},
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_a_round_equals_algorithm_1(S, D, min_depth, on_device, form):
@@ -190,7 +197,7 @@ def test_slots_that_leave_workers_without_blocks_are_fair(L, S):
         ],
       )
     ),
-    quick=[('whole', {}), ('walk', {'pre_activation': False})],
+    quick=[('walk', {'pre_activation': False})],
   ),
   ids=str,
 )

@@ -245,7 +245,25 @@ def test_two_runs_fit_a_terminal(tmp_path):
   table = report.summary_table([wide, wide], labels=['y' * 200, 'other'])
   assert max(map(len, table.splitlines())) <= 100
   assert table.splitlines()[0].split()[-1] == 'other'
-  assert report.summary_table([{}, {}]).count('-') >= 30
+  (line,) = report.summary_table([{}, {'seconds_training': 3}]).splitlines()
+  assert line.split() == ['seconds', 'of', 'training', '-', '3.0']
+  assert report.summary_table([{}, {}]) == ''
+
+
+def test_a_table_calls_examples_and_bytes_by_their_names():
+  counted = {
+    'images_per_second': 7, 'wire_bytes_total': 2e6, 'bytes_total': 3e6,
+  }  # fmt: skip
+  rows = [
+    line.split('  ')[0]
+    for line in report.summary_table([{**counted, 'unit': 'windows'}]).split(
+      '\n'
+    )
+  ]
+  assert rows == ['sent by all devices', "paper's count", 'windows per second']
+  both = [{**counted, 'unit': 'windows'}, counted]
+  assert 'examples per second' in report.summary_table(both)
+  assert 'images per second' in report.summary_table([counted])
 
 
 def break_nothing_there(run):
@@ -376,16 +394,14 @@ def test_the_largest_picture_fits_in_memory():
 @pytest.mark.parametrize(
   'fields',
   [
-    {'rounds': 'four'},
-    {'rounds': []},
-    {'bytes_per_round': 'many', 'bytes_per_round_local_sgd': 'more'},
-    {'bytes_total': float('nan'), 'params_per_worker': []},
-    {'versions': ['jax'], 'memory_per_device': 7},
-    {'test_accuracy': 10**400, 'bytes_total': 10**400, 'params_hash': 7},
-    {'x{y}_accuracy': 0.5, '0_accuracy': 0.5, 'é_accuracy_paper': 'high'},
-    {'num_workers': {}, 'device': [[]]},
+    {'rounds': 'four', 'bytes_total': float('nan'), 'params_per_worker': []},
+    {'rounds': [], 'bytes_per_round': 'many', 'bytes_per_round_local_sgd': 'x'},
+    {'versions': ['jax'], 'memory_per_device': 7, 'test_accuracy': 10**400,
+     'bytes_total': 10**400, 'params_hash': 7},
+    {'x{y}_accuracy': 0.5, '0_accuracy': 0.5, 'é_accuracy_paper': 'high',
+     'num_workers': {}, 'device': [[]]},
   ],
-)
+)  # fmt: skip
 def test_a_summary_of_wrong_types_becomes_dashes(fields, tmp_path):
   run = make_run(tmp_path / 'run')
   summary = json.loads((run / 'summary.json').read_text())

@@ -191,8 +191,8 @@ def test_seeds_become_one_column_with_mean_and_deviation(tmp_path):
   check_alone(page)
   text = page.read_text()
   assert '<title>ResIST: some, 3 seeds</title>' in text
-  assert '<td>60.00% ± 10.00%</td>' in text
-  assert '<th>seed</th><td>0, 1, 2</td>' in text
+  assert '<dd>60.00% ± 10.00%</dd>' in text
+  assert '<dt>seed</dt><dd>0, 1, 2</dd>' in text
   assert text.count('class="band"') == 3
   assert 'Round 0 is the network before training.' in text
   (group,) = groups.grouped(records.load_runs([tmp_path / 'some']))

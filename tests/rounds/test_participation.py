@@ -106,7 +106,8 @@ def test_a_round_is_algorithm_1_without_the_bad_workers(index, D):
     assert np.asarray(metrics['healthy']).tolist() == want
 
 
-@pytest.mark.parametrize('index', rest_is_slow([2, 6], [2]))
+@pytest.mark.slow
+@pytest.mark.parametrize('index', [2, 6])
 def test_so_is_the_loop_on_the_device(index):
   protocol = PROTOCOLS[index]
   loss_fn, params = poisoned()
@@ -400,7 +401,9 @@ def test_norms_come_back_with_the_state(tmp_path):
     assert (np.asarray(x) > 0).sum() == 2
 
 
-@pytest.mark.parametrize('protocol', [PROTOCOLS[2], PROTOCOLS[4]])
+@pytest.mark.parametrize(
+  'protocol', rest_is_slow([PROTOCOLS[2], PROTOCOLS[4]], [PROTOCOLS[2]])
+)
 def test_with_nobody_left_the_blocks_stay(protocol):
   loss_fn, params = poisoned()
   state, (metrics,) = tiny.run_rounds(

@@ -53,7 +53,10 @@ def examples(rng, count):
 
 
 def data(config):
-  rng = np.random.default_rng(config.model.options.text)
+  # Another name of the data is another text.
+  rng = np.random.default_rng(
+    [config.model.options.text, len(config.data.name)]
+  )
   return from_tables(
     examples(rng, 200), {'test': examples(rng, 37), 'other': examples(rng, 11)}
   )

@@ -59,7 +59,9 @@ def finished(tmp_path_factory):
     calls.append((row.pop('round'), int(state.round)))  # Its own copy.
 
   config = tiny_config(num_rounds=2, local_steps=1)
+  config.log.tensorboard = True
   summary = train.train(config, folder, callbacks=[function, told])
+  assert list((folder / 'tensorboard').iterdir())
   assert calls == [(1, 1), (2, 2)]
   return folder, summary, told
 
@@ -71,6 +73,20 @@ def test_a_callback_gets_each_row_and_its_state(finished):
   assert told.ended == [summary]
   trained = export.load(folder).variables['params']
   jax.tree.map(np.testing.assert_array_equal, told.params, trained)
+
+
+def test_the_round_before_is_whole_when_a_round_is_logged(tmp_path):
+  # So a kill at any time costs one logged round at most.
+  whole = []
+
+  def look(row, state):
+    listed = tmp_path / f'digests/{row["round"] - 1}.json'
+    whole.append(listed.exists())
+
+  config = tiny_config(num_rounds=3, local_steps=1, checkpoint_every=1)
+  config.eval_every = 3
+  train.train(config, tmp_path, callbacks=[look])
+  assert whole == [False, True, True]
 
 
 def test_a_callback_learns_that_a_run_stopped_and_goes_on(tmp_path):
@@ -89,6 +105,19 @@ def test_a_callback_learns_that_a_run_stopped_and_goes_on(tmp_path):
   assert told.began == [(0, 2, tmp_path), (done, 2, tmp_path)]
   assert told.ended == [None, summary]
   assert [row['round'] for row in told.rows] == [1, 2]
+
+
+def test_the_test_before_round_1_is_told_as_any_row(tmp_path):
+  told = Told()
+  fields = {'num_rounds': 1, 'local_steps': 1, 'evaluation.at_start': True}
+  fields['log.tensorboard'] = True
+  train.train(tiny_config(**fields), tmp_path, callbacks=[told])
+  assert [row['round'] for row in told.rows] == [0, 1]
+  assert told.rows == rows(tmp_path)
+  assert 'test_accuracy' in told.rows[0]
+  files = (tmp_path / 'tensorboard').glob('events*')
+  events = b''.join(path.read_bytes() for path in files)
+  assert events.count(b'test_accuracy_paper') == 2
 
 
 @pytest.mark.parametrize('wrong', [None, 'print', Told])
@@ -186,15 +215,6 @@ def test_tensorboard_compares_settings_with_final_metrics(finished):
     (event,) = accumulator.Scalars(name)
     value = summary[name.removeprefix('final/')]
     assert event.value == pytest.approx(value), name
-
-
-def test_tensorboard_can_be_left_out(tmp_path):
-  config = tiny_config(
-    num_rounds=1, local_steps=1, **{'log.tensorboard': False}
-  )
-  train.train(config, tmp_path)
-  assert not (tmp_path / 'tensorboard').exists()
-  assert len(rows(tmp_path)) == 1
 
 
 # Weights & Biases.

@@ -22,7 +22,7 @@ def test_the_defaults_are_valid():
   [
     (
       {'protocol': 'resits'},
-      'did you mean resist.* resist, local_sgd, data_parallel',
+      'Did you mean resist.* resist, local_sgd, data_parallel',
     ),
     ({'num_workers': 0}, 'num_workers is 0; it must be at least 1'),
     ({'num_rounds': 0}, 'num_rounds'),
@@ -48,6 +48,19 @@ def test_the_defaults_are_valid():
     ({'model.stage_sizes': (1, 2.5, 3, 1)}, 'whole numbers'),
     ({'phases.full_before': 60, 'phases.full_after': 41}, '101 full-model'),
     ({'phases.full_before': -1}, 'phases.full_before'),
+    (
+      {'model.name': 'ResNet50'},
+      "model.name is 'ResNet50'. Did you mean PreActBottleneckResNet50",
+    ),
+    (
+      {'model.name': 'resnet101'},
+      'mean PreActResNet101 or PreActBottleneckResNet101',
+    ),
+    ({'data.augment': 'crops'}, "data.augment is 'crops'. Did you mean crop"),
+    (
+      {'num_workers': 30},
+      'at most 22 workers, or min_depth >= 1 with the',
+    ),
     ({'exchange': 'ring'}, 'exchange is .* hand_over, masked_psum'),
     ({'wire_format': 'int4'}, 'wire_format .* float32, bfloat16, int8'),
     (
@@ -80,10 +93,15 @@ def test_the_defaults_are_valid():
     ({'evaluation.batches_at_once': 0}, 'batches_at_once'),
     ({'residual_scale': 'test'}, 'residual_scale'),
     ({'data.augment': 'mixup'}, 'augment'),
+    ({'data.pad': -2}, 'data.pad is -2; it must be at least -1'),
+    ({'data.fill': 'white'}, "fill is 'white'. Use one of black, reflection"),
+    ({'data.flips': 'alternate'}, 'Did you mean alternating'),
+    ({'label_smoothing': 1.0}, 'label_smoothing is 1.0; it is a share'),
+    ({'model.init': 'pytorch'}, 'Did you mean torch'),
     ({'data.validation': 1.0}, 'data.validation'),
     (
       {'optimizer.schedule': 'cosin'},
-      "schedule is 'cosin'; did you mean cosine.*step, cosine, linear, one_cyc",
+      "schedule is 'cosin'. Did you mean cosine.*step, cosine, linear, one_cyc",
     ),
     ({'optimizer.schedule': 'nowhere:rate'}, "'nowhere' of .*be imported"),
     ({'optimizer.schedule': 'no.py:rate'}, "'no.py' of .*cannot be imported"),

@@ -39,7 +39,7 @@ def test_the_accuracies_are_those_of_the_run(finished, capsys, tmp_path):
   for name in ('test', 'validation'):
     for end in ('', '_paper'):
       accuracy = summary[f'{name}_accuracy{end}']
-      assert found['accuracies'][f'{name}_accuracy{end}'] == accuracy
+      assert found['measures'][f'{name}_accuracy{end}'] == accuracy
       assert f'{accuracy:.2%}' in out
   counts = np.array(found['confusion']['test'])
   assert counts.sum() == 360
@@ -64,7 +64,7 @@ def test_the_whole_depth_is_the_whole_network(finished, capsys, tmp_path):
     ('first', 0, 0), ('first', 1, 0), ('random', 1, 0), ('random', 1, 1),
     ('first', 5, 0),
   ]  # fmt: skip
-  for name, accuracy in found['accuracies'].items():
+  for name, accuracy in found['measures'].items():
     assert rows[-1][name] == accuracy
   with (tmp_path / 'depth.csv').open() as file:
     assert [int(row['blocks']) for row in csv.DictReader(file)] == [
@@ -107,7 +107,7 @@ def test_another_set_is_tested_with_the_classes_of_the_run(
   assert code == 0
   assert 'digits_again' in out
   found = json.loads((tmp_path / 'evaluation.json').read_text())
-  assert found['accuracies'] == {
+  assert found['measures'] == {
     f'digits_again_accuracy{end}': summary[f'test_accuracy{end}']
     for end in ('', '_paper')
   }
@@ -147,7 +147,7 @@ def test_runs_of_several_seeds_have_a_mean_and_a_deviation(
   assert code == 0
   found = json.loads((tmp_path / 'evaluation' / 'evaluation.json').read_text())
   accuracies = [s['test_accuracy'] for s in (summary, other)]
-  spread = found['accuracies']['test_accuracy']
+  spread = found['measures']['test_accuracy']
   assert spread['mean'] == pytest.approx(np.mean(accuracies))
   assert spread['deviation'] == pytest.approx(np.std(accuracies, ddof=1))
   assert f'{spread["mean"]:.2%} ± {spread["deviation"]:.2%}' in out
@@ -163,6 +163,8 @@ def test_runs_of_several_seeds_have_a_mean_and_a_deviation(
     (['--depths=many'], 'from 0 to 5'),
     (['--data=./nowhere'], 'no such folder'),
     (['--data=nowhere.npz'], 'no such file'),
+    (['--draws=-1'], '--draws is -1'),
+    (['--depth_images=0'], '--depth_images is 0'),
   ],
 )
 def test_a_mistake_is_one_line(words, says, finished, capsys, tmp_path):
@@ -179,6 +181,38 @@ def test_a_folder_without_a_run_is_refused(capsys, tmp_path):
     (line,) = err.splitlines()
     assert 'holds no finished run' in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    '{',
+    '[]',
+    '{"model": 3}',
+    '{"evaluation": {"batch_size": 0}}',
+    '{"evaluation": {"batch_size": "many"}}',
+    '{"partition": [9]}',
+    '\x00',
+  ],
+)
+def test_a_damaged_config_is_named(text, finished, capsys, tmp_path):
+  (tmp_path / 'model').symlink_to(finished[0] / 'model')
+  (tmp_path / 'config.json').write_text(text)
+  code, _, err = command(capsys, tmp_path, f'--out={tmp_path}/out')
+  (line,) = err.splitlines()
+  assert code == 2
+  assert str(tmp_path / 'config.json') in line
+  assert trained.network(tmp_path)  # Which needs no config.
+
+
+def test_a_set_without_images_of_the_classes_is_refused(
+  finished, capsys, tmp_path
+):
+  (tmp_path / 'data').mkdir()
+  words = (f'--data={tmp_path}/data', f'--out={tmp_path}/out')
+  code, _, err = command(capsys, finished[0], *words)
+  assert (code, len(err.splitlines())) == (2, 1)
+  assert 'has no image of the classes 0, 1, 2, 3, 4, ...' in err
 
 
 def test_the_config_of_an_older_run_lacks_nothing(finished):

@@ -116,7 +116,7 @@ def test_a_model_of_older_versions_says_what_to_do(saved):
   assert 'or is old' in message
 
 
-@pytest.mark.parametrize('step', ['write_json', '_replace'])
+@pytest.mark.parametrize('step', ['write_json', 'folders.put'])
 def test_an_interrupted_save_leaves_the_model_before(
   step, predictor, tmp_path, monkeypatch
 ):
@@ -125,7 +125,7 @@ def test_an_interrupted_save_leaves_the_model_before(
 
   def save_and_interrupt():
     with monkeypatch.context() as patch:
-      patch.setattr(export, step, interrupt)
+      patch.setattr(f'resist_jax.run.export.{step}', interrupt)
       with pytest.raises(KeyboardInterrupt):
         export.save(tmp_path, predictor)
 

@@ -114,7 +114,7 @@ def test_pytorch_reads_a_state_dict(model, tmp_path):
 
 @needs('torch')
 def test_pytorch_needs_nothing_else(tmp_path):
-  formats.write(made(), 'torch', tmp_path)
+  formats.write(made(), 'torch', tmp_path / 'net')
   code = (
     'import sys, network, torch; net = network.load("."); '
     'print(tuple(net(torch.zeros(2, 3, 12, 12)).shape)); '
@@ -122,7 +122,7 @@ def test_pytorch_needs_nothing_else(tmp_path):
   )
   ran = subprocess.run(
     [sys.executable, '-c', code],
-    cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    cwd=tmp_path / 'net', capture_output=True, text=True, timeout=300,
   )  # fmt: skip
   assert ran.returncode == 0, ran.stderr
   assert ran.stdout.strip() == '(2, 3)'
@@ -254,11 +254,44 @@ def test_the_command_prints_where(run, capsys, tmp_path):
   assert path.stat().st_size > 1000
 
 
-@pytest.mark.parametrize('kind', formats.NEEDED)
+@needs('torch')
+def test_an_export_that_stops_leaves_the_one_before(tmp_path, monkeypatch):
+  formats.write(made(), 'torch', tmp_path / 'net')
+  before = {p.name: p.read_bytes() for p in (tmp_path / 'net').iterdir()}
+  with monkeypatch.context() as patch:
+    patch.setattr(formats.plain, 'describe', lambda model: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      formats.write(made('group norm'), 'torch', tmp_path / 'net')
+  after = {p.name: p.read_bytes() for p in (tmp_path / 'net').iterdir()}
+  assert after == before
+  formats.write(made('group norm'), 'torch', tmp_path / 'net')
+  assert (tmp_path / 'net' / 'network.pt').read_bytes() != before['network.pt']
+  assert [p.name for p in tmp_path.iterdir()] == ['net']
+
+
+@pytest.mark.parametrize('kind', formats.FORMATS)
+def test_nothing_else_is_replaced(kind, run, capsys, tmp_path):
+  """Needs no library: the place is looked at first."""
+  own = tmp_path / 'own'
+  own.mkdir()
+  (own / 'thesis.tex').write_text('mine')
+  code, _, err = command(capsys, run, f'--to={kind}', f'--out={own}')
+  (line,) = err.splitlines()
+  assert code == 2
+  assert 'a folder' in line
+  assert ('thesis.tex' in line) == bool(formats.FORMATS[kind].files)
+  assert [p.name for p in own.iterdir()] == ['thesis.tex']
+  beside = own / 'thesis.tex' / 'model'
+  code, _, err = command(capsys, run, f'--to={kind}', f'--out={beside}')
+  assert (code, len(err.splitlines())) == (2, 1)
+  assert 'is not a folder' in err
+
+
+@pytest.mark.parametrize('kind', formats.FORMATS)
 def test_without_the_library_one_line_says_which(
   kind, run, capsys, monkeypatch
 ):
-  package, _ = formats.NEEDED[kind]
+  package = formats.FORMATS[kind].package
   monkeypatch.setitem(sys.modules, package, None)  # As if it were not there.
   code, _, err = command(capsys, run, f'--to={kind}')
   (line,) = err.splitlines()

@@ -68,8 +68,13 @@ BAD = [
     ['--config.num_wrokers=3'],
     'unknown config field num_wrokers. Did you mean num_workers',
   ),
-  (['--config.data.nam=x'], 'unknown config field nam. Did you mean name'),
-  (['--config.num_rounds.x=1'], 'unknown config field num_rounds.x$'),
+  (['--config.data.nam=x'], 'field data.nam. Did you mean data.name'),
+  (
+    ['--config.momentum=0'],
+    'Did you mean optimizer.momentum or ',
+  ),
+  (['--config.epoch=0'], r'field epoch\. --help lists all fields\.$'),
+  (['--config.num_rounds.x=1'], 'unknown config field num_rounds.x. '),
   (['--config.num_workers=many'], "invalid literal .*'many'"),
   (['--config.num_workers'], 'num_workers'),
   (['--config.partition'], '--config.partition has no value'),
@@ -151,6 +156,7 @@ def test_a_process_ends_with_the_line_and_2(words, says, tmp_path):
     ('configs/cifr100.py:s4', 'Did you mean --config=cifar100'),
     ('digits:huge', "unknown word 'huge'"),
     ('cifar10:s4,huge', "unknown word 'huge'"),
+    ('deeper:152,cpu90', "'cpu90' is a scale of cifar10"),
   ],
 )
 def test_a_bad_card(card, says, tmp_path):

@@ -19,7 +19,15 @@ import pytest
 from test_train import rows, tiny_config
 
 from resist_jax.errors import ConfigError
-from resist_jax.run import export, train
+from resist_jax.run import (
+  depth,
+  evaluate_command,
+  export,
+  export_command,
+  module_task,
+  predict_command,
+  train,
+)
 from resist_jax.run.interrupt import Interrupted
 from resist_jax.run.mean_loss import MeanLoss
 from resist_jax.run.module_task import rescaled_blocks
@@ -57,6 +65,118 @@ def test_it_is_tested_as_its_loss_says_on_every_set(finished):
   assert last['train_loss'] < first['train_loss']
   assert {'train_accuracy', 'bytes_total'} <= set(last)
   assert (folder / 'report.html').stat().st_size > 1000
+
+
+def evaluated(capsys, folder, out, *words):
+  """What the command writes and prints; a refusal is one line."""
+  code = evaluate_command.main([str(folder), f'--out={out}', *words])
+  printed = capsys.readouterr()
+  if code:
+    assert len(printed.err.splitlines()) == 1
+    assert not printed.out
+    return printed.err
+  return json.loads((out / 'evaluation.json').read_text()), printed.out
+
+
+def test_it_is_evaluated_as_the_run_tested_it(finished, capsys, tmp_path):
+  folder, summary = finished
+  found, out = evaluated(capsys, folder, tmp_path, '--depths=0,2,4')
+  names = ('loss', 'perplexity', 'accuracy')
+  for test, count in (('test', 37), ('other', 11)):
+    assert found['examples'][test] == count
+    for name in names:
+      np.testing.assert_allclose(
+        found['measures'][f'{test}_{name}'], summary[f'{test}_{name}'],
+        rtol=1e-5,
+      )  # fmt: skip
+  assert f'{summary["test_loss"]:.4g}' in out
+  assert f'{summary["test_accuracy"]:.2%}' in out
+  kinds = [(r['order'], r['blocks'], r['draw']) for r in found['depth']]
+  assert kinds == [
+    ('first', 0, 0), ('first', 2, 0), *(('random', 2, i) for i in range(3)),
+    ('first', 4, 0),
+  ]  # fmt: skip
+  rows = [{n: row[n] for n in found['measures']} for row in found['depth']]
+  for name, value in found['measures'].items():
+    assert rows[-1][name] == pytest.approx(value)
+  params, scales = export.load_parameters(folder)
+  batch = own_network.data(config()).tests['other'].take(np.arange(11))
+  for row, kept in ((rows[0], []), (rows[1], [0, 1])):
+    shallower = {'blocks': depth.keep(scales['blocks'], np.array(kept, int))}
+    loss, metrics = own_network.loss(None)(params, shallower, batch, None)
+    assert row['other_loss'] == pytest.approx(float(loss), rel=1e-5)
+    assert row['other_accuracy'] == pytest.approx(float(metrics['accuracy']))
+  assert rows[0]['test_loss'] != rows[1]['test_loss']
+  for name in ('depth_test.png', 'depth_other.png'):
+    assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')
+  assert (tmp_path / 'depth.csv').read_text().count('\n') == 7
+
+
+def test_it_is_evaluated_on_other_data_if_its_module_reads_their_name(
+  finished, capsys, tmp_path, monkeypatch
+):
+  folder, summary = finished
+  words = ('--data=another text', '--depths=none')
+  found, _ = evaluated(capsys, folder, tmp_path, *words)
+  assert found['data'] == 'another text'
+  made = config()
+  made.data.name = 'another text'
+  batch = own_network.data(made).tests['test'].take(np.arange(37))
+  params, scales = export.load_parameters(folder)
+  loss, _ = own_network.loss(None)(params, scales, batch, None)
+  assert found['measures']['test_loss'] == pytest.approx(float(loss), rel=1e-5)
+  assert found['measures']['test_loss'] != summary['test_loss']
+  same = own_network.data(config())
+  monkeypatch.setattr(own_network, 'data', lambda config: same)
+  said = evaluated(capsys, folder, tmp_path, *words)
+  assert 'let it read config.data.name' in said
+
+
+def test_it_is_not_evaluated_by_another_module(
+  finished, capsys, tmp_path, monkeypatch
+):
+  folder, _ = finished
+  made = config()
+  made.model.options.width = 4
+  other = own_network.network(made)
+  monkeypatch.setattr(own_network, 'network', lambda config: other)
+  said = evaluated(capsys, folder, tmp_path)
+  assert 'the parameter blocks/in of the run has the shape (4, 8, 8)' in said
+  monkeypatch.setitem(sys.modules, 'own_network', None)  # As if it were gone.
+  assert 'cannot be imported' in evaluated(capsys, folder, tmp_path)
+
+
+def test_commands_that_need_classes_refuse_it(finished, capsys):
+  folder, _ = finished
+  for main, words, says in (
+    (predict_command.main, ['x.png'], 'names no classes'),
+    (export_command.main, ['--to=torch'], 'use --to=safetensors'),
+  ):
+    assert main([str(folder), *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+    assert 'own_network' in line
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec('safetensors') is None,
+  reason='safetensors is not installed',
+)
+def test_safetensors_hold_its_parameters(finished, capsys, tmp_path):
+  from safetensors import safe_open
+
+  path = tmp_path / 'net.safetensors'
+  words = [str(finished[0]), '--to=safetensors', f'--out={path}']
+  assert export_command.main(words) == 0
+  params, scales = export.load_parameters(finished[0])
+  with safe_open(path, 'numpy') as file:
+    assert file.metadata() == {'module': '"own_network"'}
+    np.testing.assert_array_equal(
+      file.get_tensor('params/blocks/in'), params['blocks']['in']
+    )
+    np.testing.assert_array_equal(
+      file.get_tensor('scales/blocks'), scales['blocks']
+    )
 
 
 def test_it_goes_on_to_the_same_end(finished, tmp_path, monkeypatch):
@@ -198,7 +318,8 @@ def test_images_come_augmented_and_normalised(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ('fields', 'words'),
   [
-    ({'model.module': 'own_netwrok'}, 'cannot be imported'),
+    ({'model.module': 'own_netwrok'}, 'cannot be imported.*folder that holds'),
+    ({'model.module': './own_network.py'}, 'imports it, such as own_network'),
     ({'model.module': 'covering'}, 'defines no function network'),
     ({'partition_strided': True}, 'ResNets alone'),
     ({'evaluation.stream_blocks': True}, 'ResNets alone'),
@@ -218,13 +339,44 @@ def test_a_mistake_of_the_card_is_told_in_one_line(fields, words, tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+def net(init):
+  return module_task.Network(init, ('blocks',))
+
+
+def seed_of_int(seed):
+  return {'blocks': jnp.zeros((4, 2), jnp.int32)}
+
+
 @pytest.mark.parametrize(
   ('name', 'value', 'words'),
   [
     ('network', lambda _: {'blocks': 1}, 'returned dict'),
     ('network', lambda c: c.model.options.depth, 'network.* failed .*depth'),
-    ('loss', lambda _: lambda *_: 3.0, 'does not fit together'),
-    ('loss', lambda _: None, 'does not fit together'),
+    ('network', lambda _: net(lambda seed: {}), "chains names 'blocks'"),
+    ('network', lambda _: net(lambda seed: [1]), 'params is a list'),
+    (
+      'network',
+      lambda _: net(lambda: {}),
+      'network.config.*takes 0 positional',
+    ),
+    ('network', lambda _: net(seed_of_int), r"params\['blocks'\] is int32"),
+    ('network', lambda _: net(sys.exit), 'network.config.* SystemExit: 0'),
+    ('loss', lambda _: lambda *_: 3.0, 'must return the pair'),
+    ('loss', lambda _: lambda *_: (jnp.ones(3), {}), 'take the mean'),
+    ('loss', lambda _: lambda *_: (jnp.ones(()), {'loss': 1}), 'rounds use'),
+    (
+      'loss',
+      lambda _: lambda *_: (jnp.ones(()), {'perplexity': jnp.ones(())}),
+      'a name that tests use',
+    ),
+    ('loss', lambda _: None, 'not callable'),
+    (
+      'loss',
+      lambda _: lambda p, h, b, key: (jax.random.normal(key), {}),
+      'in a test, where its key is None',
+    ),
+    ('optimizer', lambda *_: None, 'optimizer.* returned NoneType'),
+    ('optimizer', lambda _: optax.sgd(1.0), 'optimizer.*takes 1 positional'),
     ('data', lambda _: [1, 2], 'returned list'),
     ('data', lambda _: own_network.from_tables({}, {'test': {}}), 'rows?'),
   ],
@@ -233,11 +385,19 @@ def test_a_mistake_of_the_module_is_told_in_one_line(
   name, value, words, tmp_path, monkeypatch
 ):
   value.__name__ = name
-  monkeypatch.setattr(own_network, name, value)
+  monkeypatch.setattr(own_network, name, value, raising=False)
   with pytest.raises(ConfigError, match=words) as told:
     train.train(config(), tmp_path / 'run')
   assert '\n' not in str(told.value)
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_module_that_cannot_be_read_is_not_elsewhere(tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(tmp_path)
+  for name, text in (('broken', 'def f(:'), ('ends', 'import sys; sys.exit()')):
+    (tmp_path / f'{name}.py').write_text(text)
+    with pytest.raises(ConfigError, match=r'cannot be imported .*: mend it'):
+      module_task.load(name)
 
 
 CARD = """
@@ -253,6 +413,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_it_and_refuses_a_wrong_name(tmp_path):
   module = importlib.util.find_spec('own_network').origin
   (tmp_path / 'mine.py').write_bytes(pathlib.Path(module).read_bytes())
@@ -268,6 +429,9 @@ def test_the_command_line_trains_it_and_refuses_a_wrong_name(tmp_path):
   wrong = start('--workdir=wrong', '--config.model.module=mein')
   assert wrong.returncode == 2
   assert wrong.stderr.startswith('error: model.module is')
+  option = start('--workdir=wrong', '--config.model.options.widht=4')
+  assert option.returncode == 2
+  assert 'Did you mean model.options.width? The card sets b' in option.stderr
   assert len(wrong.stderr.splitlines()) == 1
   assert not (tmp_path / 'wrong').exists()
   done = start('--workdir=run', '--config.model.options.width=4')

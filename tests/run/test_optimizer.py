@@ -33,6 +33,21 @@ def test_sgd_with_momentum_and_weight_decay_by_hand():
   assert count == 4
 
 
+def test_nesterov_by_hand():
+  """PyTorch: the step is along gradient + momentum * (new momentum)."""
+  sgd = optimizer.make_optimizer(lambda _: 0.3, 0.9, 0.1, nesterov=True)
+  params, by_hand = jnp.array([2.0, -1.0]), np.array([2.0, -1.0])
+  state, momentum = sgd.init(params), np.zeros(2)
+  for step in range(4):
+    grads = np.array([0.5, 1.0]) * (step + 1)
+    updates, state = sgd.update(jnp.array(grads, jnp.float32), state, params)
+    params = optax.apply_updates(params, updates)
+    decayed = grads + 0.1 * by_hand
+    momentum = 0.9 * momentum + decayed
+    by_hand = by_hand - 0.3 * (decayed + 0.9 * momentum)
+    np.testing.assert_allclose(params, by_hand, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
   ('name', 'want'),
   [

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 
 import numpy as np
 from PIL import Image
@@ -100,6 +101,14 @@ def test_a_file_that_is_no_image_is_named(digits, capsys, tmp_path):
     (line,) = err.splitlines()
     assert code == 2
     assert str(path) in line
+  (tmp_path / 'empty').mkdir()
+  code, _, err = command(capsys, folder / 'run', tmp_path / 'empty')
+  assert (code, len(err.splitlines())) == (2, 1)
+  assert 'empty holds no file' in err
+  os.mkfifo(tmp_path / 'pipe.png')  # Nobody will ever write to it.
+  code, _, err = command(capsys, folder / 'run', tmp_path / 'pipe.png')
+  assert (code, len(err.splitlines())) == (2, 1)
+  assert 'it is no file' in err
   code, _, err = command(capsys, tmp_path, notes)
   assert (code, len(err.splitlines())) == (2, 1)
   words = (folder / 'files', f'--out={tmp_path}/no/where.csv')
@@ -107,6 +116,9 @@ def test_a_file_that_is_no_image_is_named(digits, capsys, tmp_path):
   assert (code, len(err.splitlines())) == (2, 1)
   code, _, err = command(capsys, folder / 'run', notes, '--top=0')
   assert '--top is 0' in err
+  code, _, err = command(capsys, folder / 'run', folder / 'files', '--top=11')
+  assert (code, len(err.splitlines())) == (2, 1)
+  assert '--top is 11; the network knows 10 classes' in err
 
 
 def test_a_file_written_before_stays_when_an_image_is_broken(

@@ -54,8 +54,11 @@ def test_a_run_stops_when_its_patience_ends():
 @pytest.mark.parametrize(
   ('name', 'says'),
   [
-    ('test_acuracy', 'did you mean test_accuracy.*test_accuracy_paper, or aut'),
-    ('validation_accuracy', 'use one of test_accuracy, test_accuracy_paper'),
+    ('test_acuracy', 'Did you mean test_accuracy.*test_accuracy_paper, or aut'),
+    (
+      'validation_accuracy',
+      'data.validation to a share .*test_accuracy',
+    ),
   ],
 )
 def test_an_accuracy_that_is_not_measured_is_refused(name, says, tmp_path):
@@ -106,6 +109,17 @@ def test_the_summary_says_that_a_run_stopped_early_and_why(stopped):
 def test_the_same_command_again_leaves_a_run_stopped(stopped):
   folder, summary = stopped
   assert train.train(tiny_config(**STOPS), folder) == summary
+
+
+def test_a_run_that_stops_between_two_phases_stays_in_the_first(tmp_path):
+  fields = {**STOPS, 'phases.full_before': 6}
+  summary = train.train(tiny_config(**fields), tmp_path)
+  assert summary['rounds'] == 6
+  assert summary['wire_bytes_last_round']['protocol'] == 'local_sgd'
+  assert train.train(tiny_config(**fields), tmp_path) == summary
+  more = {**fields, 'early_stopping.patience': 0, 'num_rounds': 7}
+  summary = train.train(tiny_config(**more), tmp_path)
+  assert summary['wire_bytes_last_round']['protocol'] == 'resist'
 
 
 def interrupted(folder, at, config):

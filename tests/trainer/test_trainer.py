@@ -320,7 +320,7 @@ def test_other_workers_and_exchanges_continue_from_the_same_network(tmp_path):
 
 
 def test_a_damaged_state_is_refused(tmp_path):
-  trainer = make()
+  trainer = make(optax.sgd(RATE))
   trainer.save(tmp_path, trainer.init(network()))
   files = [p for p in tmp_path.rglob('*') if p.is_file() and p.stat().st_size]
   data = max(files, key=lambda p: p.stat().st_size)
@@ -335,7 +335,7 @@ def test_a_damaged_state_is_refused(tmp_path):
 
 @pytest.mark.parametrize('content', [b'', b'\xff\n', bytes(78), b'../run 1\n'])
 def test_a_damaged_pointer_is_refused_and_written_again(content, tmp_path):
-  trainer = make()
+  trainer = make(optax.sgd(RATE))
   trainer.save(tmp_path, trainer.init(network()))
   (tmp_path / 'state.txt').write_bytes(content)
   with pytest.raises(ValueError, match=r'state\.txt is damaged'):
@@ -345,7 +345,7 @@ def test_a_damaged_pointer_is_refused_and_written_again(content, tmp_path):
 
 
 def test_an_iterator_of_steps_equals_arrays():
-  trainer = make()
+  trainer = make(optax.sgd(RATE))
   want, *_ = run(trainer, rounds=2)
   state, given = trainer.init(network()), []
   for r in range(2):
@@ -505,6 +505,28 @@ def test_a_state_is_not_saved_onto_a_file(tmp_path):
   trainer = make(optax.sgd(RATE))
   state = trainer.init(network())
   for folder in (path, path / 'inside'):
-    with pytest.raises(ValueError, match='is a file'):
+    with pytest.raises(ValueError, match='is not a folder'):
       trainer.save(folder, state)
   assert path.read_text() == 'kept'
+
+
+def test_a_state_lies_where_a_shell_would_look(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  monkeypatch.setenv('THERE', str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  trainer = make(optax.sgd(RATE))
+  trainer.save('~/state', trainer.init(network()))
+  assert (tmp_path / 'state' / 'state.txt').exists()
+  assert int(trainer.restore('$THERE/state').round) == 0
+  assert [path.name for path in tmp_path.iterdir()] == ['state']
+  for folder, says in (
+    ('$UNSET/state', r'folder is .*UNSET is not set'),
+    ('gs://bucket/state', 'folder is .*a URL'),
+    (3, 'folder is 3, which is no path'),
+  ):
+    for call in (
+      lambda f=folder: trainer.save(f, trainer.init(network())),
+      lambda f=folder: trainer.restore(f),
+    ):
+      with pytest.raises(ValueError, match=says):
+        call()

@@ -7,11 +7,9 @@ this package are found by name, all others by path.
 
 import ast
 from collections.abc import Callable
-import difflib
 import functools
 import importlib.machinery
 import importlib.util
-import os
 import pathlib
 import re
 import sys
@@ -20,7 +18,8 @@ from typing import Any
 
 import ml_collections
 
-from resist_jax.errors import ConfigError, one_line
+from resist_jax import folders
+from resist_jax.errors import FOREIGN, ConfigError, did_you_mean, one_line
 
 FOLDER = pathlib.Path(__file__).parent
 DEFAULT = 'digits'
@@ -55,21 +54,21 @@ def load(card: str) -> ml_collections.ConfigDict:
   8
   """
   name, colon, words = card.partition(':')
-  if name not in names() and not os.path.isfile(name):
+  path = folders.resolve(name, '--config') if name else pathlib.Path()
+  if name not in names() and not path.is_file():
     stem = name.split('/')[-1].removesuffix('.py')
-    nearest = difflib.get_close_matches(stem, names(), 1)
     raise ConfigError(
       f'--config={card} is neither a card nor a file. '
-      + (f'Did you mean --config={nearest[0]}? ' if nearest else '')
-      + f'The cards are {", ".join(names())}.'
+      f'{did_you_mean(stem, names(), "--config={}")}'
+      f'The cards are {", ".join(names())}.'
     )
   try:
     if name in names():
       module = importlib.import_module(f'{__name__}.{name}')
     else:
-      module = _import(name)
+      module = _import(path)
     config = module.get_config(*([words] if colon else []))
-  except Exception as error:  # A card is a program: it can raise anything.
+  except FOREIGN as error:  # A card is a program: it can raise anything.
     kind = '' if type(error) is ValueError else f'{type(error).__name__}: '
     text = ' '.join(f'{kind}{error}'.split())
     raise ConfigError(f'--config={card} cannot be loaded: {text}') from error
@@ -93,9 +92,11 @@ def function(name: str) -> Callable[..., Any]:
   """
   place, _, attribute = name.rpartition(':')
   try:
-    by_path = place.endswith('.py')
-    module = _import(place) if by_path else importlib.import_module(place)
-  except Exception as error:
+    if place.endswith('.py'):
+      module = _import(folders.resolve(place, 'the file'))
+    else:
+      module = importlib.import_module(place)
+  except FOREIGN as error:
     raise ConfigError(
       f'{place!r} of {name!r} cannot be imported ({one_line(error)}): name a '
       'module, or the path of a file *.py.'
@@ -104,17 +105,16 @@ def function(name: str) -> Callable[..., Any]:
   if callable(found):
     return found
   callables = [n for n, value in vars(module).items() if callable(value)]
-  nearest = difflib.get_close_matches(attribute, callables, 1)
+  hint = did_you_mean(attribute, callables, f'{place}:{{}}').rstrip()
   raise ConfigError(
-    f'{place} has no function {attribute!r}. '
-    + (f'Did you mean {place}:{nearest[0]}?' if nearest else 'Name another.')
+    f'{place} has no function {attribute!r}. {hint or "Name another."}'
   )
 
 
-def _import(path: str) -> types.ModuleType:
+def _import(path: pathlib.Path) -> types.ModuleType:
   """Imports a file, whatever its name."""
   name = '_card'
-  loader = importlib.machinery.SourceFileLoader(name, path)
+  loader = importlib.machinery.SourceFileLoader(name, str(path))
   spec = importlib.util.spec_from_loader(name, loader)
   assert spec
   module = importlib.util.module_from_spec(spec)

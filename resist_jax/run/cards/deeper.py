@@ -28,6 +28,8 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
   words = [word for word in argument.split(',') if word]
   depth = next((word for word in words if word in CHAINS), '200')
   rest = [word for word in words if word not in CHAINS]
+  if 'cpu90' in rest:
+    raise ValueError("'cpu90' is a scale of cifar10 and cifar100: use cpu.")
   config = cifar10.get_config(','.join(rest))
   small = bool({'cpu', 'smoke'} & set(rest))
   length = (CPU_CHAINS if small else CHAINS)[depth]

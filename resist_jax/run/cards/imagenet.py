@@ -9,7 +9,8 @@ the paper: 22 hours on four GPUs, 37 on two, and 6 TB sent (local SGD: 7.5 TB).
 
 Differences from the paper: momentum is carried from round to round, which comes
 closest to its restart every 1300 rounds; test accuracy uses fixed statistics,
-which are measured after training; the weight decay is that of CIFAR.
+which are measured after training; the weight decay is that of CIFAR; and
+activations are bfloat16 (--config.model.dtype=float32 for the paper's).
 
 Command: python -m resist_jax --config=imagenet --workdir=runs/imagenet \
            --config.data.dir=FOLDER
@@ -37,6 +38,7 @@ def get_config(scale: str = '') -> ml_collections.ConfigDict:
   )
   config.model.stem = 'imagenet'
   config.model.dtype = 'bfloat16'
+  config.model.init = 'torch'  # As in the paper, whose rate it takes.
   config.num_workers = 4
   config.batch_size = 256
   config.local_steps = 20
@@ -56,7 +58,7 @@ def get_config(scale: str = '') -> ml_collections.ConfigDict:
     config.model.name = 'PreActResNetTiny'
     config.model.stage_sizes = (1, 1, 9, 1)
     config.model.widths = (16, 32, 32, 64)
-    config.model.dtype = 'float32'
+    config.model.dtype, config.model.init = 'float32', 'he'
     config.min_depth = 0
     config.batch_size = 32
     config.num_rounds, config.phases.full_before = 50, 20

@@ -1,0 +1,191 @@
+"""Seconds and bytes to 80, 85, 88 and 90 % on CIFAR, on two cores.
+
+  python -m experiments.to_accuracy --scale=cpu90 --data_dir=FOLDER --busy \
+    --only=cifar10_resist_s4
+
+Trains at the scale `cpu90`, whose network and recipe reach an accuracy that
+people know: ResIST, local SGD and data parallel on the same budget. A run takes
+hours and may share the machine: kill it and give the same command again, and it
+goes on from its last checkpoint.
+
+Seconds are those of training alone, without compilation, tests and checkpoints.
+Where a machine did other work (`--busy`), they are the rounds of the run times
+the seconds of a round that another run took, the one named `pace`, when the
+machine did nothing else:
+
+  python -m experiments.to_accuracy --scale=cpu90 --data_dir=FOLDER --only=pace
+
+Results and learning curves are written to
+experiments/results/to_accuracy/SCALE/.
+"""
+
+from collections.abc import Mapping, Sequence
+import itertools
+import statistics
+
+from experiments import pictures
+from experiments.experiment import (
+  Cell,
+  Drawn,
+  Experiment,
+  Record,
+  Results,
+  main,
+  of_runs,
+  quiet,
+)
+from experiments.table import Table
+from experiments.table2 import DATA, NAMES, WORKERS
+
+TARGETS = (0.80, 0.85, 0.88, 0.90)
+PACE_ROUNDS = 4  # The first of them also warms up the caches.
+
+
+def cell(data: str, protocol: str, workers: int) -> Cell:
+  """Returns what is trained.
+
+  Args:
+    data: A card, `cifar10` or `cifar100`.
+    protocol: See `config.protocol`.
+    workers: 2, 4 or 8.
+  """
+  name = f'{data}_{protocol}_s{workers}'
+  return Cell(name, data, f's{workers}', {'protocol': protocol})
+
+
+def pace(protocol: str, workers: int) -> Cell:
+  """Returns the first rounds of CIFAR-10 alone; see `cell`.
+
+  Both sets have images of the same size, and their rounds take as long.
+
+  Args:
+    protocol: See `cell`.
+    workers: See `cell`.
+  """
+  few = {'num_rounds': PACE_ROUNDS, 'eval_every': PACE_ROUNDS}
+  return Cell(
+    f'pace_{protocol}_s{workers}',
+    'cifar10',
+    f's{workers}',
+    {'protocol': protocol, **few},
+  )
+
+
+def cells(scale: str) -> list[Cell]:
+  """Returns the cells to train, in order."""
+  del scale
+  pairs = [(name, 4) for name in NAMES]
+  pairs += itertools.product(('resist', 'local_sgd'), (2, 8))
+  return [
+    *(cell('cifar10', *pair) for pair in pairs),
+    *(pace(*pair) for pair in pairs),
+    *(cell('cifar100', *pair) for pair in pairs),
+  ]
+
+
+def seconds_of_a_round(record: Record) -> float:
+  """Returns the median seconds of a round, the first one left out.
+
+  Args:
+    record: Result of a run.
+
+  >>> rows = [{'seconds_training': s} for s in (9.0, 11.0, 13.5, 15.5)]
+  >>> seconds_of_a_round({'curve': rows})
+  2.0
+  """
+  ends = [row['seconds_training'] for row in record['curve']]
+  return statistics.median(b - a for a, b in itertools.pairwise(ends))
+
+
+def round_at(record: Record, accuracy: float) -> Record | None:
+  """Returns the row of the first test that reaches an accuracy.
+
+  Args:
+    record: Result of a run.
+    accuracy: Test accuracy with fixed statistics, from 0 to 1.
+
+  Returns:
+    The row, or None if no test reaches it.
+  """
+  rows = record['curve']
+  found = (r for r in rows if r.get('test_accuracy', -1) >= accuracy)
+  return next(found, None)
+
+
+def tables(results: Results) -> list[Table]:
+  """Returns accuracies, and what it took to reach each target."""
+  rows, found = [], []
+  for (data, title), workers, (protocol, name) in itertools.product(
+    DATA.items(), WORKERS, NAMES.items()
+  ):
+    run = cell(data, protocol, workers)
+    records = results.of(run)
+    if records:
+      found += records
+      timed = quiet([*results.of(pace(protocol, workers)), *records])
+      rows.append(
+        [title, name, str(workers), results.percent(run)]
+        + [results.percent(run, 'test_accuracy_paper')]
+        + [_reached(records, timed, target) for target in TARGETS]
+      )
+  if not rows:
+    return []
+  caption = (
+    'Seconds of training and GB, by the count of Table 1, until the first test '
+    f'that reaches an accuracy, {results.scale} scale. "Deployed" and '
+    '"test-batch statistics" are the test accuracies after the last round, in '
+    '%. All workers share one machine, and no link lies between them; seconds '
+    'are rounds times the seconds of a round on that machine when it did '
+    f'nothing else. {of_runs(found, "Mean")}'
+  )
+  head = ['data', 'protocol', 'workers', 'deployed', 'test-batch statistics']
+  head += [f'to {target:.0%}' for target in TARGETS]
+  return [Table(caption, EXPERIMENT.command, head, rows)]
+
+
+def _reached(
+  records: Sequence[Record], timed: Sequence[Record], target: float
+) -> str:
+  """Returns the mean seconds and GB to a target, of the runs that reach it."""
+  rows = [row for r in records if (row := round_at(r, target))]
+  if not rows:
+    return 'not reached'
+  sent = statistics.mean(row['bytes_total'] for row in rows)
+  parts = [f'{sent / 1e9:.2f} GB']
+  if timed:
+    seconds = statistics.median(map(seconds_of_a_round, timed))
+    mean = statistics.mean(row['round'] for row in rows)
+    parts.insert(0, f'{seconds * mean:.0f} s')
+  if len(rows) < len(records):
+    parts.append(f'({len(rows)} of {len(records)} runs)')
+  return ', '.join(parts)
+
+
+def figures(results: Results) -> Mapping[str, Drawn]:
+  """Draws learning curves by bytes, for each data set."""
+  return {
+    data: pictures.curves(
+      {
+        f'{title}, {workers} workers': {
+          name: results.of(cell(data, protocol, workers))
+          for protocol, name in NAMES.items()
+        }
+        for workers in WORKERS
+      },
+      'bytes_total',
+    )
+    for data, title in DATA.items()
+  }
+
+
+EXPERIMENT = Experiment(
+  'to_accuracy',
+  'Seconds and bytes to an accuracy',
+  cells,
+  tables,
+  figures,
+  scales=('smoke', 'cpu90'),
+)
+
+if __name__ == '__main__':
+  main(EXPERIMENT, __doc__)

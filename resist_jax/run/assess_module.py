@@ -1,0 +1,143 @@
+"""How good a trained network of somebody else's is, by its own loss."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from resist_jax import accounting, data
+from resist_jax.errors import ConfigError
+from resist_jax.rounds import make_mesh
+from resist_jax.run import depth, module_task, setup
+from resist_jax.run.export import Parameters
+from resist_jax.run.mean_loss import MeanLoss
+from resist_jax.run.module_task import ModuleTask
+from resist_jax.run.trained import Asked, Trained
+
+
+def assess(run: Trained, asked: Asked) -> dict[str, Any]:
+  """Measures how good a run of a module's network is.
+
+  Args:
+    run: The run.
+    asked: What to measure.
+
+  Returns:
+    `names` of what is measured, `measures`, `examples` by test, `broken` (how
+    many of them have a loss that is not finite), and `depth`: a row for each
+    shallower network. JSON values.
+
+  Raises:
+    ConfigError: If the module, or what it returns, is not that of the run.
+  """
+  model: Any = run.model
+  task = _task(run, asked)
+  _check_fits(task, model)
+  tests = task.dataset.tests
+  chains = task.network.chains
+  lengths = accounting.measure(task.shapes(), chains).num_blocks
+  depths = depth.asked(asked.depths, max(lengths.values(), default=0))
+  measured = _test(task, model, None)(model.params, chains, model.scales)
+  found = {
+    'names': list(task.measures),
+    'measures': measured.measures,
+    'examples': {name: len(split) for name, split in tests.items()},
+    'broken': measured.broken,
+    'depth': [],
+  }
+  if depths:
+    test = _test(task, model, asked.depth_examples)  # One program for all.
+    found['depth'] = [
+      network.row(test(model.params, chains, network.scales).measures)
+      for network in depth.networks(lengths, model.scales, depths, asked.draws)
+    ]
+  return found
+
+
+def _test(task: ModuleTask, model: Parameters, most: int | None) -> Any:
+  """Returns what tests parameters, on so many examples of each set."""
+  rows = {
+    name: np.arange(len(split))
+    if most is None
+    else data.sample(len(split), most)
+    for name, split in task.dataset.tests.items()
+  }
+  size = task.config.evaluation.batch_size
+  mesh = make_mesh(1)
+  return MeanLoss(
+    task.test_loss, task.examples, rows, model.scales, mesh, size
+  ).of_params
+
+
+def _task(run: Trained, asked: Asked) -> ModuleTask:
+  """Returns what the run learned, with the sets to test on."""
+  config = asked.reading(run.config)
+  own = hasattr(module_task.load(config.model.module), 'data')
+  if not asked.data:
+    if config.data.name.startswith(data.GIVEN):
+      _read(config)  # Raises what a program has to do.
+    return _made(config)
+  return (_on_own_data if own else _on_images)(config, asked.data)
+
+
+def _made(config: ml_collections.ConfigDict) -> ModuleTask:
+  return module_task.make(config, None, lambda: _read(config))
+
+
+def _read(config: ml_collections.ConfigDict) -> data.Dataset:
+  return setup.load_data(config, copies=1)
+
+
+def _on_own_data(config: ml_collections.ConfigDict, name: str) -> ModuleTask:
+  """Lets the module make its data again, by another name."""
+  given = config.data.name.startswith(data.GIVEN)
+  before = None if given else _made(config)
+  config = config.copy_and_resolve_references()
+  config.data.name = name
+  task = _made(config)
+  if before and _digests(before) == _digests(task):
+    raise ConfigError(
+      f'data(config) of {config.model.module} returns the same examples for '
+      f'data.name {name!r}: let it read config.data.name, or leave --data out.'
+    )
+  return task
+
+
+def _on_images(config: ml_collections.ConfigDict, name: str) -> ModuleTask:
+  """Puts another set of images in the place of the tests."""
+  task = _made(config)
+  dataset: Any = task.dataset
+  shape = dataset.train.images.shape[1:]
+  test = data.load_test(
+    name, dataset.class_names, shape, dataset.resized, config.data.dir
+  )
+  tests = {data.test_key(name): test}
+  return dataclasses.replace(
+    task, dataset=dataclasses.replace(dataset, tests=tests)
+  )
+
+
+def _digests(task: ModuleTask) -> list[Any]:
+  """Returns what the examples are, without the name of their set."""
+  return list(setup.describe_data(task.dataset).values())
+
+
+def _check_fits(task: ModuleTask, model: Parameters) -> None:
+  """Raises a ConfigError if the module makes another network than it did."""
+
+  def form(tree):
+    return {
+      jax.tree_util.keystr(path, simple=True, separator='/'): leaf.shape
+      for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+  ours, theirs = form(model.params), form(task.shapes())
+  for name in sorted(ours.keys() | theirs.keys()):
+    if ours.get(name) != theirs.get(name):
+      raise ConfigError(
+        f'the parameter {name} of the run has the shape {ours.get(name)}, but '
+        f'network(config) of {task.config.model.module} makes '
+        f'{theirs.get(name)}: use the module with which it was trained.'
+      )

@@ -1,0 +1,84 @@
+"""What a recipe may add: smooth labels, and flips that alternate."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from resist_jax import data
+from resist_jax.run import checks, resnet_task, setup
+from resist_jax.run import config as config_lib
+
+
+def tiny_config(**fields):
+  config = config_lib.get_config()
+  config.model.name = 'PreActResNet18'
+  config.model.stage_sizes, config.model.widths = (1, 6), (8, 8)
+  config.partition = (2,)
+  config.num_rounds, config.local_steps, config.batch_size = 3, 2, 8
+  config.eval_every, config.checkpoint_every = 3, 1
+  config.evaluation.statistics_images = 200
+  with config.unlocked():
+    config.update_from_flattened_dict(fields)
+  checks.validate(config)
+  return config
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.2])
+def test_smooth_labels_by_hand(smoothing):
+  """Cross entropy with `smoothing / classes` on each class, the rest as is."""
+  config = tiny_config(**{
+    'label_smoothing': smoothing, 'data.augment': 'none'
+  })  # fmt: skip
+  digits = data.load('digits')
+  task = resnet_task.make(config, digits, 'cpu')
+  params = task.init(0)
+  x, y = digits.train.images[:16], digits.train.labels[:16]
+  loss, found = task.make_loss({}, None)(params, {}, (x, y), jax.random.key(0))
+  pixels = data.normalise(jnp.array(x), digits.mean, digits.std)
+  logits = task.network.apply({'params': params}, pixels)
+  logits = np.asarray(logits, np.float64)
+  log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+  target = np.full((16, 10), smoothing / 10)
+  target[np.arange(16), y] += 1 - smoothing
+  want = -(target * log_p).sum(axis=1).mean()
+  assert float(loss) == pytest.approx(want, rel=1e-5)
+  assert found['accuracy'] == (logits.argmax(axis=1) == y).mean()
+
+
+def test_a_number_below_zero_asks_for_the_mirror_image():
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (5, 4, 4, 3)).astype(np.uint8)
+  examples = data.as_rows(images), jnp.arange(5)
+  numbers = jnp.array([3, ~3, 0, ~0])
+  got, labels = data.pick(examples, numbers, (4, 4, 3), mirrors=True)
+  mirrored = images[:, :, ::-1]
+  want = np.stack([images[3], mirrored[3], images[0], mirrored[0]])
+  np.testing.assert_array_equal(got, want)
+  np.testing.assert_array_equal(labels, [3, 3, 0, 0])
+
+
+def test_alternating_flips_reach_the_loss():
+  """The loss of what the pipeline asks for is that of images flipped by hand,
+  whatever the number of devices."""
+  fields = {'data.augment': 'flip', 'data.flips': 'alternating'}
+  one, two = (
+    setup.prepare(tiny_config(**fields, num_devices=D)) for D in (1, 2)
+  )
+  numbers = one.pipeline.batches(1)
+  np.testing.assert_array_equal(numbers, two.pipeline.batches(1))
+  batch = numbers[0, 0]
+  assert 0 < (batch < 0).sum() < len(batch)
+  train = one.dataset.train
+  which = np.maximum(batch, ~batch)
+  images = train.images[which].copy()
+  images[batch < 0] = images[batch < 0, :, ::-1]
+  loss_fn, params = one.task.make_loss({}, None), one.task.init(0)
+  key = jax.random.key(0)
+  got, _ = loss_fn(params, {}, jnp.array(batch), key, one.pipeline.constants)
+  want, _ = loss_fn(params, {}, (images, train.labels[which]), key)
+  assert float(got) == float(want)
+  other, _ = loss_fn(
+    params, {}, (train.images[which], train.labels[which]), key
+  )
+  assert float(got) != float(other)
