@@ -57,7 +57,6 @@ def _order_gradient(_, g: jax.Array) -> tuple[jax.Array]:
 _in_order.defvjp(lambda kernel: (kernel, None), _order_gradient)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def norm_relu(
   x: jax.Array,
   scale: jax.Array,
@@ -83,6 +82,12 @@ def norm_relu(
   Returns:
     `[..., C]`.
   """
+  arrays = _varying_alike(x, scale, bias)
+  return _norm_relu(*arrays, epsilon, dtype, axis_name)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _norm_relu(x, scale, bias, epsilon, dtype, axis_name):
   return _forward(x, scale, bias, epsilon, dtype, axis_name)[0]
 
 
@@ -124,7 +129,21 @@ def _backward(epsilon, dtype, axis_name, saved, g):
   return by_x.astype(x.dtype), by_scale, by_bias
 
 
-norm_relu.defvjp(_forward, _backward)
+_norm_relu.defvjp(_forward, _backward)
+
+
+def _varying_alike(*arrays: jax.Array) -> list[jax.Array]:
+  """Lets arrays vary over the same axes of a mesh.
+
+  The rule above gives gradients that vary over all of them. Behind this cast,
+  JAX sums those of an array that devices have in common.
+  """
+  axes = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+  every = frozenset().union(*axes)
+  return [
+    lax.pcast(x, tuple(every - its), to='varying')
+    for x, its in zip(arrays, axes, strict=True)
+  ]
 
 
 def over_parts(

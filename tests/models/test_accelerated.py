@@ -1,7 +1,9 @@
 """Forms of layers for accelerators compute what the plain forms do."""
 
 import jax
+from jax import lax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 import tiny
@@ -54,6 +56,43 @@ def test_norm_and_relu_equal_the_plain_form(dtype, tolerance):
       a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
       np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
     np.testing.assert_array_equal(ours[0], theirs[0])
+
+
+@pytest.mark.parametrize(
+  ('parts', 'common'),
+  [(1, True), (2, True), (2, False)],
+  ids=['whole', 'parts', 'parts, each with its own scale and bias'],
+)
+def test_the_gradient_is_that_of_the_plain_form_by_autodiff(parts, common):
+  """In float64, over parts of a batch, and for a channel that is constant."""
+
+  def gradient(norm, parts=1):
+    def loss(params, x, weights):
+      if parts > 1 and not common:
+        params = lax.pcast(params, 'data', to='varying')
+      y = norm.apply({'params': params}, x, relu=True)
+      total = (y * weights).sum()
+      return lax.psum(total, 'data') if parts > 1 else total
+
+    if parts > 1:
+      mesh = jax.make_mesh((parts,), ('data',), (jax.sharding.AxisType.Auto,))
+      specs = P(), P('data'), P('data')
+      loss = jax.shard_map(loss, mesh=mesh, in_specs=specs, out_specs=P())
+    weights = np.random.default_rng(1).normal(size=x.shape)
+    return jax.jit(jax.grad(loss, (0, 1)))(params, x, jnp.asarray(weights))
+
+  with jax.enable_x64(True):
+    x = images('float64', constant=True)
+    scale = jnp.linspace(0.5, 2, CHANNELS, dtype='float64')
+    params = {'scale': scale, 'bias': scale[::-1] - 1}
+    norm = layers.BatchNorm(dtype=jnp.dtype('float64'))
+    want = gradient(norm)
+    axis_name = 'data' if parts > 1 else None
+    ours = norm.clone(saves_traffic=True, axis_name=axis_name)
+    found = gradient(ours, parts)
+  for a, b in zip(*map(jax.tree.leaves, (found, want)), strict=True):
+    assert np.abs(b).max() > 0.1
+    np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
 
 
 def test_a_channel_without_variance_has_a_finite_gradient():
