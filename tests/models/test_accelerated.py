@@ -135,6 +135,16 @@ def test_kernels_are_cast_and_their_gradients_are_the_same():
   jax.tree.map(np.testing.assert_array_equal, *found)
 
 
+@pytest.mark.parametrize('platform', ['cpu', 'gpu', 'tpu', None])
+def test_every_platform_has_its_own_forms(platform):
+  net = tiny.network(1, platform=platform)
+  images = jnp.zeros((2, 4, 4, 1))
+  text = str(jax.make_jaxpr(net.apply)({'params': tiny.init(net)}, images))
+  here = platform or jax.default_backend()
+  assert ('convolve_with_wide_kernel_gradient' in text) == (here == 'cpu')
+  assert ('norm_relu' in text) == (here == 'gpu')
+
+
 @pytest.mark.parametrize('pre_activation', [True, False])
 def test_a_network_for_accelerators_has_the_same_gradient(pre_activation):
   found = []
