@@ -81,7 +81,7 @@ def test_a_round_on_several_devices_equals_a_cpus(devices, exchange):
 def test_a_round_of_groups_equals_a_cpus(devices):
   if len(devices) < 4:
     pytest.skip('two groups of two need four devices')
-  net = tiny.network(L, platform='gpu')
+  net = tiny.network(L, platform=devices[0].platform)
   params = jax.tree.map(np.asarray, tiny.init(net))
   found = [
     tiny.train_compiled(
