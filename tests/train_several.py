@@ -37,6 +37,7 @@ def config_of(name):
   config.num_rounds, config.local_steps, config.batch_size = 3, 2, 8
   config.eval_every = config.checkpoint_every = 3
   config.evaluation.statistics_images = 200
+  config.log.report = config.log.tensorboard = False
   with config.unlocked():
     config.update_from_flattened_dict(RUNS[name])
   return config

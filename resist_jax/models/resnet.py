@@ -319,8 +319,9 @@ def initial_params(
     key = jax.random.fold_in(jax.random.key(seed), position)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), x)
     variables = init(module, key, zeros, *scale)
-    x = jax.eval_shape(module.apply, variables, x, *scale)
-    x = x[0] if scale else x
+    if not block:  # The other blocks of a chain keep the shape.
+      x = jax.eval_shape(module.apply, variables, x, *scale)
+      x = x[0] if scale else x
     by_name.setdefault(name, []).append(jax.device_get(variables['params']))
     if block is not None:
       stacked.add(name)

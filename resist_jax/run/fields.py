@@ -387,6 +387,12 @@ FIELDS = {
   ),
   'Log': (
     Field(
+      'log.report',
+      True,
+      'Write report.html and its pictures into the workdir at the end; python '
+      '-m resist_jax.report writes them at any time.',
+    ),
+    Field(
       'log.tensorboard',
       True,
       'Write the log for TensorBoard, too, into the folder tensorboard of the '

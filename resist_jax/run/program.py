@@ -85,7 +85,8 @@ def main(options: Options) -> None:
     print(report.summary_table([summary]))
     if summary['stopped_early']:
       print(f'stopped early {summary["stopped_early"]}')
-    print(f'report: {options.workdir}/report.html')
+    if options.config.log.report:
+      print(f'report: {options.workdir}/report.html')
   processes.end()
 
 

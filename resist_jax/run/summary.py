@@ -138,8 +138,10 @@ def _traffic(
 
 def _group_bytes(setup: Setup, phase: Phase) -> int:
   """Predicts what a step of the last phase sends inside groups."""
-  lengths = _depths(phase)
   _, G = mesh_sizes(setup.mesh)
+  if G == 1:
+    return 0
+  lengths = _depths(phase)
   statistics = setup.task.statistics(lengths)
   metrics = 1 + len(setup.task.metrics)
   return accounting.predicted_group_bytes(

@@ -110,7 +110,8 @@ def _train_in(
     summary = summarise(setup, loop.phase, params, progress)
     if jax.process_index() == 0:
       workdir_lib.write_json(folder / 'summary.json', summary)
-      report.write_report([folder], folder)
+      if setup.config.log.report:
+        report.write_report([folder], folder)
     callbacks.finished(summary)
   return summary
 

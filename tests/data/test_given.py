@@ -164,7 +164,7 @@ def tiny_config(**fields):
   config.num_rounds, config.local_steps, config.batch_size = 2, 2, 8
   config.eval_every, config.checkpoint_every = 2, 1
   config.evaluation.statistics_images = 20
-  config.log.tensorboard = False
+  config.log.report = config.log.tensorboard = False
   with config.unlocked():
     config.update_from_flattened_dict(fields)
   return config

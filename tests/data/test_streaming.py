@@ -99,6 +99,7 @@ def small_config(folder, streaming, **fields):
   config.num_rounds, config.local_steps, config.batch_size = 2, 3, 8
   config.num_devices = 4
   config.evaluation.statistics_images = 20
+  config.log.report = config.log.tensorboard = False
   with config.unlocked():
     config.update_from_flattened_dict(fields)
   return config
@@ -363,7 +364,7 @@ def test_a_finished_run_is_tested_on_sets_that_it_is_given(cifar, tmp_path):
   tfds_sets.write(cifar, 'cifar10_1/v6', counts=(1, 7))
   least = {'protocol': 'local_sgd', 'num_workers': 1, 'num_devices': 1}
   config = small_config(cifar, 'never', num_rounds=1, **least)
-  config.model.stage_sizes = (1, 1)
+  config.model.stage_sizes, config.log.report = (1, 1), True
   first = train.train(config, str(tmp_path))
   log = rows(tmp_path)
   config.data.extra_tests = ('cifar10_1/v6',)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 from several import ROOT
-from test_train import rows, tiny_config
+from test_train import least_config, rows
 
 from resist_jax import data, rounds
 from resist_jax.errors import ConfigError
@@ -58,7 +58,7 @@ def finished(tmp_path_factory):
   def function(row, state):
     calls.append((row.pop('round'), int(state.round)))  # Its own copy.
 
-  config = tiny_config(num_rounds=2, local_steps=1)
+  config = least_config(num_rounds=2, local_steps=1)
   config.log.tensorboard = True
   summary = train.train(config, folder, callbacks=[function, told])
   assert list((folder / 'tensorboard').iterdir())
@@ -83,7 +83,7 @@ def test_the_round_before_is_whole_when_a_round_is_logged(tmp_path):
     listed = tmp_path / f'digests/{row["round"] - 1}.json'
     whole.append(listed.exists())
 
-  config = tiny_config(num_rounds=3, local_steps=1, checkpoint_every=1)
+  config = least_config(num_rounds=3, local_steps=1, checkpoint_every=1)
   config.eval_every = 3
   train.train(config, tmp_path, callbacks=[look])
   assert whole == [False, True, True]
@@ -96,7 +96,7 @@ def test_a_callback_learns_that_a_run_stopped_and_goes_on(tmp_path):
     if row['round'] == 1:
       os.kill(os.getpid(), signal.SIGTERM)
 
-  config = tiny_config(num_rounds=2, local_steps=1)
+  config = least_config(num_rounds=2, local_steps=1)
   with pytest.raises(Interrupted):
     train.train(config, tmp_path, callbacks=[told, stop])
   assert told.ended == [None]
@@ -111,7 +111,7 @@ def test_the_test_before_round_1_is_told_as_any_row(tmp_path):
   told = Told()
   fields = {'num_rounds': 1, 'local_steps': 1, 'evaluation.at_start': True}
   fields['log.tensorboard'] = True
-  train.train(tiny_config(**fields), tmp_path, callbacks=[told])
+  train.train(least_config(**fields), tmp_path, callbacks=[told])
   assert [row['round'] for row in told.rows] == [0, 1]
   assert told.rows == rows(tmp_path)
   assert 'test_accuracy' in told.rows[0]
@@ -123,7 +123,7 @@ def test_the_test_before_round_1_is_told_as_any_row(tmp_path):
 @pytest.mark.parametrize('wrong', [None, 'print', Told])
 def test_what_cannot_be_called_is_refused(wrong, tmp_path):
   with pytest.raises(ValueError, match=r'callbacks hold .*: give functions'):
-    train.train(tiny_config(), tmp_path, callbacks=[wrong])
+    train.train(least_config(), tmp_path, callbacks=[wrong])
   assert not list(tmp_path.iterdir())
 
 
@@ -203,8 +203,8 @@ def test_tensorboard_compares_settings_with_final_metrics(finished):
     return parsed
 
   given = content('session_start_info').session_start_info.hparams
-  assert set(given) == set(flat(tiny_config()))
-  assert given['lr'].number_value == tiny_config().lr
+  assert set(given) == set(flat(least_config()))
+  assert given['lr'].number_value == least_config().lr
   assert given['partition'].string_value == '(2,)'
   assert given['partition_strided'].bool_value is False
   names = {
@@ -224,7 +224,7 @@ def test_a_missing_package_is_named_before_anything_is_written(
   tmp_path, monkeypatch
 ):
   monkeypatch.setitem(sys.modules, 'wandb', None)  # As if it were not there.
-  config = tiny_config(**{'log.wandb_project': 'digits'})
+  config = least_config(**{'log.wandb_project': 'digits'})
   with pytest.raises(ConfigError, match='pip install wandb') as caught:
     train.train(config, tmp_path)
   assert '\n' not in str(caught.value)
@@ -268,8 +268,8 @@ def records(folder):
 def test_weights_and_biases_keeps_a_run_in_offline_mode(tmp_path, monkeypatch):
   monkeypatch.setenv('WANDB_MODE', 'offline')
   fields = {'log.wandb_project': 'digits', 'local_steps': 1}
-  train.train(tiny_config(num_rounds=1, **fields), tmp_path / 'mine')
-  summary = train.train(tiny_config(num_rounds=2, **fields), tmp_path / 'mine')
+  train.train(least_config(num_rounds=1, **fields), tmp_path / 'mine')
+  summary = train.train(least_config(num_rounds=2, **fields), tmp_path / 'mine')
   found = records(tmp_path / 'mine')
   runs = found['run']
   assert {(r.project, r.display_name) for r in runs} == {('digits', 'mine')}
@@ -320,5 +320,5 @@ def test_what_cannot_be_called_is_refused_before_anything(
   callbacks, says, tmp_path
 ):
   with pytest.raises(ValueError, match=says):
-    train.train(tiny_config(), tmp_path / 'run', callbacks=callbacks)
+    train.train(least_config(), tmp_path / 'run', callbacks=callbacks)
   assert not (tmp_path / 'run').exists()

@@ -43,7 +43,7 @@ def config(**fields):
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
   folder = tmp_path_factory.mktemp('finished')
-  return folder, train.train(config(), folder)
+  return folder, train.train(config(**{'log.report': True}), folder)
 
 
 def test_it_is_tested_as_its_loss_says_on_every_set(finished):

@@ -7,7 +7,7 @@ import os
 import numpy as np
 from PIL import Image
 import pytest
-from test_train import tiny_config
+from test_train import least_config
 import tfds_sets
 
 from resist_jax import data
@@ -18,7 +18,7 @@ from resist_jax.run import export, predict_command, train
 def digits(tmp_path_factory):
   """A run on digits, and a folder of the first test images."""
   folder = tmp_path_factory.mktemp('digits')
-  train.train(tiny_config(), folder / 'run')
+  train.train(least_config(), folder / 'run')
   images = data.load('digits').tests['test'].images[:70]
   (folder / 'files').mkdir()
   for i, image in enumerate(images):
@@ -71,7 +71,7 @@ def test_photographs_are_cut_as_the_tests_of_the_run_are(capsys, tmp_path):
   square = tmp_path / 'photos' / 'china' / 'square.png'
   Image.fromarray(np.asarray(Image.open(path).resize((16, 16)))).save(square)
   fields = {'data.name': str(tmp_path / 'photos'), 'data.image_size': 16}
-  config = tiny_config(batch_size=4, **fields)
+  config = least_config(batch_size=4, **fields)
   train.train(config, tmp_path / 'run')
   model = export.load(tmp_path / 'run')
   assert model.resized

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 from several import Several
-from test_train import rows, tiny_config
+from test_train import least_config, rows
 
 from resist_jax import report
 from resist_jax.errors import ConfigError
@@ -42,7 +42,7 @@ def test_what_counts_as_a_gain(accuracies, min_gain, want):
 
 
 def test_a_run_stops_when_its_patience_ends():
-  config = tiny_config()
+  config = least_config()
   worse = [remembered([0.5] + [0.4] * count, 0.0) for count in range(4)]
   assert not any(stopping.reason(config, best) for best in worse)
   config.early_stopping.patience = 2
@@ -63,7 +63,7 @@ def test_a_run_stops_when_its_patience_ends():
 )
 def test_an_accuracy_that_is_not_measured_is_refused(name, says, tmp_path):
   with pytest.raises(ConfigError, match=says) as caught:
-    train.train(tiny_config(best_by=name), tmp_path)
+    train.train(least_config(best_by=name), tmp_path)
   assert '\n' not in str(caught.value)
   assert not list(tmp_path.iterdir())
 
@@ -82,7 +82,7 @@ STOPS = {
 def stopped(tmp_path_factory):
   """A run that stops early: `(folder, summary)`."""
   folder = tmp_path_factory.mktemp('stopped')
-  return folder, train.train(tiny_config(**STOPS), folder)
+  return folder, train.train(least_config(**STOPS), folder)
 
 
 def test_the_summary_says_that_a_run_stopped_early_and_why(stopped):
@@ -108,17 +108,17 @@ def test_the_summary_says_that_a_run_stopped_early_and_why(stopped):
 
 def test_the_same_command_again_leaves_a_run_stopped(stopped):
   folder, summary = stopped
-  assert train.train(tiny_config(**STOPS), folder) == summary
+  assert train.train(least_config(**STOPS), folder) == summary
 
 
 def test_a_run_that_stops_between_two_phases_stays_in_the_first(tmp_path):
   fields = {**STOPS, 'phases.full_before': 6}
-  summary = train.train(tiny_config(**fields), tmp_path)
+  summary = train.train(least_config(**fields), tmp_path)
   assert summary['rounds'] == 6
   assert summary['wire_bytes_last_round']['protocol'] == 'local_sgd'
-  assert train.train(tiny_config(**fields), tmp_path) == summary
+  assert train.train(least_config(**fields), tmp_path) == summary
   more = {**fields, 'early_stopping.patience': 0, 'num_rounds': 7}
-  summary = train.train(tiny_config(**more), tmp_path)
+  summary = train.train(least_config(**more), tmp_path)
   assert summary['wire_bytes_last_round']['protocol'] == 'resist'
 
 
@@ -135,8 +135,8 @@ def interrupted(folder, at, config):
 
 @pytest.mark.parametrize('at', [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_resumed_run_stops_at_the_same_round(at, stopped, tmp_path):
-  interrupted(tmp_path, at, tiny_config(**STOPS))
-  again = train.train(tiny_config(**STOPS), tmp_path)
+  interrupted(tmp_path, at, least_config(**STOPS))
+  again = train.train(least_config(**STOPS), tmp_path)
   for name in ('params_hash', 'stopped_early', 'best', 'rounds'):
     assert again[name] == stopped[1][name], name
 
@@ -145,10 +145,10 @@ def test_a_resumed_run_stops_at_the_same_round(at, stopped, tmp_path):
 def test_more_patience_goes_on_where_a_run_stopped(stopped, tmp_path):
   shutil.copytree(stopped[0], tmp_path, dirs_exist_ok=True)
   more = {**STOPS, 'early_stopping.patience': 3}
-  summary = train.train(tiny_config(**more), tmp_path)
+  summary = train.train(least_config(**more), tmp_path)
   assert summary['rounds'] == 8
   whole = {**STOPS, 'early_stopping.patience': 0, 'num_rounds': 8}
-  summary = train.train(tiny_config(**whole), tmp_path)
+  summary = train.train(least_config(**whole), tmp_path)
   assert summary['stopped_early'] is None
 
 
@@ -156,7 +156,7 @@ def test_more_patience_goes_on_where_a_run_stopped(stopped, tmp_path):
 def kept(tmp_path_factory):
   """A run that keeps all its checkpoints: `(folder, summary)`."""
   folder = tmp_path_factory.mktemp('kept')
-  config = tiny_config(local_steps=1, keep_checkpoints=0)
+  config = least_config(local_steps=1, keep_checkpoints=0)
   return folder, train.train(config, folder)
 
 
@@ -171,7 +171,7 @@ def test_a_run_goes_on_from_any_checkpoint(step, kept, tmp_path):
   shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
   for newer in range(step + 1, 5):
     shutil.rmtree(tmp_path / 'checkpoints' / str(newer))
-  config = tiny_config(local_steps=1, keep_checkpoints=0)
+  config = least_config(local_steps=1, keep_checkpoints=0)
   again = train.train(config, tmp_path)
   assert again['params_hash'] == summary['params_hash']
   assert again['best'] == summary['best']
@@ -182,7 +182,7 @@ def test_the_best_round_is_saved_and_kept(tmp_path):
   fields = {'local_steps': 1, 'checkpoint_every': 4, 'eval_every': 1}
   fields |= {'num_rounds': 5, 'keep_checkpoints': 1, 'keep_best': True}
   # So small a rate changes nothing: the first test is as good as any.
-  summary = train.train(tiny_config(lr=1e-30, **fields), tmp_path)
+  summary = train.train(least_config(lr=1e-30, **fields), tmp_path)
   assert summary['best']['round'] == 1
   found = {int(path.name) for path in (tmp_path / 'checkpoints').iterdir()}
   assert found == {1, 4, 5}  # 4 was known good while 5 was written.

@@ -31,10 +31,16 @@ def tiny_config(**fields):
   config.eval_every, config.checkpoint_every = 2, 1
   config.num_devices = 4
   config.evaluation.statistics_images = 200
-  config.log.tensorboard = False  # Its pictures take a second.
+  config.log.report = config.log.tensorboard = False  # Pictures take a second.
   with config.unlocked():
     config.update_from_flattened_dict(fields)
   return config
+
+
+def least_config(**fields):
+  """Two workers with a block each, for what no decomposition matters to."""
+  least = {'num_workers': 2, 'num_devices': 2, 'model.stage_sizes': (1, 3)}
+  return tiny_config(**{**least, **fields})
 
 
 # What a recipe may change from the paper's.
@@ -57,7 +63,7 @@ def rows(folder):
 def finished(tmp_path_factory):
   """One whole run: `(folder, summary)`."""
   folder = tmp_path_factory.mktemp('finished')
-  return folder, train_and_compare(tiny_config(), folder)
+  return folder, train_and_compare(tiny_config(**{'log.report': True}), folder)
 
 
 def test_curves_may_begin_before_the_first_round(finished, tmp_path):
@@ -283,7 +289,7 @@ def test_a_signal_during_an_evaluation_is_not_lost(tmp_path, monkeypatch):
     os.kill(os.getpid(), signal.SIGTERM)
     return evaluate(self, state)
 
-  config = tiny_config(checkpoint_every=3, eval_every=2)
+  config = least_config(checkpoint_every=3, eval_every=2)
   with monkeypatch.context() as patch:
     patch.setattr(Evaluator, '__call__', evaluate_and_signal)
     with pytest.raises(Interrupted, match='stopped after round 2'):
@@ -301,7 +307,7 @@ def test_a_round_is_timed_before_the_next_one_begins(tmp_path, monkeypatch):
 
   monkeypatch.setattr(data.Resident, 'batches', batches_of)
   rare = dict.fromkeys(('num_rounds', 'eval_every', 'checkpoint_every'), 4)
-  train.train(tiny_config(**rare), str(tmp_path))
+  train.train(least_config(**rare), str(tmp_path))
   assert logged == [0, 1, 2, 3]
 
 
@@ -335,7 +341,7 @@ def test_a_damaged_newest_checkpoint_costs_its_rounds_only(
 
 
 def test_divergence_names_round_and_worker_and_keeps_the_checkpoint(tmp_path):
-  config = tiny_config(lr=1e30, checkpoint_every=1)
+  config = least_config(lr=1e30, checkpoint_every=1)
   with pytest.raises(NonFiniteError, match=r'round 1: .* worker \d'):
     train.train(config, str(tmp_path))
   assert not list((tmp_path / 'checkpoints').iterdir())

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from test_train import rows, tiny_config
+from test_train import least_config, rows
 
 from resist_jax.errors import ConfigError, WorkdirLostError
 from resist_jax.rounds import storage
@@ -54,7 +54,7 @@ def holder(tmp_path):
 def test_a_second_run_is_refused_until_the_first_one_dies(holder, tmp_path):
   folder = tmp_path / 'run'
   with pytest.raises(ConfigError, match='is in use by') as caught:
-    train.train(tiny_config(), folder)
+    train.train(least_config(), folder)
   line = str(caught.value)
   assert '\n' not in line
   assert f'process {holder.pid} on {os.uname().nodename}' in line
@@ -138,7 +138,7 @@ def test_a_run_whose_workdir_is_moved_while_it_saves_says_so(
 
   monkeypatch.setattr(storage, 'begin', move_and_write)
   with pytest.raises(WorkdirLostError, match='since round 2'):
-    train.train(tiny_config(checkpoint_every=2, eval_every=4), folder)
+    train.train(least_config(checkpoint_every=2, eval_every=4), folder)
   assert [row['round'] for row in rows(tmp_path / 'moved')] == [1, 2]
 
 
