@@ -96,14 +96,13 @@ def run(case: Case) -> dict[str, np.ndarray]:
   Returns:
     The global parameters after them, flat, by path.
   """
-  on_cpu = jax.devices()[0].platform == 'cpu'
   wide = 'float64' if case.dtype == 'float64' else 'float32'
   network = models.ResNet(
     num_classes=CLASSES,
     stage_sizes=(1, 1, 1 + LENGTH, 1),
     widths=(16, 16, 32, 32),
     dtype=case.dtype,
-    wide_kernel_gradient=on_cpu,
+    platform=jax.devices()[0].platform,
   )
   rng = np.random.default_rng(SEED)
   images = rng.normal(size=(IMAGES, 16, 16, 3)).astype(wide)

@@ -141,8 +141,9 @@ def measure(spec: Network, args: argparse.Namespace) -> dict[str, Any]:
   Returns:
     Seconds, images per second, shares and bytes, by name.
   """
-  on_cpu = jax.devices()[0].platform == 'cpu'
-  network = spec.network.clone(dtype=args.dtype, wide_kernel_gradient=on_cpu)
+  platform = jax.devices()[0].platform
+  on_cpu = platform == 'cpu'
+  network = spec.network.clone(dtype=args.dtype, platform=platform)
   B = args.batch_size or spec.batch_size
   T = args.local_steps or spec.local_steps
   dataset = _random_images(spec, 4 * B, network.num_classes)

@@ -139,6 +139,8 @@ def cases(count: int) -> Iterator[Case]:
   if 2 * D <= LARGEST:
     yield Case('one_program', 'resist', 2 * D, D, min_depth=0)
   yield Case('host_stepped', 'local_sgd', D, D)
+  if D >= 8:  # The depth that the paper recommends, for any more workers, too.
+    yield Case('host_stepped', 'resist', D, D, min_depth=5)
   for network in ('PreActResNet152', 'PreActResNet200'):
     yield Case('host_stepped', 'resist', D, D, network=network, min_depth=depth)
 

@@ -134,7 +134,7 @@ def make_setup(case: Case, mesh: Mesh, scale: str) -> Setup:
   dataset = data.Dataset(
     config.data.name, split, {'test': split}, names, half, half
   )
-  task = resnet_task.make(config, dataset, on_cpu=False)
+  task = resnet_task.make(config, dataset, mesh.devices.flat[0].platform)
   chains = list(task.cuts) if case.protocol == 'resist' else []
   sizes = accounting.measure(task.shapes(), chains)
   return Setup(config, task, sizes.num_blocks, sizes, mesh)

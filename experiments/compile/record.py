@@ -25,13 +25,13 @@ TRAINS = ('round', 'step', 'plain step')
 
 
 def compile_call(
-  call: Call, target: Target
+  call: Call, options: dict[str, Any]
 ) -> tuple[Any, Any, dict[str, float]]:
   """Compiles a program.
 
   Args:
     call: A jitted function, and shapes.
-    target: What to compile it for.
+    options: See `Target.options`.
 
   Returns:
     `(lowered, executable, seconds)`: the program as written and as compiled,
@@ -41,7 +41,7 @@ def compile_call(
   since = time.perf_counter()
   low = function.lower(*args)
   middle = time.perf_counter()
-  executable = low.compile(compiler_options=target.options())
+  executable = low.compile(compiler_options=options)
   seconds = {
     'lower': middle - since,
     'compile': time.perf_counter() - middle,
@@ -83,10 +83,11 @@ def record(case: Case, target: Target, scale: str) -> dict[str, Any]:
   size = case.num_devices * case.devices_per_worker
   mesh = target.mesh(size, case.devices_per_worker)
   found = programs.problem(case, mesh, scale)
+  options = target.options(by_library=case.network == 'gpt')
   read, predicted = {}, {}
   for name, call in programs.calls(case, found, mesh).items():
     predicted[name] = predict(name, call, case, found, target)
-    low, executable, seconds = compile_call(call, target)
+    low, executable, seconds = compile_call(call, options)
     costs = _costs(low, executable)
     texts = low.as_text(), executable.as_text()
     # Between slices, conditionals lose their names.

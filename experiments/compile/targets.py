@@ -130,11 +130,19 @@ class Target(NamedTuple):
     name = module.replace('_', '-')
     return {name: importlib.metadata.version(name)}
 
-  def options(self) -> dict[str, Any]:
-    """Returns options for the compiler."""
+  def options(self, by_library: bool = False) -> dict[str, Any]:
+    """Returns options for the compiler.
+
+    Args:
+      by_library: Whether a library computes all products of matrices on a GPU.
+        The compiler writes kernels for some itself, whose tiles it chooses by
+        trying; where it cannot, it fails for some widths.
+    """
+    if self.platform != 'gpu':
+      return {}
     # To choose among kernels by trying them, there would have to be a GPU.
-    gpu = {'xla_gpu_autotune_level': 0}
-    return gpu if self.platform == 'gpu' else {}
+    kernels = {'xla_gpu_enable_triton_gemm': False} if by_library else {}
+    return {'xla_gpu_autotune_level': 0, **kernels}
 
   def devices(self) -> Sequence[Any]:
     """Returns the devices; a program can be compiled for them, but not run.

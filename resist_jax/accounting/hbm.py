@@ -72,7 +72,7 @@ def _bytes(program: Program, i: Instruction) -> int:
 def _result(i: Instruction) -> int:
   """Returns the bytes of a result, without the workspace of a library."""
   if i.opcode == 'custom-call' and '"__cu' in i.attributes:
-    return size(re.sub(r'\bu8\[\d*\]', '', i.type))
+    return size(re.sub(r'\b[us]8\[\d*\]', '', i.type))
   return size(i.type)
 
 

@@ -5,6 +5,7 @@ first block, and a chain, the identical blocks after it, whose parameters are
 stacked on a leading axis.
 """
 
+from resist_jax.models.accelerated import computed_kernels
 from resist_jax.models.arithmetic import (
   num_activations,
   num_statistics,
@@ -55,6 +56,7 @@ __all__ = [
   'Stem',
   'branch_name',
   'chain_name',
+  'computed_kernels',
   'head_name',
   'initial_params',
   'num_activations',

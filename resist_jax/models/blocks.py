@@ -11,7 +11,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from resist_jax.models.layers import Conv, widen
+from resist_jax.models.accelerated import widen
+from resist_jax.models.layers import Conv
 
 Layer = Callable[..., Any]
 
@@ -42,7 +43,9 @@ class _Residual(nn.Module):
   def _enter(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the input of the branch, and the output of the shortcut."""
     width = self._layers()[-1][0]
-    branch = nn.relu(self.norm(name='norm1')(x)) if self.pre_activation else x
+    branch = x
+    if self.pre_activation:
+      branch = self.norm(name='norm1')(x, relu=True)
     if self.stride == 1 and x.shape[-1] == width:
       return branch, x
     shortcut = self.conv(width, 1, self.stride, name='shortcut')(branch)
@@ -59,10 +62,9 @@ class _Residual(nn.Module):
       branch = self.conv(features, size, stride, name=f'conv{i}')(branch)
       last = i == len(layers)
       if self.pre_activation and not last:
-        branch = nn.relu(self.norm(name=f'norm{i + 1}')(branch))
+        branch = self.norm(name=f'norm{i + 1}')(branch, relu=True)
       elif not self.pre_activation:
-        branch = self.norm(name=f'norm{i}')(branch)
-        branch = branch if last else nn.relu(branch)
+        branch = self.norm(name=f'norm{i}')(branch, relu=not last)
     if self.gate is not None:
       start = nn.initializers.constant(self.gate)
       gate = self.param('gate', start, (), jnp.float32)
@@ -150,7 +152,7 @@ class Stem(Conv):
     """Maps `[B, H, W, C]` to `[B, H', W', features]`."""
     x = super().__call__(x)
     if self.norm is not None:
-      x = nn.relu(self.norm(name='norm')(x))
+      x = self.norm(name='norm')(x, relu=True)
     if self.pool:
       x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
     return x

@@ -10,6 +10,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from resist_jax.models.accelerated import norm_relu, over_parts, widen
+
 NHWC = ('NHWC', 'HWIO', 'NHWC')
 
 Initializer = Callable[..., jax.Array]
@@ -131,11 +133,6 @@ def _backward(saved, g):
 convolve_with_wide_kernel_gradient.defvjp(_forward, _backward)
 
 
-def widen(x: jax.Array) -> jax.Array:
-  """Returns float64 as it is, and anything else as float32."""
-  return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
-
-
 class BatchNorm(nn.Module):
   """Batch norm without running statistics, as in the paper.
 
@@ -153,41 +150,43 @@ class BatchNorm(nn.Module):
       or in float64 for such images.
     axis_name: The mesh axis that splits the batch into equal parts, if any;
       statistics are taken over all parts.
+    saves_traffic: Whether to train by `accelerated.norm_relu`, where a ReLU
+      follows.
   """
 
   epsilon: float = 1e-5
   dtype: Any = jnp.float32
   axis_name: str | None = None
+  saves_traffic: bool = False
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps `[..., C]` to the same shape."""
+  def __call__(self, x: jax.Array, relu: bool = False) -> jax.Array:
+    """Maps `[..., C]` to the same shape, and clips it at 0 where asked."""
     channels = (x.shape[-1],)
     scale = self.param('scale', nn.initializers.ones, channels, jnp.float32)
     bias = self.param('bias', nn.initializers.zeros, channels, jnp.float32)
+    measured = self.has_variable('batch_stats', 'mean')
+    measures = self.is_mutable_collection('batch_stats')
+    if relu and self.saves_traffic and not (measured or measures):
+      return norm_relu(x, scale, bias, self.epsilon, self.dtype, self.axis_name)
     x = widen(x)
-    if self.has_variable('batch_stats', 'mean'):
+    if measured:
       mean = self.get_variable('batch_stats', 'mean')
       mean_square = self.get_variable('batch_stats', 'mean_square')
     else:
       axes = tuple(range(x.ndim - 1))
-      mean = x.mean(axes)
-      mean_square = jnp.square(x).mean(axes)
-      if self.axis_name is not None:
-        # Stacked, they take one collective; pcast makes it one in the backward
-        # pass too.
-        both = lax.pmean(jnp.stack([mean, mean_square]), self.axis_name)
-        mean, mean_square = lax.pcast(both, self.axis_name, to='varying')
-      if self.is_mutable_collection('batch_stats') and (
-        not self.is_initializing()
-      ):
+      mean, mean_square = over_parts(
+        (x.mean(axes), jnp.square(x).mean(axes)), self.axis_name
+      )
+      if measures and not self.is_initializing():
         self.put_variable('batch_stats', 'mean', mean)
         self.put_variable('batch_stats', 'mean_square', mean_square)
     variance = jnp.maximum(mean_square - jnp.square(mean), 0.0)
     factor = scale * lax.rsqrt(variance + self.epsilon)
     shape = (1,) * (x.ndim - 1) + channels
     y = x * factor.reshape(shape) + (bias - mean * factor).reshape(shape)
-    return y.astype(self.dtype)
+    y = y.astype(self.dtype)
+    return nn.relu(y) if relu else y
 
 
 class GroupNorm16(nn.Module):
@@ -200,8 +199,8 @@ class GroupNorm16(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps `[..., C]` to the same shape."""
+  def __call__(self, x: jax.Array, relu: bool = False) -> jax.Array:
+    """Maps `[..., C]` to the same shape, and clips it at 0 where asked."""
     size = math.gcd(16, x.shape[-1])
     norm = nn.GroupNorm(num_groups=None, group_size=size, dtype=self.dtype)
-    return norm(x)
+    return nn.relu(norm(x)) if relu else norm(x)

@@ -14,7 +14,7 @@ whose shortcut is the identity has no `stageN_head`.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
@@ -37,6 +37,24 @@ STEMS = ('small', 'strided', 'imagenet')
 INITIAL = ('he', 'torch')
 
 
+class Forms(NamedTuple):
+  """Which forms of layers a platform runs best.
+
+  Attributes:
+    wide_kernels: `layers.convolve_with_wide_kernel_gradient`.
+    saves_traffic: `accelerated.norm_relu` and `accelerated.computed_kernels`.
+  """
+
+  wide_kernels: bool = False
+  saves_traffic: bool = False
+
+
+FORMS = {
+  'cpu': Forms(wide_kernels=True),
+  'gpu': Forms(saves_traffic=True),
+}
+
+
 class ResNet(nn.Module):
   """A residual network; `FAMILY` lists the members with names.
 
@@ -56,9 +74,8 @@ class ResNet(nn.Module):
       2015) or `torch` (PyTorch's default, as in the paper's scripts: uniform,
       of variance 1 / (3 fan-in), and a bias of the classifier that is drawn).
     dtype: Compute dtype; parameters and statistics are float32.
-    wide_kernel_gradient: Whether convolutions are those of
-      `layers.convolve_with_wide_kernel_gradient`, a form that XLA's CPU backend
-      runs faster. The result is the same up to rounding.
+    platform: What trains: `cpu`, `gpu` or `tpu`; None is what JAX uses here. It
+      chooses `Forms` of layers; the result is the same up to rounding.
     cut_heads: Whether to separate the residual branches of heads, so that they
       can be partitioned too (first column of the paper's ablation).
     norm_axis: The mesh axis that splits batches, for batch norm; None if none
@@ -76,7 +93,7 @@ class ResNet(nn.Module):
   stem: str = 'small'
   initial: str = 'he'
   dtype: Any = jnp.float32
-  wide_kernel_gradient: bool = True
+  platform: str | None = None
   cut_heads: bool = False
   norm_axis: str | None = None
   gate: float | None = None
@@ -125,6 +142,11 @@ class ResNet(nn.Module):
         ones = jnp.ones((size - 1,), jnp.float32)
         x, _ = self.make_piece(name, chain)(x, scales.get(name, ones))
     return self.make_piece('classifier')(x)
+
+  @property
+  def forms(self) -> Forms:
+    """The forms of layers for its platform."""
+    return FORMS.get(self.platform or jax.default_backend(), Forms())
 
   @nn.nowrap
   def pieces(self) -> list[tuple[str, int | None]]:
@@ -181,12 +203,17 @@ class ResNet(nn.Module):
       )
     conv: dict[str, Any] = {
       'dtype': self.dtype,
-      'wide_kernel_gradient': self.wide_kernel_gradient,
+      'wide_kernel_gradient': self.forms.wide_kernels,
       'kernel_init': he_normal if self.initial == 'he' else torch_uniform,
     }
     norm = partial(GroupNorm16, dtype=self.dtype)
     if self.norm == 'batch':
-      norm = partial(BatchNorm, dtype=self.dtype, axis_name=self.norm_axis)
+      norm = partial(
+        BatchNorm,
+        dtype=self.dtype,
+        axis_name=self.norm_axis,
+        saves_traffic=self.forms.saves_traffic,
+      )
     if name == 'stem':
       large = self.stem == 'imagenet'
       return Stem(

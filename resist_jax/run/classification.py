@@ -7,15 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from resist_jax import data
-from resist_jax.models import ResNet
+from resist_jax import data, models
 from resist_jax.rounds import LossFn
 
 METRICS = ('accuracy',)  # What the loss reports beside itself.
 
 
 def make_loss(
-  network: ResNet,
+  network: models.ResNet,
   dataset: data.Dataset,
   branch_scale: Mapping[str, float],
   augmentation: data.Augmentation,
@@ -59,6 +58,8 @@ def make_loss(
       for name, length in lengths.items()
     }
     subnetwork = network.with_chain_lengths(lengths)
+    if network.forms.saves_traffic:
+      params = models.computed_kernels(params, network.dtype)
     logits: Any = subnetwork.apply({'params': params}, images, scales)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     if label_smoothing:

@@ -159,14 +159,14 @@ def chosen_depths(config: ml_collections.ConfigDict) -> tuple[int, ...]:
 def build_model(
   config: ml_collections.ConfigDict,
   num_classes: int,
-  wide_kernel_gradient: bool = True,
+  platform: str | None = None,
 ) -> models.ResNet:
   """Returns the network that `config.model` describes.
 
   Args:
     config: As made by `get_config`.
     num_classes: Width of the classifier.
-    wide_kernel_gradient: See `models.ResNet`.
+    platform: See `models.ResNet`.
 
   Returns:
     The global network.
@@ -183,7 +183,7 @@ def build_model(
     stem=config.model.stem,
     initial=config.model.init,
     dtype=config.model.dtype,
-    wide_kernel_gradient=wide_kernel_gradient,
+    platform=platform,
     cut_heads=config.partition_strided,
     gate=config.model.gate_start if config.model.gates else None,
     **sizes,

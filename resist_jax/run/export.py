@@ -139,7 +139,7 @@ def save(workdir: pathlib.Path, predictor: Predictor) -> None:
   network = {
     field.name: getattr(predictor.network, field.name)
     for field in dataclasses.fields(predictor.network)
-    if field.name not in ('parent', 'name', 'wide_kernel_gradient')
+    if field.name not in ('parent', 'name', 'platform')
   }
   record: Any = {
     'network': network | {'dtype': jnp.dtype(network['dtype']).name},

@@ -156,16 +156,14 @@ class ResNetTask:
 
 
 def make(
-  config: ml_collections.ConfigDict, dataset: data.Dataset, on_cpu: bool
+  config: ml_collections.ConfigDict, dataset: data.Dataset, platform: str
 ) -> ResNetTask:
   """Returns the task that a config describes.
 
   Args:
     config: A valid one.
     dataset: The images.
-    on_cpu: Whether the devices are CPUs.
+    platform: Of the devices; see `models.ResNet`.
   """
-  network = build_model(
-    config, dataset.num_classes, wide_kernel_gradient=on_cpu
-  )
+  network = build_model(config, dataset.num_classes, platform)
   return ResNetTask(network, dataset, config)

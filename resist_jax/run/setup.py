@@ -185,8 +185,7 @@ def _make_task(
       'the data set that the program gives holds no images: name a network '
       'for it in model.module, or make it by from_arrays or from_source.'
     )
-  on_cpu = mesh.devices.flat[0].platform == 'cpu'
-  return resnet_task.make(config, images, on_cpu)
+  return resnet_task.make(config, images, mesh.devices.flat[0].platform)
 
 
 def load_data(config: ml_collections.ConfigDict, copies: int) -> data.Dataset:

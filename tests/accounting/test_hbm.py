@@ -52,6 +52,11 @@ CASES = {
     'custom_call_target="__cudnn$convForward"',
     3 * 256,
   ),
+  'another library': (
+    '%r = (f32[64]{0}, s8[4096]{0}) custom-call(%x, %x2), '
+    'custom_call_target="__cublas$lt$matmul"',
+    3 * 256,
+  ),
 }
 
 

@@ -35,9 +35,11 @@ def mesh_of(name):
   return rounds.make_mesh(S) if name == 'cpu' else targets.parse(name).mesh(S)
 
 
-def round_of(mesh, loss_fn):
+def round_of(mesh, loss_fn, **fields):
   """A round as one program, and what it is called with, as shapes."""
-  protocol = tiny.protocol(S, 2, {tiny.CHAIN: L}, exchange='hand_over')
+  protocol = tiny.protocol(
+    S, 2, {tiny.CHAIN: L}, exchange='hand_over', **fields
+  )
   run = rounds.make_round(
     loss_fn, tiny.make_optimizer(), protocol, mesh, seed=0, on_device=True
   )
@@ -52,7 +54,7 @@ def round_of(mesh, loss_fn):
   return run, run.arguments(state, examples, batches)['round'], scopes
 
 
-NETWORK = tiny.network(L, wide_kernel_gradient=False)
+NETWORK = tiny.network(L, platform='gpu')
 plain_loss = tiny.make_loss(NETWORK)
 
 
@@ -62,9 +64,11 @@ def found_in(program, args, scopes):
   return faults('round', args, *texts, scopes)
 
 
-@pytest.mark.parametrize('target', TARGETS)
-def test_a_round_has_no_fault(target):
-  run, args, scopes = round_of(mesh_of(target), plain_loss)
+@pytest.mark.parametrize(
+  ('target', 'carry'), [*((t, False) for t in TARGETS), ('cpu', True)]
+)
+def test_a_round_has_no_fault(target, carry):
+  run, args, scopes = round_of(mesh_of(target), plain_loss, carry=carry)
   assert found_in(run.programs['round'], args, scopes) == []
 
 

@@ -89,7 +89,7 @@ def test_a_loop_over_blocks_equals_blocks_in_a_row():
   params = tiny.init(net)
   images, _ = tiny.examples()
   row = net.apply({'params': params}, images)
-  loop = net.clone(wide_kernel_gradient=False).apply({'params': params}, images)
+  loop = net.clone(platform='gpu').apply({'params': params}, images)
   np.testing.assert_allclose(row, loop, rtol=1e-5, atol=1e-6)
 
 

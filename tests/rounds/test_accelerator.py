@@ -39,7 +39,7 @@ def memory(devices):
 
 def check_equals_the_cpus(protocol, num_devices, group=1):
   """Trains two rounds on devices, and compares with Algorithm 1 on a CPU."""
-  net = tiny.network(L, wide_kernel_gradient=jax.devices()[0].platform == 'cpu')
+  net = tiny.network(L, platform=jax.devices()[0].platform)
   with jax.default_matmul_precision('highest'):
     with jax.default_device(jax.devices('cpu')[0]):
       params = jax.tree.map(np.asarray, tiny.init(net))
@@ -81,7 +81,7 @@ def test_a_round_on_several_devices_equals_a_cpus(devices, exchange):
 def test_a_round_of_groups_equals_a_cpus(devices):
   if len(devices) < 4:
     pytest.skip('two groups of two need four devices')
-  net = tiny.network(L, wide_kernel_gradient=False)
+  net = tiny.network(L, platform=devices[0].platform)
   params = jax.tree.map(np.asarray, tiny.init(net))
   found = [
     tiny.train_compiled(
@@ -143,7 +143,7 @@ def test_memory_is_that_predicted(devices, memory):
     num_classes=100,
     stage_sizes=(1, 1, 5, 1),
     dtype='bfloat16',
-    wide_kernel_gradient=False,
+    platform=devices[0].platform,
   )
   chain, B, shape = models.chain_name(3), 128, (32, 32, 3)
 

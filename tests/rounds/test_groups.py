@@ -69,6 +69,16 @@ def test_groups_train_as_lone_devices_do(case):
   assert np.abs(want['stem']['kernel'] - params['stem']['kernel']).max() > 0.01
 
 
+def test_groups_of_the_form_for_gpus_train_as_a_lone_cpu_does():
+  protocol, norm, *_ = CASES['psum']
+  cpu = network(norm, protocol, None)
+  found = []
+  for net, group in ((cpu.clone(platform='gpu', norm_axis=DATA), 2), (cpu, 1)):
+    args = (tiny.make_loss(net), tiny.init(cpu), protocol, 2 * group, 2)
+    found.append(tiny.train_compiled(*args, group=group)[0])
+  assert_close(*found, 3e-5)
+
+
 def test_a_step_of_a_group_is_that_of_a_lone_worker():
   """No gradient is summed over the group behind one's back."""
   _, params = problem('group')

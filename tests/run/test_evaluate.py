@@ -128,7 +128,7 @@ def plainly(net, params, scales):
   dataset = make_dataset()
   run = jax.jit(
     partial(
-      net.clone(wide_kernel_gradient=False).apply,
+      net.clone(platform='gpu').apply,
       mutable=['batch_stats'],
       residual_scale=scales,
     )

@@ -1,5 +1,7 @@
 """A model on disk is right or refused, and classifies only its own images."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +69,12 @@ def test_a_model_is_loaded_as_it_was_saved(saved, predictor):
   # Files of others do no harm.
   (saved / export.FOLDER / '.DS_Store').write_bytes(b'')
   assert equal(export.load(saved), predictor)
+
+
+def test_a_model_of_a_gpu_is_loaded_for_the_platform_here(predictor, tmp_path):
+  network = predictor.network.clone(platform='gpu')
+  export.save(tmp_path, dataclasses.replace(predictor, network=network))
+  assert equal(export.load(tmp_path), predictor)
 
 
 def flip_bits(folder, count, seed):

@@ -32,7 +32,7 @@ def test_smooth_labels_by_hand(smoothing):
     'label_smoothing': smoothing, 'data.augment': 'none'
   })  # fmt: skip
   digits = data.load('digits')
-  task = resnet_task.make(config, digits, on_cpu=True)
+  task = resnet_task.make(config, digits, 'cpu')
   params = task.init(0)
   x, y = digits.train.images[:16], digits.train.labels[:16]
   loss, found = task.make_loss({}, None)(params, {}, (x, y), jax.random.key(0))
