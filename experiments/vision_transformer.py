@@ -28,7 +28,7 @@ PATCHES = 4  # In a row and in a column of an image.
 # The length follows from the patches.
 SCALES = {
   'smoke': (Shape(8, 8, 2, PATCHES**2), Budget(2, 2, 3, 1e-3, test_every=1)),
-  'cpu': (Shape(8, 32, 4, PATCHES**2), Budget(8, 15, 20, 3e-3, test_every=4)),
+  'cpu': (Shape(8, 32, 4, PATCHES**2), Budget(16, 20, 60, 3e-3, test_every=10)),
 }
 
 
