@@ -142,16 +142,17 @@ def test_parameters_per_device_are_those_of_the_sub_network():
   assert held == sub
 
 
+NETWORKS = [
+  {},
+  {'bottleneck': True},
+  {'pre_activation': False},
+  {'stem': 'imagenet'},
+  {'stage_sizes': (1, 3, 2)},
+]
+
+
 @pytest.mark.parametrize(
-  'kwargs',
-  [
-    {},
-    {'bottleneck': True},
-    {'pre_activation': False},
-    {'stem': 'imagenet'},
-    {'stage_sizes': (1, 3, 2)},
-  ],
-  ids=str,
+  'kwargs', rest_is_slow(NETWORKS, [NETWORKS[1], NETWORKS[4]]), ids=str
 )
 def test_flops_are_near_those_of_the_compiled_step(kwargs):
   """The compiler counts norms and additions too."""

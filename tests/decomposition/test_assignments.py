@@ -287,7 +287,7 @@ def test_they_are_nearly_spread_where_workers_cannot_share_equally():
 )
 def test_each_spread_block_visits_all_workers_alike(L, S, min_depth):
   """Chi-squared over fresh runs, of owners and of those who borrow."""
-  assigner, samples = Assigner(L, S, min_depth, spread=True), 3000
+  assigner, samples = Assigner(L, S, min_depth, spread=True), 1000
   found = [assigner.at([s], 6) for s in range(samples)]
   owned = np.array([owners(assignment, L) for assignment in found])
   held = sum(presence(a.slots, L).astype(int) for a in found)

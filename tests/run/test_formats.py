@@ -82,13 +82,13 @@ def images(count):
 @pytest.fixture(
   params=[
     'plain',
-    'group norm',
-    'norm last',
     'heads cut',
-    'gates',
     *(
       pytest.param(kind, marks=pytest.mark.slow)
       for kind in (
+        'group norm',
+        'norm last',
+        'gates',
         'bottleneck',
         'norm last, group',
         'heads cut, norm last',

@@ -57,7 +57,6 @@ def renamed(arrays, convention):
   rest_is_slow(
     list(itertools.product(NETWORKS, formats._CONVENTIONS)),
     [
-      ('plain', 'torchvision'),
       ('bottleneck', 'pytorch-cifar'),
       ('norm last, group', 'resist_jax'),
       ('heads cut, norm last', 'torchvision'),

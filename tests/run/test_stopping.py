@@ -111,6 +111,7 @@ def test_the_same_command_again_leaves_a_run_stopped(stopped):
   assert train.train(least_config(**STOPS), folder) == summary
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_between_two_phases_stays_in_the_first(tmp_path):
   fields = {**STOPS, 'phases.full_before': 6}
   summary = train.train(least_config(**fields), tmp_path)

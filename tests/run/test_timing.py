@@ -87,6 +87,7 @@ def test_where_the_host_dispatches_steps(fields, time, tmp_path):
   assert_a_second_each(tmp_path, summary)
 
 
+@pytest.mark.slow
 def test_after_a_stop(time, tmp_path):
   time.takes(metrics.MetricsLog, 'write', LONG)
 
