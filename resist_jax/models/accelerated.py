@@ -100,7 +100,7 @@ def _forward(x, scale, bias, epsilon, dtype, axis_name):
   inverse = lax.rsqrt(jnp.maximum(variance, 0.0) + epsilon)
   factor = scale * inverse
   shift = bias - mean * factor
-  y = jnp.maximum(_affine(wide, factor, shift), 0.0).astype(dtype)
+  y = jnp.maximum(affine(wide, factor, shift), 0.0).astype(dtype)
   varies = (variance > 0).astype(factor.dtype)
   return y, (x, mean, inverse, factor, shift, varies)
 
@@ -124,7 +124,7 @@ def _backward(epsilon, dtype, axis_name, saved, g):
     (x, g, by_mean, by_square)
   )
   wide, open_g = _behind_relu(x, g, factor, shift)
-  by_x = _affine(open_g, factor, mean * by_square - by_mean)
+  by_x = affine(open_g, factor, mean * by_square - by_mean)
   by_x = by_x - wide * _along(by_square, wide)
   return by_x.astype(x.dtype), by_scale, by_bias
 
@@ -172,11 +172,21 @@ def _behind_relu(x, g, factor, shift):
   """Returns the input, wide, and the gradient where the ReLU was open."""
   wide = widen(x)
   # Not a comparison: a GPU's compiler would store its result.
-  is_open = jnp.sign(jnp.maximum(_affine(wide, factor, shift), 0.0))
+  is_open = jnp.sign(jnp.maximum(affine(wide, factor, shift), 0.0))
   return wide, widen(g) * is_open
 
 
-def _affine(x: jax.Array, factor: jax.Array, shift: jax.Array) -> jax.Array:
+def affine(x: jax.Array, factor: jax.Array, shift: jax.Array) -> jax.Array:
+  """Multiplies channels and adds to them.
+
+  Args:
+    x: `[..., C]`.
+    factor: `[C]`.
+    shift: `[C]`.
+
+  Returns:
+    `[..., C]`.
+  """
   return x * _along(factor, x) + _along(shift, x)
 
 

@@ -10,7 +10,12 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from resist_jax.models.accelerated import norm_relu, over_parts, widen
+from resist_jax.models.accelerated import (
+  affine,
+  norm_relu,
+  over_parts,
+  widen,
+)
 
 NHWC = ('NHWC', 'HWIO', 'NHWC')
 
@@ -183,9 +188,7 @@ class BatchNorm(nn.Module):
         self.put_variable('batch_stats', 'mean_square', mean_square)
     variance = jnp.maximum(mean_square - jnp.square(mean), 0.0)
     factor = scale * lax.rsqrt(variance + self.epsilon)
-    shape = (1,) * (x.ndim - 1) + channels
-    y = x * factor.reshape(shape) + (bias - mean * factor).reshape(shape)
-    y = y.astype(self.dtype)
+    y = affine(x, factor, bias - mean * factor).astype(self.dtype)
     return nn.relu(y) if relu else y
 
 
