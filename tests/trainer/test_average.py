@@ -12,10 +12,10 @@ from test_trainer import (
   batches,
   make,
   network,
+  predicted_and_read,
 )
 
 import resist_jax as resist
-from resist_jax.rounds.state import assignments_on_host
 
 DECAY = 0.7
 
@@ -120,16 +120,7 @@ AVERAGED = {
 def test_bytes_are_those_of_the_compiled_program(form):
   fields, devices = AVERAGED[form]
   trainer = make(devices=devices, average=DECAY, **fields)
-  protocol = trainer.protocol(network())
-  state = trainer.init(network())
-  programs = trainer.compile(state, batches(0, 4)).programs
-  before = assignments_on_host(state)
-  after = protocol.assign(0, 1, before)
-  moves = {name: (before[name], after[name]) for name in before}
-  sizes = resist.accounting.measure(network(), list(state.num_blocks))
-  predicted = resist.accounting.wire_bytes(sizes, protocol, devices, moves)
-  branches = resist.accounting.branches(protocol, moves)
-  read = resist.accounting.compiled_wire_bytes(programs, branches)
+  predicted, read = predicted_and_read(trainer, trainer.init(network()))
   assert predicted == read > 0
 
 

@@ -19,6 +19,7 @@ from test_trainer import (
   make,
   merge,
   network,
+  predicted_and_read,
   run,
   train_locally,
 )
@@ -176,21 +177,12 @@ def test_bytes_are_those_of_the_compiled_program(form, outer):
   fields, devices = FORMS[form]
   trainer = make(devices=devices, outer=OUTER[outer], **fields)
   state = trainer.init(network())
-  programs = trainer.compile(state, batches(0, 4)).programs
-  before = assignments_on_host(state)
-  after = trainer.protocol(network()).assign(0, 1, before)
-  moves = {name: (before[name], after[name]) for name in before}
-  moments = moment_sizes(state, 'carried')
-  predicted = resist.accounting.wire_bytes(
-    resist.accounting.measure(network(), list(state.num_blocks)),
-    trainer.protocol(network()),
-    devices,
-    moves,
-    moments=moments,
+  predicted, read = predicted_and_read(
+    trainer,
+    state,
+    moments=moment_sizes(state, 'carried'),
     outer=moment_sizes(state, 'outer'),
   )
-  branches = resist.accounting.branches(trainer.protocol(network()), moves)
-  read = resist.accounting.compiled_wire_bytes(programs, branches)
   assert predicted == read > 0
 
 

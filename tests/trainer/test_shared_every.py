@@ -22,6 +22,7 @@ from test_trainer import (
   make,
   merge,
   network,
+  predicted_and_read,
 )
 
 import resist_jax as resist
@@ -146,17 +147,11 @@ FORMS = {
 def test_bytes_are_those_of_the_compiled_program(form, on_device):
   fields, devices = FORMS[form]
   trainer = make(devices=devices, shared_every=1, on_device=on_device, **fields)
-  protocol = trainer.protocol(network())
   state = trainer.init(network())
-  programs = trainer.compile(state, batches(0, 4)).programs
-  before = assignments_on_host(state)
-  after = protocol.assign(0, 1, before)
-  moves = {name: (before[name], after[name]) for name in before}
-  sizes = resist.accounting.measure(network(), list(state.num_blocks))
-  predicted = resist.accounting.wire_bytes(sizes, protocol, devices, moves)
-  branches = resist.accounting.branches(protocol, moves)
-  read = resist.accounting.compiled_wire_bytes(programs, branches)
+  predicted, read = predicted_and_read(trainer, state)
   assert predicted == read > 0
+  protocol = trainer.protocol(network())
+  sizes = resist.accounting.measure(network(), list(state.num_blocks))
   once = make(devices=devices, **fields).protocol(network())
   more = resist.accounting.paper_bytes(sizes, protocol)
   less = resist.accounting.paper_bytes(sizes, once)

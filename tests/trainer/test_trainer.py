@@ -79,6 +79,21 @@ def run(trainer, rounds=3, params=None):
   return trainer.params(state), held, state, metrics
 
 
+def predicted_and_read(trainer, state, **moments):
+  """The bytes of the first round: predicted, and read from its programs."""
+  protocol = trainer.protocol(network())
+  programs = trainer.compile(state, batches(0, trainer.num_workers)).programs
+  before = assignments_on_host(state)
+  after = protocol.assign(0, 1, before)
+  moves = {name: (before[name], after[name]) for name in before}
+  sizes = resist.accounting.measure(network(), list(state.num_blocks))
+  predicted = resist.accounting.wire_bytes(
+    sizes, protocol, trainer.devices.size, moves, **moments
+  )
+  branches = resist.accounting.branches(protocol, moves)
+  return predicted, resist.accounting.compiled_wire_bytes(programs, branches)
+
+
 def cut(params, mine):
   """A sub-network: the shared part, and the blocks `mine`."""
   blocks = jax.tree.map(lambda x: x[np.array(mine)], params['inner']['blocks'])
