@@ -203,6 +203,12 @@ def train_compiled(
 
 
 @partial(jax.jit, static_argnums=0)
+def apply(net, params, images, scales=None):
+  """Logits; one program, where a line after another would compile each."""
+  return net.apply({'params': params}, images, scales)
+
+
+@partial(jax.jit, static_argnums=0)
 def gradient(loss_fn, params, present, batch):
   """The gradient of the loss on the examples numbered `batch`."""
 
@@ -210,6 +216,15 @@ def gradient(loss_fn, params, present, batch):
     return loss_fn(p, present, batch, None, examples())[0]
 
   return jax.grad(loss)(params)
+
+
+def one_step(loss_fn, params, batch):
+  """Parameters after the first local step, without momentum by then."""
+  params = jax.tree.map(np.asarray, params)
+  grads = jax.tree.map(np.asarray, gradient(loss_fn, params, {}, batch))
+  return jax.tree.map(
+    lambda p, g: p - RATE * (g + WEIGHT_DECAY * p), params, grads
+  )
 
 
 def algorithm_1(loss_fn, params, protocol, num_rounds, left_out=()):

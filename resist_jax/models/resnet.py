@@ -138,7 +138,14 @@ class ResNet(nn.Module):
         name = chain_name(stage)
         # Unrolled: XLA's CPU backend runs convolutions inside a loop 10 to 40
         # times slower, and a GPU copies what the loop keeps for the gradient.
-        chain = partial(nn.scan, length=size - 1, unroll=size - 1, **stacked)
+        # Nothing is broadcast but the input, so Flax need not trace a block twice.
+        chain = partial(
+          nn.scan,
+          length=size - 1,
+          unroll=size - 1,
+          check_constancy_invariants=False,
+          **stacked,
+        )
         ones = jnp.ones((size - 1,), jnp.float32)
         x, _ = self.make_piece(name, chain)(x, scales.get(name, ones))
     return self.make_piece('classifier')(x)

@@ -38,15 +38,19 @@ def random_chain(slots):
 
 
 def assert_dealt(got, chain, slots, next_slots, num_blocks, tolerance=1e-6):
-  old = jax.tree.map(lambda x: jnp.full_like(x[0, :1], jnp.nan), chain)
-  old = jax.tree.map(lambda x: jnp.repeat(x, num_blocks, 0), old)
-  whole = decomposition.aggregate(chain, jnp.array(slots), old)
-  for s, row in enumerate(next_slots):
-    want = decomposition.take(whole, jnp.array(row))
-    for name, value in want.items():
-      np.testing.assert_allclose(
-        got[name][s], value, rtol=tolerance, atol=tolerance
-      )
+  want = dealt(chain, slots, next_slots, num_blocks)
+  for name, value in want.items():
+    np.testing.assert_allclose(got[name], value, rtol=tolerance, atol=tolerance)
+
+
+@partial(jax.jit, static_argnums=3)
+def dealt(chain, slots, next_slots, num_blocks):
+  """What workers hold next, by the plain functions."""
+  old = jax.tree.map(
+    lambda x: jnp.full((num_blocks, *x.shape[2:]), jnp.nan), chain
+  )
+  whole = decomposition.aggregate(chain, slots, old)
+  return jax.vmap(decomposition.take, in_axes=(None, 0))(whole, next_slots)
 
 
 SIZES = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 4), (8, 2)]

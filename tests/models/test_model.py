@@ -75,12 +75,12 @@ def test_a_scale_of_zero_turns_a_block_into_the_identity(
   )
   params = tiny.init(net)
   images, _ = tiny.examples()
-  off = net.apply({'params': params}, images, {tiny.CHAIN: jnp.zeros(2)})
+  off = tiny.apply(net, params, images, {tiny.CHAIN: jnp.zeros(2)})
   without = net.with_chain_lengths({tiny.CHAIN: 0})
   short = {k: v for k, v in params.items() if k != tiny.CHAIN}
-  want = without.apply({'params': short}, images)
+  want = tiny.apply(without, short, images)
   np.testing.assert_allclose(off, want, rtol=1e-5, atol=1e-6)
-  on = net.apply({'params': params}, images)
+  on = tiny.apply(net, params, images)
   assert np.abs(on - want).max() > 1e-3
 
 
@@ -88,8 +88,8 @@ def test_a_loop_over_blocks_equals_blocks_in_a_row():
   net = tiny.network()
   params = tiny.init(net)
   images, _ = tiny.examples()
-  row = net.apply({'params': params}, images)
-  loop = net.clone(platform='gpu').apply({'params': params}, images)
+  row = tiny.apply(net, params, images)
+  loop = tiny.apply(net.clone(platform='gpu'), params, images)
   np.testing.assert_allclose(row, loop, rtol=1e-5, atol=1e-6)
 
 
@@ -98,12 +98,12 @@ def test_bfloat16_computes_on_float32_parameters():
   params = tiny.init(net)
   images, _ = tiny.examples()
   low = net.clone(dtype='bfloat16')
-  got = low.apply({'params': params}, images)
+  got = tiny.apply(low, params, images)
   assert got.dtype == jnp.float32
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {
     jnp.dtype('float32')
   }
-  want = net.apply({'params': params}, images)
+  want = tiny.apply(net, params, images)
   assert 0 < np.abs(got - want).max() < 0.2
 
 

@@ -141,6 +141,7 @@ def data_parallel(S, T=2, **kwargs):
   return full(S, T, average_gradients=True, carry=True, **kwargs)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def mean_as_sent(trees, encoding):
   """The mean of what workers send, rounded where it goes over the wire."""
 
@@ -169,7 +170,8 @@ def test_a_step_of_data_parallel_goes_without_a_bad_gradient(
   state, measured = tiny.run_rounds(
     loss_fn, params, protocol, D, spoilt(protocol, bad, bad_step), on_device
   )
-  velocity = jax.tree.map(jnp.zeros_like, params)
+  params = jax.tree.map(np.asarray, params)
+  velocity = jax.tree.map(np.zeros_like, params)
   for r in range(2):
     batches = tiny.batches(r, 4, 2)
     for t in range(2):
@@ -182,6 +184,7 @@ def test_a_step_of_data_parallel_goes_without_a_bad_gradient(
         ],
         wire_format,
       )
+      grads = jax.tree.map(np.asarray, grads)
       velocity = jax.tree.map(
         lambda v, g, p: tiny.MOMENTUM * v + g + tiny.WEIGHT_DECAY * p,
         velocity, grads, params,

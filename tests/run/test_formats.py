@@ -5,6 +5,7 @@ the line that says so.
 """
 
 import functools
+from functools import partial
 import importlib.util
 import json
 import os
@@ -66,9 +67,8 @@ def made(kind='plain'):
     scales['stage2_branch'] = np.full(1, 0.6, np.float32)
   mean, std = np.float32([0.5, 0.4, 0.3]), np.float32([0.2, 0.3, 0.25])
   pixels = data.normalise(jnp.asarray(images(50)), mean, std)
-  _, measured = network.apply(
-    {'params': params}, pixels, scales, mutable=['batch_stats']
-  )
+  measure = jax.jit(partial(network.apply, mutable=['batch_stats']))
+  _, measured = measure({'params': params}, pixels, scales)
   statistics = jax.device_get(measured.get('batch_stats', {}))
   variables = {'params': params, 'batch_stats': statistics}
   return export.Predictor(network, variables, scales, mean, std, NAMES, shape)

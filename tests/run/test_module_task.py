@@ -50,7 +50,7 @@ def test_it_is_tested_as_its_loss_says_on_every_set(finished):
   folder, summary = finished
   params, scales = export.load_parameters(folder)
   np.testing.assert_array_equal(scales['blocks'], [0.25] * 4)
-  loss_fn = own_network.loss(None)
+  loss_fn = jax.jit(own_network.loss(None))
   dataset = own_network.data(config())
   for name, count in (('test', 37), ('other', 11)):
     batch = dataset.tests[name].take(np.arange(count))

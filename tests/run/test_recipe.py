@@ -35,9 +35,10 @@ def test_smooth_labels_by_hand(smoothing):
   task = resnet_task.make(config, digits, 'cpu')
   params = task.init(0)
   x, y = digits.train.images[:16], digits.train.labels[:16]
-  loss, found = task.make_loss({}, None)(params, {}, (x, y), jax.random.key(0))
+  loss_fn = jax.jit(task.make_loss({}, None))
+  loss, found = loss_fn(params, {}, (x, y), jax.random.key(0))
   pixels = data.normalise(jnp.array(x), digits.mean, digits.std)
-  logits = task.network.apply({'params': params}, pixels)
+  logits = jax.jit(task.network.apply)({'params': params}, pixels)
   logits = np.asarray(logits, np.float64)
   log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
   target = np.full((16, 10), smoothing / 10)
@@ -74,7 +75,7 @@ def test_alternating_flips_reach_the_loss():
   which = np.maximum(batch, ~batch)
   images = train.images[which].copy()
   images[batch < 0] = images[batch < 0, :, ::-1]
-  loss_fn, params = one.task.make_loss({}, None), one.task.init(0)
+  loss_fn, params = jax.jit(one.task.make_loss({}, None)), one.task.init(0)
   key = jax.random.key(0)
   got, _ = loss_fn(params, {}, jnp.array(batch), key, one.pipeline.constants)
   want, _ = loss_fn(params, {}, (images, train.labels[which]), key)

@@ -87,11 +87,10 @@ def test_metrics_are_means_over_all_steps():
   params, data, optimizer = network(), joined(0, 2, 4), OPTIMISERS['sgd'](0)
   losses, sub, state = [], params, optimizer.init(params)
   ones = {CHAIN: jnp.ones(5)}
+  gradient = jax.jit(jax.value_and_grad(trainer.loss_fn, has_aux=True))
   for t in range(2 * T):
     batch = jax.tree.map(lambda x, t=t: x[0, t], data)
-    (value, _), grads = jax.value_and_grad(trainer.loss_fn, has_aux=True)(
-      sub, ones, batch, None
-    )
+    (value, _), grads = gradient(sub, ones, batch, None)
     losses.append(float(value))
     updates, state = optimizer.update(grads, state, sub)
     sub = jax.tree.map(jnp.add, sub, updates)
