@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from resist_jax.report import chart, plots
+from resist_jax.report import chart, plots, units
 from resist_jax.report.chart import Chart, Line, Point
 from resist_jax.report.colours import ENSEMBLE, PROTOCOLS, Style, styles
 
@@ -220,7 +220,7 @@ def _curves(runs: Sequence[Record]) -> list[list[Mapping[str, Any]]]:
 def _unit(x: str, largest: float) -> tuple[float, str]:
   if not x.endswith('bytes_total'):
     return 1.0, ''
-  size, name = plots.byte_unit(largest)
+  size, name = units.byte_unit(largest)
   return size, f' ({name})'
 
 

@@ -195,12 +195,19 @@ def test_help_and_version_are_answered_with_0(capsys):
   assert version == f'resist_jax {resist_jax.__version__}'
 
 
-@pytest.mark.parametrize('module', ['resist_jax.__main__', 'resist_jax.data'])
-def test_what_is_slow_is_imported_when_it_is_needed(module):
+@pytest.mark.parametrize(
+  ('module', 'needed'),
+  [
+    ('resist_jax.__main__', set()),
+    ('resist_jax.data', set()),
+    ('resist_jax.run.train', {'orbax', 'tensorboardX'}),
+  ],
+)
+def test_what_is_slow_is_imported_when_it_is_needed(module, needed):
   slow = {
     'grain', 'matplotlib', 'orbax', 'sklearn', 'tensorboardX', 'tensorflow',
     'tensorflow_datasets',
-  }  # fmt: skip
+  } - needed  # fmt: skip
   code = f'import sys, {module}; print(*{slow} & set(sys.modules))'
   command = [sys.executable, '-c', code]
   result = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -1,10 +1,11 @@
 """Writes small TFDS sets of images, as `download_and_prepare` would."""
 
+import importlib.util
 import io
+import pathlib
 
 import numpy as np
 from PIL import Image
-from sklearn import datasets as sklearn_datasets
 import tensorflow_datasets as tfds
 
 # As this TFDS knows them: it reads no other version of its own sets.
@@ -51,10 +52,20 @@ def write(folder, name, shape=(32, 32, 3), classes=10, counts=(40, 12), seed=0):
   return splits
 
 
+def photos_of_sklearn():
+  """The two photographs that it ships, without an import of it: it is slow."""
+  (package,) = importlib.util.find_spec('sklearn').submodule_search_locations
+  folder = pathlib.Path(package) / 'datasets' / 'images'
+  return [
+    np.asarray(Image.open(folder / f'{name}.jpg'))
+    for name in ('china', 'flower')
+  ]
+
+
 def photographs(count, seed=0):
   """Cuts parts of many sizes out of two photographs: the two classes."""
   rng = np.random.default_rng(seed)
-  photos = sklearn_datasets.load_sample_images().images
+  photos = photos_of_sklearn()
   parts = []
   for label in np.arange(count) % len(photos):
     photo = photos[label]

@@ -13,7 +13,7 @@ whose shortcut is the identity has no `stageN_head`.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -138,7 +138,7 @@ class ResNet(nn.Module):
         name = chain_name(stage)
         # Unrolled: XLA's CPU backend runs convolutions inside a loop 10 to 40
         # times slower, and a GPU copies what the loop keeps for the gradient.
-        # Nothing is broadcast but the input, so Flax need not trace a block twice.
+        # Nothing is broadcast, so Flax need not trace a block twice.
         chain = partial(
           nn.scan,
           length=size - 1,
@@ -345,8 +345,7 @@ def initial_params(
   x: Any = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
   by_name: dict[str, list[PyTree]] = {}
   stacked = set()
-  # One module per name: JAX would compile again for another, equal module.
-  modules = {name: network.make_piece(name) for name, _ in network.pieces()}
+  modules = _modules(network)
   # This program runs once: on CPU, compile it fast rather than well.
   on_cpu = jax.default_backend() == 'cpu'
   options = {'xla_backend_optimization_level': 0} if on_cpu else None
@@ -371,6 +370,12 @@ def initial_params(
     )
     for name, blocks in by_name.items()
   }
+
+
+@lru_cache(maxsize=8)
+def _modules(network: ResNet) -> dict[str, Any]:
+  """Makes a module for each name, once: JAX compiles for each object anew."""
+  return {name: network.make_piece(name) for name, _ in network.pieces()}
 
 
 def _init(module, key, *args):

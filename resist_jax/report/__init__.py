@@ -1,9 +1,14 @@
 """Reports of finished and unfinished runs: records, tables, plots, a page."""
 
-from resist_jax.report.page import main, summary_table, write_report
-from resist_jax.report.plots import byte_text
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from resist_jax.report.records import Run, load_runs, read_rows
 from resist_jax.report.tables import html_table, markdown_table, text_table
+from resist_jax.report.units import byte_text
+
+if TYPE_CHECKING:
+  from resist_jax.report.page import main, summary_table, write_report
 
 __all__ = [
   'Run',
@@ -17,3 +22,11 @@ __all__ = [
   'text_table',
   'write_report',
 ]
+
+_PAGE = ('main', 'summary_table', 'write_report')
+
+
+def __getattr__(name: str) -> Any:
+  if name in _PAGE:  # Imported when it is used: a run starts without pictures.
+    return getattr(importlib.import_module(f'{__name__}.page'), name)
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 from html import escape
 
-from resist_jax.report import chart, plots
+from resist_jax.report import chart
 from resist_jax.report.chart import Chart, Line, Point
 from resist_jax.report.colours import styles
 from resist_jax.report.groups import Group
 from resist_jax.report.sentence import further_tests
+from resist_jax.report.units import byte_unit
 
 ACCURACY = 'test accuracy, as deployed (%)'
 BAND = 'A line is the mean of the seeds; its band goes from lowest to highest.'
@@ -91,7 +92,7 @@ def _by_bytes(
     return None
   ends = [line.points[-1].x for line in found.lines]
   log = max(ends) > _FAR * min(ends)
-  unit, unit_name = plots.byte_unit(min(ends) if log else max(ends))
+  unit, unit_name = byte_unit(min(ends) if log else max(ends))
   return dataclasses.replace(
     _mapped(found, lambda p: p._replace(x=p.x / unit), log),
     x=f'{found.x} ({unit_name})',

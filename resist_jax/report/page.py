@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from resist_jax import folders
 from resist_jax.errors import ConfigError, Parser, printable
-from resist_jax.report import curves, plots, shell, tables
+from resist_jax.report import curves, plots, shell, tables, units
 from resist_jax.report.groups import Group, grouped
 from resist_jax.report.records import (
   ACCURACIES,
@@ -93,7 +93,7 @@ def _rows(
                  'peak_memory'):  # fmt: skip
       count = fields.get(name)
       if is_number(count):
-        fields[f'{name}_text'] = plots.byte_text(count)
+        fields[f'{name}_text'] = units.byte_text(count)
     wire = 'wire_bytes_per_round'
     for name, part, whole in (
       ('share_of_bytes', 'bytes_per_round', 'bytes_per_round_local_sgd'),

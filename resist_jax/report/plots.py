@@ -14,12 +14,12 @@ from matplotlib.ticker import MaxNLocator
 import numpy as np
 
 from resist_jax.report.colours import Style, colours, styles
+from resist_jax.report.records import MAX_ROUNDS, Rows
+from resist_jax.report.units import byte_unit
 
-Rows = Sequence[Mapping[str, Any]]  # metrics.jsonl: one mapping per round
 Slots = Sequence[Sequence[int]]  # For each worker, the blocks that it trained.
 
 EVERYONE, NOBODY = -1, -2  # Stand for a worker in a decomposition image.
-MAX_ROUNDS = 60  # Columns of a decomposition figure that can be told apart.
 # Rows of a decomposition image, for each block and in all: finer than the
 # pixels of any figure.
 _MAX_STRIPS, _MAX_PIXELS = 120, 4800
@@ -48,34 +48,6 @@ _FAINT: dict[str, dict[str, Any]] = {
   'test_accuracy': {},
   'test_accuracy_paper': {'linewidth': 1.0, 'alpha': 0.45},
 }
-
-
-def byte_unit(num_bytes: float) -> tuple[float, str]:
-  """Returns the largest decimal unit that does not exceed a number of bytes.
-
-  Args:
-    num_bytes: The largest number of bytes to show.
-
-  Returns:
-    The size of the unit in bytes, and its name.
-
-  >>> byte_unit(2.5e9), byte_unit(640)
-  ((1000000000.0, 'GB'), (1.0, 'B'))
-  """
-  for size, name in ((1e12, 'TB'), (1e9, 'GB'), (1e6, 'MB'), (1e3, 'kB')):
-    if num_bytes >= size:
-      return size, name
-  return 1.0, 'B'
-
-
-def byte_text(num_bytes: float) -> str:
-  """Returns a number of bytes for readers.
-
-  >>> byte_text(12_345_678)
-  '12.35 MB'
-  """
-  unit, name = byte_unit(num_bytes)
-  return f'{num_bytes / unit:.4g} {name}'
 
 
 def style_axes(axes: Axes, grid: Literal['both', 'x', 'y'] = 'both') -> None:

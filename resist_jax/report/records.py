@@ -12,9 +12,11 @@ from typing import Any, TypeGuard
 
 from resist_jax import folders
 from resist_jax.errors import ConfigError, printable
-from resist_jax.report import plots
 
 Summary = Mapping[str, Any]
+Rows = Sequence[Mapping[str, Any]]  # metrics.jsonl: one mapping per round
+
+MAX_ROUNDS = 60  # That a figure shows: more columns cannot be told apart.
 
 DASH = '-'
 # Fields of a round that are numbers, or missing.
@@ -46,7 +48,7 @@ class Run:
   label: str
   config: Mapping[str, Any]
   summary: Summary
-  rows: plots.Rows
+  rows: Rows
 
 
 def load_runs(run_dirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
@@ -125,7 +127,7 @@ def _drawn_rows(path: Path) -> list[dict[str, Any]]:
     begun = number - row.get('rounds', 1) + 1
     first = min(first, begun)
     first_cut = min(first_cut, begun) if chains else first_cut
-    far = begun >= max(first, first_cut) + plots.MAX_ROUNDS
+    far = begun >= max(first, first_cut) + MAX_ROUNDS
     cuts = () if far else _CUTS
     names = ('round', 'rounds', 'protocol', *_measures(row), *cuts)
     # A resumed run may repeat rounds, and continues from the last repetition.
@@ -256,7 +258,7 @@ def _are_slots(workers: Any, num_blocks: int) -> bool:
   )
 
 
-def _summary_so_far(config: Summary, rows: plots.Rows) -> dict[str, Any]:
+def _summary_so_far(config: Summary, rows: Rows) -> dict[str, Any]:
   """Derives the fields of a summary from the config and the rounds."""
   fields = {**rows[-1], **config, 'rounds': rows[-1]['round']}
   for name in sorted({*NUMBERS, *itertools.chain(*map(_measures, rows))}):

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 import math
 import statistics
 
-from resist_jax.report import plots
 from resist_jax.report.colours import protocol_name
 from resist_jax.report.compare import (
   POINTS,
@@ -13,6 +12,7 @@ from resist_jax.report.compare import (
   compare,
 )
 from resist_jax.report.groups import Group
+from resist_jax.report.units import byte_unit
 
 # Settings in which runs of different protocols may differ and be compared.
 _OF_PROTOCOL = (
@@ -306,7 +306,7 @@ def _percent(share: float) -> str:
 
 
 def _bytes(count: float) -> str:
-  unit, name = plots.byte_unit(count)
+  unit, name = byte_unit(count)
   return f'{count / unit:.3g} {name}'
 
 

@@ -12,7 +12,6 @@ from PIL import Image
 import tensorboardX
 
 from resist_jax import data, report
-from resist_jax.report import plots
 from resist_jax.run import callbacks
 from resist_jax.run.config import flat
 
@@ -60,6 +59,8 @@ class TensorBoard(callbacks.Callback):
       _write_final(self._folder, self._run.config, summary)
 
   def _draw(self, rows: Sequence[Mapping[str, Any]], done: int) -> None:
+    from resist_jax.report import plots  # Slow to import.
+
     figure = plots.accuracy_figure({'': rows}, 'round')
     picture = np.asarray(Image.open(io.BytesIO(plots.render_png(figure))))
     self._writer.add_image(

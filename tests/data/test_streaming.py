@@ -285,7 +285,7 @@ def test_random_crops_have_the_area_and_shape_they_should():
 @pytest.mark.parametrize('size', [(256, 320), (300, 256), (256, 256)])
 def test_tests_see_the_centre_of_a_shorter_side_of_256(size):
   """Where nothing is to be resized, cropping alone must give every pixel."""
-  photo = tfds_sets.sklearn_datasets.load_sample_images().images[0]
+  photo = tfds_sets.photos_of_sklearn()[0]
   photo = np.ascontiguousarray(photo[: size[0], : size[1]])
   images = streamed(Source([(photo, 0)]), size=224)
   top, left = (size[0] - 224) // 2, (size[1] - 224) // 2
@@ -294,7 +294,7 @@ def test_tests_see_the_centre_of_a_shorter_side_of_256(size):
 
 
 def test_resizing_and_cropping_in_one_is_both_in_turn():
-  photo = tfds_sets.sklearn_datasets.load_sample_images().images[1]
+  photo = tfds_sets.photos_of_sklearn()[1]
   got = streamed(Source([(photo, 0)]), size=56)[np.array([0])][0]
   height, width = photo.shape[:2]
   small = Image.fromarray(photo).resize(

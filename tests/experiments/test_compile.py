@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+from covering import rest_is_slow
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -65,7 +66,11 @@ def found_in(program, args, scopes):
 
 
 @pytest.mark.parametrize(
-  ('target', 'carry'), [*((t, False) for t in TARGETS), ('cpu', True)]
+  ('target', 'carry'),
+  rest_is_slow(
+    [*((t, False) for t in TARGETS), ('cpu', True)],
+    quick=[*((t, False) for t in TARGETS[1:]), ('cpu', True)],
+  ),
 )
 def test_a_round_has_no_fault(target, carry):
   run, args, scopes = round_of(mesh_of(target), plain_loss, carry=carry)

@@ -142,10 +142,11 @@ def test_numbers_come_from_a_compiler_where_it_has_been_asked(tmp_path, papers):
   def plan(chip, records=tmp_path):
     return plan_lib.Plan(config, (32, 32, 3), 100, chip, records)
 
-  asked = plan('v5e').predict(4, machine(1e9, memory_bandwidth=1e12))
+  v5e = plan('v5e')
+  asked = v5e.predict(4, machine(1e9, memory_bandwidth=1e12))
   # The minimum depth gives eight workers the same step, not two.
-  eight = plan('v5e').predict(8, machine(1e9))['resist']
-  two = plan('v5e').predict(2, machine(1e9))['resist']
+  eight = v5e.predict(8, machine(1e9))['resist']
+  two = v5e.predict(2, machine(1e9))['resist']
   resist, full = asked['resist'], asked['local_sgd']
   assert resist['source'] == eight['source']
   assert resist['source'] == 'compiled for v5e:2x2 by jax 1.0, libtpu 2.0'
@@ -155,7 +156,7 @@ def test_numbers_come_from_a_compiler_where_it_has_been_asked(tmp_path, papers):
   assert resist['memory']['step'] == 700
   # 100 TFLOP take 10 s at 1e13 a second; 350 GB take 0.35 s.
   assert resist['seconds']['compute'] == pytest.approx(10)
-  slow = plan('v5e').predict(4, machine(1e9, memory_bandwidth=1e10))['resist']
+  slow = v5e.predict(4, machine(1e9, memory_bandwidth=1e10))['resist']
   assert slow['seconds']['compute'] == pytest.approx(35)
   # Another chip, and a step of other numbers, is another program.
   assert plan('h100').predict(4, machine(1e9))['resist']['memory'].keys() > {

@@ -64,6 +64,7 @@ def test_a_block_that_is_absent_changes_nothing_and_has_no_gradient(make):
   assert grads[BLOCKS]['Dense_1']['kernel'][0].any()
 
 
+@pytest.mark.slow
 @TASKS
 def test_a_scale_in_training_is_the_same_scale_in_a_test(make):
   task = make()

@@ -399,7 +399,7 @@ def test_the_largest_picture_fits_in_memory():
   blocks, workers = records._MAX_BLOCKS, records._MAX_WORKERS
   slots = [[*range(w, blocks, workers)] for w in range(workers - 60)]
   slots += [[*range(w, 60)] for w in range(60)]
-  image = plots.decomposition_image([slots] * plots.MAX_ROUNDS, blocks)
+  image = plots.decomposition_image([slots] * records.MAX_ROUNDS, blocks)
   assert image.nbytes < 10e6
 
 

@@ -208,7 +208,7 @@ def test_slots_of_other_depths_are_refused():
 
 
 @pytest.mark.parametrize(
-  'exchange', rest_is_slow(['masked_psum', 'hand_over'], ['hand_over'])
+  'exchange', rest_is_slow(['masked_psum', 'hand_over'], [])
 )
 def test_programs_serve_all_decompositions_and_donate(exchange):
   state, run, assigned = programs(unequal(exchange=exchange), ahead=False)

@@ -41,7 +41,6 @@ CASES = {
   'psum, int8': (resist(2, wire_format='int8'), 'group', 2, True),
   'heads': (STRIDED, 'batch', 2, False),
 }
-QUICK = ('psum', 'psum, int8')
 DEVICES = {2: 4, 3: 3}
 
 
@@ -50,7 +49,7 @@ def network(norm, protocol, axis):
   return tiny.network(L, norm=norm, cut_heads=cut_heads, norm_axis=axis)
 
 
-@pytest.mark.parametrize('case', rest_is_slow(CASES, QUICK[:1]))
+@pytest.mark.parametrize('case', rest_is_slow(CASES, ['psum']))
 def test_groups_train_as_lone_devices_do(case):
   protocol, norm, G, on_device = CASES[case]
   params = tiny.init(network(norm, protocol, None))
@@ -69,6 +68,7 @@ def test_groups_train_as_lone_devices_do(case):
   assert np.abs(want['stem']['kernel'] - params['stem']['kernel']).max() > 0.01
 
 
+@pytest.mark.slow
 def test_groups_of_the_form_for_gpus_train_as_a_lone_cpu_does():
   protocol, norm, *_ = CASES['psum']
   cpu = network(norm, protocol, None)
@@ -92,9 +92,7 @@ def test_a_step_of_a_group_is_that_of_a_lone_worker():
 
   want = tiny.one_step(loss_fn, params, batches[0, 0])
   assert_close(rounds.assemble(state).params, want)
-  value, _ = jax.jit(loss_fn)(
-    params, {}, batches[0, 0], None, tiny.examples()
-  )
+  value, _ = jax.jit(loss_fn)(params, {}, batches[0, 0], None, tiny.examples())
   np.testing.assert_allclose(metrics['loss'], [value, value], rtol=1e-5)
 
 
@@ -144,7 +142,7 @@ def test_what_happens_to_images_does_not_depend_on_the_group():
   assert (want != images).any()
 
 
-@pytest.mark.parametrize('case', rest_is_slow(CASES, QUICK))
+@pytest.mark.parametrize('case', rest_is_slow(CASES, ['psum, int8']))
 def test_predicted_bytes_between_and_inside_workers_are_the_programs(case):
   protocol, norm, G, on_device = CASES[case]
   net = network(norm, protocol, DATA)

@@ -121,7 +121,7 @@ def test_so_is_the_loop_on_the_device(index):
   ('index', 'wire_format'),
   rest_is_slow(
     [(0, 'int8'), (2, 'int8'), (4, 'bfloat16'), (6, 'int8')],
-    quick=[(2, 'int8')],
+    quick=[],
   ),
 )
 def test_and_the_round_in_fewer_bits(index, wire_format):
@@ -259,6 +259,7 @@ def test_with_all_workers_good_every_bit_is_as_without_the_guard(
   jax.tree.map(np.testing.assert_array_equal, off, on)
 
 
+@pytest.mark.slow
 def test_a_guard_that_is_off_leaves_nobody_out():
   loss_fn, params = poisoned()
   state, (metrics,) = tiny.run_rounds(
@@ -383,6 +384,7 @@ def test_a_usual_spread_is_allowed():
   assert found.tolist() == [True, True, True, False]
 
 
+@pytest.mark.slow
 def test_norms_come_back_with_the_state(tmp_path):
   """Otherwise a run that goes on might judge otherwise."""
   loss_fn, params = problem()

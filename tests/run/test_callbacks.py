@@ -107,6 +107,7 @@ def test_a_callback_learns_that_a_run_stopped_and_goes_on(tmp_path):
   assert [row['round'] for row in told.rows] == [1, 2]
 
 
+@pytest.mark.slow
 def test_the_test_before_round_1_is_told_as_any_row(tmp_path):
   told = Told()
   fields = {'num_rounds': 1, 'local_steps': 1, 'evaluation.at_start': True}

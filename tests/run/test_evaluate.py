@@ -4,7 +4,7 @@ from functools import partial
 import itertools
 import re
 
-from covering import rest_is_slow
+from covering import checkerboard, rest_is_slow
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -253,7 +253,8 @@ def test_evaluation_equals_the_assembled_network(case, way, monkeypatch):
   assert found.broken == {}
 
 
-@pytest.mark.parametrize('group', rest_is_slow([1, 2], [2]))
+@pytest.mark.slow
+@pytest.mark.parametrize('group', [1, 2])
 def test_both_ways_give_the_same(group):
   """On lone devices and on groups of them."""
   devices = {'num_devices': 2 * group, 'group': group}
@@ -367,8 +368,9 @@ def test_images_are_counted_whose_logits_are_not_finite():
   assert both.tolist() == [[2, 2], [1, 0]]
 
 
-@both_ways
-@pytest.mark.parametrize('where', ['head', CHAIN[0]])
+@pytest.mark.parametrize(
+  ('where', 'way'), checkerboard(['head', CHAIN[0]], WAYS)
+)
 def test_a_network_that_gives_no_numbers_does_not_pass_as_tested(where, way):
   """In shared parts, and in the blocks of a chain."""
   *_, evaluator, state = make(way)

@@ -118,7 +118,6 @@ def test_bad_input_is_one_line_and_writes_nothing(words, says, tmp_path):
   [
     ([], 'error: --workdir is missing: .* --workdir=runs/digits'),
     (['--workdir=run', '--config=digts'], 'Did you mean --config=digits'),
-    (['--workdir=run', '--config.min_depth=13'], 'a chain of 12 blocks'),
     (
       ['--workdir=run', '--config=card.py'],
       'lacks the field average: begin with ',

@@ -28,7 +28,8 @@ def tiny_config(**fields):
   config.model.stage_sizes, config.model.widths = (1, 6), (8, 8)
   config.partition = (2,)
   config.num_rounds, config.local_steps, config.batch_size = 4, 2, 16
-  config.eval_every, config.checkpoint_every = 2, 1
+  # A checkpoint takes a quarter of a second.
+  config.eval_every, config.checkpoint_every = 2, 4
   config.num_devices = 4
   config.evaluation.statistics_images = 200
   config.log.report = config.log.tensorboard = False  # Pictures take a second.
@@ -364,7 +365,7 @@ def test_a_test_that_is_not_finite_ends_the_run_at_a_known_good_round(
   with monkeypatch.context() as patch:
     patch.setattr(Trainer, 'round', round_and_break)
     with pytest.raises(NonFiniteError) as caught:
-      train.train(tiny_config(), tmp_path)
+      train.train(tiny_config(checkpoint_every=1), tmp_path)
   line = str(caught.value)
   assert '\n' not in line
   assert line.startswith('round 4: the outputs of the network are not finite')
@@ -376,7 +377,7 @@ def test_a_test_that_is_not_finite_ends_the_run_at_a_known_good_round(
   ]  # fmt: skip
   assert (tmp_path / 'set_aside' / '3').is_dir()
   assert [row['round'] for row in rows(tmp_path)] == [1, 2, 3]
-  again = train.train(tiny_config(), tmp_path)
+  again = train.train(tiny_config(checkpoint_every=1), tmp_path)
   assert again['params_hash'] == finished[1]['params_hash']
 
 
@@ -428,6 +429,7 @@ def test_no_program_of_a_whole_run_builds_the_chain(stream_blocks, tmp_path):
   assert bool(found) != stream_blocks
 
 
+@pytest.mark.slow
 def test_blocks_that_are_streamed_give_the_same_accuracy(finished, tmp_path):
   """Evaluation leaves training alone, and both ways of it agree."""
   folder, whole = finished

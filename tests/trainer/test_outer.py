@@ -2,7 +2,7 @@
 
 import itertools
 
-from covering import checkerboard, rest_is_slow
+from covering import rest_is_slow
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,7 +77,11 @@ def merge_where(ends, counted, params, lost):
 
 
 @pytest.mark.parametrize(
-  ('exchange', 'name'), checkerboard(['hand_over', 'masked_psum'], list(OUTER))
+  ('exchange', 'name'),
+  rest_is_slow(
+    list(itertools.product(['hand_over', 'masked_psum'], OUTER)),
+    quick=[('hand_over', 'diloco'), ('masked_psum', 'adam')],
+  ),
 )
 def test_rounds_equal_a_plain_loop(exchange, name):
   exchange = getattr(resist.exchange, exchange)()
@@ -86,6 +90,7 @@ def test_rounds_equal_a_plain_loop(exchange, name):
   assert_close(got, plain_loop(OUTER[name], held, 4))
 
 
+@pytest.mark.slow
 def test_without_replicas_and_on_other_devices_too():
   outer = OUTER['diloco']
   got, held, *_ = run(make(outer=outer, devices=4), rounds=4)
@@ -105,6 +110,7 @@ def test_local_sgd_with_it_is_diloco_and_data_parallel_takes_it_too():
   assert_close(got, half)
 
 
+@pytest.mark.slow
 def test_a_rate_of_one_is_the_mean_itself():
   want, *_ = run(make(min_depth=2))
   got, *_ = run(make(min_depth=2, outer=optax.sgd(1.0)))
@@ -170,7 +176,7 @@ FORMS = {
   ('form', 'outer'),
   rest_is_slow(
     list(itertools.product(FORMS, ['diloco', 'adam'])),
-    quick=[('carried psum', 'adam'), ('replicas', 'diloco')],
+    quick=[('carried psum', 'adam')],
   ),
 )
 def test_bytes_are_those_of_the_compiled_program(form, outer):
