@@ -132,7 +132,9 @@ def test_a_hand_over_between_unequal_workers(depths, D):
     before = after
 
 
-@pytest.mark.parametrize('encoding', ['bfloat16', 'int16'])
+@pytest.mark.parametrize(
+  'encoding', rest_is_slow(['bfloat16', 'int16'], ['int16'])
+)
 def test_blocks_are_rounded_alike_however_many_devices(encoding):
   """Workers that share a device round as others do."""
   L, S = 9, 4

@@ -197,7 +197,7 @@ def test_slots_that_leave_workers_without_blocks_are_fair(L, S):
         ],
       )
     ),
-    quick=[('walk', {'pre_activation': False})],
+    quick=[],
   ),
   ids=str,
 )

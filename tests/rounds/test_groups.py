@@ -79,6 +79,7 @@ def test_groups_of_the_form_for_gpus_train_as_a_lone_cpu_does():
   assert_close(*found, 3e-5)
 
 
+@pytest.mark.slow
 def test_a_step_of_a_group_is_that_of_a_lone_worker():
   """No gradient is summed over the group behind one's back."""
   _, params = problem('group')
@@ -257,7 +258,9 @@ def test_tests_are_spread_over_all_devices():
   for fields in ({}, {'num_devices': 4, 'devices_per_worker': 2}):
     setup = prepare(config(**fields))
     trainer = phases.make_phase(setup, 'resist').trainer
-    params = setup.task.network.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    params = jax.jit(setup.task.network.init)(
+      jax.random.key(0), jnp.zeros((1, 8, 8, 1))
+    )
     evaluator = phases.make_test(setup)
     accuracies, _, wire_bytes = evaluator(trainer.init(params['params']))
     found.append(accuracies)

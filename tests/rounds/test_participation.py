@@ -269,6 +269,7 @@ def test_a_guard_that_is_off_leaves_nobody_out():
   assert np.isnan(state.shared['stem']['kernel']).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name', rest_is_slow(['masked_psum', 'hand_over'], ['hand_over'])
 )

@@ -150,7 +150,8 @@ def test_one_worker_of_resist_is_one_worker_of_local_sgd():
   assert_close(ours, baseline)
 
 
-@pytest.mark.parametrize('on_device', rest_is_slow([False, True], [True]))
+@pytest.mark.slow
+@pytest.mark.parametrize('on_device', [False, True])
 def test_data_parallel_is_one_worker_with_a_larger_batch(on_device):
   """Where the norm allows it: group norm knows no other image of the batch."""
   loss_fn, params = problem('group')

@@ -96,7 +96,7 @@ def test_a_callback_learns_that_a_run_stopped_and_goes_on(tmp_path):
     if row['round'] == 1:
       os.kill(os.getpid(), signal.SIGTERM)
 
-  config = least_config(num_rounds=2, local_steps=1)
+  config = least_config(num_rounds=2, local_steps=1, checkpoint_every=1)
   with pytest.raises(Interrupted):
     train.train(config, tmp_path, callbacks=[told, stop])
   assert told.ended == [None]

@@ -27,7 +27,7 @@ CHAIN = (tiny.CHAIN,)
 BOTH = ('stage1_chain', 'stage2_chain')
 BATCH = 5
 WAYS = ('whole', 'walk')
-both_ways = pytest.mark.parametrize('way', WAYS)
+both_ways = pytest.mark.parametrize('way', rest_is_slow(WAYS, ['walk']))
 
 
 def make_dataset(num_train=23, num_test=38):

@@ -74,7 +74,7 @@ def test_data_parallel_goes_on_without_workers(poison, tmp_path):
 def test_when_all_workers_fail_the_last_checkpoint_stays(poison, tmp_path):
   poison |= {1: (1,), 2: range(4)}
   with pytest.raises(NonFiniteError, match=r'round 3: .* 0, 1, 2, 3 are'):
-    train.train(tiny_config(), str(tmp_path))
+    train.train(tiny_config(checkpoint_every=1), str(tmp_path))
   assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == [
     '1', '2',
   ]  # fmt: skip
@@ -84,7 +84,7 @@ def test_when_all_workers_fail_the_last_checkpoint_stays(poison, tmp_path):
 @pytest.mark.slow
 def test_one_worker_that_fails_stops_a_run_that_excludes_none(poison, tmp_path):
   poison |= {1: (3,)}
-  config = tiny_config(**{'faults.leave_out': False})
+  config = tiny_config(checkpoint_every=1, **{'faults.leave_out': False})
   with pytest.raises(NonFiniteError, match=r'round 2: .* worker 3 are'):
     train.train(config, str(tmp_path))
   # A run that excludes workers continues from the checkpoint, even if the
@@ -93,7 +93,7 @@ def test_one_worker_that_fails_stops_a_run_that_excludes_none(poison, tmp_path):
   saved = json.loads(path.read_text())
   del saved['faults']
   path.write_text(json.dumps(saved))
-  summary = train.train(tiny_config(), str(tmp_path))
+  summary = train.train(tiny_config(checkpoint_every=1), str(tmp_path))
   assert summary['rounds'] == 4
   assert summary['left_out_total'] == 1
 

@@ -58,7 +58,6 @@ def renamed(arrays, convention):
     list(itertools.product(NETWORKS, formats._CONVENTIONS)),
     [
       ('bottleneck', 'pytorch-cifar'),
-      ('norm last, group', 'resist_jax'),
       ('heads cut, norm last', 'torchvision'),
     ],
   ),

@@ -137,9 +137,9 @@ def test_a_faulty_worker_is_left_out_of_the_change(exchange):
 def test_a_restored_training_repeats_to_the_bit(carry, tmp_path):
   fields = {'outer': OUTER['adam'], 'min_depth': 2, 'carry': carry}
   trainer = make(OPTIMISERS['adam'](0), **fields)
-  want, *_ = run(trainer, rounds=4)
+  want, *_ = run(trainer, rounds=3)
   state = trainer.init(network())
-  for r in range(4):
+  for r in range(3):
     trainer.save(tmp_path, state)
     state = make(OPTIMISERS['adam'](0), **fields).restore(tmp_path)
     state, _ = trainer.round(state, batches(r, 4))

@@ -85,9 +85,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-  'case', rest_is_slow(list(CASES), ['replicas', 'in one program'])
-)
+@pytest.mark.parametrize('case', rest_is_slow(list(CASES), ['replicas']))
 def test_rounds_equal_a_plain_loop(case):
   fields, plain = CASES[case]
   counts = {k: v for k, v in plain.items() if k == 'counts'}
