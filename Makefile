@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal --durations=10
 
-.PHONY: demo test test-all test-tpu test-gpu check docs clean
+.PHONY: demo test test-all test-every test-tpu test-gpu check docs clean
 
 $(VENV)/installed: requirements.txt setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -28,10 +28,14 @@ demo: $(VENV)/installed
 
 # Every theorem, each by the cheapest cases that cover it.
 test: $(VENV)/installed
-	$(PYTEST) -m 'not slow and not faults and not notebooks'
+	$(PYTEST) -m 'not (slow or faults or notebooks or experiments)'
 
-# Every case, and processes that die, notebooks and experiments.
+# And processes that die, notebooks and experiments.
 test-all: $(VENV)/installed
+	$(PYTEST) -m 'not slow'
+
+# Every case of every product.
+test-every: $(VENV)/installed
 	$(PYTEST)
 
 # The compilers of accelerators, each in an environment of its own, which sees the

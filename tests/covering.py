@@ -1,4 +1,4 @@
-"""Which cases `make test` runs; `make test-all` runs every one.
+"""Which cases `make test` runs; `make test-every` runs every one.
 
 Many cases that test one theorem differ in what is compiled, and that takes the
 time. The cases that stay are few, and each value of each parameter is in one.

@@ -71,10 +71,22 @@ class Several:
     """Returns how many rounds are in the log."""
     return len(report.read_rows(self.workdir / 'metrics.jsonl'))
 
+  def checkpoints(self):
+    """Returns the rounds whose checkpoint is whole, in order."""
+    paths = (self.workdir / 'checkpoints').glob('*')
+    return sorted(int(path.name) for path in paths if path.name.isdecimal())
+
   def wait_for_rounds(self, count):
     """Waits until the log has rounds; all processes must be alive."""
+    self._wait_until(lambda: self.rounds() >= count)
+
+  def wait_for_checkpoints(self, count):
+    """Waits until some are whole; on a busy machine that takes many rounds."""
+    self._wait_until(lambda: len(self.checkpoints()) >= count)
+
+  def _wait_until(self, reached):
     deadline = time.monotonic() + LIMIT
-    while self.rounds() < count:
+    while not reached():
       dead = [i for i, p in enumerate(self.processes) if p.poll() is not None]
       assert not dead, self.output(dead[0])
       assert time.monotonic() < deadline, self.output(0)

@@ -306,7 +306,7 @@ def _fresh(words: Words, folder: pathlib.Path) -> Case:
 ROW = '{"round": 1, "slots": {}}\n'
 # Arguments of the report, files that lie in {tmp}, and what it must say.
 REPORTS = (
-  ((), {}, 'DIR|dirs'),
+  ((), {}, 'RUN'),
   (('--ot=x', '{tmp}'), {}, 'ot'),
   (('{tmp}/none',), {}, 'none'),
   (('{tmp}',), {}, 'config.json'),

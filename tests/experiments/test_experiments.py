@@ -160,7 +160,7 @@ def arguments(tmp_path_factory):
           f'--results={results}', f'--runs={unfinished}']  # fmt: skip
 
 
-@pytest.mark.slow  # It trains the network of the digits card.
+@pytest.mark.experiments  # It trains the network of the digits card.
 def test_a_command_goes_on_and_skips_what_is_done(arguments, capsys):
   command = digits.EXPERIMENT
   results = pathlib.Path(arguments[3].split('=')[1])

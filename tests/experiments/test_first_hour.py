@@ -72,7 +72,7 @@ def test_slices_that_fail_are_named_and_the_others_run(tmp_path):
   assert 'FAILED' in (tmp_path / 'summary.txt').read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.experiments
 def test_a_training_that_is_cut_off_goes_on(tmp_path):
   data = tmp_path / 'data'
   tfds_sets.write(data, 'cifar100', classes=100, counts=(400, 100))
@@ -93,7 +93,7 @@ def test_a_training_that_is_cut_off_goes_on(tmp_path):
   assert 'profile: done before' in again.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.experiments
 def test_a_signal_lets_the_slice_save(tmp_path):
   data = tmp_path / 'data'
   tfds_sets.write(data, 'cifar100', classes=100, counts=(400, 100))

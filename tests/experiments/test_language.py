@@ -68,7 +68,7 @@ def test_a_set_that_holds_no_text_or_is_not_there_is_refused(tmp_path):
     assert '\n' not in str(error.value)
 
 
-@pytest.mark.slow
+@pytest.mark.experiments
 def test_its_card_trains_and_other_workers_go_on_with_the_same_function(
   tmp_path,
 ):

@@ -225,7 +225,7 @@ def refusal(tmp_path, *args):
   return line
 
 
-@pytest.mark.slow
+@pytest.mark.experiments
 def test_bad_input_is_one_line_and_2_and_writes_nothing(tmp_path):
   line = refusal(tmp_path, '--bandwidth=fast', GOOD[1])
   assert "--bandwidth is 'fast'; write it like 100Mbit" in line
@@ -287,7 +287,7 @@ def test_a_card_is_planned(tmp_path):
   assert (tmp_path / 'plan.png').read_bytes().startswith(b'\x89PNG')
 
 
-@pytest.mark.slow
+@pytest.mark.experiments
 def test_check_measures_what_it_predicts():
   config = digits.get_config('smoke')
   config.update({'batch_size': 8, 'partition': (2,)})

@@ -42,7 +42,8 @@ def drawn(task):
 
 
 TASKS = pytest.mark.parametrize(
-  'make', [pytest.param(language_task, marks=pytest.mark.slow), image_task]
+  'make',
+  [pytest.param(language_task, marks=pytest.mark.experiments), image_task],
 )
 
 
@@ -64,7 +65,7 @@ def test_a_block_that_is_absent_changes_nothing_and_has_no_gradient(make):
   assert grads[BLOCKS]['Dense_1']['kernel'][0].any()
 
 
-@pytest.mark.slow
+@pytest.mark.experiments
 @TASKS
 def test_a_scale_in_training_is_the_same_scale_in_a_test(make):
   task = make()
@@ -102,8 +103,8 @@ def test_protocols_differ_in_what_they_cut_scale_and_send():
 @pytest.mark.parametrize(
   ('make', 'protocol'),
   [
-    pytest.param(language_task, 'resist_outer', marks=pytest.mark.slow),
-    pytest.param(image_task, 'data_parallel', marks=pytest.mark.slow),
+    pytest.param(language_task, 'resist_outer', marks=pytest.mark.experiments),
+    pytest.param(image_task, 'data_parallel', marks=pytest.mark.experiments),
   ],
 )
 def test_a_run_that_stops_goes_on_to_the_same_end(
@@ -137,7 +138,7 @@ def command(monkeypatch, module, *words):
   return module.main()
 
 
-@pytest.mark.slow
+@pytest.mark.experiments
 def test_a_command_writes_what_the_report_shows(tmp_path, monkeypatch):
   words = [f'--results={tmp_path}', f'--runs={tmp_path}/runs', '--seeds=0,1']
   words += ['--only=resist_s2', '--busy']

@@ -120,7 +120,7 @@ def test_the_page_holds_every_table(tmp_path):
   assert tags.loads == []
 
 
-@pytest.mark.slow
+@pytest.mark.experiments
 def test_the_page_of_the_committed_results_needs_no_network(tmp_path):
   parts = list(sections.sections(with_figures=True))
   path = tmp_path / 'index.html'

@@ -96,7 +96,7 @@ def test_a_hand_over_sends_blocks_that_change_workers_and_no_more(network, S):
   assert len(moved) > 3
 
 
-@pytest.mark.slow
+@pytest.mark.experiments
 def test_programs_send_what_is_predicted():
   # A small network: what is sent is told by shapes alone.
   net = models.PreActResNetTiny(num_classes=10)

@@ -43,7 +43,7 @@ def test_all_patches_count_and_their_places_matter():
   np.testing.assert_allclose(found(turned), found(images), atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.experiments
 def test_a_set_of_tfds_becomes_a_task(tmp_path):
   splits = tfds_sets.write(tmp_path, 'cifar10')
   task = vit.task(data.load('cifar10', str(tmp_path)), 'smoke')

@@ -16,13 +16,6 @@ from resist_jax.run.processes import TRY_AGAIN
 pytestmark = pytest.mark.faults
 
 
-def newest_checkpoint(folder):
-  """Returns the newest one that is finished; a kill may have cut off others."""
-  paths = (folder / 'checkpoints').iterdir()
-  done = [path for path in paths if path.name.isdecimal()]
-  return max(done, key=lambda path: int(path.name))
-
-
 def go_on(folder, rounds, count=1):
   """Runs the same command again, for some rounds more."""
   before = folder / 'metrics.jsonl'
@@ -43,7 +36,7 @@ def test_a_process_that_is_killed_is_named_and_the_run_goes_on(
   """Process 0 is the coordinator, through which the others communicate."""
   folder = tmp_path / 'run'
   with Several(folder, FOREVER) as run:
-    run.wait_for_rounds(7)
+    run.wait_for_checkpoints(1)
     run.processes[victim].kill()
     other = 1 - victim
     assert run.wait(other) == TRY_AGAIN, run.output(other)
@@ -52,8 +45,7 @@ def test_a_process_that_is_killed_is_named_and_the_run_goes_on(
     assert 'the same command goes on' in line
     done = run.rounds()
   # All rounds since the newest checkpoint are done again, and no others.
-  saved = int(newest_checkpoint(folder).name)
-  assert saved >= done - done % 5 - 5
+  assert run.checkpoints()[-1] >= done - done % 5 - 5
   go_on(folder, 1, count=2 - victim)
 
 
@@ -79,15 +71,14 @@ def test_a_run_whose_processes_are_killed_goes_on_from_a_checkpoint(
   """Also if only the checkpoints were copied to another workdir."""
   folder = tmp_path / 'run'
   with Several(folder, FOREVER) as run:
-    run.wait_for_rounds(12)
+    run.wait_for_checkpoints(2)
     for process in run.processes:
       process.kill()
   # The newest checkpoint is damaged as well: the one before it is whole.
-  newest = newest_checkpoint(folder)
+  newest = folder / 'checkpoints' / str(run.checkpoints()[-1])
   victim = max(newest.rglob('*'), key=lambda p: p.stat().st_size)
-  content = bytearray(victim.read_bytes())
-  content[len(content) // 2] ^= 0xFF
-  victim.write_bytes(content)
+  # Cut off, for a flipped bit shows in a manifest alone.
+  victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
   if not manifests:
     shutil.rmtree(folder / 'digests')
   go_on(folder, 1, count=2)
