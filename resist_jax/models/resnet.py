@@ -345,7 +345,8 @@ def initial_params(
   x: Any = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
   by_name: dict[str, list[PyTree]] = {}
   stacked = set()
-  modules = _modules(network)
+  hashable: Any = network  # Flax gives it a hash, which no type checker sees.
+  modules = _modules(hashable)
   # This program runs once: on CPU, compile it fast rather than well.
   on_cpu = jax.default_backend() == 'cpu'
   options = {'xla_backend_optimization_level': 0} if on_cpu else None
