@@ -345,7 +345,9 @@ def initial_params(
   x: Any = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
   by_name: dict[str, list[PyTree]] = {}
   stacked = set()
-  hashable: Any = network  # Flax gives it a hash, which no type checker sees.
+  hashable: Any = network.clone(  # Also where somebody gives lists.
+    stage_sizes=tuple(network.stage_sizes), widths=tuple(network.widths)
+  )
   modules = _modules(hashable)
   # This program runs once: on CPU, compile it fast rather than well.
   on_cpu = jax.default_backend() == 'cpu'

@@ -58,6 +58,18 @@ def test_known_parameter_counts_of_bottlenecks():
   assert abs(count(params) / 25.557e6 - 1) < 0.002
 
 
+def test_sizes_may_be_lists():
+  lists, tuples = (
+    models.initial_params(
+      models.ResNet(3, stage_sizes=kind([1, 2]), widths=kind([4, 4])),
+      (4, 4, 1),
+      seed=0,
+    )
+    for kind in (list, tuple)
+  )
+  jax.tree.map(np.testing.assert_array_equal, lists, tuples)
+
+
 def test_stage_names_go_both_ways():
   assert models.stage_of(models.chain_name(3)) == 3
 
