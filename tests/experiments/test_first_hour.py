@@ -60,6 +60,7 @@ def test_wrong_input_is_refused_in_one_line(tmp_path, names, values, says):
   assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.experiments
 def test_slices_that_fail_are_named_and_the_others_run(tmp_path):
   # CIFAR-100 is not there, and this Python has no PyTorch.
   result = run(tmp_path, 'resist', 'torch_float32', DATA=str(tmp_path / 'none'))

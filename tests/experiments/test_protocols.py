@@ -47,6 +47,7 @@ TASKS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.experiments
 @TASKS
 def test_a_block_that_is_absent_changes_nothing_and_has_no_gradient(make):
   task = make()
