@@ -59,7 +59,7 @@ CASES = [
 ]
 
 
-INDICES = rest_is_slow(range(len(CASES)), (18,))
+INDICES = rest_is_slow(range(len(CASES)), (10,))
 
 
 @functools.cache

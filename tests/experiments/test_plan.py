@@ -276,6 +276,7 @@ def test_units():
   assert latency == pytest.approx(5e-5)
 
 
+@pytest.mark.experiments
 def test_a_card_is_planned(tmp_path):
   card = '--config=experiments/configs/digits.py'
   result = run(*GOOD, card, '--workers=2,4', f'--out={tmp_path}')

@@ -130,7 +130,7 @@ def test_initial_weights_have_he_deviation():
 @pytest.mark.parametrize('initial', models.INITIAL)
 def test_initial_values_have_the_statistics_of_their_kind(initial):
   """PyTorch's default: uniform, within +-1 / sqrt(inputs) of a number."""
-  net = models.PreActResNet18(10, widths=(32, 48, 64, 96), initial=initial)
+  net = models.ResNet(10, (2, 2), widths=(32, 48), initial=initial)
   params = models.initial_params(net, (16, 16, 3), seed=0)
   for path, leaf in jax.tree.leaves_with_path(params):
     kind = path[-1].key
@@ -152,7 +152,7 @@ def test_initial_values_have_the_statistics_of_their_kind(initial):
     assert within == (initial == 'torch'), path
   bias = params['classifier']['bias']
   assert (bias.std() > 0) == (initial == 'torch')
-  assert np.abs(bias).max() <= 96**-0.5 * (1 + 1e-6)
+  assert np.abs(bias).max() <= 48**-0.5 * (1 + 1e-6)
 
 
 @pytest.mark.parametrize(('size', 'stride'), [(3, 1), (3, 2), (1, 1), (1, 2)])
