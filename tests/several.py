@@ -72,16 +72,16 @@ class Several:
     return len(report.read_rows(self.workdir / 'metrics.jsonl'))
 
   def checkpoints(self):
-    """Returns the rounds whose checkpoint is whole, in order."""
-    paths = (self.workdir / 'checkpoints').glob('*')
-    return sorted(int(path.name) for path in paths if path.name.isdecimal())
+    """Returns the rounds whose checkpoint has a manifest, in order."""
+    paths = (self.workdir / 'digests').glob('[0-9]*.json')
+    return sorted(int(path.stem) for path in paths)
 
   def wait_for_rounds(self, count):
     """Waits until the log has rounds; all processes must be alive."""
     self._wait_until(lambda: self.rounds() >= count)
 
   def wait_for_checkpoints(self, count):
-    """Waits until some are whole; on a busy machine that takes many rounds."""
+    """Waits until some are listed; on a busy machine that takes many rounds."""
     self._wait_until(lambda: len(self.checkpoints()) >= count)
 
   def _wait_until(self, reached):

@@ -93,7 +93,8 @@ def test_predicted_wire_bytes_are_those_of_the_compiled_program(index):
   assert_predicted_equals_read(index)
 
 
-@pytest.mark.parametrize('index', rest_is_slow([5, 10, 17, 20], []))
+@pytest.mark.slow
+@pytest.mark.parametrize('index', [5, 10, 17, 20])
 def test_predicted_wire_bytes_are_those_of_a_program_that_loops(index):
   assert_predicted_equals_read(index, on_device=True)
 

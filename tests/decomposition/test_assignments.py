@@ -85,7 +85,7 @@ def test_workers_and_pairs_of_blocks_meet_uniformly(L, S):
   Assignments of one run depend on each other, so each sample is the fourth
   assignment of a seed of its own.
   """
-  assigner, samples = Assigner(L, S), 2000
+  assigner, samples = Assigner(L, S), 3000
   owned = np.array([owners(assigner.at([s], 3), L) for s in range(samples)])
   for worker in range(S):
     count = (owned == worker).sum(axis=0)
@@ -184,7 +184,7 @@ def test_unequal_workers_hold_as_many_blocks_as_their_depths(L, depths):
 @pytest.mark.parametrize(('L', 'depths'), rest_is_slow(UNEQUAL, [UNEQUAL[3]]))
 def test_blocks_visit_unequal_workers_in_proportion(L, depths):
   """Chi-squared over fresh runs, and pairs of blocks, as for equal workers."""
-  S, samples = len(depths), 2000
+  S, samples = len(depths), 3000
   assigner = Assigner(L, S, depths=depths)
   assignments = [assigner.at([s], 3) for s in range(samples)]
   owned = np.array([owners(assignment, L) for assignment in assignments])
@@ -282,13 +282,16 @@ def test_they_are_nearly_spread_where_workers_cannot_share_equally():
 
 
 @pytest.mark.parametrize(
-  ('L', 'S', 'min_depth'),
-  rest_is_slow([(12, 4, 0), (22, 4, 7), (22, 8, 4)], [(22, 4, 7)]),
+  ('L', 'S', 'min_depth', 'samples'),
+  rest_is_slow(
+    [(12, 4, 0, 3000), (22, 4, 7, 3000), (22, 8, 4, 3000), (22, 4, 7, 500)],
+    [(22, 4, 7, 500)],
+  ),
 )
-def test_each_spread_block_visits_all_workers_alike(L, S, min_depth):
+def test_each_spread_block_visits_all_workers_alike(L, S, min_depth, samples):
   """Chi-squared over fresh runs, of owners and of those who borrow."""
-  assigner, samples = Assigner(L, S, min_depth, spread=True), 500
-  found = [assigner.at([s], 3) for s in range(samples)]
+  assigner = Assigner(L, S, min_depth, spread=True)
+  found = [assigner.at([s], 6) for s in range(samples)]
   owned = np.array([owners(assignment, L) for assignment in found])
   held = sum(presence(a.slots, L).astype(int) for a in found)
   borrowed = held - sum(

@@ -4,7 +4,6 @@ from functools import partial
 import itertools
 from statistics import NormalDist
 
-from covering import rest_is_slow
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -183,24 +182,18 @@ def test_slots_that_leave_workers_without_blocks_are_fair(L, S):
   assert np.abs(held.mean(axis=0) - 1 / S).max() < bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-  ('way', 'form'),
-  rest_is_slow(
-    list(
-      itertools.product(
-        test_evaluate.WAYS,
-        [
-          {},
-          {'pre_activation': False},
-          {'bottleneck': True, 'stem': 'imagenet'},
-          {'norm': 'group'},
-        ],
-      )
-    ),
-    quick=[],
-  ),
+  'form',
+  [
+    {},
+    {'pre_activation': False},
+    {'bottleneck': True, 'stem': 'imagenet'},
+    {'norm': 'group'},
+  ],
   ids=str,
 )
+@pytest.mark.parametrize('way', test_evaluate.WAYS)
 def test_evaluation_equals_the_assembled_network(form, way, monkeypatch):
   net, params = problem(**form)
   cut, mesh = protocol(4), rounds.make_mesh(2)

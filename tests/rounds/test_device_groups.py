@@ -207,9 +207,8 @@ def test_slots_of_other_depths_are_refused():
   assert '\n' not in str(raised.value)
 
 
-@pytest.mark.parametrize(
-  'exchange', rest_is_slow(['masked_psum', 'hand_over'], [])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('exchange', ['masked_psum', 'hand_over'])
 def test_programs_serve_all_decompositions_and_donate(exchange):
   state, run, assigned = programs(unequal(exchange=exchange), ahead=False)
   kernel = state.chain[tiny.CHAIN]['conv1']['kernel']

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 
 from covering import rest_is_slow
 import jax
@@ -178,13 +177,9 @@ def test_data_parallel_is_one_worker_with_a_larger_batch(on_device):
   assert_close(got, params)
 
 
-@pytest.mark.parametrize(
-  ('on_device', 'exchange'),
-  rest_is_slow(
-    list(itertools.product([False, True], ['masked_psum', 'hand_over'])),
-    quick=[],
-  ),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('exchange', ['masked_psum', 'hand_over'])
+@pytest.mark.parametrize('on_device', [False, True])
 def test_carried_velocity_is_exchanged_like_the_parameters(on_device, exchange):
   """Against the plain loop, with new slots, copies and an uneven deal."""
   loss_fn, params = problem()

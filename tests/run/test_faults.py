@@ -77,10 +77,12 @@ def test_a_run_whose_processes_are_killed_goes_on_from_a_checkpoint(
   # The newest checkpoint is damaged as well: the one before it is whole.
   newest = folder / 'checkpoints' / str(run.checkpoints()[-1])
   victim = max(newest.rglob('*'), key=lambda p: p.stat().st_size)
-  # Cut off, for a flipped bit shows in a manifest alone.
-  victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+  content = bytearray(victim.read_bytes())
+  content[len(content) // 2] ^= 0xFF
   if not manifests:
     shutil.rmtree(folder / 'digests')
+    del content[len(content) // 2 :]  # Only a manifest shows a flipped bit.
+  victim.write_bytes(content)
   go_on(folder, 1, count=2)
 
 

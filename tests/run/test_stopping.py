@@ -161,9 +161,8 @@ def kept(tmp_path_factory):
   return folder, train.train(config, folder)
 
 
-@pytest.mark.parametrize(
-  'step', [pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('step', [1, 2, 3])
 def test_a_run_goes_on_from_any_checkpoint(step, kept, tmp_path):
   folder, summary = kept
   assert sorted(p.name for p in (folder / 'checkpoints').iterdir()) == list(

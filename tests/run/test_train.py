@@ -350,10 +350,10 @@ def test_divergence_names_round_and_worker_and_keeps_the_checkpoint(tmp_path):
 
 
 def test_a_test_that_is_not_finite_ends_the_run_at_a_known_good_round(
-  tmp_path, monkeypatch
+  finished, tmp_path, monkeypatch
 ):
   """Training is fine until the state of the last round breaks."""
-  config = least_config(checkpoint_every=1)
+  config = tiny_config(checkpoint_every=1)
   train_round = Trainer.round
 
   def round_and_break(self, state, batches):
@@ -379,8 +379,7 @@ def test_a_test_that_is_not_finite_ends_the_run_at_a_known_good_round(
   assert (tmp_path / 'set_aside' / '3').is_dir()
   assert [row['round'] for row in rows(tmp_path)] == [1, 2, 3]
   again = train.train(config, tmp_path)
-  assert again['rounds'] == 4
-  assert np.isfinite(again['final_train_loss'])
+  assert again['params_hash'] == finished[1]['params_hash']
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Rounds that are trained as one are longer rounds, with fewer exchanges."""
 
-from covering import rest_is_slow
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,9 +96,8 @@ def test_metrics_are_means_over_all_steps():
   np.testing.assert_allclose(loss[0], np.mean(losses), rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-  'exchange', rest_is_slow(['hand_over', 'masked_psum'], [])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('exchange', ['hand_over', 'masked_psum'])
 def test_a_restored_training_repeats_to_the_bit(exchange, tmp_path):
   fields = {'min_depth': 2, 'outer': OUTER['diloco'], 'average': 0.5}
   fields['exchange'] = getattr(resist.exchange, exchange)()
