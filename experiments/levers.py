@@ -117,6 +117,9 @@ LEVERS = {
   'growing': Lever('rounds grow as the rate falls', _growing),
   'half': Lever('half the steps in a round', _times(0.5)),
   'double': Lever('twice the steps in a round', _times(2)),
+  'distillation': Lever(
+    'distillation, weight 0.5', _set(distillation__weight=0.5)
+  ),
   'sharing': Lever('shared part twice a round', _sharing, alone=True),
   'deeper': Lever('a block more for each worker', _deeper, alone=True),
   'spread': Lever('spread over the chain', _set(dealing='spread'), alone=True),

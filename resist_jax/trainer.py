@@ -100,8 +100,12 @@ class Trainer:
     shared_every: Local steps between exchanges of all that is not cut, a
       divisor of T; its moments stay with the workers meanwhile. 0 for one
       exchange a round, with the blocks.
+    give_agreed: Also call `loss_fn` with `agreed=`, the sub-network as the
+      round began: what all holders of its parts agreed on, for losses that hold
+      training near it, such as distillation. Costs the memory of another
+      sub-network, and no bytes.
     on_device: See `rounds.make_round`.
-    programs: Set by `compile`.
+    programs: Set by `compile`; a copy with other fields compiles its own.
 
   Raises:
     ValueError: On the first field that does not fit; nothing is compiled.
@@ -144,8 +148,11 @@ class Trainer:
   average: float = 0.0
   rounds_at_once: int = 1
   shared_every: int = 0
+  give_agreed: bool = False
   on_device: bool | None = None
-  programs: Round | None = dataclasses.field(default=None, repr=False)
+  programs: Round | None = dataclasses.field(
+    default=None, init=False, repr=False
+  )
 
   def __post_init__(self):
     _check_fields(self)
@@ -199,6 +206,7 @@ class Trainer:
       self.average,
       self.rounds_at_once,
       self.shared_every,
+      self.give_agreed,
     )
     protocol.check()
     return protocol
@@ -270,9 +278,10 @@ class Trainer:
       batches = _exactly(batches, self._steps)
       first = next(batches)
       batches = itertools.chain([first], batches)
-      run = self.programs or self._round(state, first, streamed)
     else:
-      run = self.programs or self._round(state, batches, streamed)
+      first = batches
+    _check_inputs(self, state, first, streamed)
+    run = self.programs or self._round(state, first, streamed)
     return run(state, _on_devices(self), batches, assignments)
 
   def compile(self, state: State, batches: PyTree) -> 'Trainer':
@@ -288,15 +297,12 @@ class Trainer:
     """
     streamed = isinstance(batches, list)
     first = batches[0] if streamed else batches
+    _check_inputs(self, state, first, streamed)
     run = self._round(state, first, streamed)
     run = run.compile(state, _on_devices(self), batches)
-    return dataclasses.replace(self, programs=run, constants=_on_devices(self))
+    return _with_programs(self, run)
 
   def _round(self, state: State, batch: PyTree, streamed: bool) -> Round:
-    _check_state(self, state)
-    S = self.num_workers
-    here = len(workers_here(self.devices, S)) if streamed else S
-    checks.check_batch(batch, here, None if streamed else self._steps)
     held = (state.shared, state.chain)
     leaves, structure = jax.tree.flatten((held, batch))
     shapes = tuple((x.shape, jnp.dtype(x.dtype)) for x in leaves)
@@ -480,12 +486,17 @@ def _on_devices(trainer: Trainer) -> PyTree:
 @lru_cache(maxsize=8)
 def _at_once(trainer: Trainer, count: int) -> Trainer:
   """Makes one trainer for each number, so that its rounds compile once."""
-  return dataclasses.replace(
-    trainer,
-    rounds_at_once=count,
-    programs=trainer.programs and trainer.programs.at_once(count),
-    constants=_on_devices(trainer),
-  )
+  programs = trainer.programs and trainer.programs.at_once(count)
+  return _with_programs(trainer, programs, rounds_at_once=count)
+
+
+def _with_programs(
+  trainer: Trainer, programs: Round | None, **fields: Any
+) -> Trainer:
+  """Returns a copy that runs programs, and whose constants are placed."""
+  new = dataclasses.replace(trainer, constants=_on_devices(trainer), **fields)
+  object.__setattr__(new, 'programs', programs)  # The value is frozen.
+  return new
 
 
 @lru_cache(maxsize=8)
@@ -506,6 +517,7 @@ def _make_round(trainer, structure, shapes, lengths, streamed) -> Round:
     one_worker(batch, 1 if streamed else 2),
     trainer.constants,
     trainer.devices,
+    trainer.give_agreed,
   )
   return make_round(
     trainer.loss_fn,
@@ -640,6 +652,11 @@ def _check_fields(trainer: Trainer) -> None:
     )
   if trainer.shared_every:
     _check_shared_every(trainer)
+  if trainer.give_agreed and trainer.average_gradients:
+    raise ValueError(
+      'give_agreed gives the network as last agreed, but with '
+      'average_gradients all workers agree at every step: leave one out.'
+    )
   if trainer.average_gradients and trainer.exchange.format.feedback:
     raise ValueError(
       'wire_format int8 sends changes between rounds, and average_gradients '
@@ -664,6 +681,15 @@ def _check_shared_every(trainer: Trainer) -> None:
       f'shared_every is {every}, which sends values, and a wire format with '
       'fewer bits sends changes: use wire_format float32, or set it to 0.'
     )
+
+
+def _check_inputs(
+  trainer: Trainer, state: State, batch: PyTree, streamed: bool
+) -> None:
+  _check_state(trainer, state)
+  S = trainer.num_workers
+  here = len(workers_here(trainer.devices, S)) if streamed else S
+  checks.check_batch(batch, here, None if streamed else trainer._steps)
 
 
 def _check_state(trainer: Trainer, state: State) -> None:

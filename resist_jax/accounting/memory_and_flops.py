@@ -34,9 +34,9 @@ def predicted_memory(
     Bytes: `parameters` of the sub-networks; `optimizer`, one moment of them;
     `gradients` of one step; `exchange`, what is kept besides: the shared part
     as last agreed, what rounding removed, the blocks as last agreed where
-    workers may be excluded, the state of the outer optimiser, and the average
-    over rounds; and `activations`, of one worker, because the workers of a
-    device take turns.
+    workers may be excluded, the state of the outer optimiser, the average
+    over rounds, and the sub-network as last agreed where the loss gets it; and
+    `activations`, of one worker, because the workers of a device take turns.
   """
   S = protocol.num_workers
   params = BYTES_PER_NUMBER * params_per_worker(sizes, protocol)
@@ -49,8 +49,7 @@ def predicted_memory(
     kept += BYTES_PER_NUMBER * sum(shape[1] for shape in shapes.values())
   if protocol.outer is not None:
     kept += num_moments(protocol.outer) * params
-  if protocol.average:
-    kept += params
+  kept += params * (bool(protocol.average) + protocol.give_agreed)
   held = {
     'parameters': params,
     'optimizer': params,
@@ -133,7 +132,8 @@ def predicted_group_bytes(
     sizes: Sizes of the network, as the protocol cuts it.
     protocol: Who holds what.
     devices_per_worker: G.
-    statistics: Means and mean squares that batch norm takes in a step.
+    statistics: Numbers that batch norm averages in a step, and gradients of
+      these.
     num_metrics: How many metrics the loss function reports, the loss included.
 
   Returns:
@@ -142,7 +142,7 @@ def predicted_group_bytes(
   """
   S = protocol.num_workers
   params = params_per_worker(sizes, protocol)
-  numbers = params + num_metrics + 2 * statistics
+  numbers = params + num_metrics + statistics
   return S * 2 * (devices_per_worker - 1) * BYTES_PER_NUMBER * numbers
 
 

@@ -88,7 +88,10 @@ def num_activations(
 
 
 def predicted_flops(
-  network: ResNet, image_shape: tuple[int, ...], lengths: Mapping[str, int]
+  network: ResNet,
+  image_shape: tuple[int, ...],
+  lengths: Mapping[str, int],
+  passes: int = 1,
 ) -> float:
   """Predicts the floating-point operations of training on one image.
 
@@ -102,6 +105,7 @@ def predicted_flops(
     image_shape: `(H, W, C)`.
     lengths: For each partitioned chain by name, the number of blocks that a
       worker runs.
+    passes: Forward passes; only one of them has gradients.
 
   Returns:
     The number of floating-point operations.
@@ -112,7 +116,7 @@ def predicted_flops(
       network.with_chain_lengths(lengths), image_shape
     )
   ]
-  return 3 * sum(forward) - forward[0]
+  return (passes + 2) * sum(forward) - forward[0]
 
 
 def _layers(network: ResNet, image_shape: tuple[int, ...]):

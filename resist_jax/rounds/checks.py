@@ -4,6 +4,7 @@ All of them are found from shapes, before anything is compiled.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+import inspect
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ def metric_names(
   batch: PyTree,
   constants: PyTree,
   mesh: Mesh,
+  give_agreed: bool = False,
 ) -> tuple[str, ...]:
   """Calls a loss function on shapes and checks what it returns.
 
@@ -38,13 +40,17 @@ def metric_names(
     batch: Shapes of what one worker gets in one step.
     constants: Its fifth argument; None for none.
     mesh: Where the workers live; the loss function may name its axes.
+    give_agreed: See `Protocol`.
 
   Returns:
     Names of its metrics.
 
   Raises:
-    ValueError: If it does not return `(loss, metrics)`.
+    ValueError: If it does not take `agreed` where it is given, or does not
+      return `(loss, metrics)`.
   """
+  if give_agreed:
+    _check_takes_agreed(loss_fn)
   present = {
     name: jax.ShapeDtypeStruct(
       jax.tree.leaves(blocks)[0].shape[:1], jnp.float32
@@ -54,8 +60,13 @@ def metric_names(
   extra = () if constants is None else (constants,)
   key = jax.eval_shape(lambda: jax.random.key(0))
   everywhere = PartitionSpec()
+
+  def called(params, *args):
+    named = {'agreed': params} if give_agreed else {}
+    return loss_fn(params, *args, **named)
+
   on_mesh = jax.shard_map(
-    loss_fn,
+    called,
     mesh=mesh,
     in_specs=everywhere,
     out_specs=everywhere,
@@ -64,6 +75,18 @@ def metric_names(
   return returned_metrics(
     jax.eval_shape(on_mesh, join(shared, chain), present, batch, key, *extra)
   )
+
+
+def _check_takes_agreed(loss_fn: LossFn) -> None:
+  try:
+    taken = inspect.signature(loss_fn).parameters.values()
+  except ValueError:  # Some callables do not say what they take.
+    return
+  if not any(x.name == 'agreed' or x.kind is x.VAR_KEYWORD for x in taken):
+    raise ValueError(
+      'give_agreed is set, but loss_fn takes no argument named agreed: add it, '
+      'or leave give_agreed out.'
+    )
 
 
 def returned_metrics(found: Any) -> tuple[str, ...]:

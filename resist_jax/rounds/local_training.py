@@ -28,7 +28,9 @@ Key = jax.Array
 # constants as a fifth argument where there are any. The chains in `params` are
 # `[K, ...]`. `present` is float32[K] for each chain: 1 where a slot holds a
 # block, 0 where it is empty. `batch` is what one step of one worker gets; in a
-# group, it is this device's part of it, with the same key on all devices.
+# group, it is this device's part of it, with the same key on all devices. Where
+# `Protocol.give_agreed` is set, the keyword `agreed` is `params` as the round
+# began.
 LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
@@ -39,11 +41,14 @@ class Local(NamedTuple):
     params: Parameters of the sub-networks, arrays `[W, ...]`.
     opt_state: State of the optimiser, arrays `[W, ...]`.
     metrics: `float32[W]` by name, sums over the steps so far, divided by T.
+    agreed: The parameters as the round began, which no step changes; None where
+      the loss does not get them.
   """
 
   params: dict[str, PyTree]
   opt_state: PyTree
   metrics: dict[str, jax.Array]
+  agreed: dict[str, PyTree] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +98,9 @@ class LocalTraining:
     count = round_index * self.protocol.local_steps
     opt_state = set_schedule_counts(self.optimizer, opt_state, count)
     zeros = jnp.zeros(_workers_here(params), jnp.float32)
-    return Local(
-      params, opt_state, dict.fromkeys(('loss', *self.metrics), zeros)
-    )
+    metrics = dict.fromkeys(('loss', *self.metrics), zeros)
+    agreed = params if self.protocol.give_agreed else None
+    return Local(params, opt_state, metrics, agreed)
 
   def step(
     self,
@@ -134,11 +139,15 @@ class LocalTraining:
       # Without pcast, shard_map silently sums the gradient over the group.
       params = lax.pcast(params, DATA, to='varying')
     grads, measured = _each_worker(
-      lambda depth, worker, params, slots, batch: self._gradients(
-        depth, (round_index, worker, t), params, slots, constants, batch
+      lambda depth, worker, params, agreed, slots, batch: self._gradients(
+        depth,
+        (round_index, worker, t),
+        (params, agreed),
+        slots,
+        (constants, batch),
       ),
       group.depths if group else here * (None,),
-      (workers, params, mine, batch),
+      (workers, params, local.agreed, mine, batch),
       self.loop,
     )
     if self.grouped:
@@ -152,14 +161,15 @@ class LocalTraining:
       lambda mean, x: mean + x / protocol.local_steps, local.metrics, measured
     )
     params: Any = optax.apply_updates(local.params, updates)
-    return Local(params, opt_state, means)
+    return Local(params, opt_state, means, local.agreed)
 
-  def _gradients(self, depth, numbers, params, slots, constants, batch):
+  def _gradients(self, depth, numbers, networks, slots, inputs):
     """Returns the gradient of one worker, and its loss and metrics."""
     names = self.protocol.num_blocks
-    shared, whole = split(params, names)
+    (params, agreed), (constants, batch) = networks, inputs
+    whole = split(params, names)[1]
     # Where a depth is given, only so many slots can hold blocks: the first.
-    slots, chain = jax.tree.map(lambda x: x[:depth], (slots, whole))
+    slots = jax.tree.map(lambda x: x[:depth], slots)
     key = jax.random.key(self.seed)
     for number in numbers:
       key = jax.random.fold_in(key, number)
@@ -168,12 +178,15 @@ class LocalTraining:
       for name, blocks in slots.items()
     }
     extra = () if constants is None else (constants,)
+    named = {}
+    if agreed is not None:
+      named['agreed'] = _first_slots(agreed, names, depth)
 
     def loss(params):
-      return self.loss_fn(params, present, batch, key, *extra)
+      return self.loss_fn(params, present, batch, key, *extra, **named)
 
     (value, measured), grads = jax.value_and_grad(loss, has_aux=True)(
-      join(shared, chain)
+      _first_slots(params, names, depth)
     )
     if depth is not None:
       shared, chain = split(grads, names)
@@ -203,6 +216,12 @@ class LocalTraining:
 
 def _workers_here(tree: PyTree) -> int:
   return jax.tree.leaves(tree)[0].shape[0]
+
+
+def _first_slots(params, names, depth: int | None):
+  """Returns a sub-network without the slots after the first `depth`."""
+  shared, chain = split(params, names)
+  return join(shared, jax.tree.map(lambda x: x[:depth], chain))
 
 
 def _fill_up(x, like):

@@ -46,6 +46,7 @@ class Protocol:
       between them.
     shared_every: Local steps between exchanges of the shared part; 0 for only
       one, with the blocks.
+    give_agreed: Whether the loss also gets the parameters as the round began.
   """
 
   num_workers: int
@@ -63,6 +64,7 @@ class Protocol:
   average: float = 0.0
   rounds_at_once: int = 1
   shared_every: int = 0
+  give_agreed: bool = False
 
   @property
   def steps(self) -> int:

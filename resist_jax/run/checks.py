@@ -114,6 +114,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
       f'label_smoothing is {config.label_smoothing}; it is a share of each '
       'label, at least 0 and less than 1.'
     )
+  _check_distillation(config)
   _at_least('data.image_size', config.data.image_size, 1)
   _at_least('data.pad', config.data.pad, -1)
   extra = config.data.extra_tests
@@ -184,7 +185,8 @@ def _check_module(config) -> None:
   """Whether a chain has enough blocks is found when data are there."""
   for field, off in (
     ('partition_strided', False), ('evaluation.stream_blocks', False),
-    ('label_smoothing', 0.0), ('model.gates', False),
+    ('label_smoothing', 0.0), ('distillation.weight', 0.0),
+    ('model.gates', False),
   ):  # fmt: skip
     value = value_of(config, field)
     if value != off:
@@ -302,6 +304,25 @@ def _check_faults(config) -> None:
     raise ConfigError(
       'faults.loss_factor compares losses at the end of a round, and '
       'data_parallel has averaged by then: set it to 0.'
+    )
+
+
+def _check_distillation(config) -> None:
+  weight = config.distillation.weight
+  temperature = config.distillation.temperature
+  if not 0 <= weight < 1:
+    raise ConfigError(
+      f'distillation.weight is {weight}; it is a share of the loss, at least 0 '
+      'and less than 1.'
+    )
+  if not temperature > 0:
+    raise ConfigError(
+      f'distillation.temperature is {temperature}; it must be greater than 0.'
+    )
+  if weight and config.protocol == 'data_parallel':
+    raise ConfigError(
+      f'distillation.weight is {weight}, but all workers of data_parallel '
+      'agree at every step: set it to 0.'
     )
 
 

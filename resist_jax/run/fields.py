@@ -175,6 +175,18 @@ FIELDS = {
       'CIFAR take 0.2; the paper takes none.',
     ),
     Field(
+      'distillation.weight',
+      0.0,
+      'If set, such as 0.5, the share of the loss that keeps the outputs of a '
+      'sub-network near those that it gave when the round began; the labels '
+      'have the rest. It takes another forward pass. 0: none (paper).',
+    ),
+    Field(
+      'distillation.temperature',
+      2.0,
+      'Divides the logits of both; larger ones compare unlikely classes, too.',
+    ),
+    Field(
       'optimizer.schedule',
       'step',
       'step divides the learning rate by 10 at each of optimizer.drops '

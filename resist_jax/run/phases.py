@@ -196,6 +196,7 @@ def _protocol_fields(setup: Setup, name: str) -> dict:
     'outer': optimizer.make_outer(**config.outer),
     'average': config.average.decay,
     'shared_every': config.shared_every if name == 'resist' else 0,
+    'give_agreed': config.distillation.weight > 0,
   }
 
 

@@ -81,7 +81,11 @@ class ResNetTask:
       self.dataset,
       scale,
       self.augmentation,
-      self.config.label_smoothing,
+      classification.Objective(
+        self.config.label_smoothing,
+        self.config.distillation.weight,
+        self.config.distillation.temperature,
+      ),
       axis_name,
     )
 
@@ -148,11 +152,19 @@ class ResNetTask:
 
   def flops(self, lengths: Mapping[str, int]) -> float:
     """See `task.Task`."""
-    return models.predicted_flops(self.network, self.image_shape, lengths)
+    return models.predicted_flops(
+      self.network, self.image_shape, lengths, self._passes
+    )
+
+  @property
+  def _passes(self) -> int:
+    """Forward passes in a step: with distillation, one more."""
+    return 2 if self.config.distillation.weight else 1
 
   def statistics(self, lengths: Mapping[str, int]) -> int:
-    """See `task.Task`: what batch norm measures."""
-    return models.num_statistics(self.network, self.image_shape, lengths)
+    """See `task.Task`: what batch norm measures, and gradients of it."""
+    measured = models.num_statistics(self.network, self.image_shape, lengths)
+    return (self._passes + 1) * measured
 
 
 def make(

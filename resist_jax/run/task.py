@@ -156,7 +156,7 @@ class Task(Protocol):
     ...
 
   def statistics(self, lengths: Mapping[str, int]) -> int:
-    """Counts what the devices of a worker average in a forward pass.
+    """Counts what devices of a worker average in a step inside the network.
 
     Args:
       lengths: See `flops`.

@@ -168,7 +168,9 @@ def test_predicted_bytes_between_and_inside_workers_are_the_programs(case):
     net.clone(norm_axis=None), (4, 4, 1), lengths
   )
   assert (statistics > 0) == (norm == 'batch')
-  inside = accounting.predicted_group_bytes(sizes, protocol, G, statistics, 1)
+  inside = accounting.predicted_group_bytes(
+    sizes, protocol, G, 2 * statistics, 1
+  )
   assert accounting.compiled_wire_bytes(run, {}, inside=True) == 2 * inside > 0
 
 

@@ -97,6 +97,12 @@ def test_the_defaults_are_valid():
     ({'data.fill': 'white'}, "fill is 'white'. Use one of black, reflection"),
     ({'data.flips': 'alternate'}, 'Did you mean alternating'),
     ({'label_smoothing': 1.0}, 'label_smoothing is 1.0; it is a share'),
+    ({'distillation.weight': 1.0}, 'distillation.weight is 1.0; it is a share'),
+    ({'distillation.temperature': 0.0}, 'temperature is 0.0; it must be gre'),
+    (
+      {'distillation.weight': 0.5, 'protocol': 'data_parallel'},
+      'all workers of data_parallel agree at every step: set it to 0',
+    ),
     ({'model.init': 'pytorch'}, 'Did you mean torch'),
     ({'data.validation': 1.0}, 'data.validation'),
     (

@@ -40,6 +40,7 @@ ALL = {
   **OUTER,
   'average.decay': 0.5,
   'dealing': 'spread',
+  'distillation.weight': 0.5,
   'local_steps_alpha': 0.01,
   'min_depth': 3,
   'model.gates': True,
@@ -53,6 +54,7 @@ def test_levers_reach_the_trainer():
   setup = prepare(tiny_config(**fields, **{'model.stage_sizes': (1, 9)}))
   trainer = phases.make_phase(setup, 'resist').trainer
   assert (trainer.average, trainer.shared_every) == (0.5, 1)
+  assert trainer.give_agreed
   assert phases.make_phase(setup, 'local_sgd').trainer.shared_every == 0
   change = jnp.float32(2)
   update, _ = trainer.outer.update(change, trainer.outer.init(change))

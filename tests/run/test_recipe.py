@@ -48,6 +48,43 @@ def test_smooth_labels_by_hand(smoothing):
   assert found['accuracy'] == (logits.argmax(axis=1) == y).mean()
 
 
+def test_distillation_by_hand():
+  """Both networks see the same images; the labels have the rest."""
+  weight, temperature = 0.3, 2.0
+  config = tiny_config(**{
+    'distillation.weight': weight, 'distillation.temperature': temperature,
+    'data.augment': 'none',
+  })  # fmt: skip
+  digits = data.load('digits')
+  task = resnet_task.make(config, digits, 'cpu')
+  params, agreed = task.init(0), task.init(1)
+  x, y = digits.train.images[:16], digits.train.labels[:16]
+  loss_fn = jax.jit(task.make_loss({}, None))
+
+  def loss(params, **agreed):
+    return loss_fn(params, {}, (x, y), jax.random.key(0), **agreed)[0]
+
+  pixels = data.normalise(jnp.array(x), digits.mean, digits.std)
+  apply = jax.jit(task.network.apply)
+  log_p, log_q = (
+    jax.nn.log_softmax(np.float64(1) * apply({'params': p}, pixels) / 2)
+    for p in (params, agreed)
+  )
+  away = (np.exp(log_q) * (log_q - log_p)).sum(axis=1).mean()
+  labels = loss(params)  # A test has no network that was agreed on.
+  want = (1 - weight) * float(labels) + weight * temperature**2 * float(away)
+  assert float(loss(params, agreed=agreed)) == pytest.approx(want, rel=1e-4)
+  gradient = jax.jit(jax.grad(loss))
+  at_start = gradient(params, agreed=params)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(
+      x, (1 - weight) * y, rtol=1e-3, atol=1e-5
+    ),
+    at_start,
+    gradient(params),
+  )
+
+
 def test_a_number_below_zero_asks_for_the_mirror_image():
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (5, 4, 4, 3)).astype(np.uint8)

@@ -447,6 +447,28 @@ def test_bytes_are_those_of_the_compiled_program():
     state, _ = compiled.round(state, batches(0, 4))
 
 
+def test_a_copy_of_a_compiled_trainer_has_its_own_programs():
+  trainer, data = make(optax.sgd(RATE)), batches(0, 4)
+  compiled = trainer.compile(trainer.init(network()), data)
+  still = dataclasses.replace(compiled, optimizer=optax.sgd(0.0))
+  state, _ = still.round(still.init(network()), data)
+  assert_close(still.params(state), network(), 1e-6)
+
+
+def test_a_compiled_trainer_checks_what_it_is_given():
+  trainer, data = make(), batches(0, 4)
+  compiled = trainer.compile(trainer.init(network()), data)
+  carrying = make(carry=True)
+  with pytest.raises(ValueError, match='of a trainer with carry=True'):
+    compiled.round(carrying.init(network()), data)
+  state = compiled.init(network())
+  with pytest.raises(ValueError, match=r'it must be \[S=4, T=3, '):
+    compiled.round(state, jax.tree.map(lambda x: x[:, :2], data))
+  compiled.round(state, data)
+  with pytest.raises(ValueError, match='which consumed it'):
+    compiled.round(state, data)
+
+
 def test_the_state_is_a_pytree_and_the_trainer_frozen():
   trainer = make(carry=True)
   state = trainer.init(network())
