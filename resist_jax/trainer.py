@@ -19,7 +19,7 @@ import optax
 
 from resist_jax import accounting, folders
 from resist_jax.decomposition import Assignment
-from resist_jax.exchange import Exchange, hand_over
+from resist_jax.exchange import DATA, WORKER, Exchange, hand_over
 from resist_jax.rounds import (
   LossFn,
   MinDepth,
@@ -187,6 +187,7 @@ class Trainer:
       ValueError: If a chain is not in the parameters or is not one, or if the
         exchange cannot serve its length.
     """
+    checks.check_min_depth(self.min_depth, self.chains)
     return self._protocol(checks.chain_lengths(params, self.chains))
 
   def _protocol(self, num_blocks: Mapping[str, int]) -> Protocol:
@@ -277,10 +278,11 @@ class Trainer:
     if streamed:
       batches = _exactly(batches, self._steps)
       first = next(batches)
-      batches = itertools.chain([first], batches)
+      batches = itertools.chain([first], _alike(self, batches, first))
     else:
       first = batches
     _check_inputs(self, state, first, streamed)
+    checks.check_assignments(assignments, self.chains)
     run = self.programs or self._round(state, first, streamed)
     return run(state, _on_devices(self), batches, assignments)
 
@@ -338,7 +340,11 @@ class Trainer:
 
     Returns:
       Both, on the host.
+
+    Raises:
+      ValueError: If it is no state, or if a round has consumed it.
     """
+    _check_usable(state)
     return assemble(state)
 
   def params(self, state: State) -> dict[str, PyTree]:
@@ -349,8 +355,11 @@ class Trainer:
 
     Returns:
       Global parameters, NumPy arrays, shaped as `init` took them.
+
+    Raises:
+      ValueError: See `whole`.
     """
-    return assemble(state).params
+    return self.whole(state).params
 
   def averaged(self, state: State) -> dict[str, PyTree]:
     """Returns the average of the global network over rounds.
@@ -363,8 +372,9 @@ class Trainer:
       it.
 
     Raises:
-      ValueError: If the state holds no average.
+      ValueError: If the state holds no average; see also `whole`.
     """
+    _check_usable(state)
     if state.average is None:
       raise ValueError(
         'the state holds no average over rounds: use a Trainer with average, '
@@ -380,7 +390,11 @@ class Trainer:
 
     Returns:
       Wire bytes, the mean over all assignments.
+
+    Raises:
+      ValueError: If it is no state.
     """
+    _check_is_state(state)
     sizes = _sizes(state.shared, state.chain, state.num_blocks)
     moments = _moment_sizes(state.carried, state.num_blocks)
     outer = _moment_sizes(state.outer, state.num_blocks)
@@ -399,8 +413,10 @@ class Trainer:
       state: A state between two rounds.
 
     Raises:
-      ValueError: If the folder cannot be one, or cannot be written to.
+      ValueError: If the folder cannot be one, or cannot be written to; see
+        also `whole`.
     """
+    _check_usable(state)
     folder = folders.resolve(folder, 'folder').absolute()
     folders.check_writable(folder, 'folder')
     name = f'round_{int(state.round)}'
@@ -472,6 +488,21 @@ def _exactly(batches: Iterable[PyTree], steps: int) -> Iterator[PyTree]:
       f'batches ended after {count} of {steps} local steps: give an '
       f'iterator of {steps} pytrees [S, ...] for every round.'
     )
+
+
+def _alike(
+  trainer: Trainer, batches: Iterable[PyTree], first: PyTree
+) -> Iterator[PyTree]:
+  """Yields batches; one of another structure than the first is an error."""
+  structure = jax.tree.structure(first)
+  for t, batch in enumerate(batches, start=1):
+    if jax.tree.structure(batch) != structure:
+      raise ValueError(
+        f'batches: that of step {t} is {jax.tree.structure(batch)}, the first '
+        f'is {structure}; give all steps the same pytree.'
+      )
+    _check_batch(trainer, batch, streamed=True)
+    yield batch
 
 
 @lru_cache(maxsize=8)
@@ -559,6 +590,13 @@ def _check_types(trainer: Trainer) -> None:
       f'mesh is {mesh!r}; it must be a value such as make_mesh(num_devices), '
       'or None.'
     )
+  if mesh is not None and (
+    WORKER not in mesh.axis_names or not {WORKER, DATA} >= {*mesh.axis_names}
+  ):
+    raise ValueError(
+      f'mesh has the axes {mesh.axis_names}; make it by '
+      'make_mesh(num_devices), which names them as rounds do.'
+    )
   if isinstance(chains, str):
     raise ValueError(
       f'chains is the string {chains!r}; it must hold names: '
@@ -582,12 +620,25 @@ def _check_types(trainer: Trainer) -> None:
     value = getattr(trainer, name)
     if not isinstance(value, int | float | np.number):
       raise ValueError(f'{name} is {value!r}; it must be a number.')
+  flags = 'average_gradients', 'carry', 'exclude_faulty', 'give_agreed'
+  for name in (*flags, 'on_device'):
+    value = getattr(trainer, name)
+    if not isinstance(value, bool) and (name in flags or value is not None):
+      raise ValueError(
+        f'{name} is {value!r}; it must be True or False'
+        f'{"" if name in flags else ", or None"}.'
+      )
 
 
 def _holds(values: Any, kind: Any) -> bool:
   return isinstance(values, Sequence | np.ndarray) and all(
     isinstance(value, kind) for value in values
   )
+
+
+def _is_whole(value: Any) -> bool:
+  # True is an int.
+  return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _check_fields(trainer: Trainer) -> None:
@@ -603,6 +654,12 @@ def _check_fields(trainer: Trainer) -> None:
       )
   if len(set(trainer.chains)) < len(trainer.chains):
     raise ValueError(f'chains is {trainer.chains}; name each chain once.')
+  for inner, outside in itertools.permutations(trainer.chains, 2):
+    if inner.startswith(f'{outside}/'):
+      raise ValueError(
+        f'chains names {inner!r}, which lies in the chain {outside!r}: name '
+        'one of them.'
+      )
   if not isinstance(trainer.exchange, Exchange):
     raise ValueError(
       f'exchange is {trainer.exchange!r}; it must be a value such as '
@@ -610,12 +667,12 @@ def _check_fields(trainer: Trainer) -> None:
     )
   for name in ('num_workers', 'local_steps', 'rounds_at_once'):
     value = getattr(trainer, name)
-    if not isinstance(value, int | np.integer) or value < 1:
+    if not _is_whole(value) or value < 1:
       raise ValueError(
         f'{name} is {value!r}; it must be an integer of 1 or more.'
       )
   seed = trainer.seed
-  if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+  if not _is_whole(seed) or not 0 <= seed < 2**32:
     raise ValueError(
       f'seed is {seed!r}; it must be an integer of 0 or more, less than 2**32.'
     )
@@ -666,7 +723,7 @@ def _check_fields(trainer: Trainer) -> None:
 
 def _check_shared_every(trainer: Trainer) -> None:
   every, steps = trainer.shared_every, trainer.local_steps
-  if not isinstance(every, int | np.integer) or every < 1 or steps % every:
+  if not _is_whole(every) or every < 1 or steps % every:
     raise ValueError(
       f'shared_every is {every!r}; it must be a divisor of local_steps, '
       f'{steps}, or 0.'
@@ -687,6 +744,10 @@ def _check_inputs(
   trainer: Trainer, state: State, batch: PyTree, streamed: bool
 ) -> None:
   _check_state(trainer, state)
+  _check_batch(trainer, batch, streamed)
+
+
+def _check_batch(trainer: Trainer, batch: PyTree, streamed: bool) -> None:
   S = trainer.num_workers
   here = len(workers_here(trainer.devices, S)) if streamed else S
   checks.check_batch(batch, here, None if streamed else trainer._steps)
@@ -694,11 +755,7 @@ def _check_inputs(
 
 def _check_state(trainer: Trainer, state: State) -> None:
   """Refuses the state of another trainer."""
-  if not isinstance(state, State):
-    raise ValueError(
-      f'state is a {type(state).__name__}; it must come from init, round or '
-      'restore of this trainer.'
-    )
+  _check_is_state(state)
   workers = {x.shape[0] for x in jax.tree.leaves((state.shared, state.chain))}
   differ = {
     'chains': (tuple(state.num_blocks), tuple(trainer.chains)),
@@ -713,6 +770,20 @@ def _check_state(trainer: Trainer, state: State) -> None:
         f'the state is of a trainer with {name}={theirs!r}, but this one has '
         f'{ours!r}: use that trainer, or save and restore the state.'
       )
+  _check_usable(state)
+
+
+def _check_is_state(state: State) -> None:
+  if not isinstance(state, State):
+    raise ValueError(
+      f'state is a {type(state).__name__}; it must come from init, round or '
+      'restore of this trainer.'
+    )
+
+
+def _check_usable(state: State) -> None:
+  """Refuses what is no state, or was given to a round before."""
+  _check_is_state(state)
   for leaf in jax.tree.leaves((state.shared, state.chain)):
     if isinstance(leaf, jax.Array) and leaf.is_deleted():
       raise ValueError(

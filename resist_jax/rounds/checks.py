@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 import numpy as np
 
-from resist_jax.decomposition import join, split
+from resist_jax.decomposition import Assignment, join, split
 from resist_jax.errors import did_you_mean
 from resist_jax.rounds.local_training import LossFn
 
@@ -46,11 +46,18 @@ def metric_names(
     Names of its metrics.
 
   Raises:
-    ValueError: If it does not take `agreed` where it is given, or does not
-      return `(loss, metrics)`.
+    ValueError: If it does not take what it is called with, asks for a chain
+      that is not cut, or does not return `(loss, metrics)`.
   """
-  if give_agreed:
-    _check_takes_agreed(loss_fn)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(constants):
+    if not _is_numeric(leaf):
+      where = jax.tree_util.keystr(path)
+      raise ValueError(
+        f'constants{where} is {type(leaf).__name__}; constants must be arrays '
+        'of numbers. Let loss_fn close over other values.'
+      )
+  _check_signature(loss_fn, constants is not None, give_agreed)
+  names: list[str] = []
   present = {
     name: jax.ShapeDtypeStruct(
       jax.tree.leaves(blocks)[0].shape[:1], jnp.float32
@@ -63,7 +70,13 @@ def metric_names(
 
   def called(params, *args):
     named = {'agreed': params} if give_agreed else {}
-    return loss_fn(params, *args, **named)
+    try:
+      found = loss_fn(params, *args, **named)
+    except KeyError as error:
+      _explain_key(error, params, chain)
+      raise
+    names.extend(returned_metrics(found))
+    return jax.tree.map(jnp.asarray, found)
 
   on_mesh = jax.shard_map(
     called,
@@ -72,21 +85,43 @@ def metric_names(
     out_specs=everywhere,
     check_vma=False,
   )
-  return returned_metrics(
-    jax.eval_shape(on_mesh, join(shared, chain), present, batch, key, *extra)
-  )
+  jax.eval_shape(on_mesh, join(shared, chain), present, batch, key, *extra)
+  return tuple(names)
 
 
-def _check_takes_agreed(loss_fn: LossFn) -> None:
+def _check_signature(
+  loss_fn: LossFn, constants: bool, give_agreed: bool
+) -> None:
+  """Refuses a loss that cannot be called as it will be."""
+  given = ['params', 'present', 'batch', 'key', *['constants'] * constants]
   try:
-    taken = inspect.signature(loss_fn).parameters.values()
+    signature = inspect.signature(loss_fn)
   except ValueError:  # Some callables do not say what they take.
     return
-  if not any(x.name == 'agreed' or x.kind is x.VAR_KEYWORD for x in taken):
+  try:
+    signature.bind(*given, **{'agreed': ''} if give_agreed else {})
+  except TypeError as error:
+    advice = 'let it take these.'
+    if constants:
+      advice = 'let it take these, or leave constants out.'
+    if give_agreed:
+      given.append('agreed=')
+      advice = 'let it take these, or leave give_agreed out.'
     raise ValueError(
-      'give_agreed is set, but loss_fn takes no argument named agreed: add it, '
-      'or leave give_agreed out.'
-    )
+      f'loss_fn{signature} cannot be called with ({", ".join(given)}), '
+      f'{error}: {advice}'
+    ) from error
+
+
+def _explain_key(error: KeyError, params: PyTree, chain: PyTree) -> None:
+  """Raises a ValueError if a loss looks for a chain that is not cut."""
+  key = error.args[0] if error.args else None
+  if key in set(_paths(params)) and key not in chain:
+    raise ValueError(
+      f'loss_fn looks for {key!r}, which chains does not name; it names '
+      f'{", ".join(map(repr, chain)) or "nothing"}: name that chain, or let '
+      f'loss_fn do without it, as by present.get({key!r}, 1).'
+    ) from error
 
 
 def returned_metrics(found: Any) -> tuple[str, ...]:
@@ -107,11 +142,11 @@ def returned_metrics(found: Any) -> tuple[str, ...]:
       'metrics), where metrics is a dictionary of scalars, {} for none.'
     )
   loss, metrics = found
-  if getattr(loss, 'shape', None) != () or not jnp.issubdtype(
-    loss.dtype, jnp.floating
+  if not _is_scalar(loss) or not jnp.issubdtype(
+    jnp.result_type(loss), jnp.floating
   ):
     raise ValueError(
-      f'the loss that loss_fn returns is {loss}; it must be a floating-point '
+      f'the loss that loss_fn returns is {_kind(loss)}; it must be a floating '
       'scalar: take the mean over the batch.'
     )
   if not isinstance(metrics, Mapping):
@@ -120,16 +155,41 @@ def returned_metrics(found: Any) -> tuple[str, ...]:
       'must be a dictionary of scalars, {} for none.'
     )
   for name, value in metrics.items():
-    if getattr(value, 'shape', None) != ():
+    if not isinstance(name, str):
       raise ValueError(
-        f'the metric {name!r} that loss_fn returns is {value}; it must be a '
-        'scalar: take its mean.'
+        f'loss_fn returns a metric named {name!r}; names must be strings.'
+      )
+    if not _is_scalar(value):
+      raise ValueError(
+        f'the metric {name!r} that loss_fn returns is {_kind(value)}; it must '
+        'be a scalar: take its mean.'
       )
     if name in TAKEN:
       raise ValueError(
         f'loss_fn returns a metric {name!r}, a name that rounds use: rename it.'
       )
   return tuple(metrics)
+
+
+def _kind(value: Any) -> str:
+  shape, dtype = (getattr(value, name, None) for name in ('shape', 'dtype'))
+  if dtype is None:
+    return f'of the type {type(value).__name__}'
+  return f'{dtype}[{", ".join(map(str, shape or ()))}]'
+
+
+def _is_scalar(value: Any) -> bool:
+  return _is_numeric(value) and getattr(value, 'shape', ()) == ()
+
+
+def _is_numeric(value: Any) -> bool:
+  if isinstance(value, bool | int | float):
+    return True
+  dtype = getattr(value, 'dtype', None)
+  if dtype is None:
+    return False
+  kinds = jnp.number, jnp.bool_, jax.dtypes.extended
+  return any(jnp.issubdtype(dtype, kind) for kind in kinds)
 
 
 def chain_lengths(
@@ -210,7 +270,8 @@ def check_batch(
     local_steps: T; None where a batch is one step of an iterator.
 
   Raises:
-    ValueError: If the leaves do not lead with S, and T where it is given.
+    ValueError: If the leaves hold no numbers, or do not lead with S, and T
+      where it is given.
   """
   S, T = num_workers, local_steps
   want = (S,) if T is None else (S, T)
@@ -224,4 +285,56 @@ def check_batch(
       raise ValueError(
         f'batches{where} has the shape {np.shape(x)}; it must be {shape}. Give '
         'one pytree [S, T, ...] or an iterator of T pytrees [S, ...].'
+      )
+    if not _is_numeric(x):
+      where = jax.tree_util.keystr(path)
+      raise ValueError(
+        f'batches{where} holds {getattr(x, "dtype", type(x).__name__)}; it '
+        'must be an array of numbers.'
+      )
+
+
+def check_min_depth(min_depth: Any, chains: Sequence[str]) -> None:
+  """Refuses depths by chain that leave a chain out.
+
+  Args:
+    min_depth: A number for all chains, or by name.
+    chains: The names of the chains.
+
+  Raises:
+    ValueError: If a name is missing.
+  """
+  if isinstance(min_depth, Mapping) and not set(min_depth) >= set(chains):
+    raise ValueError(
+      f'min_depth names {", ".join(map(repr, min_depth)) or "nothing"}, and '
+      f'chains names {", ".join(map(repr, chains)) or "nothing"}: give each '
+      'chain a number, or one number for all.'
+    )
+
+
+def check_assignments(assignments: Any, chains: Sequence[str]) -> None:
+  """Refuses what does not assign the blocks of each chain.
+
+  Args:
+    assignments: The assignment of each chain, or None.
+    chains: The names of the chains.
+
+  Raises:
+    ValueError: If it is something else.
+  """
+  if assignments is None:
+    return
+  if not isinstance(assignments, Mapping) or set(assignments) != set(chains):
+    given = assignments
+    if isinstance(assignments, Mapping):
+      given = ', '.join(map(repr, assignments)) or 'nothing'
+    raise ValueError(
+      f'assignments names {given}; it must have an Assignment for each of the '
+      f'chains {", ".join(map(repr, chains)) or "(none)"}, or be None.'
+    )
+  for name, assignment in assignments.items():
+    if not isinstance(assignment, Assignment):
+      raise ValueError(
+        f'assignments[{name!r}] is a {type(assignment).__name__}; it must be a '
+        'decomposition.Assignment.'
       )

@@ -192,7 +192,7 @@ class LocalTraining:
       shared, chain = split(grads, names)
       grads = join(shared, jax.tree.map(_fill_up, chain, whole))
     measured = {'loss': value, **measured}
-    return grads, {k: v.astype(jnp.float32) for k, v in measured.items()}
+    return grads, {k: jnp.asarray(v, jnp.float32) for k, v in measured.items()}
 
   def _average(self, grads, measured):
     """Averages gradients over all workers, the healthy ones where asked."""

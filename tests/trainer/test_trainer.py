@@ -502,7 +502,16 @@ MISTAKES = {
   'depths words': ({'depths': ('a', 'b')}, 'depths is .*; it must hold a whol'),
   'min_depth a word': ({'min_depth': 'all'}, "min_depth is 'all'; it must be"),
   'factor a word': ({'loss_factor': 'no'}, "loss_factor is 'no'; it must be"),
-}
+  'S is true': ({'S': True}, 'num_workers is True; it must be an integer'),
+  'a flag a word': ({'carry': 'yes'}, "carry is 'yes'; it must be True or F"),
+  'a flag a number': ({'on_device': 1}, 'on_device is 1; .*False, or None'),
+  'chain in a chain': (
+    {'chains': (CHAIN, f'{CHAIN}/w')}, "'inner/blocks/w', which lies in the",
+  ),
+  'a depth of another chain': (
+    {'min_depth': {'blocks': 2}}, "min_depth names 'blocks', and chains names",
+  ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize('case', MISTAKES)
@@ -536,7 +545,20 @@ LOSSES = {
   'a list': (lambda p, *_: (p['out'].sum(), [1.0]), 'metrics that loss_fn'),
   'a vector': (lambda p, *_: (p['out'].sum(), {'m': p['out']}), "metric 'm'"),
   'a name': (lambda p, *_: (p['out'].sum(), {'loss': 1.0}), 'rename it'),
-}
+  'a word': (lambda p, *_: (p['out'].sum(), {'m': 'x'}), 'is of the type str;'),
+  'a number as name': (
+    lambda p, *_: (p['out'].sum(), {3: 1.0}), 'named 3; names must be strings',
+  ),
+  'whole numbers': (lambda *_: (jnp.int32(1), {}), r'int32\[\]; .* the mean'),
+  'too few arguments': (
+    lambda p, batch: (p['out'].sum(), {}),
+    r'loss_fn\(p, batch\) cannot be called with \(params, present, batch, ',
+  ),
+  'another chain': (
+    lambda p, present, *_: (p['out'].sum() + present['out'], {}),
+    "looks for 'out', which chains does not name; it names 'inner/blocks'",
+  ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize('case', LOSSES)
@@ -562,11 +584,51 @@ def test_batches_and_states_that_do_not_fit_are_refused():
   ):  # fmt: skip
     with pytest.raises(ValueError, match=f'of a trainer with {says}='):
       make(**fields).round(state, batches(0, fields.get('S', 4)))
-  with pytest.raises(ValueError, match='it must come from init'):
-    trainer.round(network(), batches(0, 4))
+  for value, says in (({}, 'names nothing'), ({CHAIN: 3}, 'is a int; it must')):
+    with pytest.raises(ValueError, match=f'assignments.*{says}'):
+      trainer.round(state, batches(0, 4), value)
+  words = {**batches(0, 4), 'name': np.full((4, T), 'cat')}
+  with pytest.raises(ValueError, match=r"batches\['name'\] holds <U3; it must"):
+    trainer.round(state, words)
+  named = dataclasses.replace(
+    trainer, constants='cat', loss_fn=lambda *_: (1.0, {})
+  )
+  with pytest.raises(ValueError, match='constants is str; constants must be'):
+    named.round(state, batches(0, 4))
+  uses = trainer.round, trainer.whole, trainer.params, trainer.averaged
+  uses = (*uses, trainer.bytes_per_round, lambda x: trainer.save('state', x))
+  for use in uses:
+    args = (batches(0, 4),) if use == trainer.round else ()
+    with pytest.raises(ValueError, match='it must come from init'):
+      use(network(), *args)
   trainer.round(state, batches(0, 4))
-  with pytest.raises(ValueError, match='which consumed it'):
-    trainer.round(state, batches(0, 4))
+  for use in uses:
+    if use != trainer.bytes_per_round:  # It looks at shapes alone.
+      args = (batches(0, 4),) if use == trainer.round else ()
+      with pytest.raises(ValueError, match='which consumed it'):
+        use(state, *args)
+
+
+def test_all_batches_of_an_iterator_are_alike():
+  trainer = make()
+  first, second = (
+    {k: v[:, t] for k, v in batches(0, 4).items()} for t in (0, 1)
+  )
+  for bad, says in (
+    ({'x': second['x']}, r"step 1 is PyTreeDef\({'x'.*the first is PyTreeDef"),
+    ({k: v[:3] for k, v in second.items()}, r'must be \[S=4, ...\]'),
+  ):
+    with pytest.raises(ValueError, match=says):
+      trainer.round(trainer.init(network()), iter([first, bad, second]))
+
+
+def test_metrics_may_be_numbers_of_python():
+  trainer = dataclasses.replace(
+    make(), loss_fn=lambda p, *_: (p['out'].sum(), {'half': 0.5, 'yes': True})
+  )
+  _, metrics = trainer.round(trainer.init(network()), batches(0, 4))
+  np.testing.assert_allclose(metrics['half'], 0.5, rtol=1e-6)
+  np.testing.assert_allclose(metrics['yes'], 1.0, rtol=1e-6)
 
 
 def test_a_state_is_not_saved_onto_a_file(tmp_path):
