@@ -3,8 +3,9 @@
 import argparse
 from collections.abc import Iterable
 import difflib
+import numbers
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # What code of somebody else's may raise: a script may end its process.
 FOREIGN = (Exception, SystemExit)
@@ -116,3 +117,15 @@ class Parser(argparse.ArgumentParser):
     """Ends the process with what is wrong, and code 2."""
     said = ' '.join(message.split()).rstrip('.')
     self.exit(2, f'error: {said}; --help lists all arguments.\n')
+
+
+def is_whole(value: Any) -> bool:
+  """Returns whether a value is a whole number; True and False are none.
+
+  Args:
+    value: Anything.
+
+  >>> is_whole(3), is_whole(True), is_whole(3.0)
+  (True, False, False)
+  """
+  return isinstance(value, numbers.Integral) and not isinstance(value, bool)

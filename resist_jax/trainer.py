@@ -19,6 +19,7 @@ import optax
 
 from resist_jax import accounting, folders
 from resist_jax.decomposition import Assignment
+from resist_jax.errors import is_whole
 from resist_jax.exchange import DATA, WORKER, Exchange, hand_over
 from resist_jax.rounds import (
   LossFn,
@@ -636,11 +637,6 @@ def _holds(values: Any, kind: Any) -> bool:
   )
 
 
-def _is_whole(value: Any) -> bool:
-  # True is an int.
-  return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
 def _check_fields(trainer: Trainer) -> None:
   """Finds mistakes that need no parameters."""
   _check_types(trainer)
@@ -667,12 +663,12 @@ def _check_fields(trainer: Trainer) -> None:
     )
   for name in ('num_workers', 'local_steps', 'rounds_at_once'):
     value = getattr(trainer, name)
-    if not _is_whole(value) or value < 1:
+    if not is_whole(value) or value < 1:
       raise ValueError(
         f'{name} is {value!r}; it must be an integer of 1 or more.'
       )
   seed = trainer.seed
-  if not _is_whole(seed) or not 0 <= seed < 2**32:
+  if not is_whole(seed) or not 0 <= seed < 2**32:
     raise ValueError(
       f'seed is {seed!r}; it must be an integer of 0 or more, less than 2**32.'
     )
@@ -723,7 +719,7 @@ def _check_fields(trainer: Trainer) -> None:
 
 def _check_shared_every(trainer: Trainer) -> None:
   every, steps = trainer.shared_every, trainer.local_steps
-  if not _is_whole(every) or every < 1 or steps % every:
+  if not is_whole(every) or every < 1 or steps % every:
     raise ValueError(
       f'shared_every is {every!r}; it must be a divisor of local_steps, '
       f'{steps}, or 0.'

@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from resist_jax.errors import is_whole
 
 PyTree = Any
 
@@ -46,11 +49,20 @@ def slots_per_worker(
 
   Raises:
     ValueError: If a worker would run no block although it must, or more blocks
-      than exist, or if a block would have no worker.
+      than exist, if a block would have no worker, or if a number is no whole
+      one.
 
   >>> slots_per_worker(22, 4), slots_per_worker(22, 8, min_depth=4)
   (6, 4)
   """
+  given = ('num_blocks', num_blocks), ('num_workers', num_workers)
+  least = () if min_depth is None else (('min_depth', min_depth),)
+  each = [('each of depths', depth) for depth in depths]
+  for name, value in (*given, *least, *each):
+    if not is_whole(value):
+      raise ValueError(f'{name} is {value!r}; it must be a whole number.')
+  if num_blocks < 0:
+    raise ValueError(f'num_blocks is {num_blocks}; it must be at least 0.')
   if num_workers < 1:
     raise ValueError(f'num_workers is {num_workers}; it must be at least 1.')
   if depths:
@@ -202,7 +214,7 @@ def sample_slots(
     ascending order, then L in every empty slot.
 
   Raises:
-    ValueError: See `slots_per_worker`.
+    ValueError: See `slots_per_worker`; or if `key` is none.
 
   >>> slots = sample_slots(jax.random.key(0), num_blocks=5, num_workers=2)
   >>> slots.shape, sorted(slots.ravel().tolist())
@@ -211,6 +223,10 @@ def sample_slots(
   L, S = num_blocks, num_workers
   counts = blocks_per_worker(L, S, min_depth, depths)
   owned = blocks_owned(L, S, depths)
+  if not isinstance(key, jax.Array | np.ndarray):
+    raise ValueError(
+      f'key is {key!r}; it must be a PRNG key, such as jax.random.key(0).'
+    )
   deal_key, copy_key = jax.random.split(key)
 
   order = jax.random.permutation(deal_key, L).astype(jnp.int32)
@@ -254,15 +270,21 @@ def take(chain: PyTree, slots_s: jax.Array) -> PyTree:
 
   Args:
     chain: Pytree of arrays `[L, ...]`.
-    slots_s: `int32[K]`, the blocks of one worker.
+    slots_s: `int32[K]`, the blocks of one worker; what is not in 0..L-1 is
+      empty, but for negative numbers, which count from the end.
 
   Returns:
     Pytree of arrays `[K, ...]`, zeros in empty slots.
+
+  Raises:
+    ValueError: If the arrays do not stack the same number of blocks.
 
   >>> chain = {'w': jnp.array([1.0, 2.0, 3.0])}
   >>> take(chain, jnp.array([0, 2, 3]))['w'].tolist()
   [1.0, 3.0, 0.0]
   """
+  _check_stacked(chain)
+  slots_s = jnp.asarray(slots_s)
   return jax.tree.map(
     lambda x: jnp.take(x, slots_s, axis=0, mode='fill', fill_value=0), chain
   )
@@ -280,11 +302,16 @@ def aggregate(chains: PyTree, slots: jax.Array, chain: PyTree) -> PyTree:
   Returns:
     Pytree of arrays `[L, ...]`.
 
+  Raises:
+    ValueError: If their structures or sizes do not fit.
+
   >>> old = {'w': jnp.array([1.0, 2.0, 3.0])}
   >>> new = {'w': jnp.array([[5.0, 9.0], [7.0, 0.0]])}
   >>> aggregate(new, jnp.array([[0, 1], [0, 3]]), old)['w'].tolist()
   [6.0, 9.0, 3.0]
   """
+  _check_stacked(chain)
+  _check_held(chains, slots, chain)
   num_blocks = jax.tree.leaves(chain)[0].shape[0]
   holders = block_count(slots, num_blocks)
 
@@ -295,6 +322,30 @@ def aggregate(chains: PyTree, slots: jax.Array, chain: PyTree) -> PyTree:
     return jnp.where(count > 0, total / jnp.maximum(count, 1), old)
 
   return jax.tree.map(mean, chains, chain)
+
+
+def _check_stacked(chain: PyTree) -> None:
+  sizes = {np.shape(x)[:1] for x in jax.tree.leaves(chain)}
+  if len(sizes) > 1 or () in sizes:
+    found = ', '.join(str(*size) or 'none' for size in sorted(sizes))
+    raise ValueError(
+      f'chain has leaves of the leading sizes {found}; each must stack the '
+      'same number of blocks on its first axis.'
+    )
+
+
+def _check_held(chains: PyTree, slots: jax.Array, chain: PyTree) -> None:
+  if jax.tree.structure(chains) != jax.tree.structure(chain):
+    raise ValueError(
+      f'chains is {jax.tree.structure(chains)}, and chain is '
+      f'{jax.tree.structure(chain)}; both must be the same pytree.'
+    )
+  for ours, old in zip(*map(jax.tree.leaves, (chains, chain)), strict=True):
+    if ours.shape != (*slots.shape, *old.shape[1:]) or slots.ndim != 2:
+      raise ValueError(
+        f'chains has a leaf {ours.shape} where chain has {old.shape} and slots '
+        f'is {slots.shape}; they must be [S, K, ...], [L, ...] and [S, K].'
+      )
 
 
 def block_sum(
@@ -345,12 +396,15 @@ def split(
 
   Raises:
     KeyError: If the parameters hold no chain of that name.
+    ValueError: If `chains` is a single name.
 
   >>> split({'stem': 1, 'stage3_chain': 2}, ['stage3_chain'])
   ({'stem': 1}, {'stage3_chain': 2})
   >>> split({'decoder': {'blocks': 1, 'head': 2}}, ['decoder/blocks'])
   ({'decoder': {'head': 2}}, {'decoder/blocks': 1})
   """
+  if isinstance(chains, str):
+    raise ValueError(f'chains is {chains!r}; it must hold names: [{chains!r}].')
   shared, chain = dict(params), {}
   for name in chains:
     *path, last = name.split('/')

@@ -38,8 +38,10 @@ def hand_over(wire_format: str = 'float32', spread: bool = False) -> Exchange:
     The exchange. It needs a block for every worker.
 
   Raises:
-    ValueError: If there is no such format.
+    ValueError: If there is no such format, or `spread` is no truth value.
   """
+  if not isinstance(spread, bool):
+    raise ValueError(f'spread is {spread!r}; it must be True or False.')
   form = compression.wire_format(wire_format)
   return Exchange(
     form,

@@ -4,6 +4,7 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 import numpy as np
 
+from resist_jax.errors import is_whole
 from resist_jax.exchange import DATA, WORKER
 
 SHARDED = PartitionSpec(WORKER)
@@ -30,6 +31,10 @@ def make_mesh(
   auto = jax.sharding.AxisType.Auto
   processes = jax.process_count()
   num_devices = jax.device_count() if num_devices is None else num_devices
+  given = {'num_devices': num_devices, 'devices_per_worker': devices_per_worker}
+  for name, value in given.items():
+    if not is_whole(value):
+      raise ValueError(f'{name} is {value!r}; it must be a whole number.')
   if not 1 <= num_devices <= jax.device_count() or num_devices % processes:
     raise ValueError(
       f'num_devices is {num_devices}; use a multiple of {processes} (the '

@@ -144,6 +144,10 @@ def test_impossible_depths_say_why(depths, says):
     (5, 2, 6, 'allows 0 to 5'),
     (5, 2, -1, 'allows 0 to 5'),
     (0, 2, 0, 'cannot share'),
+    (-3, 2, 0, 'num_blocks is -3; it must be at least 0'),
+    (6.0, 2, 0, 'num_blocks is 6.0; it must be a whole number'),
+    (6, True, 0, 'num_workers is True; it must be a whole number'),
+    (6, 2, '3', "min_depth is '3'; it must be a whole number"),
   ],
 )
 def test_sizes_that_are_impossible_are_refused_with_the_reason(
@@ -263,3 +267,53 @@ def test_a_subnetwork_is_the_network_with_the_other_branches_off():
   sub = {**params, tiny.CHAIN: decomposition.take(params[tiny.CHAIN], slots)}
   cut = net.with_chain_lengths({tiny.CHAIN: 2}).apply({'params': sub}, images)
   np.testing.assert_allclose(cut, whole, rtol=1e-5, atol=1e-6)
+
+
+CHAIN = {'w': np.ones((6, 3), np.float32), 'b': np.ones(6, np.float32)}
+SLOTS = np.array([[0, 1, 2], [3, 4, 5]])
+SUBS = {'w': np.ones((2, 3, 3)), 'b': np.ones((2, 3))}
+PIECES = {
+  'a number for a key': (
+    lambda: decomposition.sample_slots(0, 6, 2), 'key is 0; it must be a PRNG',
+  ),
+  'half a depth': (
+    lambda: decomposition.slots_per_worker(6, 2, depths=(3.0, 3.0)),
+    'each of depths is 3.0; it must be a whole number',
+  ),
+  'a short leaf': (
+    lambda: decomposition.take({**CHAIN, 'b': np.ones(5)}, SLOTS[0]),
+    'leading sizes 5, 6; each must stack',
+  ),
+  'a scalar': (
+    lambda: decomposition.take({'w': np.float32(1)}, SLOTS[0]),
+    'leading sizes none; each must stack',
+  ),
+  'other leaves': (
+    lambda: decomposition.aggregate({'w': SUBS['w']}, SLOTS, CHAIN),
+    'both must be the same pytree',
+  ),
+  'other slots': (
+    lambda: decomposition.aggregate(SUBS, SLOTS[:, :2], CHAIN),
+    r'has a leaf \(2, 3.*and slots is \(2, 2\); they must be',
+  ),
+  'slots of one worker': (
+    lambda: decomposition.aggregate(SUBS, SLOTS[0], CHAIN),
+    r'slots is \(3,\); they must be',
+  ),
+  'a name for names': (
+    lambda: decomposition.split({'chain': 1}, 'chain'), r"names: \['chain'\]",
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('case', PIECES)
+def test_pieces_that_do_not_fit_are_refused_in_a_line(case):
+  call, says = PIECES[case]
+  with pytest.raises(ValueError, match=says) as caught:
+    call()
+  assert '\n' not in str(caught.value)
+
+
+def test_nothing_to_take_is_taken():
+  """An optimiser may keep nothing of a chain."""
+  assert decomposition.take({}, SLOTS[0]) == {}

@@ -522,7 +522,23 @@ def test_a_mistake_is_one_line_before_anything_is_compiled(case):
   assert '\n' not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+  ('args', 'says'),
+  [
+    (('2',), "num_devices is '2'; it must be a whole number"),
+    ((2.0,), 'num_devices is 2.0; it must be a whole number'),
+    ((2, True), 'devices_per_worker is True; it must be a whole number'),
+    ((99,), 'num_devices is 99; use a multiple of 1'),
+  ],
+)
+def test_a_mesh_of_no_number_of_devices_is_refused(args, says):
+  with pytest.raises(ValueError, match=says):
+    resist.make_mesh(*args)
+
+
 def test_an_unknown_format_names_the_others():
+  with pytest.raises(ValueError, match="spread is 'yes'; it must be True or F"):
+    resist.exchange.hand_over(spread='yes')
   with pytest.raises(ValueError, match="is 'int4'; use one of float32, bfl"):
     resist.exchange.hand_over('int4')
 
