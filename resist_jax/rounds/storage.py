@@ -7,6 +7,7 @@ continue from them.
 
 from collections.abc import Mapping
 import hashlib
+import json
 import pathlib
 import re
 import shutil
@@ -62,7 +63,12 @@ def write(
   begin(folder, state, record).result()
 
 
-def begin(folder: pathlib.Path, state: State, record: Mapping[str, Any]) -> Any:
+def begin(
+  folder: pathlib.Path,
+  state: State,
+  record: Mapping[str, Any],
+  timeout: int | None = None,
+) -> Any:
   """Begins to write a state, which goes on while the next round runs.
 
   Args:
@@ -70,6 +76,7 @@ def begin(folder: pathlib.Path, state: State, record: Mapping[str, Any]) -> Any:
     state: A state between two rounds; the caller may give it to a round at
       once, because its numbers are copied to the host first.
     record: JSON values to save with it.
+    timeout: Seconds that orbax waits; None for its own choice.
 
   Returns:
     An object whose `result()` waits until the folder is whole, and raises what
@@ -99,9 +106,14 @@ def begin(folder: pathlib.Path, state: State, record: Mapping[str, Any]) -> Any:
     and [np.asarray(x.addressable_data(0)).tolist() for x in state.norms],
     'record': dict(record),
   }
-  return ocp.save_async(
-    str(folder), arrays, overwrite=True, custom_metadata=description
-  )
+  description['digest'] = _digest_of_description(description)
+  context = _context()
+  if timeout is not None:
+    context.asynchronous.timeout_secs = timeout
+  with context:
+    return ocp.save_async(
+      str(folder), arrays, overwrite=True, custom_metadata=description
+    )
 
 
 def read(folder: pathlib.Path, mesh: Mesh) -> Stored:
@@ -122,7 +134,8 @@ def read(folder: pathlib.Path, mesh: Mesh) -> Stored:
       return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     return _host_array(path, leaf)
 
-  return _read(folder, target)
+  with _context():
+    return _read(folder, target)
 
 
 def read_on_host(folder: pathlib.Path) -> Stored:
@@ -137,13 +150,26 @@ def read_on_host(folder: pathlib.Path) -> Stored:
   Returns:
     What the files hold.
   """
-  from orbax.checkpoint import v1 as ocp  # Slow to import.
-
-  context = ocp.Context()
+  context = _context()
   context.multiprocessing.primary_host = jax.process_index()
   context.multiprocessing.active_processes = {jax.process_index()}
   with context:
     return _read(folder, _host_array)
+
+
+def _context() -> Any:
+  """Returns how orbax writes and reads: without files that nobody needs.
+
+  It would note the shardings and kinds of arrays when they were written.
+  Reading asks for shardings of its own, and would stumble over such a file if
+  it is damaged.
+  """
+  from orbax.checkpoint import v1 as ocp  # Slow to import.
+
+  context = ocp.Context()
+  context.array.saving.enable_write_sharding_file = False
+  context.array.saving.array_metadata_store = None
+  return context
 
 
 def _host_array(path, leaf):
@@ -156,7 +182,10 @@ def _read(folder: pathlib.Path, target) -> Stored:
   from orbax.checkpoint import v1 as ocp  # Slow to import.
 
   saved: Any = ocp.metadata(str(folder))
-  description = saved.custom_metadata
+  description = dict(saved.custom_metadata)
+  digest = description.pop('digest', None)  # Older versions saved none.
+  if digest not in (None, _digest_of_description(description)):
+    raise ValueError('what it says of itself is not as it was written')
   targets = jax.tree_util.tree_map_with_path(target, saved.metadata)
   arrays: Any = ocp.load(str(folder), targets)
   shared, chain = _from_parts(arrays['params'])
@@ -266,6 +295,11 @@ def _map_equal(state: State, function) -> State:
 def _num_rows(tree: PyTree) -> int | None:
   leaves = jax.tree.leaves(tree)
   return leaves[0].shape[0] if leaves else None
+
+
+def _digest_of_description(description: Mapping[str, Any]) -> str:
+  text = json.dumps(description, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _parts(shared: PyTree, chain: PyTree) -> dict[str, PyTree]:

@@ -8,8 +8,9 @@ Orbax writes in the background, while the next rounds run, and gives a
 checkpoint its name when all of it is written; then process 0 lists its files in
 a manifest. A checkpoint that differs from its manifest is damaged, and an older
 one is restored instead. One without a manifest, because the run was killed in
-between or because the folder of checkpoints was copied alone, is read whole
-before it gets one. Whatever else lies in that folder is left alone.
+between or because the folder of checkpoints was copied alone, is read whole and
+compared with the sums in it before it gets one. Whatever else lies in that
+folder is left alone.
 
 How many of the newest are kept is a choice, and so is whether the best one is.
 A checkpoint is *known good* when a test at or after its round was finite. The
@@ -18,7 +19,6 @@ newest of these is always kept, and a run that diverges falls back on it.
 
 from collections.abc import Iterator, Mapping
 import contextlib
-from functools import partial
 import json
 import os
 import pathlib
@@ -28,17 +28,15 @@ from typing import Any, NamedTuple
 
 from absl import logging
 import jax
-from jax import lax
 from jax.experimental import multihost_utils
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from resist_jax.errors import NonFiniteError, message
+from resist_jax.errors import NonFiniteError, message, one_line
 from resist_jax.rounds import State, storage
-from resist_jax.rounds.mesh import REPLICATED
 from resist_jax.run import processes, workdir
+from resist_jax.run.examined import examine, sums_on_host
 from resist_jax.run.manifest import check, manifest
 
 KEEP = 3  # The newest and two older ones, in case newer ones are damaged.
@@ -46,6 +44,7 @@ KEEP = 3  # The newest and two older ones, in case newer ones are damaged.
 # `processes` detects a lost process sooner.
 _TIMEOUT = 20 * 24 * 3600
 _NONE, _DAMAGED = -1, -2  # Returned instead of a round.
+_SUMS = 'sums'  # What `examined` found, beside the progress.
 # What orbax calls a checkpoint that it has not finished.
 _UNFINISHED = re.compile(r'[0-9]+\.orbax-checkpoint-tmp(-[0-9]+)?')
 
@@ -144,7 +143,8 @@ class Checkpoints:
       SaveError: If it or the one before cannot be written.
     """
     step = progress['round']
-    if not _is_finite(state, NamedSharding(self._mesh, REPLICATED)):
+    finite, sums = examine(state, self._mesh)
+    if not finite:
       raise NonFiniteError(
         f'round {step}: the parameters that its aggregate gave are not finite'
       )
@@ -153,12 +153,11 @@ class Checkpoints:
     with self._save_errors(step):
       # Not through orbax's checkpoint manager, in which a process that fails
       # and the others wait for each other.
-      context = ocp.Context()
-      context.asynchronous.timeout_secs = _TIMEOUT
-      with context:
-        if jax.process_index() == 0:
-          self._make_way(step)
-        self._saving = step, storage.begin(self._path(step), state, progress)
+      if jax.process_index() == 0:
+        self._make_way(step)
+      record = {**progress, _SUMS: sums}
+      begun = storage.begin(self._path(step), state, record, _TIMEOUT)
+      self._saving = step, begun
 
   def finish(self, wait: bool = True) -> None:
     """Finishes the save that was begun, if there is one.
@@ -235,7 +234,8 @@ class Checkpoints:
       The checkpoint, or None if there is none.
 
     Raises:
-      ValueError: If there are checkpoints and all of them are damaged.
+      ValueError: If there are checkpoints and all of them are damaged, or if
+        the newest intact one cannot be read after all.
     """
     step = self._choose()
     if step == _NONE:
@@ -248,8 +248,16 @@ class Checkpoints:
     good = self._known_good(step) if jax.process_index() == 0 else _NONE
     (good,) = _from_process_0(good)
     self._latest, self._good = step, None if good == _NONE else good
-    stored = storage.read(self._path(step), self._mesh)
-    return Restored(stored, stored.record)
+    try:
+      stored = storage.read(self._path(step), self._mesh)
+    except (ValueError, TypeError, KeyError) as error:
+      raise ValueError(
+        f'the checkpoint of round {step} cannot be read '
+        f'({one_line(error)[:100]}): move {self._path(step)} away to go on '
+        'from the one before.'
+      ) from error
+    progress = {k: v for k, v in stored.record.items() if k != _SUMS}
+    return Restored(stored, progress)
 
   def _choose(self) -> int:
     """Returns the round of the newest intact one, `_NONE` or `_DAMAGED`."""
@@ -283,7 +291,7 @@ class Checkpoints:
         logging.warning(
           'the checkpoint of round %d has no manifest, because the run was '
           'killed or the manifests were not copied: it is used if all of it '
-          'can be read',
+          'can be read and adds up',
           step,
         )
         return step, False
@@ -299,9 +307,14 @@ class Checkpoints:
   def _read_problem(self, step: int) -> str:
     """Reads a whole checkpoint; returns why that fails, or ''."""
     try:
-      found = storage.read_on_host(self._path(step)).record['round']
+      stored = storage.read_on_host(self._path(step))
+      found = stored.record['round']
+      # Older versions saved no sums.
+      sums = stored.record.get(_SUMS) or sums_on_host(stored.state)
     except Exception as error:  # orbax and its codecs raise many types.
       return message(error)[:100] or type(error).__name__
+    if sums != sums_on_host(stored.state):
+      return 'its numbers are not as they were written'
     return '' if found == step else f'it is that of round {found}'
 
   def _steps(self) -> list[int]:
@@ -383,40 +396,6 @@ class Checkpoints:
     for step in self._manifest_steps():
       if not self._path(step).exists():
         self._manifest_path(step).unlink()
-
-
-@partial(jax.jit, static_argnums=1)
-def _all_finite(state: State, everywhere: NamedSharding) -> jax.Array:
-  """Returns whether all numbers are finite that a state holds."""
-
-  def in_slots(name, x):
-    empty = state.assignments[name].slots >= state.num_blocks[name]
-    return jnp.where(empty.reshape(*empty.shape, *[1] * (x.ndim - 2)), 0, x)
-
-  def held(shared, chain):  # Nobody reads what is in an empty slot.
-    return shared, {
-      name: jax.tree.map(partial(in_slots, name), blocks)
-      for name, blocks in chain.items()
-    }
-
-  arrays: list[Any] = [held(state.shared, state.chain), state.error]
-  if state.carried is not None:
-    arrays += [held(**moment) for moment in state.carried.moments]
-    arrays += state.carried.rest
-  for parts in (state.outer, state.average):
-    if parts is not None:
-      arrays += [held(**moment) for moment in parts.moments]
-  finite = [
-    jnp.isfinite(x).all()
-    for x in jax.tree.leaves(arrays)
-    if jnp.issubdtype(x.dtype, jnp.inexact)
-  ]
-  # All processes get the result, because all have to take the same decision.
-  return lax.with_sharding_constraint(jnp.stack(finite).all(), everywhere)
-
-
-def _is_finite(state: State, everywhere: NamedSharding) -> bool:
-  return bool(np.asarray(_all_finite(state, everywhere)))
 
 
 def _from_process_0(*numbers: int) -> list[int]:

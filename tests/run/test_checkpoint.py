@@ -7,6 +7,7 @@ import shutil
 import tempfile
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 import numpy as np
 from orbax.checkpoint import v1 as ocp
@@ -14,11 +15,11 @@ import pytest
 
 from resist_jax.decomposition import Assignment
 from resist_jax.errors import NonFiniteError
-from resist_jax.rounds import State, make_mesh
+from resist_jax.rounds import State, make_mesh, storage
 from resist_jax.rounds.mesh import SHARDED
 from resist_jax.rounds.moments import Parts
 from resist_jax.rounds.storage import digest_of_arrays
-from resist_jax.run import workdir
+from resist_jax.run import checkpoint, examined, workdir
 from resist_jax.run.checkpoint import KEEP, Checkpoints, SaveError
 
 # When one read of a damaged checkpoint fails, orbax closes its event loop while
@@ -35,8 +36,9 @@ def state(step, **fields):
   rng = np.random.default_rng(step)
   kernels = rng.normal(size=(4, 2, 30, 40)).astype(np.float32)
   sharding = NamedSharding(make_mesh(4), SHARDED)
+  stem = np.tile(rng.normal(size=(1, 3, 8)).astype(np.float32), (4, 1, 1))
   return State(
-    {'stem': np.tile(rng.normal(size=(1, 3, 8)), (4, 1, 1))},
+    {'stem': jax.device_put(stem, sharding)},
     {'chain': {'kernel': jax.device_put(kernels, sharding)}},
     {'chain': Assignment(SLOTS)},
     np.int32(step),
@@ -261,6 +263,74 @@ def test_a_file_cut_short_shows_without_manifest(tmp_path):
     restored = restore(tmp_path)
     assert_is(restored, restored.progress['round'])
     path.write_bytes(whole)
+
+
+def test_a_flipped_bit_of_a_number_shows_without_manifest(tmp_path, caplog):
+  """Random bits stand in the file as they are; its format notices no flip."""
+  rng = np.random.default_rng(0)
+  bits = rng.integers(0, 2**32, (4, 2, 500), np.uint32).view(np.int32)
+  save(tmp_path, 1)
+  newer = state(2)
+  placed = jax.device_put(bits, newer.chain['chain']['kernel'].sharding)
+  newer = newer._replace(chain={'chain': {'bits': placed}})
+  checkpoints = Checkpoints(tmp_path, make_mesh(4))
+  checkpoints.save(newer, {'round': 2, 'note': [1, 2]})
+  checkpoints.finish()
+  some = bits[1].tobytes()[:200]
+  (path,) = (p for p in newest_files(tmp_path, 2) if some in p.read_bytes())
+  whole = path.read_bytes()
+  for bit in (0, 7, 300, 1599):
+    spoilt = bytearray(whole)
+    spoilt[whole.index(some) + bit // 8] ^= 1 << bit % 8
+    path.write_bytes(spoilt)
+    (tmp_path / 'digests' / '2.json').unlink(missing_ok=True)
+    caplog.clear()
+    assert_is(restore(tmp_path), 1)
+    assert 'its numbers are not as they were written' in caplog.text
+  path.write_bytes(whole)
+  assert restore(tmp_path).progress['round'] == 2
+
+
+def test_another_digit_in_the_description_shows_without_manifest(
+  tmp_path, caplog
+):
+  save(tmp_path, 1, 2)
+  delete_manifest(tmp_path, 2)
+  path = tmp_path / 'checkpoints' / '2' / '_CHECKPOINT_METADATA'
+  text = path.read_text()
+  assert '[[0, 2], [1, 3]' in text
+  path.write_text(text.replace('[[0, 2], [1, 3]', '[[0, 3], [1, 3]'))
+  assert_is(restore(tmp_path), 1)
+  assert 'what it says of itself is not as it was written' in caplog.text
+
+
+def test_an_older_checkpoint_has_no_sums(tmp_path, monkeypatch):
+  """It is used as before where its manifest is missing."""
+  monkeypatch.setattr(storage, '_digest_of_description', lambda _: None)
+  monkeypatch.setattr(checkpoint, '_SUMS', 'something')
+  save(tmp_path, 1)
+  monkeypatch.undo()
+  delete_manifest(tmp_path, 1)
+  restored = restore(tmp_path)
+  assert restored.progress.pop('something')
+  assert_is(restored, 1)
+
+
+@pytest.mark.parametrize(
+  'dtype', ['float32', 'bfloat16', 'int8', 'int32', 'bool']
+)
+def test_sums_of_a_device_are_those_of_the_host(dtype):
+  rng, mesh = np.random.default_rng(0), make_mesh(4)
+  values = (100 * rng.normal(size=(4, 3, 5))).astype(jnp.dtype(dtype))
+  values[1:] = values[0]
+  placed = jax.device_put(values, NamedSharding(mesh, SHARDED))
+  error = {'b': placed, 'c': jnp.ones((4, 2))}
+  live = State({'a': placed}, {}, {}, np.int32(1), {}, error=error)
+  found = examined.examine(live, mesh)
+  assert found.finite
+  read = live._replace(shared={'a': values[0]}, error={**error, 'b': values})
+  assert found.sums == examined.sums_on_host(read)
+  assert found.sums[0] == 4 * found.sums[2] % 2**32 > 0
 
 
 def test_a_copy_under_another_number_is_not_that_round(tmp_path, caplog):
