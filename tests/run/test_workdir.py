@@ -144,10 +144,10 @@ def test_a_run_whose_workdir_is_moved_while_it_saves_says_so(
 ):
   folder, write = tmp_path / 'run', storage.begin
 
-  def move_and_write(path, state, record):
+  def move_and_write(path, state, record, *args):
     if record['round'] == 2:
       move(folder)
-    return write(path, state, record)
+    return write(path, state, record, *args)
 
   monkeypatch.setattr(storage, 'begin', move_and_write)
   with pytest.raises(WorkdirLostError, match='since round 2'):

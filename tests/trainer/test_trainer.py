@@ -340,7 +340,7 @@ def test_the_state_of_an_older_version_is_restored(tmp_path):
     if path.is_file() and b'"draw"' in path.read_bytes()
   ]
   metadata = json.loads(path.read_text())
-  for name in ('draw', 'average'):
+  for name in ('draw', 'average', 'digest'):
     del metadata['custom_metadata'][name]
   path.write_text(json.dumps(metadata))
   storage.point_to(tmp_path / 'state.txt', folder)
