@@ -14,6 +14,7 @@ small to count. Memory is that of a worker with its activations, without images.
 """
 
 import dataclasses
+from functools import cache
 import pathlib
 from typing import Any, NamedTuple
 
@@ -111,7 +112,6 @@ class Plan:
     sizes = accounting.measure(params, list(cuts))
     self.image, self.network, blocks = image, network, sizes.num_blocks
     self._compiled = known.steps(chip, records)
-    self._activations: dict[tuple, int] = {}
     none: Any = None  # Predictions need neither data nor devices.
     task = ResNetTask(network, none, config)
     self.setup = Setup(config, task, blocks, sizes, none)
@@ -160,12 +160,10 @@ class Plan:
     protocol = traffic.protocol
     dtype = np.dtype(self.network.dtype)
     lengths = _lengths(traffic)
-    key = tuple(lengths.items())
-    if key not in self._activations:  # It is asked again for every link.
-      self._activations[key] = models.num_activations(
-        self.network, self.image, lengths, fused=False
-      )
-    numbers = self._activations[key]
+    network: Any = self.network  # It hashes, which type checkers do not see.
+    numbers = _num_activations(
+      network, tuple(self.image), tuple(lengths.items())
+    )
     held = accounting.predicted_memory(
       traffic.sizes,
       protocol,
@@ -255,3 +253,8 @@ def blocks_sent(assigns: Assigner) -> list[float]:
     for source, target in (pair for route in routes for pair in route):
       sent[source] += (source != target) / len(routes)
   return sent
+
+
+@cache  # It is asked again for every link.
+def _num_activations(network, image, lengths) -> int:
+  return models.num_activations(network, image, dict(lengths), fused=False)
