@@ -134,6 +134,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
       'wire_format int8 sends changes between rounds, and data_parallel has '
       'none: use bfloat16 or float32.'
     )
+  steps = config.num_rounds * config.local_steps
+  if steps >= 2**31:
+    raise ConfigError(
+      f'num_rounds is {config.num_rounds} and local_steps '
+      f'{config.local_steps}, {steps} steps in all; steps must be fewer than '
+      '2**31: lower one.'
+    )
   _at_least('local_steps_alpha', config.local_steps_alpha, 0)
   if config.local_steps_alpha and config.protocol == 'data_parallel':
     raise ConfigError(
@@ -268,6 +275,13 @@ def _check_finite(config) -> None:
     if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
       raise ConfigError(
         f'{field.name} is {value}; it must be finite: give a number.'
+      )
+    # Steps, rounds and examples are counted in 32 bits.
+    if field.name != 'seed' and any(
+      isinstance(x, int) and abs(x) >= 2**31 for x in numbers
+    ):
+      raise ConfigError(
+        f'{field.name} is {value}; it must be less than 2**31: lower it.'
       )
 
 

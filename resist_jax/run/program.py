@@ -16,7 +16,12 @@ import jax
 
 import resist_jax
 from resist_jax import report
-from resist_jax.errors import ConfigError, NonFiniteError, WorkdirLostError
+from resist_jax.errors import (
+  ConfigError,
+  NonFiniteError,
+  WorkdirLostError,
+  one_line,
+)
 from resist_jax.run import places, processes, train
 from resist_jax.run.checkpoint import SaveError
 from resist_jax.run.command import Options
@@ -70,6 +75,13 @@ def main(options: Options) -> None:
     processes.fail('it was interrupted.', 128 + signal.SIGINT)
   except Exception as error:
     processes.explain_failure()
+    if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):
+      _fail(
+        f'the memory does not suffice ({one_line(error)[:200]}): go on with '
+        'more devices (num_devices), or lower batch_size, local_steps or '
+        'evaluation.batch_size in another workdir.',
+        code=1,
+      )
     if jax.process_count() == 1:
       raise
     if _BROKEN.search(str(error)):

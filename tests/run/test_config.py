@@ -26,6 +26,12 @@ def test_the_defaults_are_valid():
     ),
     ({'num_workers': 0}, 'num_workers is 0; it must be at least 1'),
     ({'num_rounds': 0}, 'num_rounds'),
+    ({'num_rounds': 2**31}, r'num_rounds is 2147483648; .* less than 2\*\*31'),
+    ({'data.pad': 10**30}, r'data.pad is 1000.*must be less than 2\*\*31'),
+    (
+      {'num_rounds': 2**16, 'local_steps': 2**15},
+      r'local_steps 32768, 2147483648 steps in all.*lower one',
+    ),
     ({'local_steps': 0}, 'local_steps'),
     ({'batch_size': 0}, 'batch_size'),
     ({'eval_every': 0}, 'eval_every'),
