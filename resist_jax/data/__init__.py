@@ -24,6 +24,7 @@ from resist_jax.data.pipeline import (
   shapes_of_rounds,
 )
 from resist_jax.data.sets import (
+  STREAMING,
   Dataset,
   Split,
   batch_indices,
@@ -40,6 +41,7 @@ __all__ = [
   'FILLS',
   'FLIPS',
   'GIVEN',
+  'STREAMING',
   'Augmentation',
   'Dataset',
   'Resident',

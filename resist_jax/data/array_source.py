@@ -1,5 +1,6 @@
 """Images in arrays: those of a file `*.npz`, or of the caller."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 import dataclasses
 import re
@@ -99,7 +100,8 @@ def named(
     class_names: What the caller calls the classes, or None.
 
   Raises:
-    ValueError: If a label has no name, or there is only one class.
+    ValueError: If a label has no name, or there is only one class, or numbers
+      would name many more classes than there are images.
   """
   largest = max(
     (int(part.labels.max()) for part in splits.values() if len(part)),
@@ -108,7 +110,17 @@ def named(
   if largest is None:
     raise ValueError('there are no images.')
   if class_names is None:
+    count = sum(map(len, splits.values()))
+    if largest >= max(1000, 10 * count):
+      raise ValueError(
+        f'labels run to {largest}, and there are {count} images: number the '
+        'classes from 0 without gaps, or name them in class_names.'
+      )
     class_names = [str(label) for label in range(largest + 1)]
+  if isinstance(class_names, str):
+    raise ValueError(
+      f'class_names is {class_names!r}; it must hold a name for each class.'
+    )
   names = tuple(str(name) for name in class_names)
   if len(names) <= largest or len(names) < 2:
     raise ValueError(
@@ -121,7 +133,7 @@ def named(
 
 def check_names(names: Sequence[str]) -> None:
   """Raises a ValueError if two classes have one name."""
-  twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+  twice = [name for name, count in Counter(names).items() if count > 1]
   if twice:
     raise ValueError(
       f'class_names hold {twice[0]!r} twice: give each class a name of its own.'

@@ -109,6 +109,10 @@ def from_source(
     raise ValueError(
       'class_names is missing: name each class, in the order of the labels.'
     )
+  if isinstance(class_names, str):
+    raise ValueError(
+      f'class_names is {class_names!r}; it must hold a name for each class.'
+    )
   check_names(list(map(str, class_names)))
   splits: dict[str, Source] = {'train': Pairs(train)}
   if test is not None:

@@ -21,8 +21,9 @@ from resist_jax.data.array_source import Arrays
 from resist_jax.data.held_out import hold_out, random_parts, sample
 from resist_jax.data.prepared import Examples, Prepared, opener
 from resist_jax.data.streaming import Records, StreamedImages, StreamedLabels
-from resist_jax.errors import ConfigError
+from resist_jax.errors import ConfigError, is_whole
 
+STREAMING = 'auto', 'always', 'never'
 MAX_BYTES_IN_MEMORY = 8 * 2**30  # CIFAR takes 0.15 GiB.
 MOMENTS_IMAGES = 2000  # Sampled for mean and deviation of a large set.
 _LEAST_STD = 0.5 / 255  # Half a level of 8 bits; below, a channel is constant.
@@ -151,6 +152,7 @@ def load(
       damaged, or is not prepared and cannot be prepared here, or if it does not
       fit the other arguments.
   """
+  _check_arguments(name, validation, streaming, image_size, extra_tests)
   source = sources.find(name, data_dir)
   extra: dict[str, Prepared] = {}
   for other in extra_tests:
@@ -164,6 +166,30 @@ def load(
   splits = source.train_and_test(train_split, test_split)
   reading = Reading(streaming, image_size, resize, copies)
   return assemble(source, splits, reading, validation, extra)
+
+
+def _check_arguments(name, validation, streaming, image_size, extra_tests):
+  """Raises a ConfigError; a command line has been checked before."""
+  if not isinstance(name, str):
+    raise ConfigError(f'name is {name!r}; it must be a string, such as digits.')
+  if not (isinstance(validation, int | float) and 0 <= validation < 1):
+    raise ConfigError(
+      f'validation is {validation!r}; it must be a share of the training set, '
+      'at least 0 and less than 1.'
+    )
+  if streaming not in STREAMING:
+    raise ConfigError(
+      f'streaming is {streaming!r}; use one of {", ".join(STREAMING)}.'
+    )
+  if not is_whole(image_size) or image_size < 1:
+    raise ConfigError(
+      f'image_size is {image_size!r}; it must be a whole number of pixels, at '
+      'least 1.'
+    )
+  if isinstance(extra_tests, str):
+    raise ConfigError(
+      f'extra_tests is {extra_tests!r}; it must hold names: [{extra_tests!r}].'
+    )
 
 
 class Reading(NamedTuple):

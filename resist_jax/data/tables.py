@@ -121,11 +121,16 @@ def _narrow(array: np.ndarray) -> np.ndarray:
   narrower = _NARROWER.get(array.dtype)
   if narrower is None:
     return array
-  found = array.astype(narrower)
-  if array.dtype.kind != 'f' and not np.array_equal(found, array):
+  with np.errstate(over='ignore'):
+    found = array.astype(narrower)
+  if array.dtype.kind == 'f':
+    fits = np.isfinite(found).all()
+  else:
+    fits = np.array_equal(found, array)
+  if not fits:
     raise ValueError(
-      f'{array.dtype} holds a number of more than 32 bits, with which JAX '
-      'computes: make it smaller.'
+      f'{array.dtype} holds a number that does not fit in the 32 bits with '
+      'which JAX computes: make it smaller.'
     )
   return found
 

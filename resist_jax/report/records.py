@@ -65,6 +65,10 @@ def load_runs(run_dirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
   Raises:
     ConfigError: If a workdir cannot be read.
   """
+  if isinstance(run_dirs, str | os.PathLike):
+    raise ConfigError(
+      f'run_dirs is {os.fspath(run_dirs)!r}; it must be a list of workdirs.'
+    )
   given = [
     folders.resolve(path, 'a run', is_text=False).resolve() for path in run_dirs
   ]
@@ -156,7 +160,7 @@ def _read_json(path: Path) -> dict[str, Any]:
   return value
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
   """Reads the rows of a `metrics.jsonl`, one for each round.
 
   Args:
@@ -168,7 +172,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
   Raises:
     ConfigError: If a line is damaged; see `each_row`.
   """
-  return list(each_row(path))
+  return list(each_row(Path(path)))
 
 
 def each_row(path: Path) -> Iterator[dict[str, Any]]:

@@ -67,7 +67,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
   _one_of(config, 'data.augment', ('auto', *AUGMENTATIONS))
   _one_of(config, 'data.fill', data.FILLS)
   _one_of(config, 'data.flips', data.FLIPS)
-  _one_of(config, 'data.streaming', ('auto', 'always', 'never'))
+  _one_of(config, 'data.streaming', data.STREAMING)
   _check_schedule(config)
   _one_of(config, 'model.name', tuple(models.FAMILY))
   _one_of(config, 'model.norm', ('batch', 'group'))

@@ -39,10 +39,44 @@ def test_other_arrays_are_refused_by_name():
     ({'test_images': images(3, 9, 9), 'test_labels': labels(3)},
      r'and test_images \(9, 9, 1\)'),
     ({'class_names': NAMES[:2]}, 'at least 3 in class_names'),
+    ({'class_names': 'abc'}, "class_names is 'abc'; it must hold a name for"),
+    ({'class_names': ['a', 'b', 'a']}, "class_names hold 'a' twice"),
   ):  # fmt: skip
     with pytest.raises(ValueError, match=says) as caught:
       data.from_arrays(images(6), labels(6), **fields)
     assert '\n' not in str(caught.value)
+
+
+def test_a_stray_label_is_no_billion_classes():
+  far = labels(6)
+  far[0] = 10**9
+  with pytest.raises(ValueError, match='run to 1000000000, and there are 6 im'):
+    data.from_arrays(images(6), far)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'says'),
+  [
+    ({'name': None}, 'name is None; it must be a string'),
+    ({'validation': 1.5}, 'validation is 1.5; it must be a share'),
+    (
+      {'streaming': 'yes'},
+      "streaming is 'yes'; use one of auto, always, never",
+    ),
+    ({'image_size': 0}, 'image_size is 0; it must be a whole number of pixels'),
+    ({'extra_tests': 'svhn'}, r"must hold names: \['svhn'\]"),
+  ],
+)
+def test_a_set_is_not_loaded_with_other_arguments(fields, says):
+  with pytest.raises(ConfigError, match=says):
+    data.load(**{'name': 'digits', **fields})
+
+
+@pytest.mark.parametrize('number', [2**40, 1e300])
+def test_numbers_that_do_not_fit_in_32_bits_are_refused(number):
+  table = {'x': np.array([number])}
+  with pytest.raises(ValueError, match='does not fit in the 32 bits'):
+    data.from_tables(table, {'test': table})
 
 
 # Sources.

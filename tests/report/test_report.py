@@ -496,3 +496,12 @@ def test_default_places(tmp_path, capsys, monkeypatch):
   assert report.main(['run', str(other)]) == 0
   assert (tmp_path / 'report' / 'report.html').exists()
   assert 'report.html' in capsys.readouterr().out
+
+
+def test_runs_are_given_in_a_list_and_rows_by_any_path(tmp_path):
+  run = make_run(tmp_path / 'run')
+  with pytest.raises(ConfigError, match='it must be a list of workdirs'):
+    report.load_runs(str(run))
+  (loaded,) = report.load_runs([run])
+  read = report.read_rows(str(run / 'metrics.jsonl'))
+  assert [row['round'] for row in read] == [row['round'] for row in loaded.rows]
