@@ -404,7 +404,7 @@ class _Attack:
   def _judge_begin(self, done: int, digest: str) -> tuple[str, str]:
     """Judges a resume by the state and the log that it begins with."""
     if self._states.get(done) != digest:
-      return self._another(f'another state of round {done}')
+      return judged.WRONG, f'another state of round {done}'
     return self._judge_log([r for r in self._rows if r['round'] <= done])
 
   def _judge(self, target: Target, value: Any) -> tuple[str, str]:
@@ -414,13 +414,8 @@ class _Attack:
       same = value == expected
       return (judged.SAME if same else judged.AS_WRITTEN), ''
     if value != expected:
-      return self._another(f'{value} instead of {expected}')
+      return judged.WRONG, f'{value} instead of {expected}'
     return self._judge_log(log) if target.use is RESUME else (judged.SAME, '')
-
-  def _another(self, said: str) -> tuple[str, str]:
-    """Judges another result: without a word, it is wrong."""
-    warned = [x for x in self._warnings.lines if 'has no manifest' in x]
-    return (judged.DOUBTED if warned else judged.WRONG), said
 
   def _judge_log(self, log: list[dict]) -> tuple[str, str]:
     """Judges the log, where the parameters are the same."""

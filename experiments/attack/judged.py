@@ -17,8 +17,6 @@ REFUSED = 'refused in one line'
 # Text without a digest, such as a number in a row of the log.
 AS_WRITTEN = 'went on, shows the damaged text'
 WARNED = 'went on, same parameters, a warning names the lost rows'
-# Two damages at once: the digests are lost, and a file is not as it was.
-DOUBTED = 'went on, another result, a warning says that the digests are lost'
 WRONG, HANG, TRACEBACK, SEVERAL = 'wrong', 'hang', 'traceback', 'several lines'
 BAD = (WRONG, HANG, TRACEBACK, SEVERAL)
 # Errors that `python -m resist_jax` prints in one line.

@@ -77,9 +77,7 @@ def line(record, name):
   return f'| {name} | {" | ".join(map(str, counts))} |'
 
 
-COLUMNS = (
-  judged.SAME, judged.REFUSED, judged.AS_WRITTEN, judged.WARNED, judged.DOUBTED,
-)  # fmt: skip
+COLUMNS = judged.SAME, judged.REFUSED, judged.AS_WRITTEN, judged.WARNED
 NAMES = {
   'damages': 'damaged files',
   'pairs': 'pairs of processes that differ',
