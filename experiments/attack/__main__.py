@@ -70,6 +70,8 @@ def main(args: Sequence[str] | None = None) -> int:
       folder.mkdir()
       record = KINDS[kind](options.seed, options.share, folder)
       record['share'] = options.share
+      if options.share < 1:
+        record['command'] += f' --share={options.share:g}'
       write_record(options.results / f'{kind}.json', record)
       outcomes = record['outcomes']
       bad += sum(outcomes.get(outcome, 0) for outcome in judged.BAD)
