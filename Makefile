@@ -4,7 +4,9 @@ SCALE ?=
 RUNS ?= runs$(subst :,/,$(SCALE))
 VENV := .venv
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal --durations=10
+# One test process more than cores, because some tests wait for others.
+TESTERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+PYTEST := $(BIN)/python -m pytest -q -n $(TESTERS) --dist worksteal --durations=10
 
 .PHONY: demo test test-all test-every test-tpu test-gpu check docs clean
 
