@@ -190,7 +190,6 @@ DATA = _fields(
   ('data.name=imdb_reviews', 'imdb_reviews'),
   ('data.train_split=trian', 'trian'),
   ('data.test_split=train[:10%]', 'split'),
-  ("data.extra_tests=('digits',)", 'digits'),
   ("data.extra_tests=('no_such_set',)", 'no_such_set'),
 )
 
