@@ -117,27 +117,35 @@ def named(
         'classes from 0 without gaps, or name them in class_names.'
       )
     class_names = [str(label) for label in range(largest + 1)]
-  if isinstance(class_names, str):
-    raise ValueError(
-      f'class_names is {class_names!r}; it must hold a name for each class.'
-    )
-  names = tuple(str(name) for name in class_names)
+  names = names_of(class_names)
   if len(names) <= largest or len(names) < 2:
     raise ValueError(
       f'there are {len(names)} classes, and a label is {largest}: name at '
       f'least {max(largest + 1, 2)} in class_names, or number them from 0.'
     )
-  check_names(names)
   return names
 
 
-def check_names(names: Sequence[str]) -> None:
-  """Raises a ValueError if two classes have one name."""
+def names_of(class_names: Sequence[Any]) -> tuple[str, ...]:
+  """Returns the names of classes as text.
+
+  Args:
+    class_names: What the caller calls the classes.
+
+  Raises:
+    ValueError: If it is a single text, or if two classes have one name.
+  """
+  if isinstance(class_names, str):
+    raise ValueError(
+      f'class_names is {class_names!r}; it must hold a name for each class.'
+    )
+  names = tuple(map(str, class_names))
   twice = [name for name, count in Counter(names).items() if count > 1]
   if twice:
     raise ValueError(
       f'class_names hold {twice[0]!r} twice: give each class a name of its own.'
     )
+  return names
 
 
 def find(name: str, class_names: Sequence[str] = ()) -> Prepared:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from resist_jax.data import headers
-from resist_jax.data.array_source import check_names, checked, named
+from resist_jax.data.array_source import checked, named, names_of
 from resist_jax.data.prepared import Prepared, Source, opener
 from resist_jax.data.sets import Dataset, Reading, assemble
 from resist_jax.data.streaming import MODES, as_image
@@ -109,17 +109,13 @@ def from_source(
     raise ValueError(
       'class_names is missing: name each class, in the order of the labels.'
     )
-  if isinstance(class_names, str):
-    raise ValueError(
-      f'class_names is {class_names!r}; it must hold a name for each class.'
-    )
-  check_names(list(map(str, class_names)))
+  names = names_of(class_names)
   splits: dict[str, Source] = {'train': Pairs(train)}
   if test is not None:
     splits['test'] = Pairs(test)
   shape = _shape(splits, image_size)
   reading = Reading(streaming, image_size or 0)
-  return _made(name, splits, shape, tuple(map(str, class_names)), reading)
+  return _made(name, splits, shape, names, reading)
 
 
 @dataclasses.dataclass(frozen=True)
