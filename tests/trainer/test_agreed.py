@@ -1,6 +1,7 @@
 """A loss that gets the sub-network as the round began, as it was agreed on."""
 
 import dataclasses
+from functools import partial
 
 from covering import rest_is_slow
 import jax
@@ -19,6 +20,7 @@ from test_trainer import (
   network,
   predicted_and_read,
   run,
+  train_locally,
 )
 from test_trainer import loss_fn as task_loss
 
@@ -48,7 +50,7 @@ def make_near(loss_fn=near_loss, group=1, **fields):
 
 
 @jax.jit
-def near_gradient(sub, agreed, batch):
+def near_gradient(agreed, sub, batch):
   ones = jnp.ones(len(sub['inner']['blocks']['b']))
 
   def loss(sub):
@@ -64,14 +66,9 @@ def plain_loop(held, S, counts):
   for assignments, count in zip(held, counts, strict=True):
     hands, data, parts = hands_of(assignments, S), joined(first, count, S), []
     for s, mine in enumerate(hands):
-      agreed = sub = cut(params, mine)
-      state = optimizer.init(sub)
-      for t in range(data['y'].shape[1]):
-        batch = jax.tree.map(lambda x, s=s, t=t: x[s, t], data)
-        grads = near_gradient(sub, agreed, batch)
-        updates, state = optimizer.update(grads, state, sub)
-        sub = optax.apply_updates(sub, updates)
-      parts.append(sub)
+      handed = cut(params, mine)
+      near = partial(near_gradient, handed)
+      parts.append(train_locally(optimizer, handed, data, s, near))
     params, first = merge(parts, hands), first + count
   return params
 

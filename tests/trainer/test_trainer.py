@@ -130,7 +130,7 @@ def gradient(sub, batch):
   return jax.grad(lambda p: loss_fn(p, {CHAIN: ones}, batch, None)[0])(sub)
 
 
-def train_locally(optimizer, sub, data, s):
+def train_locally(optimizer, sub, data, s, gradient=gradient):
   """The local steps of worker s, whose moments begin anew."""
   state = optimizer.init(sub)
   for t in range(data['y'].shape[1]):
