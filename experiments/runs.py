@@ -146,9 +146,16 @@ def provenance(device: str = '') -> dict[str, Any]:
     or f'{len(jax.devices())} x {jax.devices()[0].device_kind}',
     'processor': _processor(),
     'cores': os.cpu_count(),
+    'environment': {
+      name: value
+      for name, value in sorted(os.environ.items())
+      if name.startswith(_SETTINGS)
+    },
   }
 
 
+# Variables of the environment that change programs or their speed.
+_SETTINGS = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'MALLOC_', 'GLIBC_TUNABLES')
 # New results, tables and pictures do not change the code.
 _CODE = ('.', ':!experiments/results', ':!README.md')
 

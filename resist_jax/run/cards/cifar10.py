@@ -99,7 +99,6 @@ def _cpu90(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config: One with a data set and a number of workers.
   """
   config.update(CPU90[config.num_workers])
-  config.num_devices = 1  # It may share the machine: no device waits.
   config.partition = (2,)
   config.model.name = 'PreActResNet18'
   config.model.stage_sizes, config.model.widths = (1, 13, 1), (64, 128, 256)
