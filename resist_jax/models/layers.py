@@ -45,8 +45,6 @@ class Conv(nn.Module):
     size: Height and width of the kernel.
     stride: Stride in both directions.
     dtype: Compute dtype; the kernel is stored in float32.
-    wide_kernel_gradient: Whether to compute the kernel's gradient by
-      `convolve_with_wide_kernel_gradient` where that applies (3x3, stride 1).
     kernel_init: Draws the kernel.
   """
 
@@ -54,7 +52,6 @@ class Conv(nn.Module):
   size: int = 3
   stride: int = 1
   dtype: Any = jnp.float32
-  wide_kernel_gradient: bool = False
   kernel_init: Initializer = he_normal
 
   @nn.compact
@@ -63,79 +60,14 @@ class Conv(nn.Module):
     shape = (self.size, self.size, x.shape[-1], self.features)
     kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
     x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-    if self.wide_kernel_gradient and self.size == 3 and self.stride == 1:
-      return convolve_with_wide_kernel_gradient(x, kernel)
-    return convolve(x, kernel, self.stride)
-
-
-def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
-  """Convolves with padding `(size - 1) // 2` on every side.
-
-  Args:
-    x: `[B, H, W, C]`.
-    kernel: `[size, size, C, features]`.
-    stride: Stride in both directions.
-
-  Returns:
-    `[B, H / stride, W / stride, features]`.
-  """
-  pad = (kernel.shape[0] - 1) // 2
-  return lax.conv_general_dilated(
-    x,
-    kernel,
-    window_strides=(stride, stride),
-    padding=((pad, pad), (pad, pad)),
-    dimension_numbers=NHWC,
-  )
-
-
-@jax.custom_vjp
-def convolve_with_wide_kernel_gradient(
-  x: jax.Array, kernel: jax.Array
-) -> jax.Array:
-  """Convolves 3x3 with stride 1, with a kernel gradient that is fast on CPU.
-
-  JAX computes the gradient of the kernel as a convolution whose output has 3x3
-  pixels. XLA's CPU backend turns this into matrix products of only three rows.
-  Here the same sums are one product, whose rows are the output channels.
-
-  Args:
-    x: `[B, H, W, C]`.
-    kernel: `[3, 3, C, features]`.
-
-  Returns:
-    `[B, H, W, features]`.
-  """
-  return convolve(x, kernel)
-
-
-def _forward(x, kernel):
-  return convolve(x, kernel), (x, kernel)
-
-
-def _backward(saved, g):
-  x, kernel = saved
-  (x_gradient,) = jax.vjp(lambda x: convolve(x, kernel), x)[1](g)
-  B, H, W, C = x.shape
-  features = g.shape[-1]
-  # The three shifts along the width become channels. The three shifts along the
-  # height are the window of a convolution that sums over B and W.
-  padded = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (0, 0)))
-  shifts = jnp.concatenate([padded[:, :, j : j + W] for j in range(3)], -1)
-  shifts = shifts.transpose(1, 0, 2, 3).reshape(H, 1, B * W, 3 * C)
-  rows = g.transpose(1, 3, 0, 2).reshape(1, H, features, B * W)
-  sums = lax.conv_general_dilated(
-    rows,
-    shifts,
-    window_strides=(1, 1),
-    padding=((1, 1), (0, 0)),
-    dimension_numbers=NHWC,
-  )
-  sums = sums.reshape(3, features, 3, C)[::-1].transpose(0, 2, 3, 1)
-  return x_gradient, sums
-
-
-convolve_with_wide_kernel_gradient.defvjp(_forward, _backward)
+    pad = (self.size - 1) // 2
+    return lax.conv_general_dilated(
+      x,
+      kernel,
+      window_strides=(self.stride, self.stride),
+      padding=((pad, pad), (pad, pad)),
+      dimension_numbers=NHWC,
+    )
 
 
 class BatchNorm(nn.Module):

@@ -14,7 +14,7 @@ whose shortcut is the identity has no `stageN_head`.
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax import linen as nn
 import jax
@@ -37,24 +37,6 @@ STEMS = ('small', 'strided', 'imagenet')
 INITIAL = ('he', 'torch')
 
 
-class Forms(NamedTuple):
-  """Which forms of layers a platform runs best.
-
-  Attributes:
-    wide_kernels: `layers.convolve_with_wide_kernel_gradient`.
-    saves_traffic: `accelerated.norm_relu` and `accelerated.computed_kernels`.
-  """
-
-  wide_kernels: bool = False
-  saves_traffic: bool = False
-
-
-FORMS = {
-  'cpu': Forms(wide_kernels=True),
-  'gpu': Forms(saves_traffic=True),
-}
-
-
 class ResNet(nn.Module):
   """A residual network; `FAMILY` lists the members with names.
 
@@ -75,7 +57,7 @@ class ResNet(nn.Module):
       of variance 1 / (3 fan-in), and a bias of the classifier that is drawn).
     dtype: Compute dtype; parameters and statistics are float32.
     platform: What trains: `cpu`, `gpu` or `tpu`; None is what JAX uses here. It
-      chooses `Forms` of layers; the result is the same up to rounding.
+      chooses the form of layers; the result is the same up to rounding.
     cut_heads: Whether to separate the residual branches of heads, so that they
       can be partitioned too (first column of the paper's ablation).
     norm_axis: The mesh axis that splits batches, for batch norm; None if none
@@ -151,9 +133,9 @@ class ResNet(nn.Module):
     return self.make_piece('classifier')(x)
 
   @property
-  def forms(self) -> Forms:
-    """The forms of layers for its platform."""
-    return FORMS.get(self.platform or jax.default_backend(), Forms())
+  def saves_traffic(self) -> bool:
+    """Whether to train by the layers of `accelerated`, made for GPUs."""
+    return (self.platform or jax.default_backend()) == 'gpu'
 
   @nn.nowrap
   def pieces(self) -> list[tuple[str, int | None]]:
@@ -210,7 +192,6 @@ class ResNet(nn.Module):
       )
     conv: dict[str, Any] = {
       'dtype': self.dtype,
-      'wide_kernel_gradient': self.forms.wide_kernels,
       'kernel_init': he_normal if self.initial == 'he' else torch_uniform,
     }
     norm = partial(GroupNorm16, dtype=self.dtype)
@@ -219,7 +200,7 @@ class ResNet(nn.Module):
         BatchNorm,
         dtype=self.dtype,
         axis_name=self.norm_axis,
-        saves_traffic=self.forms.saves_traffic,
+        saves_traffic=self.saves_traffic,
       )
     if name == 'stem':
       large = self.stem == 'imagenet'

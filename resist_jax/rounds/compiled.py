@@ -22,6 +22,7 @@ from resist_jax.rounds.mesh import (
   REPLICATED,
   SHARDED,
   batch_specs,
+  compiler_options,
   mesh_sizes,
 )
 from resist_jax.rounds.protocol import Protocol
@@ -374,7 +375,8 @@ def make_round(
     whole = partial(_scan_round, protocol, *parts)
     programs = {'round': jax.jit(whole, donate_argnums=(0, 1, 2, 3))}
   else:
-    programs = _host_programs(protocol, begin, steps, finish, groups)
+    options = compiler_options(mesh)
+    programs = _host_programs(protocol, begin, steps, finish, groups, options)
     if protocol.shared_every:
       programs['share'] = jax.jit(sharing, donate_argnums=0)
   return Round(
@@ -382,7 +384,9 @@ def make_round(
   )
 
 
-def _host_programs(protocol, begin, steps, finish, groups) -> dict[str, Any]:
+def _host_programs(
+  protocol, begin, steps, finish, groups, options
+) -> dict[str, Any]:
   """Jits the programs of a round whose steps the host dispatches."""
   # The exchange needs some of the parameters as they were before training.
   stays = (protocol.keeps_shared, protocol.keeps_blocks, False)
@@ -393,6 +397,7 @@ def _host_programs(protocol, begin, steps, finish, groups) -> dict[str, Any]:
       name: jax.jit(
         step,
         donate_argnums=0,
+        compiler_options=options,
         out_shardings=groups[name]
         and NamedSharding(groups[name].mesh, SHARDED),
       )

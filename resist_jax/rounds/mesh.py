@@ -1,5 +1,8 @@
 """The mesh that workers live on, and how arrays lie on it."""
 
+from functools import cache
+import os
+
 import jax
 from jax.sharding import Mesh, PartitionSpec
 import numpy as np
@@ -9,6 +12,10 @@ from resist_jax.exchange import DATA, WORKER
 
 SHARDED = PartitionSpec(WORKER)
 REPLICATED = PartitionSpec()
+# What XLA's CPU backend hands to a library: products of matrices. It would hand
+# over convolutions too, which take it 1.3 to 3.6 times as long as Eigen's.
+_LIBRARY = 'xla_cpu_experimental_ynn_fusion_type'
+_ON_CPU = {_LIBRARY: 'LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT'}
 
 
 def make_mesh(
@@ -57,6 +64,32 @@ def make_mesh(
   if processes > 1:  # make_mesh may order devices by links, across hosts.
     return Mesh(np.array(devices), (WORKER,), axis_types=(auto,))
   return jax.make_mesh((num_devices,), (WORKER,), (auto,), devices=devices)
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str]:
+  """Returns how XLA should compile programs that run a network.
+
+  Args:
+    mesh: Where the workers live.
+
+  Returns:
+    The `compiler_options` of `jax.jit`: none for accelerators, none where
+    XLA_FLAGS in the environment says otherwise, and none that this version of
+    XLA does not have.
+  """
+  chosen = _LIBRARY in os.environ.get('XLA_FLAGS', '')
+  if mesh.devices.flat[0].platform != 'cpu' or chosen or not _has_library():
+    return {}
+  return dict(_ON_CPU)
+
+
+@cache
+def _has_library() -> bool:
+  try:
+    jax.jit(lambda: 0, compiler_options=_ON_CPU).lower().compile()
+  except jax.errors.JaxRuntimeError:  # The option is called experimental.
+    return False
+  return True
 
 
 def mesh_sizes(mesh: Mesh) -> tuple[int, int]:

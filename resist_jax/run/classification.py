@@ -80,7 +80,7 @@ def make_loss(
     subnetwork = network.with_chain_lengths(lengths)
 
     def logits_of(params) -> Any:
-      if network.forms.saves_traffic:
+      if network.saves_traffic:
         params = models.computed_kernels(params, network.dtype)
       return subnetwork.apply({'params': params}, images, scales)
 

@@ -24,7 +24,12 @@ from resist_jax.exchange import WORKER
 from resist_jax.models import ResNet
 from resist_jax.rounds import State, mesh_sizes
 from resist_jax.rounds.arrays import place, to_host
-from resist_jax.rounds.mesh import REPLICATED, SHARDED, spread
+from resist_jax.rounds.mesh import (
+  REPLICATED,
+  SHARDED,
+  compiler_options,
+  spread,
+)
 from resist_jax.rounds.state import assignments_on_host, holders
 from resist_jax.run.task import Evaluation
 
@@ -251,7 +256,8 @@ class WholeNetwork:
         in_specs=(SHARDED, REPLICATED, REPLICATED, rows, rows),
         out_specs=rows,
         check_vma=True,
-      )
+      ),
+      compiler_options=compiler_options(mesh),
     )
 
   def gather(self, state: State) -> tuple[Any, int]:

@@ -11,7 +11,12 @@ import numpy as np
 from resist_jax.decomposition import join, split
 from resist_jax.rounds import State
 from resist_jax.rounds.arrays import place, to_host
-from resist_jax.rounds.mesh import REPLICATED, SHARDED, spread
+from resist_jax.rounds.mesh import (
+  REPLICATED,
+  SHARDED,
+  compiler_options,
+  spread,
+)
 from resist_jax.run.evaluate import gather_network
 from resist_jax.run.task import Evaluation
 
@@ -58,7 +63,8 @@ class MeanLoss:
         in_specs=(SHARDED, REPLICATED, REPLICATED, rows_of_devices),
         out_specs=rows_of_devices,
         check_vma=True,
-      )
+      ),
+      compiler_options=compiler_options(mesh),
     )
 
   def __call__(self, state: State) -> Evaluation:

@@ -175,24 +175,6 @@ def test_convolution_by_hand(size, stride):
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_the_wide_kernel_gradient_is_the_gradient():
-  rng = np.random.default_rng(0)
-  x = jnp.array(rng.normal(size=(3, 6, 5, 4)), jnp.float32)
-  kernel = jnp.array(rng.normal(size=(3, 3, 4, 7)), jnp.float32)
-  weight = jnp.array(rng.normal(size=(3, 6, 5, 7)), jnp.float32)
-
-  def gradients(convolve):
-    def loss(x, kernel):
-      return (weight * jnp.tanh(convolve(x, kernel))).sum()
-
-    return jax.grad(loss, argnums=(0, 1))(x, kernel)
-
-  ours = gradients(layers.convolve_with_wide_kernel_gradient)
-  want = gradients(layers.convolve)
-  for got, expected in zip(ours, want, strict=True):
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
-
-
 def batch_norm(x, stats=None, mutable=False):
   norm = layers.BatchNorm()
   variables = {

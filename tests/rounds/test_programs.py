@@ -10,7 +10,9 @@ import pytest
 from test_rounds import L, hand_over, problem, resist
 import tiny
 
+from resist_jax import make_mesh
 from resist_jax.exchange import FORMATS
+from resist_jax.rounds import compiled, mesh
 
 
 def programs(protocol, D=4, on_device=False, ahead=True):
@@ -105,3 +107,23 @@ def test_a_hand_over_refuses_slots_that_it_cannot_reach():
       run(state, tiny.examples(), tiny.batches(0, 4, 2), wrong)
     assert '\n' not in str(raised.value)
   assert not state.shared['stem']['kernel'].is_deleted()
+
+
+def test_a_step_is_compiled_with_the_options_of_its_mesh(monkeypatch):
+  monkeypatch.setattr(
+    compiled, 'compiler_options', lambda mesh: {'xla_no_such_option': ''}
+  )
+  with pytest.raises(jax.errors.JaxRuntimeError, match='xla_no_such_option'):
+    programs(resist(4))
+
+
+def test_convolutions_on_a_cpu_are_kept_from_the_slow_library(monkeypatch):
+  """Only where XLA has the option, and nobody has chosen another value."""
+  here = make_mesh(1)
+  assert mesh.compiler_options(here).keys() == {mesh._LIBRARY}
+  monkeypatch.setenv('XLA_FLAGS', f'--{mesh._LIBRARY}=')
+  assert mesh.compiler_options(here) == {}
+  monkeypatch.delenv('XLA_FLAGS')
+  monkeypatch.setattr(mesh, '_ON_CPU', {'xla_no_such_option': ''})
+  monkeypatch.setattr(mesh, '_has_library', mesh._has_library.__wrapped__)
+  assert mesh.compiler_options(here) == {}
