@@ -45,6 +45,7 @@ from resist_jax.rounds import (
   make_mesh,
   make_round,
 )
+from resist_jax.rounds.mesh import compiler_options
 from resist_jax.run import classification, optimizer
 from resist_jax.run.config import EXCHANGES
 
@@ -260,7 +261,9 @@ def _one_worker(
 
   present = {CHAIN: jnp.ones(slots.shape[1], jnp.float32)}
 
-  @jax.jit(donate_argnums=(0, 1))
+  options = compiler_options(mesh)
+
+  @jax.jit(donate_argnums=(0, 1), compiler_options=options)
   def bare_step(params, opt_state, batch):
     def loss(params):
       return loss_fn(params, present, batch, jax.random.key(0), constants)

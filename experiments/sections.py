@@ -408,13 +408,21 @@ def _benches() -> Iterator[Table]:
 
 
 def _peer() -> Iterator[Table]:
-  for r in _load('bench/peer_*.json'):
-    caption = (
-      "One step of the paper's sub-ResNet (11 blocks, batch size "
-      f'{r["batch_size"]}) here and in plain PyTorch. The goal was a ratio of '
-      f'at most 1.2. Medians of {r["runs"]} alternating runs, '
-      f'{machine(r["provenance"])}.'
-    )
-    row = [f'{r[key]:.2f}' for key in ('jax_seconds', 'torch_seconds', 'ratio')]
-    head = ['JAX, seconds', 'PyTorch, seconds', 'ratio']
-    yield Table(caption, r['command'], head, [row])
+  records = _load('bench/peer_*.json')
+  if not records:
+    return
+  first = records[0]
+  caption = (
+    "One step of the paper's sub-ResNet (11 blocks, batch size "
+    f'{first["batch_size"]}) here and in plain PyTorch. The goal was a ratio '
+    f'of at most 1.2. Medians of {first["runs"]} alternating runs, '
+    f'{machine(first["provenance"])}. "Kept": the C library of both keeps the '
+    'memory of a step for the next one, as docs/running.md says.'
+  )
+  rows = []
+  for r in records:
+    kept = 'MALLOC_TRIM_THRESHOLD_' in r['provenance'].get('environment', {})
+    numbers = [r[k] for k in ('jax_seconds', 'torch_seconds', 'ratio')]
+    rows.append(['kept' if kept else 'freed', *(f'{x:.2f}' for x in numbers)])
+  head = ['memory', 'JAX, seconds', 'PyTorch, seconds', 'ratio']
+  yield Table(caption, first['command'], head, rows)
