@@ -73,31 +73,7 @@ def test_slices_that_fail_are_named_and_the_others_run(tmp_path):
   assert 'FAILED' in (tmp_path / 'summary.txt').read_text()
 
 
-@pytest.mark.experiments
-def test_a_training_that_is_cut_off_goes_on(tmp_path):
-  data = tmp_path / 'data'
-  tfds_sets.write(data, 'cifar100', classes=100, counts=(400, 100))
-  values = {'DATA': str(data)}
-  # Long enough to begin, and too short to end, before programs are compiled.
-  first = run(tmp_path, 'resist', SECONDS_OF_A_SLICE='10', **values)
-  assert 'resist: cut off after' in first.stdout
-  after = run(tmp_path, 'resist', 'profile', **values)
-  assert after.returncode == 0, after.stdout
-  assert 'resist: done in' in after.stdout
-  results = tmp_path / 'results' / 'table2' / 'smoke'
-  assert list(results.glob('cifar100_resist_s4_seed0.json'))
-  assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
-  # What is done stays done.
-  again = run(tmp_path, 'resist', 'profile', **values)
-  assert again.returncode == 0
-  assert 'resist: done before' in again.stdout
-  assert 'profile: done before' in again.stdout
-
-
-@pytest.mark.experiments
-def test_a_signal_lets_the_slice_save(tmp_path):
-  data = tmp_path / 'data'
-  tfds_sets.write(data, 'cifar100', classes=100, counts=(400, 100))
+def stop_when_it_trains(tmp_path, data):
   with subprocess.Popen(
     [SCRIPT, 'resist'],
     env=environment(tmp_path, DATA=str(data)),
@@ -115,4 +91,26 @@ def test_a_signal_lets_the_slice_save(tmp_path):
     said = process.stdout.read()
   assert process.returncode == 143
   assert 'resist: stopped after' in said
-  assert 'resist:' in run(tmp_path, 'resist', DATA=str(data)).stdout
+
+
+@pytest.mark.experiments
+def test_a_training_that_is_stopped_and_cut_off_goes_on(tmp_path):
+  data = tmp_path / 'data'
+  tfds_sets.write(data, 'cifar100', classes=100, counts=(400, 100))
+  values = {'DATA': str(data)}
+  stop_when_it_trains(tmp_path, data)
+  # Long enough to begin, and too short to end, before programs are compiled.
+  first = run(tmp_path, 'resist', SECONDS_OF_A_SLICE='10', **values)
+  assert 'resist: cut off after' in first.stdout
+  after = run(tmp_path, 'resist', 'profile', **values)
+  assert after.returncode == 0, after.stdout
+  assert 'resist: done in' in after.stdout
+  results = tmp_path / 'results' / 'table2' / 'smoke'
+  assert list(results.glob('cifar100_resist_s4_seed0.json'))
+  assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
+  assert (tmp_path / 'profile.json').exists()  # Else it lies among our results.
+  # What is done stays done.
+  again = run(tmp_path, 'resist', 'profile', **values)
+  assert again.returncode == 0
+  assert 'resist: done before' in again.stdout
+  assert 'profile: done before' in again.stdout
