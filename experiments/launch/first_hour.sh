@@ -79,7 +79,8 @@ describe() {
     profile)
       about='a round as the profiler of JAX sees it'
       command=(-m experiments.bench "${network[@]}" "${rounds[@]}")
-      command+=(--dtype=bfloat16 --repeats=1 "--profile=$OUT/profile" "--out=$OUT/profile.json")
+      command+=(--dtype=bfloat16 --repeats=1)
+      command+=("--profile=$OUT/profile" "--out=$OUT/profile.json")
       result=$OUT/profile
       ;;
     resist | local_sgd)

@@ -74,18 +74,19 @@ def test_slices_that_fail_are_named_and_the_others_run(tmp_path):
 
 
 def stop_when_it_trains(tmp_path, data):
+  log = tmp_path / 'resist.log'
+  before = log.read_text().count('cifar100_resist_s4')
   with subprocess.Popen(
     [SCRIPT, 'resist'],
     env=environment(tmp_path, DATA=str(data)),
     stdout=subprocess.PIPE,
     text=True,
   ) as process:
-    log = tmp_path / 'resist.log'
     assert process.stdout is not None
     for line in process.stdout:
       if line.startswith('resist:'):
         break
-    while 'cifar100_resist_s4' not in (log.read_text() if log.exists() else ''):
+    while log.read_text().count('cifar100_resist_s4') == before:
       assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     said = process.stdout.read()
@@ -94,14 +95,14 @@ def stop_when_it_trains(tmp_path, data):
 
 
 @pytest.mark.experiments
-def test_a_training_that_is_stopped_and_cut_off_goes_on(tmp_path):
+def test_a_training_that_is_cut_off_and_stopped_goes_on(tmp_path):
   data = tmp_path / 'data'
   tfds_sets.write(data, 'cifar100', classes=100, counts=(400, 100))
   values = {'DATA': str(data)}
-  stop_when_it_trains(tmp_path, data)
   # Long enough to begin, and too short to end, before programs are compiled.
   first = run(tmp_path, 'resist', SECONDS_OF_A_SLICE='10', **values)
   assert 'resist: cut off after' in first.stdout
+  stop_when_it_trains(tmp_path, data)
   after = run(tmp_path, 'resist', 'profile', **values)
   assert after.returncode == 0, after.stdout
   assert 'resist: done in' in after.stdout
