@@ -26,8 +26,8 @@ def on_mesh(function, num_devices, in_specs=ON_WORKERS):
   program = jax.jit(
     jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=ON_WORKERS)
   )
-  # A round waits for its exchange. Twenty that waited for each other once stood
-  # still on virtual CPUs until XLA aborted the process.
+  # A round waits for its exchange, and so do tests: a queue of twenty exchanges
+  # once hung on virtual CPUs until XLA aborted the process.
   return lambda *args: jax.block_until_ready(program(*args))
 
 

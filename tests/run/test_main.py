@@ -316,7 +316,7 @@ def test_a_killed_run_goes_on_and_ends_bit_equal(signum, tmp_path):
 @pytest.mark.faults
 def test_more_steps_than_fit_in_memory_are_told_in_one_line(tmp_path):
   words = [*TINY, '--config.num_rounds=1', '--config.local_steps=2000000000']
-  # Some machines promise any memory, and kill who takes it: at most 64 GiB.
+  # A Linux that overcommits memory would kill the run, so it gets 64 GiB.
   limited = ['sh', '-c', f'ulimit -v {2**26} && exec "$@"', 'sh']
   done = subprocess.run(
     [*limited, *command(tmp_path / 'run', *words)],
