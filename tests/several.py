@@ -22,6 +22,7 @@ TINY = (
   '--config.evaluation.statistics_images=200',
   '--config.eval_every=1000000',
   '--config.checkpoint_every=5',
+  '--config.log.report=False',
   f'--config.faults.timeout={TIMEOUT}.0',
 )
 FOREVER = '--config.num_rounds=1000000'

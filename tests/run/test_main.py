@@ -278,22 +278,28 @@ def test_photographs_in_folders_train_by_their_path(tmp_path):
   assert f'{path} is no image' in line
 
 
-@pytest.mark.faults
-@pytest.mark.parametrize(
-  'signum',
-  [signal.SIGTERM, signal.SIGKILL],
-)
-def test_a_killed_run_goes_on_and_ends_bit_equal(signum, tmp_path):
-  words = (*TINY, '--config.num_rounds=30')
-  whole = run(tmp_path / 'whole', *words)
-  assert whole.returncode == 0, whole.stderr
+# Long enough that a signal comes before the end.
+LONG = (*TINY, '--config.num_rounds=30', '--config.eval_every=30')
 
-  log = tmp_path / 'log'
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+  """What a run of `LONG` ends with that nobody stops."""
+  folder = tmp_path_factory.mktemp('uninterrupted') / 'run'
+  done = run(folder, *LONG)
+  assert done.returncode == 0, done.stderr
+  return json.loads((folder / 'summary.json').read_text())
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_run_goes_on_and_ends_bit_equal(
+  signum, uninterrupted, tmp_path
+):
+  folder, log = tmp_path / 'killed', tmp_path / 'log'
   with log.open('w') as stderr:
-    killed = subprocess.Popen(
-      command(tmp_path / 'killed', *words), cwd=ROOT, stderr=stderr
-    )
-    wait_for(tmp_path / 'killed' / 'checkpoints' / '2', killed, log)
+    killed = subprocess.Popen(command(folder, *LONG), cwd=ROOT, stderr=stderr)
+    wait_for(folder / 'checkpoints' / '2', killed, log)
     killed.send_signal(signum)
     code = killed.wait(LIMIT)
   if signum == signal.SIGTERM:
@@ -301,16 +307,13 @@ def test_a_killed_run_goes_on_and_ends_bit_equal(signum, tmp_path):
     assert 'the same command goes on from there' in log.read_text()
   else:
     assert code == -signum
-  assert not (tmp_path / 'killed' / 'summary.json').exists()
+  assert not (folder / 'summary.json').exists()
 
-  again = run(tmp_path / 'killed', *words)
+  again = run(folder, *LONG)
   assert again.returncode == 0, again.stderr
-  summaries = [
-    json.loads((tmp_path / name / 'summary.json').read_text())
-    for name in ('whole', 'killed')
-  ]
+  summary = json.loads((folder / 'summary.json').read_text())
   for name in ('params_hash', 'bytes_total', 'rounds', 'test_accuracy'):
-    assert summaries[0][name] == summaries[1][name]
+    assert summary[name] == uninterrupted[name]
 
 
 @pytest.mark.faults
