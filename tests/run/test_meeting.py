@@ -1,5 +1,6 @@
 """Processes that do not belong together, do not come, or are not ours."""
 
+from concurrent import futures
 import contextlib
 import json
 import socket
@@ -269,20 +270,23 @@ def test_a_process_alone_ends_with_one_line(tmp_path):
     ('no.such.host.example:7777', 2, 'is unknown here'),
     ('127.0.0.1:9', 75, 'process 0 did not answer at 127.0.0.1:9 within 30'),
   ]
-  started = [
-    subprocess.Popen(
+
+  def alone(coordinator):
+    return subprocess.run(
       [sys.executable, '-m', 'resist_jax', *TINY]
       + [f'--workdir={tmp_path / "run"}', f'--coordinator={coordinator}']
       + ['--num_processes=2', '--process_id=1', '--config.faults.timeout=5'],
-      stderr=subprocess.PIPE,
+      capture_output=True,
       text=True,
+      timeout=LIMIT,
+      check=False,
     )
-    for coordinator, _, _ in cases
-  ]
-  ends = [process.communicate(timeout=LIMIT)[1] for process in started]
-  for process, said, (_, code, says) in zip(started, ends, cases, strict=True):
-    assert process.returncode == code
-    (line,) = said.strip().splitlines()
+
+  with futures.ThreadPoolExecutor() as pool:
+    ends = list(pool.map(alone, [coordinator for coordinator, _, _ in cases]))
+  for result, (_, code, says) in zip(ends, cases, strict=True):
+    assert result.returncode == code
+    (line,) = result.stderr.strip().splitlines()
     assert line.startswith('error: ')
     assert says in line
   assert not (tmp_path / 'run').exists()
