@@ -66,12 +66,21 @@ def _set(**fields: Any) -> Callable[[ConfigDict], Mapping[str, Any]]:
   return lambda config: named
 
 
-def _finish(config: ConfigDict) -> Mapping[str, Any]:
-  return {'phases.full_after': max(1, config.num_rounds * 15 // 100)}
-
-
 def _outer(momentum: float) -> Callable[[ConfigDict], Mapping[str, Any]]:
   return _set(outer__lr=1.0, outer__momentum=momentum, outer__nesterov=True)
+
+
+def _all(
+  *several: Callable[[ConfigDict], Mapping[str, Any]],
+) -> Callable[[ConfigDict], Mapping[str, Any]]:
+  """Returns what several levers set, none of them the same field."""
+  return lambda config: {
+    name: value for one in several for name, value in one(config).items()
+  }
+
+
+def _finish(config: ConfigDict) -> Mapping[str, Any]:
+  return {'phases.full_after': max(1, config.num_rounds * 15 // 100)}
 
 
 def _growing(config: ConfigDict) -> Mapping[str, Any]:
@@ -103,12 +112,36 @@ def _deeper(config: ConfigDict) -> Mapping[str, Any]:
   return {'min_depth': config.min_depth + 1}
 
 
+def _longer(config: ConfigDict) -> Mapping[str, Any]:
+  """Rounds are as long; this takes ResIST some seconds less than local SGD."""
+  return {
+    'num_rounds': config.num_rounds * 5 // 2,
+    'eval_every': config.eval_every * 5 // 2,
+    'optimizer.warmup_rounds': config.optimizer.warmup_rounds * 5 // 2,
+  }
+
+
 LEVERS = {
   'none': Lever('none', _set()),
   'finish': Lever('full models at the end', _finish, alone=True),
   'outer05': Lever('outer momentum 0.5', _outer(0.5)),
   'outer08': Lever('outer momentum 0.8', _outer(0.8)),
   'carry': Lever('momentum carried', _set(optimizer__carry_momentum=True)),
+  'outer05_carry': Lever(
+    'outer momentum 0.5, momentum carried',
+    _all(_outer(0.5), _set(optimizer__carry_momentum=True)),
+  ),
+  'outer05_deeper': Lever(
+    'outer momentum 0.5, a block more',
+    _all(_outer(0.5), _deeper),
+    alone=True,
+  ),
+  'longer': Lever('2.5 times the rounds', _longer, alone=True),
+  'outer05_longer': Lever(
+    'outer momentum 0.5, 2.5 times the rounds',
+    _all(_outer(0.5), _longer),
+    alone=True,
+  ),
   'training': Lever(
     'scaled in training', _set(residual_scale='training'), alone=True
   ),
