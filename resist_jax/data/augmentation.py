@@ -1,5 +1,6 @@
 """Random crops and flips of training images."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -141,15 +142,67 @@ def augment(
     sides = ((0, 0), (pad, pad), (pad, pad), (0, 0))
     shape = (num_parts * B, 2)
     corners = local(jax.random.randint(crop_key, shape, 0, 2 * pad + 1))
-    crop = jax.vmap(
-      lambda image, corner: lax.dynamic_slice(
-        image, (corner[0], corner[1], 0), images.shape[1:]
-      )
-    )
     mode = 'reflect' if augmentation.reflect else 'constant'
-    images = crop(jnp.pad(images, sides, mode), corners)
+    images = jnp.pad(images, sides, mode)
+    # A TPU would cut windows at different places in a loop over the images.
+    images = lax.platform_dependent(
+      images,
+      corners,
+      tpu=partial(crop_by_shifts, pad=pad),
+      default=partial(crop_windows, pad=pad),
+    )
   if augmentation.flip:
     shape = (num_parts * B, 1, 1, 1)
     flipped = local(jax.random.bernoulli(flip_key, 0.5, shape))
     images = jnp.where(flipped, images[:, :, ::-1], images)
+  return images
+
+
+def crop_windows(images: jax.Array, corners: jax.Array, pad: int) -> jax.Array:
+  """Cuts a window out of each image.
+
+  Args:
+    images: `uint8[B, H + 2 pad, W + 2 pad, C]`.
+    corners: `int32[B, 2]`, the upper left pixels of the windows.
+    pad: How many pixels were added on every side.
+
+  Returns:
+    The windows, `uint8[B, H, W, C]`.
+  """
+  height, width, channels = images.shape[1:]
+  window = (height - 2 * pad, width - 2 * pad, channels)
+  return jax.vmap(
+    lambda image, corner: lax.dynamic_slice(
+      image, (corner[0], corner[1], 0), window
+    )
+  )(images, corners)
+
+
+def crop_by_shifts(
+  images: jax.Array, corners: jax.Array, pad: int
+) -> jax.Array:
+  """Cuts the same windows by shifting all images at once.
+
+  Each bit of a corner's row or column shifts the image by so many pixels or
+  leaves it where it is.
+
+  Args:
+    images: See `crop_windows`.
+    corners: See `crop_windows`.
+    pad: See `crop_windows`.
+
+  Returns:
+    The windows, `uint8[B, H, W, C]`.
+  """
+  bits = (2 * pad).bit_length()
+  # As many pixels more as all shifts together drop.
+  more = (0, 2**bits - 1 - 2 * pad)
+  images = jnp.pad(images, ((0, 0), more, more, (0, 0)))
+  for axis, first in ((1, corners[:, 0]), (2, corners[:, 1])):
+    for bit in reversed(range(bits)):
+      shifts = (first >> bit & 1).astype(bool)[:, None, None, None]
+      size = images.shape[axis] - 2**bit
+      near = lax.slice_in_dim(images, 0, size, axis=axis)
+      far = lax.slice_in_dim(images, 2**bit, None, axis=axis)
+      images = jnp.where(shifts, far, near)
   return images

@@ -10,7 +10,7 @@ import pytest
 import tfds_sets
 
 from resist_jax import data
-from resist_jax.data import prepared
+from resist_jax.data import augmentation, prepared
 from resist_jax.data.augmentation import Augmentation, augment
 from resist_jax.errors import ConfigError
 
@@ -210,6 +210,19 @@ def test_every_crop_is_a_window_of_the_padded_image():
     assert len(found) == 1
     corners.add(found[0])
   assert len(corners) > 15  # Of 25: they differ from image to image.
+
+
+@pytest.mark.parametrize('pad', [1, 2, 4, 7])
+def test_a_tpu_cuts_the_same_windows(pad):
+  rng = np.random.default_rng(0)
+  shape = (64, 9 + 2 * pad, 12 + 2 * pad, 3)
+  images = jnp.array(rng.integers(0, 256, shape, np.uint8))
+  corners = jnp.array(rng.integers(0, 2 * pad, (64, 2), endpoint=True))
+  corners = corners.at[:2].set(jnp.array([[0, 0], [2 * pad, 2 * pad]]))
+  got = augmentation.crop_by_shifts(images, corners, pad)
+  assert got.dtype == jnp.uint8
+  want = augmentation.crop_windows(images, corners, pad)
+  np.testing.assert_array_equal(got, want)
 
 
 def test_a_pad_is_chosen_for_padded_crops_alone():
