@@ -49,21 +49,18 @@ def compile_call(
   return low, executable, seconds
 
 
-def _costs(low, executable) -> dict[str, float]:
-  """Returns `flops`, and `bytes accessed`; the body of a loop counts once."""
+def _operations(low, executable) -> float:
+  """Returns floating-point operations; the body of a loop counts once."""
   found = executable.cost_analysis()
   if found is not None:
-    return found
+    return found['flops']
   # The GPU compiler leaves this to the client, and here is only that of CPUs.
   # Convolutions are calls of a library by now: their operations are those of
   # the program as it was written.
   client = jax.devices('cpu')[0].client
   analyse = xla_client._xla.hlo_module_cost_analysis
   written = low.compiler_ir('hlo').as_hlo_module()
-  return {
-    'flops': analyse(client, written)['flops'],
-    'bytes accessed': hbm.memory_traffic(executable.as_text()),
-  }
+  return analyse(client, written)['flops']
 
 
 def record(case: Case, target: Target, scale: str) -> dict[str, Any]:
@@ -88,15 +85,15 @@ def record(case: Case, target: Target, scale: str) -> dict[str, Any]:
   for name, call in programs.calls(case, found, mesh).items():
     predicted[name] = predict(name, call, case, found, target)
     low, executable, seconds = compile_call(call, options)
-    costs = _costs(low, executable)
     texts = low.as_text(), executable.as_text()
     # Between slices, conditionals lose their names.
     scopes = _scopes(found) if target.slices == 1 else None
     read[name] = {
       **_read(executable, case, found),
       'faults': faults(name, call[1], *texts, scopes),
-      'flops': costs['flops'],
-      'hbm_bytes': costs['bytes accessed'],
+      'flops': _operations(low, executable),
+      'hbm_bytes': hbm.memory_traffic(texts[1]),
+      'estimated_cycles': hbm.estimated_cycles(texts[1]),
       'seconds': seconds,
     }
   where = provenance(f'{size} x {target.kind}, which are not here')

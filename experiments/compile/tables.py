@@ -18,6 +18,7 @@ HEAD += [
   'GFLOP',
   'memory traffic, GB',
   'at least, ms',
+  'estimate, ms',
   'compile, s',
 ]
 
@@ -65,6 +66,11 @@ def _table(records: list[dict[str, Any]]) -> Table:
     f'divides them by {chip.flops / 1e12:.0f} TFLOP/s and '
     f'{chip.bandwidth / 1e9:.0f} GB/s.'
   )
+  if chip.clock:
+    caption += (
+      ' "Estimate" adds up how long the compiler expects the instructions to '
+      f'take, at {chip.clock / 1e9:.2f} GHz.'
+    )
   rows = [
     _row(record, name, target)
     for record in records
@@ -99,7 +105,8 @@ def _row(
   predicted, chip = record['predicted'][name], target.chip
   memory, scratch = read['memory'], predicted['scratch']
   arithmetic = 1e3 * max(read['flops'], 0) / chip.flops
-  traffic = 1e3 * max(read['hbm_bytes'], 0) / chip.bandwidth
+  traffic = 1e3 * read['hbm_bytes'] / chip.bandwidth
+  cycles = read.get('estimated_cycles')
   sent = [
     _beside(read['wire'][kind], predicted['wire'][kind], 1e6)
     for kind in predicted['wire']
@@ -112,8 +119,9 @@ def _row(
     _beside(memory['temporary'], sum(scratch.values()) or None, MIB),
     ' + '.join(sent),
     f'{max(read["flops"], 0) / 1e9:.1f}',
-    f'{max(read["hbm_bytes"], 0) / 1e9:.2f}',
+    f'{read["hbm_bytes"] / 1e9:.2f}',
     f'{max(arithmetic, traffic):.2f}',
+    f'{1e3 * cycles / chip.clock:.2f}' if cycles and chip.clock else '',
     f'{read["seconds"]["compile"]:.0f}',
   ]
 

@@ -30,6 +30,7 @@ class Chip(NamedTuple):
     bandwidth: Bytes a second between the device and its memory.
     link: Bytes a second that a device sends through one of its links.
     topology: How the compiler names a topology, `{}` being its shape.
+    clock: Cycles a second of a TPU's core; None where it is not known.
   """
 
   flops: float
@@ -37,12 +38,13 @@ class Chip(NamedTuple):
   bandwidth: float
   link: float
   topology: str
+  clock: float | None = None
 
 
 CHIPS = {
-  'v4': Chip(275e12, 32 * 2**30, 1228e9, 45e9, 'v4:{}'),
-  'v5e': Chip(197e12, 16 * 2**30, 819e9, 45e9, 'v5e:{}'),
-  'v5p': Chip(459e12, 95 * 2**30, 2765e9, 90e9, 'v5:{}'),
+  'v4': Chip(275e12, 32 * 2**30, 1228e9, 45e9, 'v4:{}', 1.05e9),
+  'v5e': Chip(197e12, 16 * 2**30, 819e9, 45e9, 'v5e:{}', 1.5e9),
+  'v5p': Chip(459e12, 95 * 2**30, 2765e9, 90e9, 'v5:{}', 1.75e9),
   'v6e': Chip(918e12, 32 * 2**30, 1640e9, 90e9, 'v6e:{}'),
   'h100': Chip(989e12, 80e9, 3352e9, 450e9, '1x1x{}'),
 }

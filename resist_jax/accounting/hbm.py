@@ -1,10 +1,14 @@
-"""Reads what a compiled program reads and writes in a device's memory.
+"""Reads from a compiled program what bounds its time.
 
-XLA's own count leaves out the libraries that a GPU program calls, convolutions
-among them, and takes an array as read whole where a few rows are picked.
+XLA's own count of memory traffic leaves out the libraries that a GPU program
+calls, convolutions among them, and takes an array as read whole where a few
+rows are picked. For a TPU it includes arrays in on-chip memory, which hold most
+of what a short network computes.
 """
 
 from collections import defaultdict
+from collections.abc import Callable
+from itertools import islice
 import math
 import re
 
@@ -21,8 +25,13 @@ _FREE = (
   *('after-all', 'bitcast', 'constant', 'get-tuple-element', 'opt-barrier'),
   *('parameter', 'partition-id', 'replica-id', 'tuple'),
 )
+_NAMES = re.compile('"(?:AllocateBuffer|ConcatBitcast)"')  # Calls that do, too.
 _PICKS = ('dynamic-slice', 'gather', 'slice')
 _CALLED = ('calls', 'to_apply', 'called_computations')
+# Their pairs are counted where they end, by the type of the result.
+_COPIES = ('copy', *_PICKS, 'dynamic-update-slice')
+_ARRAY = re.compile(r'\b[a-z]\w*\[[^\]]*\](?:\{[^}]*\})?')
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
 def memory_traffic(text: str) -> int:
@@ -32,48 +41,101 @@ def memory_traffic(text: str) -> int:
   an array from which some elements are picked, only these are read, and where
   some are replaced in place, only these are written.
 
+  Arrays that the compiler keeps on the chip, which a TPU's do, are not counted.
+
   Args:
-    text: HLO of a program compiled for GPUs.
+    text: HLO of a compiled program.
 
   Returns:
     The bytes, with the body of a loop counted once, and the branch of a
     conditional that moves most.
   """
   program = parse(text, {})
-  return _moved(program, program.entry)
+  return _total(program, program.entry, _bytes)
 
 
-def _moved(program: Program, name: str) -> int:
-  return sum(_bytes(program, i) for i in program.computations[name])
+def estimated_cycles(text: str) -> int | None:
+  """Adds up how long a TPU's compiler expects the instructions to take.
+
+  Copies between the chip and its memory are not counted: they run meanwhile.
+
+  Args:
+    text: HLO of a compiled program.
+
+  Returns:
+    Cycles of the TPU's core; loops and conditionals count as in
+    `memory_traffic`. None if the compiler estimates none, as those of GPUs.
+  """
+  program = parse(text, {})
+  return _total(program, program.entry, _estimate) or None
 
 
-def _bytes(program: Program, i: Instruction) -> int:
-  opcode = i.opcode.removesuffix('-start')
-  if opcode in _FREE or opcode.endswith('-done'):
-    return 0
+# What an instruction without computations of its own costs.
+_Count = Callable[[Program, Instruction], int]
+
+
+def _total(program: Program, name: str, count: _Count) -> int:
+  return sum(_cost(program, i, count) for i in program.computations[name])
+
+
+def _cost(program: Program, i: Instruction, count: _Count) -> int:
+  opcode = i.kind
   if opcode == 'while':
-    return _moved(program, i.called('body')[0])
+    return _total(program, i.called('body')[0], count)
   if opcode == 'conditional':
     branches = i.called(
       'branch_computations', 'true_computation', 'false_computation'
     )
-    return max(_moved(program, name) for name in branches)
+    return max(_total(program, name, count) for name in branches)
   if opcode in ('call', 'async'):
-    return sum(_moved(program, name) for name in i.called(*_CALLED))
+    return sum(_total(program, name, count) for name in i.called(*_CALLED))
+  return count(program, i)
+
+
+def _estimate(program: Program, i: Instruction) -> int:
+  del program
+  found = _CYCLES.search(i.attributes)
+  return int(found[1]) if found else 0
+
+
+def _bytes(program: Program, i: Instruction) -> int:
+  opcode = i.kind
+  if opcode in _FREE or _NAMES.search(i.attributes):
+    return 0
+  if opcode.removesuffix('-done') in _COPIES:
+    return _copied(i)
+  if opcode.endswith('-done'):
+    return 0
   if opcode == 'fusion':
     return _fused(program, i)
-  if opcode in _PICKS:
-    return 2 * size(i.type)
-  if opcode == 'dynamic-update-slice':
-    return 2 * size(i.operands[1].type)
-  return i.operand_bytes + _result(i)
+  return sum(_size(o.type) for o in i.operands) + _result(i)
+
+
+def _copied(i: Instruction) -> int:
+  """Returns what a copy reads and writes, or a slice that is one."""
+  opcode = i.opcode.removesuffix('-done')
+  if opcode.endswith('-start'):
+    return 0
+  operands = (
+    i.operands[0].operands if i.opcode.endswith('-done') else i.operands
+  )
+  written = operands[1] if opcode == 'dynamic-update-slice' else i
+  moved = size(written.type)
+  read = moved if _size(operands[0].type) else 0
+  return read + (moved if _size(i.type) else 0)
+
+
+def _size(shape: str) -> int:
+  """Returns the bytes of those arrays that are not kept on the chip."""
+  # A layout names the space of memory, unless it is the device's own.
+  return sum(size(x) for x in _ARRAY.findall(shape) if 'S(' not in x)
 
 
 def _result(i: Instruction) -> int:
   """Returns the bytes of a result, without the workspace of a library."""
   if i.opcode == 'custom-call' and '"__cu' in i.attributes:
-    return size(re.sub(r'\b[us]8\[\d*\]', '', i.type))
-  return size(i.type)
+    return _size(re.sub(r'\b[us]8\[\d*\]', '', i.type))
+  return _size(i.type)
 
 
 def _fused(program: Program, fusion: Instruction) -> int:
@@ -87,7 +149,15 @@ def _fused(program: Program, fusion: Instruction) -> int:
     for place, operand in enumerate(i.operands):
       users[operand.name].append((place, i))
   used: dict[str, float] = {r.name: 1.0 for r in roots}
-  total = sum(_written(r) for r in roots)
+  # Types inside a fusion do not say where arrays are.
+  results = iter(_ARRAY.findall(fusion.type))
+  total = 0
+  for r in roots:
+    written = sum(
+      _size(x) for x in islice(results, len(_ARRAY.findall(r.type)))
+    )
+    replaces = r.opcode == 'dynamic-update-slice'
+    total += size(r.operands[1].type) if replaces and written else written
   for i in reversed(body):  # Users come after what they use.
     if i.opcode == 'tuple':
       continue
@@ -98,7 +168,8 @@ def _fused(program: Program, fusion: Instruction) -> int:
     ]
     used[i.name] = min(1.0, used.get(i.name, 0.0) + sum(shares))
     if i.opcode == 'parameter':
-      total += math.ceil(used[i.name] * size(i.type))
+      read = _size(fusion.operands[int(i.argument)].type)
+      total += math.ceil(used[i.name] * read)
   return total
 
 
@@ -108,8 +179,3 @@ def _share(place: int, user: Instruction, operand: Instruction) -> float:
     picked = array_elements(user.type)
     return min(1.0, picked / max(1, array_elements(operand.type)))
   return float(place > 0 or user.opcode != 'dynamic-update-slice')
-
-
-def _written(root: Instruction) -> int:
-  replaces = root.opcode == 'dynamic-update-slice'
-  return size((root.operands[1] if replaces else root).type)

@@ -76,6 +76,43 @@ ENTRY %main (x: f32[64], x2: f32[64], m: f32[1000,16], i: s32[8,1], u: f32[4,16]
   assert hbm.memory_traffic(text) == want
 
 
+# As a TPU's compiler writes it: S(1) is on the chip.
+ON_CHIP = """%sums (p: f32[64], q: f32[64]) -> (f32[64], f32[16]) {
+  %p = f32[64]{0:T(128)} parameter(0)
+  %q = f32[64]{0:T(128)} parameter(1)
+  %a = f32[64]{0:T(128)} add(%p, %q)
+  %b = f32[16]{0:T(128)} slice(%p), slice={[0:16]}
+  ROOT %t = (f32[64]{0:T(128)}, f32[16]{0:T(128)}) tuple(%a, %b)
+}
+
+ENTRY %main (x: f32[64]) -> f32[64] {
+  %x = f32[64]{0:T(128)} parameter(0)
+  %s = ((f32[64]{0:T(128)}), f32[32]{0:T(128)S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:32]}
+  %d = f32[32]{0:T(128)S(1)} slice-done(%s)
+  %w = f32[64]{0:T(128)S(1)} custom-call(%d, %d), custom_call_target="ConcatBitcast"
+  %f = (f32[64]{0:T(128)S(1)}, f32[16]{0:T(128)}) fusion(%w, %x), kind=kLoop, calls=%sums, backend_config={"estimated_cycles":"500"}
+  %g = f32[64]{0:T(128)S(1)} get-tuple-element(%f), index=0
+  %h = f32[64]{0:T(128)S(1)} negate(%g), backend_config={"estimated_cycles":"70"}
+  %c = (f32[64]{0:T(128)}, f32[64]{0:T(128)S(1)}, u32[]{:S(2)}) copy-start(%h)
+  ROOT %e = f32[64]{0:T(128)} copy-done(%c)
+}
+"""  # noqa: E501
+
+
+def test_what_a_tpu_keeps_on_its_chip_is_no_traffic():
+  # A slice of 32 numbers is read; then x, whole, and 16 numbers are written;
+  # then the result.
+  want = 4 * (32 + 64 + 16 + 64)
+  assert hbm.memory_traffic(HEAD + ON_CHIP) == want
+
+
+def test_the_estimates_of_instructions_add_up():
+  assert hbm.estimated_cycles(HEAD + ON_CHIP) == 570
+  x = jnp.ones(8)
+  text = jax.jit(jnp.sin).lower(x).compile().as_text()
+  assert hbm.estimated_cycles(text) is None
+
+
 def test_the_body_of_a_loop_counts_once():
   def looped(x):
     return jax.lax.fori_loop(0, 10, lambda i, x: jnp.sin(x) + 1, x)
