@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import itertools
 import statistics
+from typing import Any
 
 from experiments import pictures
 from experiments.experiment import (
@@ -39,9 +40,10 @@ from experiments.experiment import (
 from experiments.table import Table
 from experiments.table2 import DATA, NAMES, WORKERS
 
-# What each run changes in the recipe of the scale.
+# What each run changes in the recipe of the scale, and its part of a file name.
 PLAIN, LEVERS, TWICE = '', ', levers', ', levers, twice the rounds'
-RECIPES = {PLAIN: '', LEVERS: '_plus', TWICE: '_plus_twice'}
+LESS = ', without whitened stem and rate of biases'
+RECIPES = {PLAIN: '', LESS: '_less', LEVERS: '_plus', TWICE: '_plus_twice'}
 TARGETS = (0.80, 0.85, 0.88, 0.90)
 PACE_ROUNDS = 4  # The first of them also warms up the caches.
 
@@ -63,8 +65,10 @@ def cell(
     scale: Whose rounds `TWICE` doubles, `cpu90` or `smoke`.
   """
   name = f'{data}_{protocol}{RECIPES[recipe]}_s{workers}'
-  fields = {'protocol': protocol}
-  if recipe == PLAIN:
+  fields: dict[str, Any] = {'protocol': protocol}
+  if recipe == LESS:
+    fields |= {'model.stem': 'strided', 'optimizer.bias_rate': 1.0}
+  if recipe in (PLAIN, LESS):
     return Cell(name, data, f's{workers}', fields)
   plus = Cell(name, 'resist_plus', f's{workers},{data}', fields)
   if recipe == LEVERS:
@@ -77,21 +81,23 @@ def cell(
   return dataclasses.replace(plus, overrides={**fields, **longer})
 
 
-def pace(protocol: str, workers: int) -> Cell:
+def pace(protocol: str, workers: int, recipe: str = PLAIN) -> Cell:
   """Returns the first rounds of CIFAR-10 alone; see `cell`.
 
-  Both sets have images of the same size, and their rounds take as long.
+  Both sets have images of the same size, and their rounds take as long. So do
+  rounds with and without levers.
 
   Args:
     protocol: See `cell`.
     workers: See `cell`.
+    recipe: See `cell`.
   """
+  made = cell('cifar10', protocol, workers, LESS if recipe == LESS else PLAIN)
   few = {'num_rounds': PACE_ROUNDS, 'eval_every': PACE_ROUNDS}
-  return Cell(
-    f'pace_{protocol}_s{workers}',
-    'cifar10',
-    f's{workers}',
-    {'protocol': protocol, **few},
+  return dataclasses.replace(
+    made,
+    name=made.name.replace('cifar10', 'pace'),
+    overrides={**made.overrides, **few},
   )
 
 
@@ -99,10 +105,11 @@ def cells(scale: str) -> list[Cell]:
   """Returns the cells to train, in order."""
   pairs = [(name, 4) for name in NAMES]
   pairs += itertools.product(('resist', 'local_sgd'), (2, 8))
-  levers = [('resist', LEVERS), ('resist', TWICE), ('local_sgd', LEVERS)]
+  others = [('resist', recipe) for recipe in RECIPES if recipe != PLAIN]
+  others.append(('local_sgd', LEVERS))
   return [
     *(cell('cifar10', *pair) for pair in pairs),
-    *(cell('cifar10', name, 4, recipe, scale) for name, recipe in levers),
+    *(cell('cifar10', name, 4, recipe, scale) for name, recipe in others),
     *(pace(*pair) for pair in pairs),
     *(cell('cifar100', *pair) for pair in pairs),
   ]
@@ -147,7 +154,7 @@ def tables(results: Results) -> list[Table]:
     records = results.of(run)
     if records:
       found += records
-      timed = quiet([*results.of(pace(protocol, workers)), *records])
+      timed = quiet([*results.of(pace(protocol, workers, recipe)), *records])
       rows.append(
         [title, name + recipe, str(workers), results.percent(run)]
         + [results.percent(run, 'test_accuracy_paper')]

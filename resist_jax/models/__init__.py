@@ -34,6 +34,7 @@ from resist_jax.models.resnet import (
   stage_of,
   without_gates,
 )
+from resist_jax.models.whitening import whitening
 
 __all__ = [
   'FAMILY',
@@ -64,5 +65,6 @@ __all__ = [
   'predicted_flops',
   'rescale_branches',
   'stage_of',
+  'whitening',
   'without_gates',
 ]

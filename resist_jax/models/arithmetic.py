@@ -97,8 +97,9 @@ def predicted_flops(
 
   Counts the multiplications and additions of the convolutions and the
   classifier, for the forward pass and both gradients. The stem needs no
-  gradient of its input. Products with padding are not counted: XLA does not
-  count them either, and on small images they would matter.
+  gradient of its input, and fixed filters before it need none. Products with
+  padding are not counted: XLA does not count them either, and on small images
+  they would matter.
 
   Args:
     network: The global network.
@@ -116,7 +117,12 @@ def predicted_flops(
       network.with_chain_lengths(lengths), image_shape
     )
   ]
-  return (passes + 2) * sum(forward) - forward[0]
+  fixed = 0
+  if network.stem == 'whitened':
+    *image, channels = image_shape
+    taps = math.prod(2 * side - 1 for side in image)  # Padded on two sides.
+    fixed = 2 * taps * channels * 8 * channels
+  return (passes + 2) * sum(forward) - forward[0] + passes * fixed
 
 
 def _layers(network: ResNet, image_shape: tuple[int, ...]):
@@ -125,6 +131,8 @@ def _layers(network: ResNet, image_shape: tuple[int, ...]):
   features = network.widths[0]
   size = 7 if network.stem == 'imagenet' else 3
   stride = 1 if network.stem == 'small' else 2
+  if network.stem == 'whitened':
+    channels *= 8
   yield _taps(image, size, stride), channels, features
   image = _strided(image, stride)
   if network.stem == 'imagenet':

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from resist_jax.models.accelerated import widen
-from resist_jax.models.layers import Conv
+from resist_jax.models.layers import Conv, convolve
 
 Layer = Callable[..., Any]
 
@@ -139,23 +139,38 @@ class Stem(Conv):
   """The layers before the first stage: a convolution, norm and pooling.
 
   Attributes:
+    whitens: Whether a 2x2 convolution that is not trained comes first, and a
+      ReLU. Its parameter `whitening` is meant to decorrelate the numbers of a
+      patch; see `models.whitening`.
     norm: Makes the norm after the convolution; None if the first block begins
       with one (the paper).
     pool: Whether to halve height and width by max pooling at the end.
   """
 
+  whitens: bool = False
   norm: Layer | None = None
   pool: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps `[B, H, W, C]` to `[B, H', W', features]`."""
+    if self.whitens:
+      shape = (2, 2, x.shape[-1], 8 * x.shape[-1])
+      kernel = self.param('whitening', _both_signs, shape, jnp.float32)
+      kernel = jax.lax.stop_gradient(kernel)
+      x = nn.relu(convolve(x, kernel, self.dtype, padding=(0, 1)))
     x = super().__call__(x)
     if self.norm is not None:
       x = self.norm(name='norm')(x, relu=True)
     if self.pool:
       x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
     return x
+
+
+def _both_signs(key, shape, dtype):
+  """Draws orthogonal filters, each followed by its negative."""
+  half = nn.initializers.orthogonal()(key, (*shape[:3], shape[3] // 2), dtype)
+  return jnp.concatenate([half, -half], axis=-1)
 
 
 class Classifier(nn.Dense):

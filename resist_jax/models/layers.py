@@ -59,15 +59,36 @@ class Conv(nn.Module):
     """Maps `[B, H, W, C]` to `[B, H / stride, W / stride, features]`."""
     shape = (self.size, self.size, x.shape[-1], self.features)
     kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
-    x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
     pad = (self.size - 1) // 2
-    return lax.conv_general_dilated(
-      x,
-      kernel,
-      window_strides=(self.stride, self.stride),
-      padding=((pad, pad), (pad, pad)),
-      dimension_numbers=NHWC,
-    )
+    return convolve(x, kernel, self.dtype, self.stride, (pad, pad))
+
+
+def convolve(
+  x: jax.Array,
+  kernel: jax.Array,
+  dtype: Any,
+  stride: int = 1,
+  padding: tuple[int, int] = (0, 0),
+) -> jax.Array:
+  """Convolves images.
+
+  Args:
+    x: `[B, H, W, C]`.
+    kernel: `[size, size, C, features]`.
+    dtype: To compute in.
+    stride: In both directions.
+    padding: Zeros before and after each row, and each column.
+
+  Returns:
+    `[B, H', W', features]`.
+  """
+  return lax.conv_general_dilated(
+    x.astype(dtype),
+    kernel.astype(dtype),
+    window_strides=(stride, stride),
+    padding=(padding, padding),
+    dimension_numbers=NHWC,
+  )
 
 
 class BatchNorm(nn.Module):

@@ -33,7 +33,7 @@ from resist_jax.models.layers import (
 
 PyTree = Any
 
-STEMS = ('small', 'strided', 'imagenet')
+STEMS = ('small', 'strided', 'whitened', 'imagenet')
 INITIAL = ('he', 'torch')
 
 
@@ -50,8 +50,9 @@ class ResNet(nn.Module):
       al. 2016) instead of after it (He et al. 2015).
     norm: `batch` (without running statistics) or `group`.
     stem: `small` (3x3, for images of 32 pixels), `strided` (3x3, stride 2, for
-      images of 64 pixels or a quarter of the work) or `imagenet` (7x7, stride
-      2, then max pooling).
+      images of 64 pixels or a quarter of the work), `whitened` (the same behind
+      a 2x2 convolution that is not trained) or `imagenet` (7x7, stride 2, then
+      max pooling).
     initial: What draws the initial values: `he` (normal, by fan-out; He et al.
       2015) or `torch` (PyTorch's default, as in the paper's scripts: uniform,
       of variance 1 / (3 fan-in), and a bias of the classifier that is drawn).
@@ -208,6 +209,7 @@ class ResNet(nn.Module):
         self.widths[0],
         size=7 if large else 3,
         stride=1 if self.stem == 'small' else 2,
+        whitens=self.stem == 'whitened',
         norm=None if self.pre_activation else norm,
         pool=large,
         name=name,

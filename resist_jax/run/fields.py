@@ -169,6 +169,12 @@ FIELDS = {
       'As in the paper; on all parameters, as PyTorch applies it.',
     ),
     Field(
+      'optimizer.bias_rate',
+      1.0,
+      'The learning rate of the biases of norms, relative to that of other '
+      'parameters. Fast recipes for CIFAR take 64; the paper takes 1.',
+    ),
+    Field(
       'label_smoothing',
       0.0,
       'The share of each label that all classes get, equally. Fast recipes for '
@@ -340,7 +346,9 @@ FIELDS = {
     Field(
       'model.stem',
       'small',
-      'small: 3x3; strided: 3x3 with stride 2; imagenet: 7x7 with stride 2, '
+      'small: 3x3; strided: 3x3 with stride 2; whitened: the same behind 2x2 '
+      'filters that are not trained, but measured when the run begins: they '
+      'decorrelate patches of training images; imagenet: 7x7 with stride 2, '
       'then max pooling.',
     ),
     Field(

@@ -104,6 +104,9 @@ def build(model: Predictor) -> Any:
 
 def _stem(graph: Graph, x: str) -> str:
   kind = graph.about['stem']
+  if kind == 'whitened':
+    weight = graph.take('stem.whitening.weight')
+    x = graph.relu(graph.add('Conv', x, weight, pads=[0, 0, 1, 1]))
   x = graph.conv(x, 'stem.conv', 1 if kind == 'small' else 2)
   if not graph.about['pre_activation']:
     x = graph.relu(graph.norm(x, 'stem.norm'))

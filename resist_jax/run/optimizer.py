@@ -1,11 +1,15 @@
 """The optimiser of local training, and its learning rate over the whole run."""
 
 from collections.abc import Sequence
+from functools import partial
+import re
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+
+_NORM_BIAS = re.compile(r'\bnorm\w*/bias$')
 
 
 def make_optimizer(
@@ -13,6 +17,7 @@ def make_optimizer(
   momentum: float,
   weight_decay: float,
   nesterov: bool = False,
+  bias_rate: float = 1.0,
 ) -> optax.GradientTransformation:
   """Returns SGD with momentum and weight decay.
 
@@ -25,15 +30,40 @@ def make_optimizer(
     weight_decay: The paper's is 5e-4.
     nesterov: Whether a step goes along the gradient and the momentum after it,
       as PyTorch has it (Sutskever et al. 2013), or along the momentum (paper).
+    bias_rate: What the gradients of norms' biases are multiplied by; that is
+      their learning rate, relative to the others.
 
   Returns:
     A complete optax transformation.
   """
-  return optax.chain(
-    optax.add_decayed_weights(weight_decay),
+  steps = [
+    optax.add_decayed_weights(weight_decay, mask=_trained),
     optax.trace(decay=momentum, nesterov=nesterov),
     optax.scale_by_learning_rate(schedule),
+  ]
+  if bias_rate != 1:
+    # Before the decay, which stays what it is.
+    steps.insert(0, optax.stateless(partial(_scale_biases, bias_rate)))
+  return optax.chain(*steps)
+
+
+def _scale_biases(rate, grads, params):
+  """Multiplies the gradients of the biases of norms."""
+  del params
+  return jax.tree.map_with_path(
+    lambda path, g: g * rate if _NORM_BIAS.search(_name(path)) else g, grads
   )
+
+
+def _trained(params):
+  """Marks the parameters that are trained: all but fixed filters."""
+  return jax.tree.map_with_path(
+    lambda path, _: not _name(path).endswith('whitening'), params
+  )
+
+
+def _name(path) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def described(
@@ -46,7 +76,11 @@ def described(
     schedule: Learning rate at a step of the whole run.
   """
   return make_optimizer(
-    schedule, section.momentum, section.weight_decay, section.nesterov
+    schedule,
+    section.momentum,
+    section.weight_decay,
+    section.nesterov,
+    section.bias_rate,
   )
 
 

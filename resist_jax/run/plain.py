@@ -72,7 +72,8 @@ def places(params: Mapping[str, Any]) -> Iterator[Place]:
     inner = tuple(key for key in inner if key != 'GroupNorm_0')
     kind = 'bias' if last == 'bias' else 'weight'
     if not piece.startswith('stage'):
-      inner = inner or (('conv',) if piece == 'stem' else ())
+      if piece == 'stem' and not inner:
+        inner = ('whitening' if last == 'whitening' else 'conv',)
       yield Place(keys, None, '.'.join((piece, *inner)), kind)
       continue
     stage, part = piece.removeprefix('stage').split('_')
@@ -164,7 +165,8 @@ def variables(
     unread.pop(name, None)
     return given[name]
 
-  channels = read('stem.conv', 'weight').shape[1]
+  first = 'whitening' if network.stem == 'whitened' else 'conv'
+  channels = read(f'stem.{first}', 'weight').shape[1]
   params, statistics = _zeros(network, channels)
   if not any(name.endswith('.running_mean') for name in given):
     statistics = {}

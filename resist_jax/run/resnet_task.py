@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 import ml_collections
+import numpy as np
 import optax
 
 from resist_jax import data, models
@@ -21,6 +22,7 @@ from resist_jax.run.evaluate import Evaluator, WholeNetwork
 
 PyTree = Any
 
+WHITENING_IMAGES = 5000  # The first ones, on which whitening is measured.
 MEASURES = ('accuracy', 'accuracy_paper')  # Of each set that is tested.
 
 
@@ -65,7 +67,14 @@ class ResNetTask:
 
   def init(self, seed: int) -> PyTree:
     """See `task.Task`."""
-    return models.initial_params(self.network, self.image_shape, seed)
+    params = models.initial_params(self.network, self.image_shape, seed)
+    if self.network.stem == 'whitened':
+      dataset = self.dataset
+      sample = jnp.asarray(dataset.train.images[:WHITENING_IMAGES])
+      images = data.normalise(sample, dataset.mean, dataset.std)
+      kernel = models.whitening(np.asarray(images))
+      params['stem'] = {**params['stem'], 'whitening': kernel}
+    return params
 
   def shapes(self) -> PyTree:
     """See `task.Task`."""

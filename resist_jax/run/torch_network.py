@@ -64,12 +64,18 @@ class Stem(nn.Module):
   def __init__(self, channels, width, kind, norm):
     super().__init__()
     size, stride = (7 if kind == 'imagenet' else 3), 1 if kind == 'small' else 2
+    self.whitening = None
+    if kind == 'whitened':
+      self.whitening = nn.Conv2d(channels, 8 * channels, 2, bias=False)
+      channels = 8 * channels
     self.conv = convolution(channels, width, size, stride)
     self.norm = make_norm(norm, width) if norm else None
     self.pools = kind == 'imagenet'
 
   def forward(self, x):
     """Maps images to what the first stage takes."""
+    if self.whitening is not None:
+      x = F.relu(self.whitening(F.pad(x, (0, 1, 0, 1))))
     x = self.conv(x)
     x = x if self.norm is None else F.relu(self.norm(x))
     return F.max_pool2d(x, 3, 2, 1) if self.pools else x

@@ -36,6 +36,7 @@ NETWORKS = {
   'group norm': {'norm': 'group', 'stem': 'strided'},
   'norm last': {'pre_activation': False, 'stem': 'imagenet'},
   'norm last, group': {'pre_activation': False, 'norm': 'group'},
+  'whitened': {'stem': 'whitened'},
   'heads cut': {'cut_heads': True},
   'heads cut, norm last': {'cut_heads': True, 'pre_activation': False},
   'gates': {'gate': 0.7},

@@ -5,8 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resist_jax import data
-from resist_jax.run import checks, resnet_task, setup
+from resist_jax import data, models
+from resist_jax.run import (
+  checks,
+  export,
+  optimizer,
+  resnet_task,
+  setup,
+  train,
+)
 from resist_jax.run import config as config_lib
 
 
@@ -143,3 +150,54 @@ def test_alternating_flips_reach_the_loss():
     params, {}, (train.images[which], train.labels[which]), key
   )
   assert float(got) != float(other)
+
+
+def test_whitened_patches_are_uncorrelated():
+  """Each filter, and none of its negatives, over the images it was made of."""
+  rng = np.random.default_rng(0)
+  smooth = np.cumsum(rng.normal(size=(200, 8, 9, 3)), axis=1)
+  images = (smooth @ rng.normal(size=(3, 3))).astype(np.float32)
+  kernel = models.whitening(images)
+  assert kernel.shape == (2, 2, 3, 24)
+  np.testing.assert_array_equal(kernel[..., 12:], -kernel[..., :12])
+  found = jax.lax.conv_general_dilated(
+    images, kernel[..., :12], (1, 1), 'VALID',
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+  ).reshape(-1, 12)  # fmt: skip
+  found = np.asarray(found, np.float64)
+  np.testing.assert_allclose(
+    found.T @ found / len(found), np.eye(12), atol=0.01
+  )
+
+
+@pytest.mark.parametrize('protocol', ['resist', 'data_parallel'])
+def test_whitening_filters_stay_what_they_were_measured(protocol, tmp_path):
+  config = tiny_config(**{
+    'model.stem': 'whitened', 'protocol': protocol, 'num_workers': 2,
+    'optimizer.weight_decay': 0.1, 'optimizer.momentum': 0.9,
+  })  # fmt: skip
+  before = setup.prepare(config).task.init(0)['stem']
+  train.train(config, tmp_path)
+  after = export.load(tmp_path).variables['params']['stem']
+  np.testing.assert_array_equal(after['whitening'], before['whitening'])
+  assert np.abs(after['kernel'] - before['kernel']).max() > 1e-3
+
+
+def test_a_rate_of_biases_is_that_of_norms_alone():
+  """The step of a norm's bias is that of a gradient so many times as large."""
+  config = tiny_config(**{'optimizer.bias_rate': 64.0})
+  plain = tiny_config()
+  task = setup.prepare(config).task
+  params = jax.tree.map(jnp.zeros_like, task.init(0))  # Nothing decays.
+  grads = jax.tree.map(jnp.ones_like, params)
+
+  def step(config):
+    made = optimizer.described(config.optimizer, lambda _: 0.1)
+    return made.update(grads, made.init(params), params)[0]
+
+  for (path, x), (_, y) in zip(
+    *map(jax.tree.leaves_with_path, (step(config), step(plain))), strict=True
+  ):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    biased = 'norm' in name and name.endswith('bias')
+    np.testing.assert_allclose(x, 64 * y if biased else y, rtol=1e-5)

@@ -102,10 +102,10 @@ def _cpu90(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   config.partition = (2,)
   config.model.name = 'PreActResNet18'
   config.model.stage_sizes, config.model.widths = (1, 13, 1), (64, 128, 256)
-  config.model.stem, config.model.init = 'strided', 'torch'
+  config.model.stem, config.model.init = 'whitened', 'torch'
   config.lr, config.label_smoothing = 0.2, 0.1
   config.optimizer.schedule, config.optimizer.warmup_rounds = 'linear', 10
-  config.optimizer.nesterov = True
+  config.optimizer.nesterov, config.optimizer.bias_rate = True, 64.0
   config.data.pad, config.data.fill = 2, 'reflection'
   config.data.flips = 'alternating'
   config.eval_every = 7  # A test takes as long as two rounds.
