@@ -84,6 +84,7 @@ def images(count):
   params=[
     'plain',
     'heads cut',
+    'whitened',
     *(
       pytest.param(kind, marks=pytest.mark.slow)
       for kind in (
