@@ -141,40 +141,53 @@ def _result(i: Instruction) -> int:
 def _fused(program: Program, fusion: Instruction) -> int:
   """Counts what a fusion reads of its operands, and what it writes."""
   (name,) = fusion.called('calls')
-  body = program.computations[name]
+  shares = _needed(program, name)
+  read = sum(
+    math.ceil(shares[place] * _size(operand.type))
+    for place, operand in enumerate(fusion.operands)
+  )
   root = program.root(name)
   roots = root.operands if root.opcode == 'tuple' else (root,)
+  # Types inside a fusion do not say where arrays are.
+  results = iter(_ARRAY.findall(fusion.type))
+  written = 0
+  for r in roots:
+    whole = sum(_size(x) for x in islice(results, len(_ARRAY.findall(r.type))))
+    replaces = r.opcode == 'dynamic-update-slice'
+    written += size(r.operands[1].type) if replaces and whole else whole
+  return read + written
+
+
+def _needed(program: Program, name: str) -> dict[int, float]:
+  """Returns which part of each parameter a fusion's computation needs."""
+  body, root = program.computations[name], program.root(name)
   users = defaultdict(list)
   for i in body:
     for place, operand in enumerate(i.operands):
       users[operand.name].append((place, i))
-  used: dict[str, float] = {r.name: 1.0 for r in roots}
-  # Types inside a fusion do not say where arrays are.
-  results = iter(_ARRAY.findall(fusion.type))
-  total = 0
-  for r in roots:
-    written = sum(
-      _size(x) for x in islice(results, len(_ARRAY.findall(r.type)))
-    )
-    replaces = r.opcode == 'dynamic-update-slice'
-    total += size(r.operands[1].type) if replaces and written else written
+  roots = root.operands if root.opcode == 'tuple' else (root,)
+  needed: dict[str, float] = {r.name: 1.0 for r in roots}
   for i in reversed(body):  # Users come after what they use.
     if i.opcode == 'tuple':
       continue
     shares = [
-      used[user.name] * _share(place, user, i)
+      needed[user.name] * _share(program, place, user, i)
       for place, user in users[i.name]
       if user.opcode != 'tuple'
     ]
-    used[i.name] = min(1.0, used.get(i.name, 0.0) + sum(shares))
-    if i.opcode == 'parameter':
-      read = _size(fusion.operands[int(i.argument)].type)
-      total += math.ceil(used[i.name] * read)
-  return total
+    needed[i.name] = min(1.0, needed.get(i.name, 0.0) + sum(shares))
+  return {
+    int(i.argument): needed[i.name] for i in body if i.opcode == 'parameter'
+  }
 
 
-def _share(place: int, user: Instruction, operand: Instruction) -> float:
+def _share(
+  program: Program, place: int, user: Instruction, operand: Instruction
+) -> float:
   """Returns which part of an operand its user needs."""
+  if user.opcode == 'fusion':
+    (name,) = user.called('calls')
+    return _needed(program, name)[place]
   if place == 0 and user.opcode in _PICKS:
     picked = array_elements(user.type)
     return min(1.0, picked / max(1, array_elements(operand.type)))

@@ -22,6 +22,13 @@ FUSIONS = """%picks (p: f32[1000,16], i: s32[8,1]) -> f32[8,16] {
   ROOT %d = f32[1000,16]{1,0} dynamic-update-slice(%q, %u, %n, %n)
 }
 
+%outer (o: f32[1000,16], oi: s32[8,1]) -> f32[8,16] {
+  %o = f32[1000,16]{1,0} parameter(0)
+  %oi = s32[8,1]{1,0} parameter(1)
+  %of = f32[8,16]{1,0} fusion(%o, %oi), kind=kLoop, calls=%picks
+  ROOT %on = f32[8,16]{1,0} negate(%of)
+}
+
 %two (x: f32[64], y: f32[64]) -> (f32[64], f32[32]) {
   %x = f32[64]{0} parameter(0)
   %y = f32[64]{0} parameter(1)
@@ -35,6 +42,10 @@ CASES = {
   'names only': ('%r = (f32[64]{0}) tuple(%x)', 0),
   'picked rows': (
     '%r = f32[8,16]{1,0} fusion(%m, %i), kind=kLoop, calls=%picks',
+    2 * 8 * 64 + 32,
+  ),
+  'rows that a fusion inside picks': (
+    '%r = f32[8,16]{1,0} fusion(%m, %i), kind=kLoop, calls=%outer',
     2 * 8 * 64 + 32,
   ),
   'rows in place': (
