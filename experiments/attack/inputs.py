@@ -121,6 +121,7 @@ RANGES = _fields(
   ('lr=nan', 'lr'),
   ('optimizer.momentum=1', 'momentum'),
   ('optimizer.weight_decay=-1', 'weight_decay'),
+  ('optimizer.bias_rate=-1', 'optimizer.bias_rate'),
   ('optimizer.drops=(0.7,0.5)', 'drops'),
   ('optimizer.drops=(nan,)', 'drops'),
   ('optimizer.warmup_rounds=-1', 'warmup_rounds'),

@@ -93,8 +93,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     )
   for field in PHASE_FIELDS:
     _at_least(f'phases.{field}', config.phases[field], 0)
-  _at_least('optimizer.warmup_rounds', config.optimizer.warmup_rounds, 0)
-  _at_least('optimizer.weight_decay', config.optimizer.weight_decay, 0)
+  for field in ('warmup_rounds', 'weight_decay', 'bias_rate'):
+    _at_least(f'optimizer.{field}', config.optimizer[field], 0)
   for field in ('batch_size', 'statistics_images', 'batches_at_once'):
     _at_least(f'evaluation.{field}', config.evaluation[field], 1)
   if not config.lr > 0:

@@ -351,6 +351,8 @@ def _told(what: str) -> Iterator[None]:
   """Turns what somebody else's code raises into a line about it."""
   try:
     yield
+  except ConfigError:
+    raise
   except FOREIGN as error:
     # A check of ours raises a line that says what to do.
     said = message(error) if type(error) is ValueError else one_line(error)

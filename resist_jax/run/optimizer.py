@@ -1,7 +1,6 @@
 """The optimiser of local training, and its learning rate over the whole run."""
 
 from collections.abc import Sequence
-from functools import partial
 import re
 
 import jax
@@ -9,7 +8,9 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-_NORM_BIAS = re.compile(r'\bnorm\w*/bias$')
+from resist_jax.errors import ConfigError
+
+_NORM_BIAS = re.compile(r'norm\w*/bias$', re.IGNORECASE)
 
 
 def make_optimizer(
@@ -43,16 +44,34 @@ def make_optimizer(
   ]
   if bias_rate != 1:
     # Before the decay, which stays what it is.
-    steps.insert(0, optax.stateless(partial(_scale_biases, bias_rate)))
+    steps.insert(0, _scale_biases(bias_rate))
   return optax.chain(*steps)
 
 
-def _scale_biases(rate, grads, params):
+def _scale_biases(rate: float) -> optax.GradientTransformation:
   """Multiplies the gradients of the biases of norms."""
-  del params
-  return jax.tree.map_with_path(
-    lambda path, g: g * rate if _NORM_BIAS.search(_name(path)) else g, grads
-  )
+
+  def init(params):
+    if not any(map(_is_norm_bias, dict(jax.tree.leaves_with_path(params)))):
+      raise ConfigError(
+        f'optimizer.bias_rate is {rate}, but the network has no biases of '
+        'norms, which are called `bias`, in a layer with `norm` in its name: '
+        'set it to 1.'
+      )
+    return optax.EmptyState()
+
+  def update(updates, state, params=None):
+    del params
+    scaled = jax.tree.map_with_path(
+      lambda path, g: g * rate if _is_norm_bias(path) else g, updates
+    )
+    return scaled, state
+
+  return optax.GradientTransformation(init, update)
+
+
+def _is_norm_bias(path) -> bool:
+  return bool(_NORM_BIAS.search(_name(path)))
 
 
 def _trained(params):

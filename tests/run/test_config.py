@@ -128,6 +128,7 @@ def test_the_defaults_are_valid():
     ({'optimizer.momentum': 1.0}, 'momentum'),
     ({'optimizer.drops': ('half',)}, 'optimizer.drops is .*shares of the run'),
     ({'optimizer.weight_decay': -0.1}, 'weight_decay'),
+    ({'optimizer.bias_rate': -1.0}, 'optimizer.bias_rate is -1.0'),
     ({'model.name': 'ResNet50'}, 'PreActResNet101'),
     ({'model.norm': 'layer'}, 'norm'),
     ({'model.stem': 'big'}, 'stem'),

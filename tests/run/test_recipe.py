@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from resist_jax import data, models
+from resist_jax.errors import ConfigError
 from resist_jax.run import (
   checks,
   export,
@@ -183,21 +184,33 @@ def test_whitening_filters_stay_what_they_were_measured(protocol, tmp_path):
   assert np.abs(after['kernel'] - before['kernel']).max() > 1e-3
 
 
-def test_a_rate_of_biases_is_that_of_norms_alone():
+@pytest.mark.parametrize('norm', ['batch', 'group'])
+def test_a_rate_of_biases_is_that_of_norms_alone(norm):
   """The step of a norm's bias is that of a gradient so many times as large."""
-  config = tiny_config(**{'optimizer.bias_rate': 64.0})
-  plain = tiny_config()
-  task = setup.prepare(config).task
-  params = jax.tree.map(jnp.zeros_like, task.init(0))  # Nothing decays.
+  fields = {'model.norm': norm}
+  config = tiny_config(**fields, **{'optimizer.bias_rate': 64.0})
+  params = setup.prepare(config).task.init(0)
+  params = jax.tree.map(jnp.zeros_like, params)  # Nothing decays.
   grads = jax.tree.map(jnp.ones_like, params)
 
   def step(config):
     made = optimizer.described(config.optimizer, lambda _: 0.1)
     return made.update(grads, made.init(params), params)[0]
 
+  steps = step(config), step(tiny_config(**fields))
+  biases = 0
   for (path, x), (_, y) in zip(
-    *map(jax.tree.leaves_with_path, (step(config), step(plain))), strict=True
+    *map(jax.tree.leaves_with_path, steps), strict=True
   ):
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
-    biased = 'norm' in name and name.endswith('bias')
+    name = jax.tree_util.keystr(path)
+    biased = 'norm' in name and name.endswith("['bias']")
     np.testing.assert_allclose(x, 64 * y if biased else y, rtol=1e-5)
+    biases += biased
+  assert biases == 6  # Two in each head and in the chain.
+
+
+def test_a_rate_of_biases_needs_some():
+  made = optimizer.make_optimizer(lambda _: 0.1, 0.9, 0.0, bias_rate=2.0)
+  params = {'dense': {'kernel': jnp.ones((2, 2)), 'bias': jnp.ones(2)}}
+  with pytest.raises(ConfigError, match=r'optimizer.bias_rate is 2.0, .*to 1'):
+    made.init(params)
