@@ -376,8 +376,8 @@ def test_a_finished_run_is_tested_on_sets_that_it_is_given(cifar, tmp_path):
     assert second[name] * 7 == pytest.approx(round(second[name] * 7))
   assert json.loads((tmp_path / 'summary.json').read_text()) == second
   text = (tmp_path / 'report.html').read_text()
-  accuracy = f'<td>{second["cifar10_1_v6_accuracy"]:.2%}</td>'
-  assert f'<th>cifar10_1_v6, as deployed</th>{accuracy}' in text
+  accuracy = f'<dd>{second["cifar10_1_v6_accuracy"]:.2%}</dd>'
+  assert f'<dt>cifar10_1_v6, as deployed</dt>{accuracy}' in text
   assert rows(tmp_path) == log
 
 
