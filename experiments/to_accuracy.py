@@ -111,6 +111,7 @@ def cells(scale: str) -> list[Cell]:
     *(cell('cifar10', *pair) for pair in pairs),
     *(cell('cifar10', name, 4, recipe, scale) for name, recipe in others),
     *(pace(*pair) for pair in pairs),
+    pace('resist', 4, LESS),
     *(cell('cifar100', *pair) for pair in pairs),
   ]
 
