@@ -116,7 +116,7 @@ def _deeper(config: ConfigDict) -> Mapping[str, Any]:
 
 
 def _longer(config: ConfigDict) -> Mapping[str, Any]:
-  """Rounds are as long; this takes ResIST some seconds less than local SGD."""
+  """There are more rounds, each with as many steps."""
   return {
     'num_rounds': config.num_rounds * 5 // 2,
     'eval_every': config.eval_every * 5 // 2,

@@ -5,9 +5,9 @@
 
 Trains at the scale `cpu90`, whose network and recipe reach an accuracy that
 people know: ResIST, local SGD and data parallel for as many steps, and ResIST
-for twice as many, which takes fewer seconds than local SGD. "Levers" are those
-of the card `resist_plus`. A run takes hours and may share the machine: kill it
-and give the same command again, and it goes on from its last checkpoint.
+for twice as many. "Levers" are those of the card `resist_plus`. A run takes
+hours and may share the machine: kill it and give the same command again, and it
+goes on from its last checkpoint.
 
 Seconds are those of training alone, without compilation, tests and checkpoints.
 Where a machine did other work (`--busy`), they are the rounds of the run times
@@ -84,8 +84,8 @@ def cell(
 def pace(protocol: str, workers: int, recipe: str = PLAIN) -> Cell:
   """Returns the first rounds of CIFAR-10 alone; see `cell`.
 
-  Both sets have images of the same size, and their rounds take as long. So do
-  rounds with and without levers.
+  Both sets have images of the same size, and their rounds take as long.
+  Rounds with levers are not timed by themselves, but as those without.
 
   Args:
     protocol: See `cell`.

@@ -39,9 +39,8 @@ def memory_traffic(text: str) -> int:
 
   Each instruction reads its operands and writes its result; a fusion is one. Of
   an array from which some elements are picked, only these are read, and where
-  some are replaced in place, only these are written.
-
-  Arrays that the compiler keeps on the chip, which a TPU's do, are not counted.
+  some are replaced in place, only these are written. Arrays that a TPU's
+  compiler keeps on the chip are not counted.
 
   Args:
     text: HLO of a compiled program.
@@ -113,12 +112,10 @@ def _bytes(program: Program, i: Instruction) -> int:
 
 def _copied(i: Instruction) -> int:
   """Returns what a copy reads and writes, or a slice that is one."""
-  opcode = i.opcode.removesuffix('-done')
-  if opcode.endswith('-start'):
+  if i.opcode.endswith('-start'):
     return 0
-  operands = (
-    i.operands[0].operands if i.opcode.endswith('-done') else i.operands
-  )
+  opcode = i.opcode.removesuffix('-done')
+  operands = (i if i.opcode == opcode else i.operands[0]).operands
   written = operands[1] if opcode == 'dynamic-update-slice' else i
   moved = size(written.type)
   read = moved if _size(operands[0].type) else 0
@@ -146,27 +143,30 @@ def _fused(program: Program, fusion: Instruction) -> int:
     math.ceil(shares[place] * _size(operand.type))
     for place, operand in enumerate(fusion.operands)
   )
-  root = program.root(name)
-  roots = root.operands if root.opcode == 'tuple' else (root,)
   # Types inside a fusion do not say where arrays are.
   results = iter(_ARRAY.findall(fusion.type))
   written = 0
-  for r in roots:
+  for r in _roots(program, name):
     whole = sum(_size(x) for x in islice(results, len(_ARRAY.findall(r.type))))
     replaces = r.opcode == 'dynamic-update-slice'
     written += size(r.operands[1].type) if replaces and whole else whole
   return read + written
 
 
+def _roots(program: Program, name: str) -> tuple[Instruction, ...]:
+  """Returns the instructions whose results a computation returns."""
+  root = program.root(name)
+  return root.operands if root.opcode == 'tuple' else (root,)
+
+
 def _needed(program: Program, name: str) -> dict[int, float]:
   """Returns which part of each parameter a fusion's computation needs."""
-  body, root = program.computations[name], program.root(name)
+  body = program.computations[name]
   users = defaultdict(list)
   for i in body:
     for place, operand in enumerate(i.operands):
       users[operand.name].append((place, i))
-  roots = root.operands if root.opcode == 'tuple' else (root,)
-  needed: dict[str, float] = {r.name: 1.0 for r in roots}
+  needed = {r.name: 1.0 for r in _roots(program, name)}
   for i in reversed(body):  # Users come after what they use.
     if i.opcode == 'tuple':
       continue

@@ -166,7 +166,8 @@ FIELDS = {
     Field(
       'optimizer.weight_decay',
       5e-4,
-      'As in the paper; on all parameters, as PyTorch applies it.',
+      'As in the paper; on all parameters that are trained, as PyTorch applies '
+      'it.',
     ),
     Field(
       'optimizer.bias_rate',

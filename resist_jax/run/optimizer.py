@@ -77,7 +77,7 @@ def _is_norm_bias(path) -> bool:
 def _trained(params):
   """Marks the parameters that are trained: all but fixed filters."""
   return jax.tree.map_with_path(
-    lambda path, _: not _name(path).endswith('whitening'), params
+    lambda path, _: _name(path) != 'stem/whitening', params
   )
 
 

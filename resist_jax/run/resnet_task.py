@@ -22,7 +22,7 @@ from resist_jax.run.evaluate import Evaluator, WholeNetwork
 
 PyTree = Any
 
-WHITENING_IMAGES = 5000  # The first ones, on which whitening is measured.
+WHITENING_PIXELS = 5000 * 32 * 32  # Of the first images, to measure it on.
 MEASURES = ('accuracy', 'accuracy_paper')  # Of each set that is tested.
 
 
@@ -70,7 +70,9 @@ class ResNetTask:
     params = models.initial_params(self.network, self.image_shape, seed)
     if self.network.stem == 'whitened':
       dataset = self.dataset
-      sample = jnp.asarray(dataset.train.images[:WHITENING_IMAGES])
+      height, width, _ = self.image_shape
+      count = max(1, WHITENING_PIXELS // (height * width))
+      sample = jnp.asarray(dataset.train.images[:count])
       images = data.normalise(sample, dataset.mean, dataset.std)
       kernel = models.whitening(np.asarray(images))
       params['stem'] = {**params['stem'], 'whitening': kernel}

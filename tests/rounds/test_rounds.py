@@ -212,6 +212,7 @@ def test_carried_velocity_makes_rounds_seamless():
   assert_close(carried.params, whole.params)
   (velocity,) = carried.carried.moments
   assert_close(velocity, whole.carried.moments[0])
+  assert jax.tree.map(jnp.shape, velocity) == jax.tree.map(jnp.shape, params)
   restarted = run(False, 2, 2)
   assert restarted.carried is None
   kernels = (x.params['stem']['kernel'] for x in (restarted, whole))

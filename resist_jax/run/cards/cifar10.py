@@ -12,7 +12,7 @@ Cost on 2, 4, 8 workers: 33, 51, 45 PFLOP over all of them (local SGD 50, 100,
 Command: python -m resist_jax --config=cifar10:s4 --workdir=runs/cifar10 \
            --config.data.dir=FOLDER
 Words: s2, s4 (default), s8 workers; cpu (a small network), smoke (a minute),
-  cpu90 (an hour or more on two cores, to 90 %)
+  cpu90 (an hour or more on two cores, towards 90 %)
 Baselines: --config.protocol=local_sgd, --config.protocol=data_parallel
 CPU: cifar10:cpu or cifar10:cpu,s8 take two minutes on two cores.
 """
@@ -89,7 +89,7 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
 
 
 def _cpu90(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """Returns the scale at which two cores reach 90 %.
+  """Returns the scale at which two cores train towards 90 %.
 
   The network does most of its work where two cores are fast: at 8x8 pixels and
   128 channels, where its chain of 12 blocks is. What the recipe takes from fast
