@@ -323,7 +323,7 @@ def _check(task: ModuleTask) -> None:
     checks.returned_metrics(jax.eval_shape(_train_once(task), shapes))
   with _told(f'optimizer(config, schedule) of {name}'):
     rate = optax.constant_schedule(config.lr)
-    jax.eval_shape(_init_of(task.make_optimizer(rate)), shapes)
+    jax.eval_shape(_first_step(task.make_optimizer(rate)), shapes)
   if config.protocol == 'resist':
     _check_chains(config, name, lengths)
 
@@ -340,10 +340,11 @@ def _train_once(task: ModuleTask) -> Callable:
   return once
 
 
-def _init_of(made: Any) -> Callable:
+def _first_step(made: Any) -> Callable:
+  """Returns an optimiser's first step, along the parameters themselves."""
   if not isinstance(made, optax.GradientTransformation):
     raise ValueError(f'it returned {type(made).__name__}: return one of optax.')
-  return made.init
+  return lambda params: made.update(params, made.init(params), params)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The optimiser of local training, and its learning rate over the whole run."""
 
 from collections.abc import Sequence
+from functools import partial
 import re
 
 import jax
@@ -44,30 +45,22 @@ def make_optimizer(
   ]
   if bias_rate != 1:
     # Before the decay, which stays what it is.
-    steps.insert(0, _scale_biases(bias_rate))
+    steps.insert(0, optax.stateless(partial(_scale_biases, bias_rate)))
   return optax.chain(*steps)
 
 
-def _scale_biases(rate: float) -> optax.GradientTransformation:
+def _scale_biases(rate: float, grads, params):
   """Multiplies the gradients of the biases of norms."""
-
-  def init(params):
-    if not any(map(_is_norm_bias, dict(jax.tree.leaves_with_path(params)))):
-      raise ConfigError(
-        f'optimizer.bias_rate is {rate}, but the network has no biases of '
-        'norms, which are called `bias`, in a layer with `norm` in its name: '
-        'set it to 1.'
-      )
-    return optax.EmptyState()
-
-  def update(updates, state, params=None):
-    del params
-    scaled = jax.tree.map_with_path(
-      lambda path, g: g * rate if _is_norm_bias(path) else g, updates
+  del params
+  if not any(map(_is_norm_bias, dict(jax.tree.leaves_with_path(grads)))):
+    raise ConfigError(
+      f'optimizer.bias_rate is {rate}, but the network has no biases of norms, '
+      'which are called `bias`, in a layer with `norm` in its name: set it to '
+      '1.'
     )
-    return scaled, state
-
-  return optax.GradientTransformation(init, update)
+  return jax.tree.map_with_path(
+    lambda path, g: g * rate if _is_norm_bias(path) else g, grads
+  )
 
 
 def _is_norm_bias(path) -> bool:

@@ -149,7 +149,7 @@ NETWORKS = [
   {'pre_activation': False},
   {'stem': 'imagenet'},
   {'stage_sizes': (1, 3, 2)},
-  {'stem': 'whitened'},
+  {'stem': 'whitened', 'widths': (8, 8)},
 ]
 
 

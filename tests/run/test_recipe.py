@@ -176,6 +176,7 @@ def test_whitening_filters_stay_what_they_were_measured(protocol, tmp_path):
   config = tiny_config(**{
     'model.stem': 'whitened', 'protocol': protocol, 'num_workers': 2,
     'optimizer.weight_decay': 0.1, 'optimizer.momentum': 0.9,
+    'optimizer.bias_rate': 64.0, 'optimizer.carry_momentum': True,
   })  # fmt: skip
   before = setup.prepare(config).task.init(0)['stem']
   train.train(config, tmp_path)
@@ -213,4 +214,4 @@ def test_a_rate_of_biases_needs_some():
   made = optimizer.make_optimizer(lambda _: 0.1, 0.9, 0.0, bias_rate=2.0)
   params = {'dense': {'kernel': jnp.ones((2, 2)), 'bias': jnp.ones(2)}}
   with pytest.raises(ConfigError, match=r'optimizer.bias_rate is 2.0, .*to 1'):
-    made.init(params)
+    made.update(params, made.init(params), params)
