@@ -51,10 +51,10 @@ $(VENV)/%/installed: $(VENV)/installed
 	touch $@
 
 test-tpu: $(VENV)/tpu/installed
-	$(VENV)/tpu/bin/python -m pytest -q -k v5e tests/experiments/test_compile.py
+	$(VENV)/tpu/bin/python -m pytest -q -k 'v5e or devices' tests/experiments/test_compile.py
 
 test-gpu: $(VENV)/cuda/installed
-	$(VENV)/cuda/bin/python -m pytest -q -k h100 \
+	$(VENV)/cuda/bin/python -m pytest -q -k 'h100 or devices' \
 	  tests/experiments/test_compile.py
 
 check: $(VENV)/installed

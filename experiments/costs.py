@@ -98,7 +98,7 @@ class Plan:
       config: The config; its fields `protocol` and `num_workers` are ignored.
       image: `(H, W, C)`.
       classes: Number of classes.
-      chip: A key of `compile.targets.CHIPS`, whose compiler is believed.
+      chip: A key of `compile.chips.CHIPS`, whose compiler is believed.
       records: Where the records of compiled programs are.
     """
     config = config.copy_and_resolve_references()

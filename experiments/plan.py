@@ -26,7 +26,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter
 import numpy as np
 
 from experiments import costs
-from experiments.compile import targets
+from experiments.compile import chips
 from experiments.costs import FORMULA, NAMES, Cost, Machine, Plan
 from experiments.runs import provenance, write_record
 from resist_jax import __main__ as cli
@@ -57,7 +57,7 @@ MEMORY_BANDWIDTH = flags.DEFINE_string(
   'memory_bandwidth', None, 'Between a device and its memory, such as 3352GB.'
 )
 CHIP = flags.DEFINE_enum(
-  'chip', 'h100', list(targets.CHIPS), 'Whose compiler is asked.'
+  'chip', 'h100', list(chips.CHIPS), 'Whose compiler is asked.'
 )
 IMAGE = flags.DEFINE_string(
   'image', None, 'Height, width and channels of an image: 32x32x3.'

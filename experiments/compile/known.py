@@ -58,7 +58,7 @@ def steps(
   """Reads what a compiler said of local steps.
 
   Args:
-    chip: A key of `targets.CHIPS`.
+    chip: A key of `chips.CHIPS`.
     folder: Where the folders of all targets are.
 
   Returns:

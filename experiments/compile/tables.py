@@ -6,7 +6,7 @@ import pathlib
 import shlex
 from typing import Any
 
-from experiments.compile import targets
+from experiments.compile import chips, targets
 from experiments.runs import RESULTS
 from experiments.table import Table
 
@@ -127,7 +127,7 @@ def _row(
   ]
 
 
-def _estimate(read: Mapping[str, Any], chip: targets.Chip) -> list[str]:
+def _estimate(read: Mapping[str, Any], chip: chips.Chip) -> list[str]:
   """Returns the milliseconds that the compiler expects, where it says so."""
   if not chip.clock:
     return []

@@ -1,8 +1,4 @@
-"""Accelerators to compile for: their names, figures and compilers.
-
-The figures are those that the makers publish: dense bfloat16 products, memory,
-and what one link of a device carries in one direction.
-"""
+"""Devices to compile for: their names, topologies and compilers."""
 
 from collections.abc import Sequence
 import importlib.metadata
@@ -17,67 +13,13 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 import numpy as np
 
+from experiments.compile.chips import CHIPS, GPUS, Chip, gpu_description
 from resist_jax.errors import ConfigError
 from resist_jax.exchange import DATA, WORKER
 
-
-class Chip(NamedTuple):
-  """What a device can do.
-
-  Attributes:
-    flops: Floating-point operations a second, in bfloat16.
-    memory: Bytes.
-    bandwidth: Bytes a second between the device and its memory.
-    link: Bytes a second that a device sends through one of its links.
-    topology: How the compiler names a topology, `{}` being its shape.
-    clock: Cycles a second of a TPU's core; None where it is not known.
-  """
-
-  flops: float
-  memory: float
-  bandwidth: float
-  link: float
-  topology: str
-  clock: float | None = None
-
-
-CHIPS = {
-  'v4': Chip(275e12, 32 * 2**30, 1228e9, 45e9, 'v4:{}', 1.05e9),
-  'v5e': Chip(197e12, 16 * 2**30, 819e9, 45e9, 'v5e:{}', 1.5e9),
-  'v5p': Chip(459e12, 95 * 2**30, 2765e9, 90e9, 'v5:{}', 1.75e9),
-  'v6e': Chip(918e12, 32 * 2**30, 1640e9, 90e9, 'v6e:{}'),
-  'h100': Chip(989e12, 80e9, 3352e9, 450e9, '1x1x{}'),
-}
-# What XLA's GPU compiler asks about a GPU that is not there. Limits of blocks
-# and registers are those of CUDA's compute capability 9.
-GPUS: dict[str, dict[str, Any]] = {
-  'h100': {
-    'gpu_device_info': {
-      'threads_per_block_limit': 1024,
-      'threads_per_warp': 32,
-      'threads_per_core_limit': 2048,
-      'shared_memory_per_block': 48 * 2**10,
-      'shared_memory_per_block_optin': 227 * 2**10,
-      'shared_memory_per_core': 228 * 2**10,
-      'registers_per_block_limit': 2**16,
-      'registers_per_core_limit': 2**16,
-      'block_dim_limit_x': 2**31 - 1,
-      'block_dim_limit_y': 2**16 - 1,
-      'block_dim_limit_z': 2**16 - 1,
-      'core_count': 132,
-      'fpus_per_core': 128,
-      'clock_rate_ghz': 1.98,
-      'memory_bandwidth': 3352320000000,
-      'l2_cache_size': 50 * 2**20,
-      'device_memory_size': 84929347584,
-      'cuda_compute_capability': {'major': 9},
-    },
-    'platform_name': 'CUDA',
-    'dnn_version_info': {'major': 9, 'minor': 12},
-    'runtime_version': {'major': 13},
-    'device_description_str': 'NVIDIA H100 80GB HBM3',
-  }
-}
+# On a machine without a GPU, JAX drops its plugin for them if a library of CUDA
+# does not tell its version. JAX reads this when it first looks for devices.
+os.environ.setdefault('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
 # Compilers by platform: the package, and the extra of setup.cfg with it.
 COMPILERS = {'tpu': ('libtpu', 'tpu'), 'gpu': ('jax_cuda13_plugin', 'cuda')}
 
@@ -86,9 +28,9 @@ class Target(NamedTuple):
   """Devices to compile for.
 
   Attributes:
-    kind: A key of `CHIPS`.
-    shape: Of a slice, such as (4, 4); for GPUs, how many in a host.
-    slices: How many slices, each with its own network of fast links.
+    kind: A key of `chips.CHIPS`.
+    shape: Chips of a slice, such as (4, 4); for GPUs, how many in a host.
+    slices: How many slices or hosts, each with its own network of fast links.
   """
 
   kind: str
@@ -104,7 +46,7 @@ class Target(NamedTuple):
   @property
   def num_devices(self) -> int:
     """Number of devices."""
-    return self.slices * math.prod(self.shape)
+    return self.slices * math.prod(self.shape) * self.chip.devices
 
   @property
   def chip(self) -> Chip:
@@ -157,19 +99,8 @@ class Target(NamedTuple):
     # Otherwise libtpu asks the network which TPU this machine is a part of.
     os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
     os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-    topology = self.chip.topology.format('x'.join(map(str, self.shape)))
     try:
-      if self.platform == 'gpu':
-        found = topologies.get_topology_desc(
-          platform='cuda',
-          target_config=described(GPUS[self.kind]),
-          topology=topology,
-        )
-      else:
-        several = {'num_slices': self.slices} if self.slices > 1 else {}
-        found = topologies.get_topology_desc(
-          platform='tpu', topology_name=topology, **several
-        )
+      found = self._described()
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
       reason = str(error).splitlines()[0]
       raise ConfigError(
@@ -177,6 +108,28 @@ class Target(NamedTuple):
         f'{reason}'
       ) from error
     return found.devices
+
+  def _described(self) -> topologies.TopologyDescription:
+    """Asks the compiler of the platform for the devices."""
+    if self.platform == 'gpu':
+      return topologies.get_topology_desc(
+        platform='cuda',
+        target_config=described(gpu_description(self.kind)),
+        topology=f'1x{self.slices}x{math.prod(self.shape)}',
+      )
+    rows, columns, *_ = *self.shape, 1  # A host has 2 x 2 chips at most.
+    options: dict[str, Any] = {
+      'chips_per_host_bounds': (min(2, rows), min(2, columns), 1)
+    }
+    if self.slices > 1:
+      options['num_slices'] = self.slices
+    if self.chip.config:
+      options['chip_config_name'] = self.chip.config
+    return topologies.get_topology_desc(
+      platform='tpu',
+      topology_name=f'{self.chip.generation}:{"x".join(map(str, self.shape))}',
+      **options,
+    )
 
   def mesh(self, num_devices: int, devices_per_worker: int = 1) -> Mesh:
     """Lays the first devices out for a round.
@@ -200,7 +153,8 @@ def parse(text: str) -> Target:
   """Reads the name of a target.
 
   Args:
-    text: Such as `v5e:4x4`, `2*v5e:4x4` for two slices, or `h100:8`.
+    text: Such as `v5e:4x4`, `2*v5e:4x4` for two slices, or `h100:8`;
+      `2*h100:8` are two hosts.
 
   Returns:
     The target.

@@ -231,7 +231,7 @@ def test_a_plain_step_has_as_many_parameters_as_a_worker():
   assert count == accounting.params_per_worker(found.sizes, found.protocol)
 
 
-@pytest.mark.parametrize('text', ['v5e', 'v5e:', 'a100:4', 'v5e:2y2', '*v5e:2'])
+@pytest.mark.parametrize('text', ['v5e', 'v5e:', 'p100:4', 'v5e:2y2', '*v5e:2'])
 def test_a_target_that_is_none_is_told_in_one_line(text):
   with pytest.raises(ConfigError, match='write a chip and its topology'):
     targets.parse(text)
@@ -240,6 +240,21 @@ def test_a_target_that_is_none_is_told_in_one_line(text):
 def test_targets_have_names():
   for name in ('v5e:4x4', '2*v5p:2x2x1', 'h100:8'):
     assert targets.parse(name).name == name
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    # Of every chip; two hosts, two slices, and less than a host.
+    *('v4:2x2x1', 'v5e:2x2', 'v5p:2x2x1', 'v6e:2x2', 'tpu7x:2x2x1'),
+    *('v4:2x2x2', '2*v5e:2x2', 'v5e:1x1', 'v6e:1x2', 'v5p:1x1x1'),
+    *('a100:8', 'h100:4', 'h200:1', 'b200:8', '2*h100:8'),
+  ],
+)
+def test_the_compiler_has_as_many_devices(name):
+  skip_without_compiler(name)
+  target = targets.parse(name)
+  assert len(target.devices()) == target.num_devices
 
 
 def test_tables_say_how_far_predictions_are_off(tmp_path):
