@@ -18,7 +18,7 @@ import sys
 import time
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 import jax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -286,6 +286,7 @@ def _predict(plan: Plan, workers: Sequence[int], bandwidth: float) -> list:
 
 def main(given: list[str], options: Options) -> None:
   """Prints and writes predictions, or their comparison with measurements."""
+  logging.set_verbosity(logging.WARNING)  # JAX tells which platforms it tried.
   out, config = pathlib.Path(options.workdir), options.config
   default = [2, 4] if CHECK.value else [2**k for k in range(1, 11)]
   try:
