@@ -208,7 +208,11 @@ def _scratch(name, case, found, target) -> dict[str, int]:
   width = np.dtype(case.dtype).itemsize
   images = found.batch_size // case.devices_per_worker
   held = accounting.predicted_memory(
-    found.sizes, found.protocol, case.num_devices, width * numbers * images
+    found.sizes,
+    found.protocol,
+    case.num_devices,
+    width * numbers * images,
+    grouped=case.devices_per_worker > 1,
   )
   parts = ['activations', 'gradients']
   if name == 'round':

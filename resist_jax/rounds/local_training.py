@@ -134,34 +134,63 @@ class LocalTraining:
       device = jnp.array(group.rows, jnp.int32)[device]
     workers = device * here + jnp.arange(here, dtype=jnp.int32)
     mine = {name: table[workers] for name, table in slots.items()}
-    params = local.params
+    depths = group.depths if group else here * (None,)
+    own = local.params, local.opt_state
+    args = workers, local.agreed, mine, batch
+
+    def gradients(depth, params, worker, agreed, slots, batch):
+      numbers = round_index, worker, t
+      networks, inputs = (params, agreed), (constants, batch)
+      return self._gradients(depth, numbers, networks, slots, inputs)
+
+    alone = not self.grouped and not protocol.average_gradients
+    if alone and self.loop and _alike(depths):
+      step = self._take_turns
+    else:
+      step = self._step_together
+    (params, opt_state), measured = step(gradients, depths, own, args)
+    means = jax.tree.map(
+      lambda mean, x: mean + x / protocol.local_steps, local.metrics, measured
+    )
+    return Local(params, opt_state, means, local.agreed)
+
+  def _take_turns(self, gradients, depths, own, args):
+    """Updates a worker before the next one, so that one gradient is stored."""
+
+    def turn(own, inputs):
+      w, args = inputs
+      mine = jax.tree.map(
+        lambda x: lax.dynamic_index_in_dim(x, w, keepdims=False), own
+      )
+      grads, measured = gradients(depths[0], mine[0], *args)
+      own = jax.tree.map(
+        lambda x, new: lax.dynamic_update_index_in_dim(x, new, w, 0),
+        own,
+        self._update(grads, *mine),
+      )
+      return own, measured
+
+    return lax.scan(turn, own, (jnp.arange(len(depths)), args))
+
+  def _step_together(self, gradients, depths, own, args):
+    """Updates all workers at once, as averaged gradients need it."""
+    params, _ = own
     if self.grouped:
       # Without pcast, shard_map silently sums the gradient over the group.
       params = lax.pcast(params, DATA, to='varying')
     grads, measured = _each_worker(
-      lambda depth, worker, params, agreed, slots, batch: self._gradients(
-        depth,
-        (round_index, worker, t),
-        (params, agreed),
-        slots,
-        (constants, batch),
-      ),
-      group.depths if group else here * (None,),
-      (workers, params, local.agreed, mine, batch),
-      self.loop,
+      gradients, depths, (params, *args), self.loop
     )
     if self.grouped:
       grads, measured = lax.pmean((grads, measured), DATA)
-    if protocol.average_gradients:
+    if self.protocol.average_gradients:
       grads, measured = self._average(grads, measured)
-    updates, opt_state = jax.vmap(self.optimizer.update)(
-      grads, local.opt_state, local.params
-    )
-    means = jax.tree.map(
-      lambda mean, x: mean + x / protocol.local_steps, local.metrics, measured
-    )
-    params: Any = optax.apply_updates(local.params, updates)
-    return Local(params, opt_state, means, local.agreed)
+    return jax.vmap(self._update)(grads, *own), measured
+
+  def _update(self, grads, params, opt_state):
+    """Returns the parameters of a worker and its state after a step."""
+    updates, opt_state = self.optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
 
   def _gradients(self, depth, numbers, networks, slots, inputs):
     """Returns the gradient of one worker, and its loss and metrics."""
@@ -230,9 +259,14 @@ def _fill_up(x, like):
   return jnp.concatenate([x, zeros])
 
 
+def _alike(depths) -> bool:
+  """Returns whether one program serves several workers."""
+  return len(depths) > 1 and len(set(depths)) == 1
+
+
 def _each_worker(function, depths, args, loop: bool):
   """Maps a function over the workers of this device, one after another."""
-  if loop and len(depths) > 1 and len(set(depths)) == 1:
+  if loop and _alike(depths):
     return lax.map(lambda xs: function(depths[0], *xs), args)
   turns = [
     function(depth, *jax.tree.map(lambda x, w=w: x[w], args))

@@ -133,6 +133,43 @@ def test_a_tpu_crops_all_images_at_once(target):
   assert ' while(' not in text
 
 
+WIDE = 1024  # As many numbers a row, so that parameters outweigh the rest.
+
+
+def scratch_of_turns(target, num_workers):
+  """Bytes that a round needs whose workers take turns on one device."""
+
+  def loss_fn(params, present, x, key, constants):
+    h, _ = lax.scan(lambda h, p: (jnp.tanh(h @ p), None), x, params[tiny.CHAIN])
+    return jnp.mean(h), {}
+
+  protocol = tiny.protocol(num_workers, 2, {tiny.CHAIN: 8}, min_depth=4)
+  optimizer, mesh = optax.sgd(0.1, momentum=0.9), target.mesh(1)
+  run = rounds.make_round(
+    loss_fn, optimizer, protocol, mesh, seed=0, on_device=True
+  )
+  params = {tiny.CHAIN: jax.ShapeDtypeStruct((8, WIDE, WIDE), np.float32)}
+  params['rest'] = jax.ShapeDtypeStruct((1,), np.float32)
+  assigned = next(tiny.assignments(protocol))
+  state = shapes.state(params, optimizer, protocol, mesh, assigned)
+  data = shapes.on_mesh(params['rest'], mesh)
+  batches = jax.ShapeDtypeStruct((num_workers, 2, 4, WIDE), np.float32)
+  args = run.arguments(state, data, batches)['round']
+  program = run.programs['round'].lower(*args)
+  compiled = program.compile(compiler_options=target.options())
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize('name', ['v5e:1x1', 'h100:1'])
+def test_workers_who_take_turns_need_one_gradient(name):
+  """Each keeps its moment, and its blocks in case it fails; no third copy."""
+  skip_without_compiler(name)
+  target = targets.parse(name)
+  more = scratch_of_turns(target, 8) - scratch_of_turns(target, 2)
+  a_worker = 4 * 4 * WIDE**2
+  assert 0 < more < 6 * 2.5 * a_worker
+
+
 @pytest.mark.parametrize('target', TARGETS[1:])
 def test_the_command_reads_what_is_predicted(target, tmp_path):
   skip_without_compiler(target)
