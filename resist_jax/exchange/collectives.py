@@ -80,7 +80,10 @@ def zero_unhealthy(tree: PyTree, healthy: Healthy | None) -> PyTree:
 
   def keep(x):
     shape = (len(x),) + (1,) * (x.ndim - 1)
-    return jnp.where(healthy.here.reshape(shape), x, 0)
+    # XLA fills arrays of zeros early, and would store them while workers train.
+    zero = jnp.zeros((), x.dtype)
+    here, zero = lax.optimization_barrier((healthy.here, zero))
+    return jnp.where(here.reshape(shape), x, zero)
 
   return jax.tree.map(keep, tree)
 

@@ -141,7 +141,9 @@ def exchange(
       return _send(block, routes, choice, encoding)
 
   blocks = _return_replicas(blocks, old, assigns, send, healthy, agreed)
-  moved = jax.tree.map(jnp.zeros_like, blocks)
+  # XLA fills arrays of zeros early, and would store them while workers train.
+  zero, blocks = lax.optimization_barrier((jnp.float32(0), blocks))
+  moved = jax.tree.map(lambda x: jnp.full_like(x, zero), blocks)
   for j in range(C):
     leaving = jnp.take_along_axis(old.place, new.order[:, j : j + 1], 1)
     block = _pick(blocks, leaving[:, 0])

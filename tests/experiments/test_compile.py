@@ -136,20 +136,26 @@ def test_a_tpu_crops_all_images_at_once(target):
 WIDE = 1024  # As many numbers a row, so that parameters outweigh the rest.
 
 
-def scratch_of_turns(target, num_workers):
-  """Bytes that a round needs whose workers take turns on one device."""
+A_WORKER = 4 * 4 * WIDE**2  # Bytes of four blocks.
+
+
+def scratch(target, num_workers, num_blocks, exchange):
+  """Bytes that a round of sub-networks of four blocks needs on a device."""
 
   def loss_fn(params, present, x, key, constants):
     h, _ = lax.scan(lambda h, p: (jnp.tanh(h @ p), None), x, params[tiny.CHAIN])
     return jnp.mean(h), {}
 
-  protocol = tiny.protocol(num_workers, 2, {tiny.CHAIN: 8}, min_depth=4)
-  optimizer, mesh = optax.sgd(0.1, momentum=0.9), target.mesh(1)
+  protocol = tiny.protocol(
+    num_workers, 2, {tiny.CHAIN: num_blocks}, exchange=exchange, min_depth=4
+  )
+  optimizer = optax.sgd(0.1, momentum=0.9)
+  mesh = target.mesh(target.num_devices)
   run = rounds.make_round(
     loss_fn, optimizer, protocol, mesh, seed=0, on_device=True
   )
-  params = {tiny.CHAIN: jax.ShapeDtypeStruct((8, WIDE, WIDE), np.float32)}
-  params['rest'] = jax.ShapeDtypeStruct((1,), np.float32)
+  blocks = jax.ShapeDtypeStruct((num_blocks, WIDE, WIDE), np.float32)
+  params = {tiny.CHAIN: blocks, 'rest': jax.ShapeDtypeStruct((1,), np.float32)}
   assigned = next(tiny.assignments(protocol))
   state = shapes.state(params, optimizer, protocol, mesh, assigned)
   data = shapes.on_mesh(params['rest'], mesh)
@@ -164,10 +170,17 @@ def scratch_of_turns(target, num_workers):
 def test_workers_who_take_turns_need_one_gradient(name):
   """Each keeps its moment, and its blocks in case it fails; no third copy."""
   skip_without_compiler(name)
-  target = targets.parse(name)
-  more = scratch_of_turns(target, 8) - scratch_of_turns(target, 2)
-  a_worker = 4 * 4 * WIDE**2
-  assert 0 < more < 6 * 2.5 * a_worker
+  few, many = (
+    scratch(targets.parse(name), S, 8, 'masked_psum') for S in (2, 8)
+  )
+  assert 0 < many - few < 6 * 2.5 * A_WORKER
+
+
+@pytest.mark.parametrize('name', TARGETS[1:])
+def test_a_round_stores_no_zeros(name):
+  """Only moments, gradients, and blocks in case of a failure."""
+  skip_without_compiler(name)
+  assert 0 < scratch(targets.parse(name), 4, 16, 'hand_over') < 3.1 * A_WORKER
 
 
 @pytest.mark.parametrize('target', TARGETS[1:])
