@@ -12,7 +12,7 @@ Cost on 2, 4, 8 workers: 33, 51, 45 PFLOP over all of them (local SGD 50, 100,
 Command: python -m resist_jax --config=cifar10:s4 --workdir=runs/cifar10 \
            --config.data.dir=FOLDER
 Words: s2, s4 (default), s8 workers; cpu (a small network), smoke (a minute),
-  cpu90 (an hour or more on two cores, towards 90 %)
+  cpu90 (two hours or more on two cores, towards 90 %)
 Baselines: --config.protocol=local_sgd, --config.protocol=data_parallel
 CPU: cifar10:cpu or cifar10:cpu,s8 take two minutes on two cores.
 """

@@ -3,6 +3,7 @@
 Not in the paper. After each round the new global network is the old one plus a
 step of SGD with Nesterov momentum along the change of the round, as in DiLoCo.
 What it gains and costs: RESULTS.md, made by `python -m experiments.levers`.
+Accuracy: 90.9 % with the words s4,cpu90 (one run; experiments.to_accuracy).
 
 Command: python -m resist_jax --config=resist_plus:s4,cpu90 \
            --workdir=runs/plus --config.data.dir=FOLDER
