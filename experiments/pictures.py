@@ -67,11 +67,12 @@ class Picture:
       lines, names = axes.get_legend_handles_labels()
       handles |= dict(zip(names, lines, strict=True))
     if len(handles) > 1:
+      inches = 0.6 + 0.08 * max(map(len, handles))  # Of the longest name.
       figure.legend(
         handles.values(),
         handles.keys(),
         loc='outside lower center',
-        ncols=len(handles),
+        ncols=max(1, min(len(handles), int(figure.get_figwidth() / inches))),
         frameon=False,
       )
     return figure

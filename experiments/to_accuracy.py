@@ -164,7 +164,7 @@ def tables(results: Results) -> list[Table]:
   if not rows:
     return []
   caption = (
-    'Seconds of training and GB, by the count of Table 1, until the first test '
+    'Seconds of training, and GB that all workers sent, until the first test '
     f'that reaches an accuracy, {results.scale} scale. "Deployed" and '
     '"test-batch statistics" are the test accuracies after the last round, in '
     '%. All workers share one machine, and no link lies between them; seconds '
@@ -183,7 +183,7 @@ def _reached(
   rows = [row for r in records if (row := round_at(r, target))]
   if not rows:
     return 'not reached'
-  sent = statistics.mean(row['bytes_total'] for row in rows)
+  sent = statistics.mean(row['wire_bytes_total'] for row in rows)
   parts = [f'{sent / 1e9:.2f} GB']
   if timed:
     seconds = statistics.median(map(seconds_of_a_round, timed))
@@ -206,7 +206,7 @@ def figures(results: Results) -> Mapping[str, Drawn]:
         }
         for workers in WORKERS
       },
-      'bytes_total',
+      'wire_bytes_total',
     )
     for data, title in DATA.items()
   }

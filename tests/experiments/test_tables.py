@@ -110,7 +110,7 @@ def test_seconds_to_an_accuracy_are_those_of_a_quiet_machine(tmp_path):
   made = record(0.84)
   made['curve'] = [
     {'round': r, 'test_accuracy': a, 'seconds_training': 90.0 * r,
-     'bytes_total': 1e9 * r}
+     'wire_bytes_total': 1e9 * r}
     for r, a in ((1, 0.1), (2, 0.81), (3, 0.79), (4, 0.84))
   ]  # fmt: skip
   run = to_accuracy.cell('cifar10', 'resist', 4)
