@@ -62,12 +62,6 @@ _GPU = {
   'block_dim_limit_z': 2**16 - 1,
   'fpus_per_core': 128,
 }
-GPU_NAMES = {
-  'a100': 'NVIDIA A100-SXM4-80GB',
-  'h100': 'NVIDIA H100 80GB HBM3',
-  'h200': 'NVIDIA H200',
-  'b200': 'NVIDIA B200',
-}
 _HOPPER = {
   **_GPU,
   'core_count': 132,
@@ -75,38 +69,51 @@ _HOPPER = {
   'l2_cache_size': 50 * 2**20,
   'cuda_compute_capability': {'major': 9},
 }
-GPUS: dict[str, dict[str, Any]] = {
-  'a100': {
-    **_GPU,
-    'shared_memory_per_block_optin': 163 * 2**10,
-    'shared_memory_per_core': 164 * 2**10,
-    'fpus_per_core': 64,
-    'core_count': 108,
-    'clock_rate_ghz': 1.41,
-    'memory_bandwidth': 2039040000000,
-    'l2_cache_size': 40 * 2**20,
-    'device_memory_size': 85100068864,
-    'cuda_compute_capability': {'major': 8},
-  },
-  'h100': {
-    **_HOPPER,
-    'memory_bandwidth': 3352320000000,
-    'device_memory_size': 84929347584,
-  },
-  'h200': {
-    **_HOPPER,
-    'memory_bandwidth': 4800000000000,
-    'device_memory_size': 151397597184,
-  },
-  'b200': {
-    **_GPU,
-    'core_count': 148,
-    'clock_rate_ghz': 1.965,
-    'memory_bandwidth': 7672320000000,
-    'l2_cache_size': 132644864,
-    'device_memory_size': 191514411008,
-    'cuda_compute_capability': {'major': 10},
-  },
+# By kind: the name that its maker gives it, and what it has.
+GPUS: dict[str, tuple[str, dict[str, Any]]] = {
+  'a100': (
+    'NVIDIA A100-SXM4-80GB',
+    {
+      **_GPU,
+      'shared_memory_per_block_optin': 163 * 2**10,
+      'shared_memory_per_core': 164 * 2**10,
+      'fpus_per_core': 64,
+      'core_count': 108,
+      'clock_rate_ghz': 1.41,
+      'memory_bandwidth': 2039040000000,
+      'l2_cache_size': 40 * 2**20,
+      'device_memory_size': 85100068864,
+      'cuda_compute_capability': {'major': 8},
+    },
+  ),
+  'h100': (
+    'NVIDIA H100 80GB HBM3',
+    {
+      **_HOPPER,
+      'memory_bandwidth': 3352320000000,
+      'device_memory_size': 84929347584,
+    },
+  ),
+  'h200': (
+    'NVIDIA H200',
+    {
+      **_HOPPER,
+      'memory_bandwidth': 4800000000000,
+      'device_memory_size': 151397597184,
+    },
+  ),
+  'b200': (
+    'NVIDIA B200',
+    {
+      **_GPU,
+      'core_count': 148,
+      'clock_rate_ghz': 1.965,
+      'memory_bandwidth': 7672320000000,
+      'l2_cache_size': 132644864,
+      'device_memory_size': 191514411008,
+      'cuda_compute_capability': {'major': 10},
+    },
+  ),
 }
 
 
@@ -116,10 +123,11 @@ def gpu_description(kind: str) -> dict[str, Any]:
   Args:
     kind: A key of `GPUS`.
   """
+  name, device = GPUS[kind]
   return {
-    'gpu_device_info': GPUS[kind],
+    'gpu_device_info': device,
     'platform_name': 'CUDA',
     'dnn_version_info': {'major': 9, 'minor': 12},
     'runtime_version': {'major': 13},
-    'device_description_str': GPU_NAMES[kind],
+    'device_description_str': name,
   }

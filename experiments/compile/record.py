@@ -212,7 +212,8 @@ def _scratch(name, case, found, target) -> dict[str, int]:
     found.protocol,
     case.num_devices,
     width * numbers * images,
-    grouped=case.devices_per_worker > 1,
+    in_turn=case.devices_per_worker == 1
+    and not found.protocol.average_gradients,
   )
   parts = ['activations', 'gradients']
   if name == 'round':

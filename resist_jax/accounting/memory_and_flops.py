@@ -19,7 +19,7 @@ def predicted_memory(
   protocol: Protocol,
   num_devices: int,
   activations: int | None = None,
-  grouped: bool = False,
+  in_turn: bool = False,
 ) -> dict[str, int]:
   """Predicts what a device holds in a round, without data.
 
@@ -30,17 +30,17 @@ def predicted_memory(
     activations: Bytes that the gradient of one worker needs of the forward pass
       on a device, such as `models.num_activations` counts; None leaves them
       out.
-    grouped: Whether each worker is a group of devices.
+    in_turn: Whether a device updates each of its workers before the next one
+      trains, as accelerators do where it can be done.
 
   Returns:
     Bytes: `parameters` of the sub-networks; `optimizer`, one moment of them;
-    `gradients` of one step, of all workers where gradients are averaged, else
-    of one, beside a copy of its parameters if there are others; `exchange`,
-    what is kept besides: the shared part as last agreed, what rounding removed,
-    the blocks as last agreed where workers may be excluded, the state of the
-    outer optimiser, the average over rounds, and the sub-network as last agreed
-    where the loss gets it; and `activations`, of one worker, because the
-    workers of a device take turns.
+    `gradients` of one step, `in_turn` of one worker beside a copy of its
+    parameters; `exchange`, what is kept besides: the shared part as last
+    agreed, what rounding removed, the blocks as last agreed where workers may
+    be excluded, the state of the outer optimiser, the average over rounds, and
+    the sub-network as last agreed where the loss gets it; and `activations`, of
+    one worker, because the workers of a device take turns.
   """
   S = protocol.num_workers
   params = BYTES_PER_NUMBER * params_per_worker(sizes, protocol)
@@ -54,11 +54,15 @@ def predicted_memory(
   if protocol.outer is not None:
     kept += num_moments(protocol.outer) * params
   kept += params * (bool(protocol.average) + protocol.give_agreed)
-  here = S // num_devices
-  held = {'parameters': params, 'optimizer': params, 'exchange': kept}
-  held = {name: size * here for name, size in held.items()}
-  together = protocol.average_gradients or grouped
-  held['gradients'] = params * (here if together else min(2, here))
+  held = {
+    'parameters': params,
+    'optimizer': params,
+    'gradients': params,
+    'exchange': kept,
+  }
+  held = {name: size * (S // num_devices) for name, size in held.items()}
+  if in_turn:
+    held['gradients'] = min(2 * params, held['gradients'])
   return held if activations is None else {**held, 'activations': activations}
 
 

@@ -78,14 +78,28 @@ def zero_unhealthy(tree: PyTree, healthy: Healthy | None) -> PyTree:
   if healthy is None:
     return tree
 
+  here, zero = with_zero(healthy.here)
+
   def keep(x):
     shape = (len(x),) + (1,) * (x.ndim - 1)
-    # XLA fills arrays of zeros early, and would store them while workers train.
-    zero = jnp.zeros((), x.dtype)
-    here, zero = lax.optimization_barrier((healthy.here, zero))
-    return jnp.where(here.reshape(shape), x, zero)
+    return jnp.where(here.reshape(shape), x, zero.astype(x.dtype))
 
   return jax.tree.map(keep, tree)
+
+
+def with_zero(tree: PyTree) -> tuple[PyTree, jax.Array]:
+  """Returns a tree and a zero that XLA does not have before the tree.
+
+  Arrays of zeros that depend on nothing are filled before workers train, and
+  stored as long as they do.
+
+  Args:
+    tree: Pytree of arrays.
+
+  Returns:
+    The tree, and `float32[]`.
+  """
+  return lax.optimization_barrier((tree, jnp.float32(0)))
 
 
 def _share(x, num_workers, healthy):

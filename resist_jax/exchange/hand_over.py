@@ -16,7 +16,12 @@ import jax.numpy as jnp
 
 from resist_jax.decomposition import Assigner, Assignment, Division, Route
 from resist_jax.exchange import compression
-from resist_jax.exchange.collectives import WORKER, Healthy, zero_unhealthy
+from resist_jax.exchange.collectives import (
+  WORKER,
+  Healthy,
+  with_zero,
+  zero_unhealthy,
+)
 from resist_jax.exchange.interface import Exchange, Load
 
 PyTree = Any
@@ -141,8 +146,7 @@ def exchange(
       return _send(block, routes, choice, encoding)
 
   blocks = _return_replicas(blocks, old, assigns, send, healthy, agreed)
-  # XLA fills arrays of zeros early, and would store them while workers train.
-  zero, blocks = lax.optimization_barrier((jnp.float32(0), blocks))
+  blocks, zero = with_zero(blocks)
   moved = jax.tree.map(lambda x: jnp.full_like(x, zero), blocks)
   for j in range(C):
     leaving = jnp.take_along_axis(old.place, new.order[:, j : j + 1], 1)

@@ -72,6 +72,16 @@ class Round:
     """G, the number of devices of a worker."""
     return mesh_sizes(self.mesh)[1]
 
+  @property
+  def in_turn(self) -> bool:
+    """Whether a device updates each worker before the next one trains.
+
+    Workers of unequal depths may share a program or not; for them, this is
+    False.
+    """
+    together = self.protocol.average_gradients or self.protocol.depths
+    return self.loops and self.group_size == 1 and not together
+
   def compile(
     self, state: State, constants: PyTree, batches: PyTree
   ) -> 'Round':

@@ -166,11 +166,11 @@ def _memory_and_flops(setup: Setup, phase: Phase) -> dict[str, Any]:
   images = config.batch_size * config.num_workers // devices
   programs = phase.trainer.programs
   assert programs is not None
-  D, G = mesh_sizes(setup.mesh)
+  D, _ = mesh_sizes(setup.mesh)
   return {
     'memory_per_device': {
       'predicted': accounting.predicted_memory(
-        typical.sizes, typical.protocol, D, grouped=G > 1
+        typical.sizes, typical.protocol, D, in_turn=programs.in_turn
       ),
       'compiled': accounting.compiled_memory(programs),
       'compiled_protocol': phase.name,

@@ -134,8 +134,6 @@ def test_a_tpu_crops_all_images_at_once(target):
 
 
 WIDE = 1024  # As many numbers a row, so that parameters outweigh the rest.
-
-
 A_WORKER = 4 * 4 * WIDE**2  # Bytes of four blocks.
 
 
