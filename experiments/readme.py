@@ -1,4 +1,4 @@
-"""Writes RESULTS.md, and the README's table, from the committed result files.
+"""Writes RESULTS.md, and the README's tables, from the committed result files.
 
   python -m experiments.readme
 
@@ -8,7 +8,8 @@ A test compares both files with what this command would write.
 import os
 import pathlib
 
-from experiments.sections import INTRODUCTION, Section, headline, sections
+from experiments import headline
+from experiments.sections import INTRODUCTION, Section, sections
 from experiments.table import Table
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -25,18 +26,18 @@ def main() -> None:
 
 
 def with_headline(text: str) -> str:
-  """Returns the README with the headline table of today's result files.
+  """Returns the README with the first tables of today's result files.
 
   Args:
     text: The README.
 
   Returns:
-    The README, in which the table replaces all text between the two markers.
+    The README, in which they replace all text between the two markers.
   """
   before, rest = text.split(BEGIN)
   _, after = rest.split(END)
-  table = headline()
-  return f'{before}{BEGIN}\n{table.grid()}\n{table.caption}\n\n{END}{after}'
+  tables = [f'{t.grid()}\n{t.caption}\n\n' for t in headline.tables()]
+  return f'{before}{BEGIN}\n{"".join(tables)}{END}{after}'
 
 
 def results() -> str:

@@ -95,6 +95,17 @@ def write_record(target: pathlib.Path, record: dict[str, Any]) -> None:
   workdir.replace_text(target, text + '\n')
 
 
+def load(pattern: str) -> list[dict[str, Any]]:
+  """Returns committed results, in the order of their names.
+
+  Args:
+    pattern: Of their paths below the folder of results.
+  """
+  return [
+    json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))
+  ]
+
+
 def mark_busy(target: pathlib.Path) -> None:
   """Records that other work ran on the machine, so its seconds do not count.
 

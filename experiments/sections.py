@@ -5,9 +5,7 @@ README.md, RESULTS.md and the page of `experiments.site` are made from them.
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
-import json
 import pathlib
-from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -33,9 +31,9 @@ from experiments import (
 )
 from experiments.claims import Claim
 from experiments.compile import tables as compiled
-from experiments.experiment import Results, machine, of_runs
+from experiments.experiment import Results, machine
 from experiments.pictures import Picture
-from experiments.runs import RESULTS
+from experiments.runs import RESULTS, load
 from experiments.table import Table
 
 EXPERIMENTS = tuple(
@@ -70,13 +68,6 @@ INTRODUCTION = (
   'after training, as a deployed model would have them. "Test-batch '
   'statistics" normalises each test batch with its own statistics, as the '
   'paper does.',
-)
-# Rows of the README's table: name, protocol, exchange and wire format.
-HEADLINE = (
-  ('data parallel', 'data_parallel', 'all_reduce', 'float32'),
-  ('local SGD', 'local_sgd', 'all_reduce', 'float32'),
-  ('ResIST', 'resist', 'hand_over', 'float32'),
-  ('ResIST, int8', 'resist', 'hand_over', 'int8'),
 )
 
 
@@ -152,77 +143,9 @@ def sections(with_figures: bool = False) -> Iterator[Section]:
       yield Section(title, tables, claims=judged)
 
 
-def _load(pattern: str) -> list[dict[str, Any]]:
-  return [
-    json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))
-  ]
-
-
-def headline() -> Table:
-  """Returns the README's table: what four workers learn, send and wait for."""
-  counted = next(iter(_load('table1/*.json')))
-  links = slow_report.load('paper_shares')
-  link = '100 Mbit/s'
-  rows, digits_found, paper_found = [], [], []
-  for name, protocol, exchange, wire_format in HEADLINE:
-    records = _paper_runs(protocol) if wire_format == 'float32' else []
-    paper_found += records
-    learned = ['', '']
-    if records:
-      learned = [
-        f'{100 * records[0]["summary"]["test_accuracy"]:.1f}',
-        f'{records[0]["summary"]["seconds_training"]:.0f} s',
-      ]
-    run = quantised.cell('digits', protocol, wire_format)
-    results = Results(quantised.EXPERIMENT.name, 'cpu')
-    if protocol == 'data_parallel':
-      run = digits.cell(protocol)
-      results = Results(digits.EXPERIMENT.name, 'cpu')
-    digits_found += results.of(run)
-    kind = protocol, exchange, wire_format, 4
-    (sent,) = [
-      r['read'] / 1e9
-      for r in counted['compiled']
-      if (r['protocol'], r['exchange'], r['wire_format'], r['workers']) == kind
-    ]
-    method = '_'.join(
-      [protocol]
-      + [exchange] * (protocol == 'resist')
-      + [wire_format] * (wire_format != 'float32')
-    )
-    seconds = slow_report.exchange_seconds(links, link, method)
-    sizes = [f'{sent:.2f} GB', f'{seconds:.2f} s']
-    rows.append([name, *learned, *sizes, results.percent(run)])
-  summary = links[link, 'data_parallel']['summary']
-  millions, steps = summary['params_total'] / 1e6, summary['local_steps']
-  caption = (
-    'Four workers. *CIFAR-100* and *training* are the test accuracy in % and '
-    "the seconds of training with the paper's network and settings in "
-    'bfloat16, where all workers take turns on one device. '
-    f'{of_runs(paper_found)} *Sent in a round* is what all workers together '
-    "send in 50 steps of the paper's ResNet101, read from the compiled "
-    'programs. *Exchange* is the time that the exchanges of a round take on '
-    f'links of {link} between four processes, for {millions:.1f} million '
-    'parameters; data parallel training exchanges in each of '
-    f'{steps} steps. *Digits* is the accuracy on handwritten digits. '
-    f'{of_runs(digits_found)}'
-  )
-  head = ['', 'CIFAR-100', 'training', 'sent in a round']
-  return Table(caption, '', [*head, f'exchange, {link}', 'digits'], rows)
-
-
-def _paper_runs(protocol: str) -> list[dict[str, Any]]:
-  """Returns the runs of a protocol at the paper's scale, four workers."""
-  cells = (
-    table2.cell('cifar100', protocol, 4, initial) for initial in table2.INITIAL
-  )
-  names = (f'table2/paper/{cell.name}_seed*.json' for cell in cells)
-  return next(filter(None, map(_load, names)), [])
-
-
 def _accelerator() -> Iterator[Table]:
   """Rounds on an accelerator beside the same rounds on a CPU."""
-  for record in _load('accelerator/*.json'):
+  for record in load('accelerator/*.json'):
     device = machine(record['provenance'])
     names = {'cpu': 'CPU', 'accelerator': device.split(',')[0]}
     rows = [
@@ -244,12 +167,12 @@ def _accelerator() -> Iterator[Table]:
 
 
 def _accelerator_speed() -> Iterator[Table]:
-  for r in _load('bench/*_torch.json'):
+  for r in load('bench/*_torch.json'):
     rows = []
     for network in r['results']:
       flop = {
         x['blocks']: (x['flop_per_second'], x['flop_per_second_of_matmul'])
-        for record in _load('bench/*_bfloat16_*.json')
+        for record in load('bench/*_bfloat16_*.json')
         if 'results' in record and record['provenance'] == r['provenance']
         for x in record['results']
         if 'flop_per_second' in x
@@ -292,7 +215,7 @@ def _accelerator_speed() -> Iterator[Table]:
 
 def _counts() -> Iterator[Table]:
   """The paper's Table 1, from the sizes of its network."""
-  for record in _load('table1/*.json'):
+  for record in load('table1/*.json'):
     names = table2.NAMES
     rows = [
       [names[protocol], workers, f'{record["ours"][protocol][workers]:.3f}']
@@ -310,7 +233,7 @@ def _counts() -> Iterator[Table]:
 
 def _wire() -> Iterator[Table]:
   """What the exchanges of the paper's network send, as compiled."""
-  for record in _load('table1/*.json'):
+  for record in load('table1/*.json'):
     exact = record['wire']['local_sgd']['all_reduce']['float32']
     rows = []
     for r in record['compiled']:
@@ -342,7 +265,7 @@ def _wire() -> Iterator[Table]:
 
 
 def _unequal() -> Iterator[Table]:
-  for r in _load('unequal/*.json'):
+  for r in load('unequal/*.json'):
     rows = [
       [name, ' and '.join(map(str, r['runs'][name][-1]['blocks']))]
       + [f'{seconds:.2f} s']
@@ -359,7 +282,7 @@ def _unequal() -> Iterator[Table]:
 
 
 def _memory() -> Iterator[Table]:
-  for r in _load('memory/*.json'):
+  for r in load('memory/*.json'):
     names = ('chain_bytes', 'budget_bytes', 'bound_bytes')
     names = (*names, 'parameter_bytes_per_device')
     caption = (
@@ -374,12 +297,12 @@ def _memory() -> Iterator[Table]:
 
 
 def _catalog() -> Iterator[Table]:
-  for record in _load('tfds_catalog/*.json'):
+  for record in load('tfds_catalog/*.json'):
     yield from tfds_catalog.tables(record)
 
 
 def _benches() -> Iterator[Table]:
-  for record in _load('bench/*_both.json'):
+  for record in load('bench/*_both.json'):
     kinds = record['results'][0]['exchange_share_of_round_at_T_50']
     head = ['network', 'step of a worker', 'over a plain step']
     head += [kind.replace('_', ' ') for kind in kinds]
@@ -408,7 +331,7 @@ def _benches() -> Iterator[Table]:
 
 
 def _peer() -> Iterator[Table]:
-  records = _load('bench/peer_*.json')
+  records = load('bench/peer_*.json')
   if not records:
     return
   first = records[0]

@@ -1,0 +1,127 @@
+"""The tables that the README begins with."""
+
+from collections.abc import Sequence
+
+from experiments import digits, quantised, slow_report, table2, to_accuracy
+from experiments.experiment import Cell, Record, Results, of_runs
+from experiments.runs import load
+from experiments.table import Table
+
+WORKERS = 4
+# Rows: name, protocol and recipe; and name, protocol, exchange and wire format.
+LEARNED = (
+  ('data parallel', 'data_parallel', to_accuracy.PLAIN),
+  ('local SGD', 'local_sgd', to_accuracy.PLAIN),
+  ('local SGD, outer momentum', 'local_sgd', to_accuracy.LEVERS),
+  ('ResIST', 'resist', to_accuracy.PLAIN),
+  ('ResIST, outer momentum', 'resist', to_accuracy.LEVERS),
+)
+COSTS = (
+  ('data parallel', 'data_parallel', 'all_reduce', 'float32'),
+  ('local SGD', 'local_sgd', 'all_reduce', 'float32'),
+  ('ResIST', 'resist', 'hand_over', 'float32'),
+  ('ResIST, int8', 'resist', 'hand_over', 'int8'),
+)
+
+
+def tables() -> list[Table]:
+  """Returns what is learned on CIFAR-10, and what a round costs."""
+  return [*_learned(), _costs()]
+
+
+def _learned() -> list[Table]:
+  results = Results(to_accuracy.EXPERIMENT.name, 'cpu90')
+  rows, found = [], []
+  for name, protocol, recipe in LEARNED:
+    which = protocol, WORKERS, recipe
+    run = to_accuracy.cell('cifar10', *which)
+    if results.of(run):
+      found += results.of(run)
+      reached = to_accuracy.to_targets(results, 'cifar10', *which)
+      rows.append([name, results.percent(run), *reached])
+  if len(rows) < 2:  # One row compares nothing.
+    return []
+  caption = (
+    'Four workers on two CPU cores, equally many steps. *CIFAR-10* is the test '
+    'accuracy in %; the columns behind it are the seconds of training, and the '
+    'GB that all workers sent, until the first test that reaches an accuracy. '
+    f'{of_runs(found)}'
+  )
+  head = ['', 'CIFAR-10', *to_accuracy.TO_TARGETS]
+  return [Table(caption, '', head, rows)]
+
+
+def _costs() -> Table:
+  links = slow_report.load('paper_shares')
+  link = '100 Mbit/s'
+  rows, on_digits, on_gpu = [], [], []
+  for name, protocol, exchange, wire_format in COSTS:
+    records = _paper_runs(protocol) if wire_format == 'float32' else []
+    results, run = _digits(protocol, wire_format)
+    on_gpu += records
+    on_digits += results.of(run)
+    method = '_'.join(
+      [protocol]
+      + [exchange] * (protocol == 'resist')
+      + [wire_format] * (wire_format != 'float32')
+    )
+    seconds = slow_report.exchange_seconds(links, link, method)
+    sent = _sent(protocol, exchange, wire_format) / 1e9
+    rows.append(
+      [name, *_accuracy_and_seconds(records), f'{sent:.2f} GB']
+      + [f'{seconds:.2f} s', results.percent(run)]
+    )
+  summary = links[link, 'data_parallel']['summary']
+  millions, steps = summary['params_total'] / 1e6, summary['local_steps']
+  caption = (
+    'Four workers. *CIFAR-100* and *training* are the test accuracy in % and '
+    "the seconds of training with the paper's network and settings in "
+    'bfloat16, where all workers take turns on one device. '
+    f'{of_runs(on_gpu)} *Sent in a round* is what all workers together '
+    "send in 50 steps of the paper's ResNet101, read from the compiled "
+    'programs. *Exchange* is the time that the exchanges of a round take on '
+    f'links of {link} between four processes, for {millions:.1f} million '
+    'parameters; data parallel training exchanges in each of '
+    f'{steps} steps. *Digits* is the accuracy on handwritten digits. '
+    f'{of_runs(on_digits)}'
+  )
+  head = ['', 'CIFAR-100', 'training', 'sent in a round']
+  return Table(caption, '', [*head, f'exchange, {link}', 'digits'], rows)
+
+
+def _paper_runs(protocol: str) -> list[Record]:
+  """Returns the runs of a protocol at the paper's scale."""
+  cells = (
+    table2.cell('cifar100', protocol, WORKERS, initial)
+    for initial in table2.INITIAL
+  )
+  names = (f'table2/paper/{cell.name}_seed*.json' for cell in cells)
+  return next(filter(None, map(load, names)), [])
+
+
+def _accuracy_and_seconds(records: Sequence[Record]) -> list[str]:
+  if not records:
+    return ['', '']
+  summary = records[0]['summary']
+  accuracy = f'{100 * summary["test_accuracy"]:.1f}'
+  return [accuracy, f'{summary["seconds_training"]:.0f} s']
+
+
+def _digits(protocol: str, wire_format: str) -> tuple[Results, Cell]:
+  """Returns a run on digits, and the results that hold it."""
+  if protocol == 'data_parallel':
+    return Results(digits.EXPERIMENT.name, 'cpu'), digits.cell(protocol)
+  results = Results(quantised.EXPERIMENT.name, 'cpu')
+  return results, quantised.cell('digits', protocol, wire_format)
+
+
+def _sent(protocol: str, exchange: str, wire_format: str) -> int:
+  """Returns the bytes that the compiled programs of a round send."""
+  (counted,) = load('table1/*.json')
+  kind = protocol, exchange, wire_format, WORKERS
+  (sent,) = [
+    r['read']
+    for r in counted['compiled']
+    if (r['protocol'], r['exchange'], r['wire_format'], r['workers']) == kind
+  ]
+  return sent
