@@ -13,6 +13,7 @@ import numpy as np
 from experiments.compile import known, programs
 from experiments.compile.cases import Case
 from experiments.compile.faults import faults
+from experiments.compile.memory import compile_for
 from experiments.compile.programs import Call, Problem
 from experiments.compile.targets import Target
 from experiments.runs import provenance
@@ -22,31 +23,6 @@ from resist_jax.accounting import hbm, hlo
 ROUNDS = ('one_program', 'host_stepped', 'streamed', 'exchange')
 # The programs that compute gradients.
 TRAINS = ('round', 'step', 'plain step')
-
-
-def compile_call(
-  call: Call, options: dict[str, Any]
-) -> tuple[Any, Any, dict[str, float]]:
-  """Compiles a program.
-
-  Args:
-    call: A jitted function, and shapes.
-    options: See `Target.options`.
-
-  Returns:
-    `(lowered, executable, seconds)`: the program as written and as compiled,
-    and seconds by what was done.
-  """
-  function, args = call
-  since = time.perf_counter()
-  low = function.lower(*args)
-  middle = time.perf_counter()
-  executable = low.compile(compiler_options=options)
-  seconds = {
-    'lower': middle - since,
-    'compile': time.perf_counter() - middle,
-  }
-  return low, executable, seconds
 
 
 def _operations(low, executable) -> float:
@@ -80,22 +56,10 @@ def record(case: Case, target: Target, scale: str) -> dict[str, Any]:
   size = case.num_devices * case.devices_per_worker
   mesh = target.mesh(size, case.devices_per_worker)
   found = programs.problem(case, mesh, scale)
-  options = target.options(by_library=case.network == 'gpt')
   read, predicted = {}, {}
   for name, call in programs.calls(case, found, mesh).items():
     predicted[name] = predict(name, call, case, found, target)
-    low, executable, seconds = compile_call(call, options)
-    texts = low.as_text(), executable.as_text()
-    # Between slices, conditionals lose their names.
-    scopes = _scopes(found) if target.slices == 1 else None
-    read[name] = {
-      **_read(executable, case, found),
-      'faults': faults(name, call[1], *texts, scopes),
-      'flops': _operations(low, executable),
-      'hbm_bytes': hbm.memory_traffic(texts[1]),
-      'estimated_cycles': hbm.estimated_cycles(texts[1]),
-      'seconds': seconds,
-    }
+    read[name] = _read(name, call, case, found, target)
   where = provenance(f'{size} x {target.kind}, which are not here')
   where['versions'] |= target.compiler()
   return {
@@ -121,17 +85,33 @@ def _described(case: Case, found: Problem) -> dict[str, Any] | None:
   return known.described(network, found.task.image_shape, images)
 
 
-def _read(executable, case: Case, found: Problem) -> dict[str, Any]:
-  text, memory = executable.as_text(), executable.memory_analysis()
+def _read(
+  name: str, call: Call, case: Case, found: Problem, target: Target
+) -> dict[str, Any]:
+  """Compiles a program and reads what `predict` predicts, and more."""
+  function, args = call
+  since = time.perf_counter()
+  low = function.lower(*args)
+  middle = time.perf_counter()
+  executable, memory = compile_for(target, low, case.network == 'gpt')
+  end = time.perf_counter()
+  written, text = low.as_text(), executable.as_text()
   kinds = collections.Counter(c.kind for c in hlo.collectives(text))
   wire = {'between_workers': _wire(text, case, found, False)}
   if case.devices_per_worker > 1:
     wire['inside_groups'] = _wire(text, case, found, True)
+  # Between slices, conditionals lose their names.
+  scopes = _scopes(found) if target.slices == 1 else None
   return {
-    'memory': accounting.memory_parts(memory),
-    'donated': memory.alias_size_in_bytes,
+    'memory': memory,
+    'donated': executable.memory_analysis().alias_size_in_bytes,
     'collectives': dict(kinds),
     'wire': wire,
+    'faults': faults(name, args, written, text, scopes),
+    'flops': _operations(low, executable),
+    'hbm_bytes': hbm.memory_traffic(text),
+    'estimated_cycles': hbm.estimated_cycles(text),
+    'seconds': {'lower': middle - since, 'compile': end - middle},
   }
 
 

@@ -19,6 +19,7 @@ import tiny
 from experiments import shapes
 from experiments.compile import cases, programs, tables, targets
 from experiments.compile.faults import faults
+from experiments.compile.memory import compile_for
 from resist_jax import accounting, models, rounds
 from resist_jax.data.augmentation import Augmentation, augment
 from resist_jax.errors import ConfigError
@@ -160,8 +161,8 @@ def scratch(target, num_workers, num_blocks, exchange):
   batches = jax.ShapeDtypeStruct((num_workers, 2, 4, WIDE), np.float32)
   args = run.arguments(state, data, batches)['round']
   program = run.programs['round'].lower(*args)
-  compiled = program.compile(compiler_options=target.options())
-  return compiled.memory_analysis().temp_size_in_bytes
+  _, memory = compile_for(target, program)
+  return memory['temporary']
 
 
 @pytest.mark.parametrize('name', ['v5e:1x1', 'h100:1'])
