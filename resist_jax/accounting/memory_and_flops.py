@@ -74,7 +74,9 @@ def compiled_memory(run: Round) -> dict[str, dict[str, int]]:
 
   Returns:
     For each program, bytes of its `arguments`, of `outputs` that take no
-    argument's place, of `temporary` values, and the `peak`, their sum.
+    argument's place, of `temporary` values, and the `peak`, their sum. On a
+    TPU, `temporary` is more than is reserved: libtpu counts holes between
+    values twice.
   """
   return {
     name: memory_parts(program.memory_analysis())
