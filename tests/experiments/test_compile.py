@@ -165,17 +165,17 @@ def scratch(target, num_workers, num_blocks, exchange):
   return memory['temporary']
 
 
-@pytest.mark.parametrize('name', ['v5e:1x1', 'h100:1'])
-def test_workers_who_take_turns_need_one_gradient(name):
-  """Each keeps its moment, and its blocks in case it fails; no third copy."""
+@pytest.mark.parametrize(('name', 'each'), [('v5e:1x1', 1), ('h100:1', 2)])
+def test_workers_who_take_turns_need_one_gradient(name, each):
+  """Each keeps its moment, on GPUs its blocks in case it fails; no gradient."""
   skip_without_compiler(name)
   few, many = (
     scratch(targets.parse(name), S, 8, 'masked_psum') for S in (2, 8)
   )
-  assert 0 < many - few < 6 * 2.5 * A_WORKER
+  assert 0 < many - few < 6 * (each + 0.5) * A_WORKER
 
 
-@pytest.mark.parametrize('name', TARGETS[1:])
+@pytest.mark.parametrize('name', ['h100:4'])  # A v5e stores none anyway.
 def test_a_round_stores_no_zeros(name):
   """Only moments, gradients, and blocks in case of a failure."""
   skip_without_compiler(name)
