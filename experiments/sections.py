@@ -39,10 +39,10 @@ from experiments.table import Table
 EXPERIMENTS = tuple(
   module.EXPERIMENT
   for module in (
-    digits,
+    to_accuracy,
     table2,
     table3,
-    to_accuracy,
+    digits,
     ablation,
     levers,
     local_iterations,
