@@ -1,9 +1,9 @@
 """Compiles a program, and reads what memory it takes on a device.
 
-`memory_analysis` of libtpu adds the holes in a heap to its size, so that they
-count twice: where 5 tuples of 512 bytes lie at multiples of 16 KiB, the heap
-has 80 KiB, and libtpu says 157.5. The compiler's list of allocations has the
-size of the heap, and how much lies in the memory on the chip.
+libtpu's `memory_analysis` says more than a program reserves. In small programs,
+exactly the holes in the heap count twice: where 5 tuples of 512 bytes lie at
+multiples of 16 KiB, the heap has 80 KiB, and libtpu says 157.5. The compiler's
+list of allocations has the size of the heap, and how much lies on the chip.
 """
 
 import pathlib

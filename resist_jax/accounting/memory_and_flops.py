@@ -75,8 +75,8 @@ def compiled_memory(run: Round) -> dict[str, dict[str, int]]:
   Returns:
     For each program, bytes of its `arguments`, of `outputs` that take no
     argument's place, of `temporary` values, and the `peak`, their sum. On a
-    TPU, `temporary` is more than is reserved: libtpu counts holes between
-    values twice.
+    TPU, `temporary` is more than is reserved: libtpu seems to count holes
+    between values twice.
   """
   return {
     name: memory_parts(program.memory_analysis())
