@@ -5,6 +5,7 @@ import dataclasses
 from functools import partial
 import time
 from typing import Any
+import warnings
 
 import jax
 from jax import lax
@@ -23,6 +24,7 @@ from resist_jax.rounds.mesh import (
   SHARDED,
   batch_specs,
   compiler_options,
+  loads_may_hang,
   mesh_sizes,
 )
 from resist_jax.rounds.protocol import Protocol
@@ -341,6 +343,14 @@ def make_round(
   Returns:
     The round.
   """
+  if loads_may_hang(mesh):
+    warnings.warn(
+      'a round that JAX loads from its compilation cache may hang on CPU '
+      "devices: call jax.config.update('jax_enable_compilation_cache', False) "
+      'before JAX compiles anything.',
+      RuntimeWarning,
+      stacklevel=2,
+    )
   if on_device is None:
     on_device = mesh.devices.flat[0].platform != 'cpu'
   grouped = mesh_sizes(mesh)[1] > 1

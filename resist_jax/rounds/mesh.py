@@ -16,6 +16,7 @@ REPLICATED = PartitionSpec()
 # hands over convolutions, too, and those of our networks are faster with Eigen.
 _LIBRARY = 'xla_cpu_experimental_ynn_fusion_type'
 _ON_CPU = {_LIBRARY: 'LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT'}
+_LOADS_MAY_HANG_FROM = (0, 11)  # The version of JAX.
 
 
 def make_mesh(
@@ -90,6 +91,24 @@ def _has_library() -> bool:
   except jax.errors.JaxRuntimeError:  # The option is called experimental.
     return False
   return True
+
+
+def loads_may_hang(mesh: Mesh) -> bool:
+  """Returns whether programs that JAX loads from its cache may wait forever.
+
+  From JAX 0.11 on, two collectives of a program that a CPU loads from the cache
+  begin in any order, so that devices may wait for each other in different ones;
+  XLA ends the process after 40 seconds. A program that was compiled in this
+  process keeps their order.
+
+  Args:
+    mesh: Where the workers live.
+  """
+  names = ('jax_enable_compilation_cache', 'jax_compilation_cache_dir')
+  cached = all(getattr(jax.config, name) for name in names)
+  on_cpu = mesh.devices.flat[0].platform == 'cpu'
+  newer = jax.__version_info__ >= _LOADS_MAY_HANG_FROM
+  return cached and on_cpu and mesh.size > 1 and newer
 
 
 def mesh_sizes(mesh: Mesh) -> tuple[int, int]:

@@ -7,13 +7,14 @@ import json
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding
 import ml_collections
 import numpy as np
 
 from resist_jax import accounting, data
 from resist_jax.errors import ConfigError
-from resist_jax.rounds import make_mesh, storage
+from resist_jax.rounds import loads_may_hang, make_mesh, storage
 from resist_jax.rounds.arrays import place
 from resist_jax.rounds.mesh import REPLICATED, workers_here
 from resist_jax.run import module_task, resnet_task
@@ -154,6 +155,9 @@ def prepare(
     ConfigError: If the data or the devices do not fit the config.
   """
   mesh = make_mesh(_num_devices(config), config.devices_per_worker)
+  if loads_may_hang(mesh):
+    jax.config.update('jax_enable_compilation_cache', False)
+    compilation_cache.reset_cache()  # JAX asks only once whether to use it.
   task = _make_task(config, mesh, dataset)
   visible = len(task.dataset.train)
   if config.data.sharded:

@@ -127,3 +127,18 @@ def test_convolutions_on_a_cpu_are_kept_from_the_slow_library(monkeypatch):
   monkeypatch.setattr(mesh, '_ON_CPU', {'xla_no_such_option': ''})
   monkeypatch.setattr(mesh, '_has_library', mesh._has_library.__wrapped__)
   assert mesh.compiler_options(here) == {}
+
+
+def test_a_round_that_may_hang_is_warned_of(monkeypatch, tmp_path):
+  monkeypatch.setattr(mesh, '_LOADS_MAY_HANG_FROM', (0, 0))
+  name = 'jax_compilation_cache_dir'
+  before = getattr(jax.config, name)
+  try:
+    jax.config.update(name, None)
+    assert not mesh.loads_may_hang(make_mesh(2))
+    jax.config.update(name, str(tmp_path))
+    assert not mesh.loads_may_hang(make_mesh(1))
+    with pytest.warns(RuntimeWarning, match='jax_enable_compilation_cache'):
+      tiny.make_round(problem()[0], resist(4), 4, False)
+  finally:
+    jax.config.update(name, before)

@@ -13,6 +13,7 @@ import sys
 import time
 
 from absl import flags
+import jax
 import pytest
 from several import LIMIT
 import tfds_sets
@@ -373,3 +374,24 @@ def wait_for(path, process, log):
     assert process.poll() is None, log.read_text()
     assert time.monotonic() < deadline
     time.sleep(0.01)
+
+
+def test_a_run_loads_no_program_that_may_hang(tmp_path):
+  """From JAX 0.11 on, a CPU mixes up the collectives of a loaded program."""
+  environment = {
+    **os.environ,
+    'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache'),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
+  for attempt in ('first', 'second'):
+    result = subprocess.run(
+      command(tmp_path / attempt, *TINY),
+      cwd=ROOT,
+      env=environment,
+      capture_output=True,
+      text=True,
+      timeout=LIMIT,
+    )
+    assert result.returncode == 0, result.stderr
+  names = {path.name.split('-')[0] for path in tmp_path.glob('cache/*')}
+  assert ('jit_synchronise' in names) == (jax.__version_info__ < (0, 11))
