@@ -215,7 +215,7 @@ def test_accelerators_have_a_section(tmp_path, monkeypatch):
   }
   (tmp_path / 'accelerator').mkdir()
   (tmp_path / 'accelerator' / 'GPU.json').write_text(json.dumps(made))
-  monkeypatch.setattr(sections, 'RESULTS', tmp_path)
+  monkeypatch.setattr(runs, 'RESULTS', tmp_path)
   (table,) = sections._accelerator()
   assert [row[0] for row in table.rows] == ['CPU', 'GPU']
   assert table.rows[1][1:] == ['local sgd', '1.0e-09', '1.0e-10']
