@@ -45,9 +45,9 @@ def compile_for(
     pattern = '*.after_optimizations-buffer-assignment.txt'
     (path,) = pathlib.Path(folder).glob(pattern)
     found = heaps(path.read_text())
-  parts = accounting.memory_parts(executable.memory_analysis()) | found
-  held = ('arguments', 'outputs', 'temporary')
-  return executable, parts | {'peak': sum(parts[name] for name in held)}
+  parts = accounting.memory_parts(executable.memory_analysis())
+  peak = parts['peak'] - parts['temporary'] + found['temporary']
+  return executable, {**parts, **found, 'peak': peak}
 
 
 def heaps(text: str) -> dict[str, int]:

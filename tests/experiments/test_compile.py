@@ -175,9 +175,12 @@ def test_workers_who_take_turns_need_one_gradient(name, each):
   assert 0 < many - few < 6 * (each + 0.5) * A_WORKER
 
 
-@pytest.mark.parametrize('name', ['h100:4'])  # A v5e stores none anyway.
+@pytest.mark.parametrize('name', TARGETS[1:])
 def test_a_round_stores_no_zeros(name):
-  """Only moments, gradients, and blocks in case of a failure."""
+  """Only moments, gradients, and blocks in case of a failure.
+
+  On a v5e, this bounds the rest: its compiler stores no zeros by itself.
+  """
   skip_without_compiler(name)
   assert 0 < scratch(targets.parse(name), 4, 16, 'hand_over') < 3.1 * A_WORKER
 
