@@ -33,12 +33,12 @@ def _learned() -> list[Table]:
   results = Results(to_accuracy.EXPERIMENT.name, 'cpu90')
   rows, found = [], []
   for name, protocol, recipe in LEARNED:
-    which = protocol, WORKERS, recipe
-    run = to_accuracy.cell('cifar10', *which)
-    if results.of(run):
-      found += results.of(run)
-      reached = to_accuracy.to_targets(results, 'cifar10', *which)
-      rows.append([name, results.percent(run), *reached])
+    which = 'cifar10', protocol, WORKERS, recipe
+    trained = to_accuracy.Trained.find(results, *which)
+    if trained.records:
+      found += trained.records
+      accuracy = results.percent(trained.cell)
+      rows.append([name, accuracy, *trained.to_targets()])
   if len(rows) < 2:  # One row compares nothing.
     return []
   caption = (

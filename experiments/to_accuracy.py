@@ -4,10 +4,12 @@
     --only=cifar10_resist_s4
 
 Trains at the scale `cpu90`, whose network and recipe reach an accuracy that
-people know: ResIST, local SGD and data parallel for as many steps, and ResIST
-for twice as many. "Levers" are those of the card `resist_plus`. A run takes
-hours and may share the machine: kill it and give the same command again, and it
-goes on from its last checkpoint.
+people know: ResIST, local SGD and data parallel for as many steps. Because a
+round of local SGD computes and sends more than twice as much as one of ResIST,
+ResIST is also trained for twice as many rounds, and local SGD for half of them,
+each with a schedule that ends with the run. "Levers" are those of the card
+`resist_plus`. A run takes hours and may share the machine: kill it and give the
+same command again, and it goes on from its last checkpoint.
 
 Seconds are those of training alone, without compilation, tests and checkpoints.
 Where a machine did other work (`--busy`), they are the rounds of the run times
@@ -15,6 +17,9 @@ the seconds of a round that another run took, the one named `pace`, when the
 machine did nothing else:
 
   python -m experiments.to_accuracy --scale=cpu90 --data_dir=FOLDER --only=pace
+
+A second table predicts the seconds of workers that have a machine and a link
+each, by the model of `experiments.costs`.
 
 Results and learning curves are written to
 experiments/results/to_accuracy/SCALE/.
@@ -24,9 +29,10 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import itertools
 import statistics
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from experiments import pictures
+from experiments.costs import Machine, Plan
 from experiments.experiment import (
   Cell,
   Drawn,
@@ -41,11 +47,22 @@ from experiments.table import Table
 from experiments.table2 import DATA, NAMES, WORKERS
 
 # What each run changes in the recipe of the scale, and its part of a file name.
-PLAIN, LEVERS, TWICE = '', ', levers', ', levers, twice the rounds'
+PLAIN, LEVERS = '', ', levers'
 LESS = ', without whitened stem and rate of biases'
-RECIPES = {PLAIN: '', LESS: '_less', LEVERS: '_plus', TWICE: '_plus_twice'}
+HALF, TWICE = ', half the rounds', ', levers, twice the rounds'
+RECIPES = {
+  PLAIN: '',
+  LESS: '_less',
+  HALF: '_half',
+  LEVERS: '_plus',
+  TWICE: '_plus_twice',
+}
+TIMES = {HALF: 0.5, TWICE: 2}  # Of the rounds, also those that warm up.
 TARGETS = (0.80, 0.85, 0.88, 0.90)
 TO_TARGETS = [f'to {100 * target:.0f} %' for target in TARGETS]  # Columns.
+HEAD = ['data', 'protocol', 'workers']
+LINKS = {'100 Mbit/s': 1e8, '1 Gbit/s': 1e9}
+LATENCY = 1e-4  # Seconds.
 PACE_ROUNDS = 4  # The first of them also warms up the caches.
 
 
@@ -63,23 +80,23 @@ def cell(
     protocol: See `config.protocol`.
     workers: 2, 4 or 8.
     recipe: A key of `RECIPES`.
-    scale: Whose rounds `TWICE` doubles, `cpu90` or `smoke`.
+    scale: Whose rounds `TIMES` multiplies, `cpu90` or `smoke`.
   """
   name = f'{data}_{protocol}{RECIPES[recipe]}_s{workers}'
   fields: dict[str, Any] = {'protocol': protocol}
   if recipe == LESS:
     fields |= {'model.stem': 'strided', 'optimizer.bias_rate': 1.0}
-  if recipe in (PLAIN, LESS):
-    return Cell(name, data, f's{workers}', fields)
-  plus = Cell(name, 'resist_plus', f's{workers},{data}', fields)
-  if recipe == LEVERS:
-    return plus
-  config = plus.config(scale)
-  longer = {
-    'num_rounds': 2 * config.num_rounds,
-    'optimizer.warmup_rounds': 2 * config.optimizer.warmup_rounds,
+  made = Cell(name, data, f's{workers}', fields)
+  if recipe in (LEVERS, TWICE):
+    made = Cell(name, 'resist_plus', f's{workers},{data}', fields)
+  if recipe not in TIMES:
+    return made
+  config, times = made.config(scale), TIMES[recipe]
+  rounds = {
+    'num_rounds': int(times * config.num_rounds),
+    'optimizer.warmup_rounds': int(times * config.optimizer.warmup_rounds),
   }
-  return dataclasses.replace(plus, overrides={**fields, **longer})
+  return dataclasses.replace(made, overrides={**fields, **rounds})
 
 
 def pace(protocol: str, workers: int, recipe: str = PLAIN) -> Cell:
@@ -106,8 +123,8 @@ def cells(scale: str) -> list[Cell]:
   """Returns the cells to train, in order."""
   pairs = [(name, 4) for name in NAMES]
   pairs += itertools.product(('resist', 'local_sgd'), (2, 8))
-  others = [('resist', recipe) for recipe in RECIPES if recipe != PLAIN]
-  others.append(('local_sgd', LEVERS))
+  others = [('resist', recipe) for recipe in (LESS, LEVERS, TWICE)]
+  others += [('local_sgd', recipe) for recipe in (HALF, LEVERS)]
   return [
     *(cell('cifar10', *pair) for pair in pairs),
     *(cell('cifar10', name, 4, recipe, scale) for name, recipe in others),
@@ -146,70 +163,132 @@ def round_at(record: Record, accuracy: float) -> Record | None:
   return next(found, None)
 
 
+class Trained(NamedTuple):
+  """A cell and what its runs found.
+
+  Attributes:
+    cell: The cell.
+    records: Its results, one for each seed.
+    seconds: Seconds of a round on a machine that all workers share and that did
+      nothing else; None if nobody measured them.
+  """
+
+  cell: Cell
+  records: Sequence[Record]
+  seconds: float | None
+
+  @classmethod
+  def find(
+    cls, results: Results, data: str, protocol: str, workers: int, recipe: str
+  ) -> Self:
+    """Reads the results of a cell.
+
+    Args:
+      results: Where they are.
+      data: See `cell`.
+      protocol: See `cell`.
+      workers: See `cell`.
+      recipe: See `cell`.
+    """
+    made = cell(data, protocol, workers, recipe)
+    records = results.of(made)
+    timed = quiet([*results.of(pace(protocol, workers, recipe)), *records])
+    rounds = map(seconds_of_a_round, timed)
+    return cls(made, records, statistics.median(rounds) if timed else None)
+
+  def to_targets(self) -> list[str]:
+    """Returns mean seconds and GB to each of `TARGETS`."""
+    return [self._to(target, self.seconds) for target in TARGETS]
+
+  def on_links(self, scale: str, bandwidth: float) -> list[str]:
+    """Predicts mean seconds to each of `TARGETS`, with a machine each.
+
+    A machine needs S times as long for S workers as for one, so only the
+    exchange remains to be predicted.
+
+    Args:
+      scale: Scale of the results.
+      bandwidth: Bits per second of the link of a machine.
+    """
+    assert self.seconds is not None
+    config, summary = self.cell.config(scale), self.records[0]['summary']
+    S = config.num_workers
+    plan = Plan(config, summary['image_shape'], len(summary['class_names']))
+    cost = plan.cost(*plan.traffic(config.protocol, S))
+    machine = Machine(cost.flops / (self.seconds / S), bandwidth, LATENCY)
+    seconds = cost.seconds(machine)['round']
+    return [self._to(target, seconds, sent=False) for target in TARGETS]
+
+  def _to(self, target: float, seconds: float | None, sent: bool = True) -> str:
+    """Returns means of the runs that reach a target, with bytes if `sent`."""
+    rows = [row for r in self.records if (row := round_at(r, target))]
+    if not rows:
+      return 'not reached'
+    parts = []
+    if seconds:
+      parts.append(f'{seconds * _mean(rows, "round"):.0f} s')
+    if sent:
+      parts.append(f'{_mean(rows, "wire_bytes_total") / 1e9:.2f} GB')
+    if len(rows) < len(self.records):
+      parts.append(f'({len(rows)} of {len(self.records)} runs)')
+    return ', '.join(parts)
+
+
+def _mean(rows: Sequence[Record], field: str) -> float:
+  return statistics.mean(row[field] for row in rows)
+
+
 def tables(results: Results) -> list[Table]:
-  """Returns accuracies, and what it took to reach each target."""
-  rows, found = [], []
+  """Returns what it took to reach each target here, and elsewhere."""
+  found = []
   for (data, title), workers, (protocol, name), recipe in itertools.product(
     DATA.items(), WORKERS, NAMES.items(), RECIPES
   ):
-    which = protocol, workers, recipe
-    run = cell(data, *which)
-    records = results.of(run)
-    if records:
-      found += records
-      rows.append(
-        [title, name + recipe, str(workers), results.percent(run)]
-        + [results.percent(run, 'test_accuracy_paper')]
-        + to_targets(results, data, *which)
-      )
-  if not rows:
-    return []
+    trained = Trained.find(results, data, protocol, workers, recipe)
+    if trained.records:
+      found.append(([title, name + recipe, str(workers)], trained))
+  made = [_measured(results, found), _predicted(results.scale, found)]
+  return [table for table in made if table.rows]
+
+
+Found = Sequence[tuple[list[str], Trained]]  # Each with its first columns.
+
+
+def _measured(results: Results, found: Found) -> Table:
+  rows = [
+    [*first, results.percent(trained.cell)]
+    + [results.percent(trained.cell, 'test_accuracy_paper')]
+    + trained.to_targets()
+    for first, trained in found
+  ]
+  records = [record for _, trained in found for record in trained.records]
   caption = (
     'Seconds of training, and GB that all workers sent, until the first test '
     f'that reaches an accuracy, {results.scale} scale. "Deployed" and '
     '"test-batch statistics" are the test accuracies after the last round, in '
     '%. All workers share one machine, and no link lies between them; seconds '
     'are rounds times the seconds of a round on that machine when it did '
-    f'nothing else. {of_runs(found, "Mean")}'
+    f'nothing else. {of_runs(records, "Mean")}'
   )
-  head = ['data', 'protocol', 'workers', 'deployed', 'test-batch statistics']
-  return [Table(caption, EXPERIMENT.command, [*head, *TO_TARGETS], rows)]
+  head = [*HEAD, 'deployed', 'test-batch statistics', *TO_TARGETS]
+  return Table(caption, EXPERIMENT.command, head, rows)
 
 
-def to_targets(
-  results: Results, data: str, protocol: str, workers: int, recipe: str
-) -> list[str]:
-  """Returns mean seconds and GB to each of `TARGETS`.
-
-  Args:
-    results: Where they are.
-    data: See `cell`.
-    protocol: See `cell`.
-    workers: See `cell`.
-    recipe: See `cell`.
-  """
-  which = protocol, workers, recipe
-  records = results.of(cell(data, *which))
-  timed = quiet([*results.of(pace(*which)), *records])
-  return [_reached(records, timed, target) for target in TARGETS]
-
-
-def _reached(
-  records: Sequence[Record], timed: Sequence[Record], target: float
-) -> str:
-  """Returns the mean seconds and GB to a target, of the runs that reach it."""
-  rows = [row for r in records if (row := round_at(r, target))]
-  if not rows:
-    return 'not reached'
-  sent = statistics.mean(row['wire_bytes_total'] for row in rows)
-  parts = [f'{sent / 1e9:.2f} GB']
-  if timed:
-    seconds = statistics.median(map(seconds_of_a_round, timed))
-    mean = statistics.mean(row['round'] for row in rows)
-    parts.insert(0, f'{seconds * mean:.0f} s')
-  if len(rows) < len(records):
-    parts.append(f'({len(rows)} of {len(records)} runs)')
-  return ', '.join(parts)
+def _predicted(scale: str, found: Found) -> Table:
+  rows = [
+    [*first, link, *trained.on_links(scale, bandwidth)]
+    for first, trained in found
+    for link, bandwidth in LINKS.items()
+    if trained.seconds
+  ]
+  caption = (
+    f'The same runs, {scale} scale, if each worker had such a machine and a '
+    'link of its own: predicted seconds of training until the first test that '
+    'reaches an accuracy. Computing takes the seconds above divided by the '
+    'number of workers. The exchange takes the bytes that the busiest worker '
+    f'sends, and {1000 * LATENCY:.1f} ms for each message.'
+  )
+  return Table(caption, EXPERIMENT.command, [*HEAD, 'link', *TO_TARGETS], rows)
 
 
 def figures(results: Results) -> Mapping[str, Drawn]:

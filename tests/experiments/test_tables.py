@@ -32,6 +32,8 @@ def record(accuracy, seed=0, seconds=10.0):
     'config': {'local_steps': 3, 'num_rounds': 2},
     'summary': {
       'seed': seed,
+      'image_shape': [32, 32, 3],
+      'class_names': list('0123456789'),
       'test_accuracy': accuracy,
       'test_accuracy_paper': accuracy + 0.01,
       'best_test_accuracy_paper': accuracy + 0.02,
@@ -115,7 +117,8 @@ def test_seconds_to_an_accuracy_are_those_of_a_quiet_machine(tmp_path):
   ]  # fmt: skip
   run = to_accuracy.cell('cifar10', 'resist', 4)
   put(results, run, made)
-  ((row,),) = (table.rows for table in to_accuracy.tables(results))
+  table, _ = to_accuracy.tables(results)
+  (row,) = table.rows
   assert row == [
     'CIFAR-10', 'ResIST', '4', '84.0', '85.0', '180 s, 2.00 GB',
     'not reached', 'not reached', 'not reached',
@@ -129,9 +132,28 @@ def test_seconds_to_an_accuracy_are_those_of_a_quiet_machine(tmp_path):
     {'round': r, 'seconds_training': s} for r, s in enumerate(ends, start=1)
   ]
   put(results, to_accuracy.pace('resist', 4), paced)
-  (table,) = to_accuracy.tables(results)
+  table, predicted = to_accuracy.tables(results)
   assert table.rows[0][5] == '4 s, 2.00 GB'
   assert len(table.head) == len(table.rows[0])
+  assert {len(row) for row in predicted.rows} == {len(predicted.head)}
+  # A worker computes for 2 / 4 s in a round. In two rounds it sends 161 Mbit.
+  assert [row[3:5] for row in predicted.rows] == [
+    ['100 Mbit/s', '3 s'],
+    ['1 Gbit/s', '1 s'],
+  ]
+
+
+def test_a_run_of_half_the_rounds_ends_its_schedule():
+  whole, half = (
+    to_accuracy.cell('cifar10', 'local_sgd', 4, recipe).config('cpu90')
+    for recipe in (to_accuracy.PLAIN, to_accuracy.HALF)
+  )
+  assert (whole.num_rounds, half.num_rounds) == (98, 49)
+  assert half.optimizer.warmup_rounds == whole.optimizer.warmup_rounds // 2
+  with half.unlocked():
+    half.num_rounds = whole.num_rounds
+    half.optimizer.warmup_rounds = whole.optimizer.warmup_rounds
+  assert half.to_dict() == whole.to_dict()
 
 
 def test_table2_tells_other_initial_values_apart(tmp_path):
