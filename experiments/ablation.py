@@ -177,7 +177,8 @@ def tables(results: Results) -> list[Table]:
   )
   head = ['workers', 'what is added', 'l', 'deployed', 'test-batch statistics']
   head += ['best of the run', 'the paper, at its scale']
-  return [Table(caption, EXPERIMENT.command, head, rows)]
+  command = EXPERIMENT.made_by(results.scale, found)
+  return [Table(caption, command, head, rows)]
 
 
 def figures(results: Results) -> Mapping[str, Drawn]:

@@ -240,7 +240,7 @@ def main() -> int:
   parser = Parser(description=__doc__.split('\n')[0])
   parser.add_argument('--timeout', type=float, default=600, help='seconds')
   parser.add_argument('--only', default='', help='part of the names of cases')
-  parser.add_argument('--out', type=folders.argument)
+  parser.add_argument('--out', type=folders.output_file)
   parser.add_argument('--platform', choices=[*CASES], help=argparse.SUPPRESS)
   parser.add_argument('--folder', type=folders.argument, help=argparse.SUPPRESS)
   args = parser.parse_args()

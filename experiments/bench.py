@@ -36,7 +36,7 @@ from resist_jax.decomposition import (
   sample_slots,
   slots_per_worker,
 )
-from resist_jax.errors import Parser
+from resist_jax.errors import Parser, refused
 from resist_jax.exchange import masked_psum
 from resist_jax.rounds import (
   Protocol,
@@ -87,7 +87,10 @@ def main() -> None:
     jax.config.update('jax_num_cpu_devices', args.workers)
   results = []
   for name in NETWORKS if args.network == 'both' else [args.network]:
-    result = measure(NETWORKS[name], args)
+    try:
+      result = measure(NETWORKS[name], args)
+    except ValueError as error:  # Such as more workers than blocks.
+      sys.exit(refused(error))
     results.append({'network': name, **result})
     print(json.dumps(results[-1], indent=2))
   kind = jax.devices()[0].device_kind.replace(' ', '_')
@@ -117,7 +120,8 @@ def _arguments() -> argparse.Namespace:
   )
   parser.add_argument(
     '--precision',
-    help='precision of float32 products: highest, or tensorfloat32',
+    choices=['highest', 'tensorfloat32'],
+    help='precision of float32 products',
   )
   parser.add_argument(
     '--only_step', action='store_true', help='measure no rounds'
@@ -126,9 +130,13 @@ def _arguments() -> argparse.Namespace:
     '--steps', type=int, default=1, help='steps of a timed call'
   )
   parser.add_argument(
-    '--profile', type=folders.argument, help='folder for the profile of a round'
+    '--profile',
+    type=folders.output_folder,
+    help='folder for the profile of a round',
   )
-  parser.add_argument('--out', type=folders.argument, help='JSON file to write')
+  parser.add_argument(
+    '--out', type=folders.output_file, help='JSON file to write'
+  )
   return parser.parse_args()
 
 

@@ -7,10 +7,11 @@ a compiler counted, where the step has been compiled; else operations and memory
 come from formulas. An exchange takes the bytes that the busiest worker sends /
 bandwidth, plus latency * the number of messages that wait for each other: 2 (S
 - 1) in a ring all-reduce; in a hand-over, one for each slot of a worker and two
-for each replica. Data parallel has T all-reduces in a round. The baselines send
-float32. A masked psum replaces a hand-over where that is impossible. Nothing
-overlaps, nothing else takes time, and the losses that workers exchange are too
-small to count. Memory is that of a worker with its activations, without images.
+for each replica, and as many for each moment that moves with a block. Data
+parallel has T all-reduces in a round. The baselines send float32. A masked psum
+replaces a hand-over where that is impossible. Nothing overlaps, nothing else
+takes time, and the losses that workers exchange are too small to count. Memory
+is that of a worker with its activations, without images.
 """
 
 import dataclasses
@@ -23,7 +24,9 @@ import numpy as np
 
 from experiments.compile import known, tables
 from resist_jax import accounting, models
+from resist_jax.accounting.traffic import num_moments
 from resist_jax.decomposition import Assigner
+from resist_jax.errors import ConfigError
 from resist_jax.exchange import compression, hand_over
 from resist_jax.exchange.hand_over import expected_messages
 from resist_jax.run import checks, phases
@@ -100,8 +103,16 @@ class Plan:
       classes: Number of classes.
       chip: A key of `compile.chips.CHIPS`, whose compiler is believed.
       records: Where the records of compiled programs are.
+
+    Raises:
+      ConfigError: If the config cannot be used.
     """
     config = config.copy_and_resolve_references()
+    if config.model.module:
+      raise ConfigError(
+        f'model.module is {config.model.module}, but only residual networks of '
+        'the package can be planned: name a card without it.'
+      )
     config.update({'protocol': 'resist', 'num_workers': 2, 'num_devices': 0})
     checks.validate(config)
     network = config_lib.build_model(config, classes)
@@ -188,6 +199,9 @@ class Plan:
     sent = accounting.wire_bytes(sizes, without_losses, S) / S
     times = T if protocol.average_gradients else 1 + protocol.carry
     messages = times * 2 * (S - 1)
+    moving = times + bool(protocol.average)  # Copies of a block that it takes.
+    if protocol.outer is not None:
+      moving += num_moments(protocol.outer)
     # Only a hand-over sends blocks one by one, and not equally many from all.
     for name in lengths if EXCHANGES.get(exchange) is hand_over else ():
       assigns = Assigner(*protocol.division(name))
@@ -195,8 +209,8 @@ class Plan:
       block = compression.message_bytes(
         sizes.block[name], protocol.exchange.format.values
       )
-      sent += times * (max(blocks_sent(assigns)) - mean) * block
-      messages += times * (assigns.num_columns + 2 * assigns.num_replicas)
+      sent += moving * (max(blocks_sent(assigns)) - mean) * block
+      messages += moving * (assigns.num_columns + 2 * assigns.num_replicas)
     return Cost(T * flops, sent, messages, hbm_bytes)
 
   def _flops(self, lengths) -> float:

@@ -85,7 +85,8 @@ def tables(results: Results) -> list[Table]:
   )
   head = ['data', 'network', 'chain', 'workers', 'local SGD', 'ResIST']
   head += ['faster', 'paper: local SGD', 'paper: ResIST', 'paper: faster']
-  return [Table(caption, EXPERIMENT.command, head, rows)]
+  command = EXPERIMENT.made_by(results.scale, found)
+  return [Table(caption, command, head, rows)]
 
 
 def figures(results: Results) -> Mapping[str, Drawn]:

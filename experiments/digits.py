@@ -58,7 +58,8 @@ def tables(results: Results) -> list[Table]:
   )
   head = ['protocol', 'accuracy %, deployed', 'test-batch statistics']
   head += ['sent in a round', 'weights on a worker']
-  return [Table(caption, EXPERIMENT.command, head, rows)]
+  command = EXPERIMENT.made_by(results.scale, found)
+  return [Table(caption, command, head, rows)]
 
 
 def figures(results: Results) -> Mapping[str, Drawn]:

@@ -150,7 +150,8 @@ def tables(results: Results) -> list[Table]:
   )
   head = ['data', 'members', 'alone', 'ensemble', 'ResIST']
   head += ['paper: ensemble', 'paper: ResIST']
-  return [Table(caption, EXPERIMENT.command, head, rows)]
+  command = EXPERIMENT.made_by(results.scale, found)
+  return [Table(caption, command, head, rows)]
 
 
 def figures(results: Results) -> Mapping[str, Drawn]:

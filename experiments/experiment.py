@@ -16,7 +16,8 @@ from experiments.pictures import Picture
 from experiments.runs import RESULTS, load_card, mark_busy, run
 from experiments.table import Table
 from resist_jax import folders
-from resist_jax.errors import ConfigError, NonFiniteError, Parser
+from resist_jax.errors import Parser
+from resist_jax.run import program
 from resist_jax.run.interrupt import Interrupt, Interrupted
 
 SCALES = ('smoke', 'cpu', 'paper')
@@ -114,6 +115,37 @@ class Experiment:
   def command(self) -> str:
     """The command that runs the experiment."""
     return f'python -m experiments.{self.name}'
+
+  @property
+  def default_scale(self) -> str:
+    """The scale of the command without options."""
+    return 'cpu' if 'cpu' in self.scales else self.scales[-1]
+
+  def made_by(self, scale: str, records: Sequence[Record]) -> str:
+    """Returns the command that makes results again.
+
+    Args:
+      scale: Scale of the results.
+      records: The results.
+
+    Returns:
+      The command. `FOLDER` stands for that of the prepared data sets.
+    """
+    configs = [record['config'] for record in records]
+    seeds = 1 + max(
+      (record['summary']['seed'] for record in records), default=0
+    )
+    dtypes = {c.get('model', {}).get('dtype', 'float32') for c in configs}
+    data = {c.get('data', {}).get('name', 'digits') for c in configs}
+    words = [self.command]
+    if scale != self.default_scale:
+      words.append(f'--scale={scale}')
+    if seeds > 1:
+      words.append(f'--seeds={seeds}')
+    words += [f'--dtype={name}' for name in sorted(dtypes - {'float32'})]
+    if data - {'digits'}:
+      words.append('--data_dir=FOLDER')
+    return ' '.join(words)
 
   def pictures(self, results: Results) -> dict[str, Picture | Figure]:
     """Returns the pictures that have results."""
@@ -230,9 +262,9 @@ def main(
   parser = Parser(
     prog=experiment.command, description=(doc or '').split('\n')[0]
   )
-  scales = experiment.scales
-  default = 'cpu' if 'cpu' in scales else scales[-1]
-  parser.add_argument('--scale', choices=scales, default=default)
+  parser.add_argument(
+    '--scale', choices=experiment.scales, default=experiment.default_scale
+  )
   parser.add_argument(
     '--seeds', type=int, default=1, help='number of seeds, which start at 0'
   )
@@ -290,10 +322,9 @@ def main(
         experiment.train(config, target, folder)
         if options.busy:
           mark_busy(target)
-      except ConfigError as error:
-        parser.exit(2, f'error: {error}\n')
-      except NonFiniteError as error:
-        parser.exit(1, f'error: {target.stem}: {error}\n')
+      except program.MENDABLE as error:
+        line, code = program.explain(error, str(folder))
+        parser.exit(code, f'error: {target.stem}: {line}\n')
       except Interrupted as stop:
         print(f'{target.stem}: {stop}', file=sys.stderr)
       # A signal in the last round does not stop the run, but it stops here.

@@ -97,7 +97,8 @@ def tables(results: Results) -> list[Table]:
     f'{of_runs(found)}'
   )
   head = ['card', 'changed', 'updates', 'largest', 'excluded']
-  return [Table(caption, EXPERIMENT.command, head, rows)]
+  command = EXPERIMENT.made_by(results.scale, found)
+  return [Table(caption, command, head, rows)]
 
 
 def figures(results: Results) -> Mapping[str, Drawn]:

@@ -2,10 +2,10 @@
 
   python -m experiments.levers --scale=cpu90 --seeds=2 --data_dir=FOLDER --busy
 
-Each run changes one thing in the recipe of the scale `cpu90` on CIFAR-10, which
-is shortened to some ten minutes of two cores for ResIST: a quarter of the
-epochs, half of the channels. Local SGD gets every lever that means something to
-it. "Gain" is the mean difference from the run of the same seed without a lever.
+Each run adds levers to the recipe of the scale `cpu90` on CIFAR-10, which is
+shortened to some ten minutes of two cores for ResIST: a quarter of the epochs,
+half of the channels. Local SGD gets every lever that means something to it.
+"Gain" is the mean difference from the run of the same seed without a lever.
 Bytes are what all workers would send if each had a device of its own.
 
 Results and a table are written to experiments/results/levers/SCALE/.
@@ -270,7 +270,7 @@ def tables(results: Results) -> list[Table]:
     recipe += ', a quarter of its epochs and half of its channels'
   caption = (
     'Deployed test accuracy in % on CIFAR-10 after the last round, '
-    f'{recipe}. Each row changes one thing in the recipe. "Gain" is the mean '
+    f'{recipe}. Each row adds levers to the recipe. "Gain" is the mean '
     'difference, in points, from the run of the same seed without a lever. '
     '"GB" is what all workers would send if each had a device of its own. '
     f'{of_runs(found)}'
@@ -278,7 +278,8 @@ def tables(results: Results) -> list[Table]:
   head = ['workers', 'lever']
   for protocol in PROTOCOLS:
     head += [NAMES[protocol], 'gain', 'GB']
-  return [Table(caption, EXPERIMENT.command, head, rows)]
+  command = EXPERIMENT.made_by(results.scale, found)
+  return [Table(caption, command, head, rows)]
 
 
 def _records(results, lever, protocol, workers) -> list[Record]:

@@ -95,7 +95,8 @@ def tables(results: Results) -> list[Table]:
   head = ['workers', 'l', 'rounds']
   head += [f'{table2.NAMES[protocol]}' for protocol in PROTOCOLS]
   head += [f'the paper, {table2.NAMES[protocol]}' for protocol in PROTOCOLS]
-  return [Table(caption, EXPERIMENT.command, head, rows)]
+  command = EXPERIMENT.made_by(scale, found)
+  return [Table(caption, command, head, rows)]
 
 
 def _name(steps: int) -> str:

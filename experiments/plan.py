@@ -30,7 +30,7 @@ from experiments.compile import chips
 from experiments.costs import FORMULA, NAMES, Cost, Machine, Plan
 from experiments.runs import provenance, write_record
 from resist_jax import __main__ as cli
-from resist_jax import report
+from resist_jax import folders, report
 from resist_jax.errors import refused
 from resist_jax.exchange import WORKER
 from resist_jax.report import plots
@@ -290,6 +290,7 @@ def main(given: list[str], options: Options) -> None:
   out, config = pathlib.Path(options.workdir), options.config
   default = [2, 4] if CHECK.value else [2**k for k in range(1, 11)]
   try:
+    folders.check_writable(out, '--out')
     workers = [int(S) for S in WORKERS.value or default]
     if min(workers) < 1:
       raise ValueError('--workers must be at least 1.')

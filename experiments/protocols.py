@@ -23,7 +23,7 @@ import optax
 from experiments.runs import RESULTS, begin, provenance, write_record
 import resist_jax as resist
 from resist_jax import accounting, folders
-from resist_jax.errors import ConfigError, Parser, refused
+from resist_jax.errors import ConfigError, Parser, message, refused
 from resist_jax.run.workdir import replace_text
 
 PyTree = Any
@@ -178,7 +178,10 @@ def _begin(trainer, task: Task, seed: int, folder: pathlib.Path):
     trainer.save(folder, state)
     replace_text(log, '[]')
     return [], state
-  state = trainer.restore(folder)
+  try:
+    state = trainer.restore(folder)
+  except ValueError as error:  # Such as a damaged file.
+    raise ConfigError(message(error)) from error
   rows = json.loads(log.read_text())
   return [row for row in rows if row['round'] <= int(state.round)], state
 
@@ -244,6 +247,7 @@ def _complete(task: Task, protocol, S, seed, name, options) -> None:
     return
   begin(target)
   folder = options.runs / name / options.scale / stem
+  folders.check_writable(folder, '--runs')
   folder.mkdir(parents=True, exist_ok=True)
   record = _record(
     task, protocol, S, seed, run(task, protocol, S, seed, folder)
@@ -270,6 +274,8 @@ def _seeds(text: str) -> list[int]:
   words = text.split(',')
   if not all(word.isdecimal() for word in words):
     raise ConfigError(f'--seeds={text}: give whole numbers, such as 0,1.')
+  if not all(int(word) < 2**32 for word in words):
+    raise ConfigError(f'--seeds={text}: each must be less than 2**32.')
   return [int(word) for word in words]
 
 

@@ -96,7 +96,8 @@ def tables(results: Results) -> list[Table]:
   )
   head = ['data', 'protocol', 'format', 'deployed', 'points', 'sent in a round']
   head += ['of local SGD', 'the paper, 8 bits']
-  return [Table(caption, EXPERIMENT.command, head, rows)]
+  command = EXPERIMENT.made_by(results.scale, found)
+  return [Table(caption, command, head, rows)]
 
 
 def _accuracies(

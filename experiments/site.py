@@ -44,7 +44,7 @@ def main() -> None:
   parser = Parser(description=__doc__.split('\n')[0])
   parser.add_argument(
     '--out',
-    type=folders.argument,
+    type=folders.output_file,
     default=pathlib.Path('site/index.html'),
     help='file to write',
   )

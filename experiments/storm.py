@@ -318,7 +318,7 @@ def main() -> int:
   parser.add_argument('--calm', action='store_true', help='without a storm')
   parser.add_argument(
     '--folder',
-    type=folders.argument,
+    type=folders.output_folder,
     help='where outputs stay; else they do not',
   )
   options = parser.parse_args()

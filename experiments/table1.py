@@ -85,7 +85,9 @@ def main() -> None:
     action='store_true',
     help='compare with compiled programs (takes minutes)',
   )
-  parser.add_argument('--out', type=folders.argument, help='JSON file to write')
+  parser.add_argument(
+    '--out', type=folders.output_file, help='JSON file to write'
+  )
   args = parser.parse_args()
   jax.config.update('jax_num_cpu_devices', max(MIN_DEPTH))
   params = network_shapes()

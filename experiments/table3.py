@@ -77,7 +77,8 @@ def tables(results: Results) -> list[Table]:
     head.append('machine')
   else:
     rows = [row[:-1] for row in rows]
-  return [Table(caption, EXPERIMENT.command, head, rows)]
+  command = EXPERIMENT.made_by(results.scale, found)
+  return [Table(caption, command, head, rows)]
 
 
 class Group(NamedTuple):

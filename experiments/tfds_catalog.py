@@ -2,8 +2,8 @@
 
   python -m experiments.tfds_catalog
 
-Of every set that the installed TFDS lists, and that has a feature `image` and a
-feature `label`, the set's own builder writes a few examples to files, and
+For every set that the installed TFDS lists, and that has the features `image`
+and `label`, the set's own builder writes a few examples to files, and
 `data.load` reads them. The examples are those that TFDS mocks: random values in
 the form of the set's features. Nothing is downloaded, so what is real is the
 form of a set and all code that reads it; its pixels and splits are not.

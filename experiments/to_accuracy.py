@@ -1,7 +1,7 @@
 """Seconds and bytes to 80, 85, 88 and 90 % on CIFAR, on two cores.
 
   python -m experiments.to_accuracy --scale=cpu90 --data_dir=FOLDER --busy \
-    --only=cifar10_resist_s4
+    --only=cifar10_resist_plus_s4
 
 Trains at the scale `cpu90`, whose network and recipe reach an accuracy that
 people know: ResIST, local SGD and data parallel for as many steps. Because a
@@ -80,7 +80,7 @@ def cell(
     protocol: See `config.protocol`.
     workers: 2, 4 or 8.
     recipe: A key of `RECIPES`.
-    scale: Whose rounds `TIMES` multiplies, `cpu90` or `smoke`.
+    scale: `cpu90` or `smoke`, the scale whose rounds `TIMES` multiplies.
   """
   name = f'{data}_{protocol}{RECIPES[recipe]}_s{workers}'
   fields: dict[str, Any] = {'protocol': protocol}
@@ -254,6 +254,10 @@ def tables(results: Results) -> list[Table]:
 Found = Sequence[tuple[list[str], Trained]]  # Each with its first columns.
 
 
+def _records(found: Found) -> list[Record]:
+  return [record for _, trained in found for record in trained.records]
+
+
 def _measured(results: Results, found: Found) -> Table:
   rows = [
     [*first, results.percent(trained.cell)]
@@ -261,7 +265,7 @@ def _measured(results: Results, found: Found) -> Table:
     + trained.to_targets()
     for first, trained in found
   ]
-  records = [record for _, trained in found for record in trained.records]
+  records = _records(found)
   caption = (
     'Seconds of training, and GB that all workers sent, until the first test '
     f'that reaches an accuracy, {results.scale} scale. "Deployed" and '
@@ -271,7 +275,8 @@ def _measured(results: Results, found: Found) -> Table:
     f'nothing else. {of_runs(records, "Mean")}'
   )
   head = [*HEAD, 'deployed', 'test-batch statistics', *TO_TARGETS]
-  return Table(caption, EXPERIMENT.command, head, rows)
+  command = EXPERIMENT.made_by(results.scale, records)
+  return Table(caption, command, head, rows)
 
 
 def _predicted(scale: str, found: Found) -> Table:
@@ -288,7 +293,8 @@ def _predicted(scale: str, found: Found) -> Table:
     'number of workers. The exchange takes the bytes that the busiest worker '
     f'sends, and {1000 * LATENCY:.1f} ms for each message.'
   )
-  return Table(caption, EXPERIMENT.command, [*HEAD, 'link', *TO_TARGETS], rows)
+  command = EXPERIMENT.made_by(scale, _records(found))
+  return Table(caption, command, [*HEAD, 'link', *TO_TARGETS], rows)
 
 
 def figures(results: Results) -> Mapping[str, Drawn]:

@@ -119,7 +119,7 @@ def main() -> None:
   )
   parser.add_argument('--precision', help='of float32: see experiments.bench')
   parser.add_argument('--compile', action='store_true', help='torch.compile')
-  parser.add_argument('--out', type=folders.argument)
+  parser.add_argument('--out', type=folders.output_file)
   args = parser.parse_args()
   blocks = -(-LENGTH // args.workers)
   ours, theirs, peer = [], [], {}

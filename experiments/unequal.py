@@ -23,6 +23,7 @@ from typing import Any
 from experiments.launch import local
 from experiments.runs import RESULTS, provenance, write_record
 from resist_jax import report
+from resist_jax.errors import Parser
 
 TARGET = RESULTS / 'unequal' / 'digits.json'
 FLAGS = (
@@ -82,6 +83,7 @@ def measure(flags: tuple[str, ...]) -> dict[str, Any]:
 
 def main() -> None:
   """Measures both settings in turn, and writes the result."""
+  Parser(description=(__doc__ or '').split('\n')[0]).parse_args()
   results: dict[str, list[dict[str, Any]]] = {name: [] for name in DEPTHS}
   for _ in range(REPEATS):
     for name, flags in DEPTHS.items():

@@ -4,7 +4,7 @@ People name them with ~ and $HOME, and never as a URL.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import ctypes
 import errno
@@ -82,6 +82,41 @@ def argument(text: str) -> pathlib.Path:
     return resolve(text, 'it')
   except ConfigError as error:
     raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def output_file(text: str) -> pathlib.Path:
+  """Returns the file that a command will write; see `argument`.
+
+  Args:
+    text: The argument.
+
+  Raises:
+    ArgumentTypeError: If no such file can be written; the message says why.
+  """
+  return _output(text, check_file)
+
+
+def output_folder(text: str) -> pathlib.Path:
+  """Returns the folder that a command will write to; see `argument`.
+
+  Args:
+    text: The argument.
+
+  Raises:
+    ArgumentTypeError: If nothing can be written there; the message says why.
+  """
+  return _output(text, check_writable)
+
+
+def _output(
+  text: str, check: Callable[[pathlib.Path, str], None]
+) -> pathlib.Path:
+  path = argument(text)
+  try:
+    check(path, 'the path')
+  except ConfigError as error:
+    raise argparse.ArgumentTypeError(str(error)) from error
+  return path
 
 
 def _problem(path: str, is_text: bool) -> str:

@@ -52,7 +52,7 @@ class Trainer:
 
   ResIST (Algorithm 1 of the paper) cuts the named chains. With
   `chains=()` every worker holds the whole network, which is local SGD;
-  `average_gradients` makes it data parallel.
+  `average_gradients` and `carry` together make it data parallel.
 
   Attributes:
     loss_fn: `loss_fn(params, present, batch, key) -> (loss, metrics)`. `params`
@@ -328,8 +328,8 @@ class Trainer:
       count: How many rounds.
 
     Returns:
-      The trainer. Where the host dispatches steps, it shares the programs of
-      this one if they are compiled.
+      The trainer. Where the host dispatches steps, it shares the programs that
+      `compile` made for this one.
     """
     return _at_once(self, count)
 

@@ -115,6 +115,29 @@ def test_every_command_and_card_finds_home(tmp_path, monkeypatch, capsys):
   assert line.startswith("error: argument --out: it is 'gs://bucket/x', a URL")
 
 
+@pytest.mark.parametrize(
+  ('kind', 'place'),
+  [
+    (folders.output_file, 'folder'),
+    (folders.output_file, 'file/below'),
+    (folders.output_folder, 'file'),
+    (folders.output_folder, 'file/below'),
+  ],
+)
+def test_an_output_is_refused_before_the_work(tmp_path, kind, place, capsys):
+  (tmp_path / 'folder').mkdir()
+  (tmp_path / 'file').write_text('')
+  parser = Parser('it')
+  parser.add_argument('--out', type=kind)
+  new = tmp_path / 'new' / 'it'
+  assert parser.parse_args([f'--out={new}']).out == new
+  assert not new.parent.exists()
+  with pytest.raises(SystemExit, match='2'):
+    parser.parse_args([f'--out={tmp_path / place}'])
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith('error: argument --out: the path ')
+
+
 KILLED = """
 import os, pathlib, signal, sys
 from resist_jax import folders

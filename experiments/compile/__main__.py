@@ -34,7 +34,7 @@ def main() -> int:
   parser.add_argument('--scale', choices=cases.SCALES, default='paper')
   parser.add_argument('--list', action='store_true', help='only name the cases')
   parser.add_argument(
-    '--out', type=folders.argument, default=tables.FOLDER, help='a folder'
+    '--out', type=folders.output_folder, default=tables.FOLDER, help='a folder'
   )
   options = parser.parse_args()
   jax.config.update('jax_platforms', 'cpu')  # Ask for no device.

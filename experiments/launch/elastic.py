@@ -6,11 +6,12 @@ On every host, with the same words everywhere:
     --config=cifar100:s4 --workdir=SHARED --config.workers_per_process=1
 
 The arguments after `--` are those of `python -m resist_jax`. PyTorch's elastic
-agent (`pip install 'resist_jax[elastic]'`) watches over the process here. When
-a host is lost, the agents of the others meet anew and start their processes
-again, which go on from the newest checkpoint; a host that comes back is taken
-in by the next such restart. `--config.checkpoint_every=1` is added, so that at
-most one round is lost.
+agent (`pip install '.[elastic]'` in a clone) watches over the process here.
+When a host is lost, the agents of the others meet anew and start their
+processes again, which go on from the newest checkpoint; a host that comes back
+is taken in by the next such restart. `--config.checkpoint_every=1` is added, so
+that at most one round is lost, and `--config.faults.timeout=20`, so that a lost
+host is noticed sooner; your own values win.
 
 The agents meet at `--meet`. While the host of that address is away, all others
 wait for it, so choose one that does not fail, such as a login node, and start
@@ -23,6 +24,7 @@ host has failed too often, and 128 + N after signal N.
 import argparse
 import datetime
 import hashlib
+import importlib.util
 import logging
 import os
 import pathlib
@@ -32,7 +34,7 @@ import tempfile
 import time
 from typing import NoReturn
 
-from resist_jax.errors import Parser
+from resist_jax.errors import ConfigError, Parser, refused
 from resist_jax.run.processes import TRY_AGAIN
 
 # Seconds. The defaults wait 30 for the last host and 15 for a lost one.
@@ -50,6 +52,10 @@ _DEFAULTS = ('--config.checkpoint_every=1', '--config.faults.timeout=20')
 def main() -> None:
   """Reads the command line, and runs the agent of this host."""
   options = _parse()
+  if not importlib.util.find_spec('torch'):
+    raise SystemExit(
+      refused(ConfigError('PyTorch is missing: pip install ".[elastic]".'))
+    )
   os.environ['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'  # A port of our own.
   if options.only_meet:
     _only_meet(options.meet)

@@ -38,6 +38,32 @@ _JAX_OPTIONS = (
 _BROKEN = re.compile(
   r'gloo|nccl|^(CANCELLED|DEADLINE_EXCEEDED|UNAVAILABLE)\b', re.IGNORECASE
 )
+# What ends a run and can be mended by a person; `SaveError` is an OSError.
+MENDABLE = (
+  ConfigError, MeetingError, NonFiniteError, WorkdirLostError, OSError
+)  # fmt: skip
+
+
+def explain(error: BaseException, workdir: str) -> tuple[str, int]:
+  """Returns what to do about one of `MENDABLE`, and the exit code.
+
+  Args:
+    error: The error.
+    workdir: The workdir of the run.
+
+  Returns:
+    `(line, code)`: 2 for wrong input, 1 if something else must be mended, 75 if
+    the same command may succeed.
+  """
+  if isinstance(error, SaveError):
+    return str(error), processes.TRY_AGAIN if error.retryable else 1
+  if isinstance(error, OSError):
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = 'make room in' if full else 'mend that in'
+    line = f'{error}: {remedy} {workdir}; the same command goes on from the '
+    return line + 'newest checkpoint.', 1
+  codes = {ConfigError: 2, MeetingError: processes.TRY_AGAIN}
+  return str(error), next((codes[k] for k in codes if isinstance(error, k)), 1)
 
 
 def main(options: Options) -> None:
@@ -50,23 +76,10 @@ def main(options: Options) -> None:
   try:
     _start(options)
     summary = train.train(options.config, options.workdir)
-  except ConfigError as error:
-    _fail(error)
-  except MeetingError as error:
-    _fail(error, code=processes.TRY_AGAIN)
-  except (NonFiniteError, WorkdirLostError) as error:
-    _fail(error, code=1)
-  except SaveError as error:
-    processes.explain_failure()  # Another process may be the cause.
-    _fail(error, code=processes.TRY_AGAIN if error.retryable else 1)
-  except OSError as error:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    remedy = 'make room in' if full else 'mend that in'
-    _fail(
-      f'{error}: {remedy} {options.workdir}; the same command goes on from the '
-      'newest checkpoint.',
-      code=1,
-    )
+  except MENDABLE as error:
+    if isinstance(error, SaveError):
+      processes.explain_failure()  # Another process may be the cause.
+    _fail(*explain(error, options.workdir))
   except Interrupted as stop:
     print(stop, file=sys.stderr)
     processes.end()
@@ -162,7 +175,7 @@ def _digest_of_code() -> str:
   return sha.hexdigest()[:12]
 
 
-def _fail(error: object, code: int = 2) -> NoReturn:
+def _fail(error: object, code: int) -> NoReturn:
   line = ' '.join(str(error).split())
   print('error:', line, file=sys.stderr, flush=True)
   processes.fail(line, code)

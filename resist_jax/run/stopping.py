@@ -59,8 +59,8 @@ def updated(
 
   Returns:
     `by`; the best `value`, and its `round`; the value of the last gain,
-    `gained`; and the number of tests since, `tests_since`. Of losses and
-    perplexities the least is the best.
+    `gained`; and the number of tests since, `tests_since`. For losses and
+    perplexities, the lowest value is the best.
 
   >>> best = updated({}, 'x', {'round': 5, 'x': 0.5}, min_gain=0.1)
   >>> best = updated(best, 'x', {'round': 9, 'x': 0.55}, min_gain=0.1)

@@ -1,6 +1,7 @@
 """The paper's experiments: what they train, keep and show."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import pathlib
@@ -20,6 +21,7 @@ from experiments import (
 )
 from experiments.experiment import Cell, Results
 from resist_jax import models
+from resist_jax.errors import ConfigError, NonFiniteError, WorkdirLostError
 from resist_jax.run import checks
 from resist_jax.run.config import get_config
 from resist_jax.run.interrupt import Interrupt
@@ -242,6 +244,29 @@ def test_a_stop_in_a_last_round_stops_the_experiment(tmp_path):
     experiment.main(command, 'What it does.', [f'--results={tmp_path}'])
   assert stop.value.code == 128 + signal.SIGTERM
   assert trained == ['resist']
+
+
+@pytest.mark.parametrize(
+  ('error', 'code', 'told'),
+  [
+    (OSError(errno.ENOSPC, 'No space left'), 1, 'make room in'),
+    (WorkdirLostError('the workdir was moved.'), 1, 'was moved'),
+    (NonFiniteError('a loss is nan.'), 1, 'is nan'),
+    (ConfigError('lr is -1; it must be more than 0.'), 2, 'lr is -1'),
+  ],
+)
+def test_what_ends_a_run_is_told_in_a_line(tmp_path, capsys, error, code, told):
+  def train(config, target, folder):
+    raise error
+
+  failing = dataclasses.replace(digits.EXPERIMENT, train=train)
+  args = [f'--results={tmp_path}', f'--runs={tmp_path}', '--scale=smoke']
+  with pytest.raises(SystemExit) as stop:
+    experiment.main(failing, 'What it does.', args)
+  assert stop.value.code == code
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith('error: digits_resist_float32_seed0: ')
+  assert told in line
 
 
 def test_results_that_cannot_be_written_cost_no_training(tmp_path, capsys):

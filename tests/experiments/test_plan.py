@@ -231,6 +231,8 @@ def test_bad_input_is_one_line_and_2_and_writes_nothing(tmp_path):
   assert "--bandwidth is 'fast'; write it like 100Mbit" in line
   line = refusal(tmp_path, *GOOD, '--config.min_dept=5')
   assert 'Did you mean min_depth' in line
+  line = refusal(tmp_path, *GOOD, '--config.model.module=json')
+  assert 'only residual networks of the package can be planned' in line
 
 
 @pytest.fixture

@@ -143,6 +143,18 @@ def test_seconds_to_an_accuracy_are_those_of_a_quiet_machine(tmp_path):
   ]
 
 
+def test_a_table_names_the_command_that_makes_it_again():
+  made = record(0.5, seed=2)
+  made['config'] |= {'data': {'name': 'cifar10'}}
+  made['config'] |= {'model': {'dtype': 'bfloat16'}}
+  assert table2.EXPERIMENT.made_by('paper', [record(0.5), made]) == (
+    'python -m experiments.table2 --scale=paper --seeds=3 --dtype=bfloat16 '
+    '--data_dir=FOLDER'
+  )
+  command = to_accuracy.EXPERIMENT.made_by('cpu90', [record(0.5)])
+  assert command == 'python -m experiments.to_accuracy'
+
+
 def test_a_run_of_half_the_rounds_ends_its_schedule():
   whole, half = (
     to_accuracy.cell('cifar10', 'local_sgd', 4, recipe).config('cpu90')
