@@ -94,7 +94,13 @@ class Protocol:
   @property
   def keeps_shared(self) -> bool:
     """Whether the shared part before local training is needed after it."""
-    return self.sends_changes or self.judges_updates or bool(self.outer)
+    may_be_lost = self.exclude_faulty and not self.average_gradients
+    return (
+      self.sends_changes
+      or self.judges_updates
+      or bool(self.outer)
+      or may_be_lost  # Where nobody is healthy.
+    )
 
   @property
   def keeps_blocks(self) -> bool:

@@ -78,7 +78,8 @@ def synchronise(
       agreed_shared, shared, error, S, encoding, healthy
     )
   elif not protocol.average_gradients:  # With these, all are equal already.
-    shared = collectives.mean_over_workers(shared, S, healthy=healthy)
+    mean = collectives.mean_over_workers(shared, S, healthy=healthy)
+    shared = _if_anybody(healthy, mean, agreed_shared)
   moves = before, after, healthy
   if outer is None:
     chain = _exchange_chains(protocol, chain, *moves, agreed_chain)
@@ -127,11 +128,17 @@ def share(
   mean = collectives.mean_over_workers(
     own, protocol.num_workers, healthy=healthy
   )
-  if healthy is not None:
-    some = healthy.everywhere.any()
-    mean = jax.tree.map(lambda x, y: jnp.where(some, x, y), mean, own)
+  mean = _if_anybody(healthy, mean, own)
   params = collectives.narrow(join(mean, chain), local.params)
   return local._replace(params=params)
+
+
+def _if_anybody(healthy: Healthy | None, mean: PyTree, other: PyTree) -> PyTree:
+  """Returns a mean over healthy workers, or the other tree if there is none."""
+  if healthy is None:
+    return mean
+  some = healthy.everywhere.any()
+  return jax.tree.map(lambda x, y: jnp.where(some, x, y), mean, other)
 
 
 def _judge(
