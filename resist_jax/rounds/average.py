@@ -31,13 +31,17 @@ def first(params: PyTree) -> Parts:
   return Parts([collectives.widen(params)], [np.int32(0)])
 
 
-def step(decay: float, params: PyTree, parts: Parts) -> Parts:
-  """Returns the average with one more round.
+def step(
+  decay: float, params: PyTree, parts: Parts, rounds: jax.Array
+) -> Parts:
+  """Returns the average with one more network.
 
   Args:
     decay: What an earlier round counts, in units of the one after it.
     params: Parameters after the round, `[W, ...]`.
     parts: The average of the same parameters before it, see `State.average`.
+    rounds: How many rounds were trained as one, `int32[]`. The network after
+      them counts as that of each would.
 
   Returns:
     The new average.
@@ -45,9 +49,11 @@ def step(decay: float, params: PyTree, parts: Parts) -> Parts:
   (average,), (count,) = parts
 
   def one_worker(average, count, params):
-    count = count + 1
+    count = count + rounds
     kept = jnp.float32(decay)
-    weight = (1 - kept) / (1 - kept ** count.astype(jnp.float32))
+    # Not every power of 1 gives the same bits.
+    past = jnp.where(rounds == 1, kept, kept ** rounds.astype(jnp.float32))
+    weight = (1 - past) / (1 - kept ** count.astype(jnp.float32))
 
     def towards(old, new):
       share = weight.astype(old.dtype)

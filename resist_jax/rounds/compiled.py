@@ -139,7 +139,7 @@ class Round:
         name: (*device_groups.part(inputs, group), index, index)
         for name, group in self.groups.items()
       },
-      'finish': (local, agreed, *_kept(state), *moves),
+      'finish': (local, agreed, *_kept(state), *moves, index),
     }
 
   def at_once(self, count: int) -> 'Round | None':
@@ -202,7 +202,11 @@ class Round:
       agreed = self.protocol.kept(state.shared, state.chain)
       local, seconds = self._train(state, agreed, constants, batches, index)
       new, metrics = self.programs['finish'](
-        local, agreed, *_kept(state), *moves
+        local,
+        agreed,
+        *_kept(state),
+        *moves,
+        np.int32(self.protocol.rounds_at_once),
       )
       for leaf in jax.tree.leaves(agreed):
         leaf.delete()  # No output could take its place.
@@ -381,7 +385,7 @@ def make_round(
   finish = on_mesh(
     partial(synchronise, protocol, optimizer),
     mesh=mesh,
-    in_specs=(*held, SHARDED, SHARDED, REPLICATED, REPLICATED, REPLICATED),
+    in_specs=(*held, SHARDED, SHARDED, *4 * [REPLICATED]),
     out_specs=(Synchronised(*specs), SHARDED),
   )
   sharing = on_mesh(
@@ -455,4 +459,6 @@ def _scan_round(
     earlier = jax.tree.map(lambda x: x[:-1], parts)
     local, _ = lax.scan(body_and_share, local, earlier)
   local, _ = lax.scan(body, local, inputs)
-  return finish(local, agreed, error, outer, average, norms, before, after)
+  rounds = jnp.int32(protocol.rounds_at_once)
+  kept = error, outer, average, norms
+  return finish(local, agreed, *kept, before, after, rounds)

@@ -6,6 +6,7 @@ tells which are which (`optax.tree_utils.tree_map_params`), so this holds for
 any optax optimiser.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -101,6 +102,32 @@ def set_schedule_counts(
   Returns:
     The state.
   """
+  return _map_schedule_counts(
+    optimizer, state, lambda old: jnp.broadcast_to(count, old.shape)
+  )
+
+
+def add_to_schedule_counts(
+  optimizer: optax.GradientTransformation, state: PyTree, steps: jax.Array
+) -> PyTree:
+  """Counts more steps in an optimiser's schedules; see `set_schedule_counts`.
+
+  Args:
+    optimizer: Made the state.
+    state: Its state.
+    steps: `int32[]`.
+
+  Returns:
+    The state.
+  """
+  return _map_schedule_counts(optimizer, state, lambda old: old + steps)
+
+
+def _map_schedule_counts(
+  optimizer: optax.GradientTransformation,
+  state: PyTree,
+  function: Callable[[jax.Array], jax.Array],
+) -> PyTree:
   marked = _marked(optimizer, state)
 
   def walk(node, mark):
@@ -117,7 +144,7 @@ def set_schedule_counts(
     moments = any(isinstance(field, _Moment) for field in mark)
     if 'count' not in new._fields or moments:
       return new
-    value = jnp.broadcast_to(count, new.count.shape).astype(new.count.dtype)
-    return new._replace(count=value)
+    count = function(new.count).astype(new.count.dtype)
+    return new._replace(count=count)
 
   return walk(state, marked)

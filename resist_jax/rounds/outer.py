@@ -15,7 +15,12 @@ import numpy as np
 import optax
 
 from resist_jax.decomposition import join
-from resist_jax.rounds.moments import Parts, put_together, take_apart
+from resist_jax.rounds.moments import (
+  Parts,
+  add_to_schedule_counts,
+  put_together,
+  take_apart,
+)
 
 PyTree = Any
 
@@ -25,6 +30,7 @@ def step(
   before: tuple[PyTree, PyTree],
   after: tuple[PyTree, PyTree],
   parts: Parts,
+  rounds: jax.Array,
 ) -> tuple[PyTree, Parts]:
   """Takes one step with the change of a round.
 
@@ -33,6 +39,8 @@ def step(
     before: The shared part and the chains before local training, `[W, ...]`.
     after: Their means over the workers after it.
     parts: The state of the optimiser, see `State.outer`, here `[W, ...]`.
+    rounds: How many rounds were trained as one, `int32[]`; schedules of the
+      optimiser count them all.
 
   Returns:
     All parameters after the step, and the state of the optimiser, whose moments
@@ -44,6 +52,7 @@ def step(
     state = put_together(outer, outer.init(before), parts)
     change = jax.tree.map(jnp.subtract, before, after)
     updates, state = outer.update(change, state, before)
+    state = add_to_schedule_counts(outer, state, rounds - 1)
     return optax.apply_updates(before, updates), take_apart(outer, state)
 
   return jax.vmap(one_worker)(

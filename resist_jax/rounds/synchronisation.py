@@ -47,6 +47,7 @@ def synchronise(
   norms: Norms | None,
   before: Mapping[str, Assignment],
   after: Mapping[str, Assignment],
+  rounds: jax.Array,
 ) -> tuple[Synchronised, dict[str, jax.Array]]:
   """Aggregates, and hands out the blocks of the next round.
 
@@ -61,6 +62,8 @@ def synchronise(
     norms: Norms of the updates of recent rounds; None if nobody judges them.
     before: The assignment of each chain in the round.
     after: The assignment of each chain in the next round.
+    rounds: How many rounds were trained as one, `int32[]`. A program that the
+      host calls after its own steps serves any number.
 
   Returns:
     What the state of the next round holds, and metrics `[W]` by name.
@@ -86,7 +89,12 @@ def synchronise(
   else:
     settled = _settle(protocol, chain, before, healthy, agreed_chain)
     params, outer = _outer_step(
-      protocol, (agreed_shared, agreed_chain), (shared, settled), outer, moves
+      protocol,
+      (agreed_shared, agreed_chain),
+      (shared, settled),
+      outer,
+      moves,
+      rounds,
     )
     shared, chain = split(params, protocol.num_blocks)
 
@@ -97,7 +105,8 @@ def synchronise(
     (shared, chain), split(local.params, protocol.num_blocks)
   )
   if average is not None:
-    average = _average(protocol, (shared, chain), average, before, after)
+    moves = before, after
+    average = _average(protocol, (shared, chain), average, moves, rounds)
   return (
     Synchronised(shared, chain, carried, error, outer, average, norms),
     metrics,
@@ -204,13 +213,14 @@ def _outer_step(
   settled: tuple[PyTree, PyTree],
   parts: Parts,
   moves: tuple,
+  rounds: jax.Array,
 ) -> tuple[PyTree, Parts]:
   """Takes a step of the outer optimiser, and hands over what comes of it."""
   assert protocol.outer is not None
   before, after, _ = moves
   shared, chain = agreed
   new, stepped = outer_lib.step(
-    protocol.outer, (shared, chain or {}), settled, parts
+    protocol.outer, (shared, chain or {}), settled, parts, rounds
   )
   held = [split(tree, protocol.num_blocks) for tree in (new, *stepped.moments)]
   moved = [
@@ -232,17 +242,17 @@ def _average(
   protocol: Protocol,
   new: tuple[PyTree, PyTree],
   parts: Parts,
-  before: Mapping[str, Assignment],
-  after: Mapping[str, Assignment],
+  moves: tuple[Mapping[str, Assignment], Mapping[str, Assignment]],
+  rounds: jax.Array,
 ) -> Parts:
   """Hands over the average over rounds, and adds this one to it."""
   (average,), count = parts
   # All holders of a block have the same average, faulty ones too.
-  moved = _exchange_chains(
-    protocol, average['chain'], before, after, None, None
-  )
+  moved = _exchange_chains(protocol, average['chain'], *moves, None, None)
   moved = Parts([join(average['shared'], moved)], count)
-  (average,), count = average_lib.step(protocol.average, join(*new), moved)
+  (average,), count = average_lib.step(
+    protocol.average, join(*new), moved, rounds
+  )
   halves = split(average, protocol.num_blocks)
   return Parts([dict(zip(('shared', 'chain'), halves, strict=True))], count)
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from test_outer import OUTER
 from test_trainer import (
@@ -114,6 +115,31 @@ def test_a_restored_training_repeats_to_the_bit(exchange, tmp_path):
     np.testing.assert_array_equal(x[CHAIN].slots, y[CHAIN].slots)
   got = trainer.params(state), trainer.averaged(state)
   jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize('case', ['replicas', 'in one program'])
+def test_an_average_counts_all_rounds(case):
+  trainer = make(OPTIMISERS['sgd'](0), average=0.5, **CASES[case])
+  state, networks = trainer.init(network()), []
+  for count in (1, 2, 4):
+    data = joined(int(state.round), count, 4)
+    state, _ = trainer.at_once(count).round(state, data)
+    networks += count * [trainer.params(state)]
+  weights = 0.5 ** np.arange(len(networks))[::-1]
+  want = jax.tree.map(
+    lambda *x: np.tensordot(weights / weights.sum(), np.stack(x), 1), *networks
+  )
+  assert_close(trainer.averaged(state), want)
+
+
+@pytest.mark.parametrize('case', ['replicas', 'in one program'])
+def test_a_schedule_of_the_outer_optimiser_counts_all_rounds(case):
+  ends = optax.sgd(lambda round: jnp.where(round < 2, 1.0, 0.0), momentum=0.5)
+  trainer = make(OPTIMISERS['sgd'](0), outer=ends, **CASES[case])
+  params = [
+    trainer.params(run(trainer, counts)[0]) for counts in ((2,), (2, 1))
+  ]
+  jax.tree.map(np.testing.assert_array_equal, *params)
 
 
 def test_compiled_programs_serve_all_lengths():
