@@ -29,6 +29,7 @@ from resist_jax.rounds import (
   State,
   Whole,
   assemble,
+  average,
   checks,
   distribute,
   make_mesh,
@@ -40,6 +41,7 @@ from resist_jax.rounds import (
 from resist_jax.rounds import state as states
 from resist_jax.rounds.arrays import place
 from resist_jax.rounds.mesh import REPLICATED, workers_here
+from resist_jax.rounds.moments import fits
 
 PyTree = Any
 
@@ -467,15 +469,21 @@ class Trainer:
 
     Returns:
       The state.
+
+    Raises:
+      ValueError: If it is the state of another optimiser; see also `protocol`.
     """
     done, draw = int(stored.state.round), int(stored.state.draw)
-    protocol = self._protocol(stored.state.num_blocks)
-    if tuple(protocol.num_blocks) == tuple(self.chains):
+    if tuple(stored.state.num_blocks) == tuple(self.chains):
+      protocol = self._protocol(stored.state.num_blocks)
       assignments = protocol.assign(self.seed, draw)
       state = storage.as_state(stored, protocol, self.devices, assignments)
       if state is not None:
+        _check_state(self, state)
         return state
-    return self.distribute(storage.as_whole(stored), done)
+    state = self.distribute(storage.as_whole(stored), done)
+    _check_state(self, state)
+    return state
 
 
 def _exactly(batches: Iterable[PyTree], steps: int) -> Iterator[PyTree]:
@@ -693,10 +701,10 @@ def _check_fields(trainer: Trainer) -> None:
         'outer takes small changes of the parameters, which a wire format with '
         'fewer bits would round away: use wire_format float32.'
       )
-  if not 0 <= trainer.average < 1:
+  if not 0 <= trainer.average <= average.LARGEST_DECAY:
     raise ValueError(
       f'average is {trainer.average}; it must be at least 0 and less than 1, '
-      'such as 0.9.'
+      f'such as 0.9, and at most {average.LARGEST_DECAY}.'
     )
   if trainer.average and trainer.chains and not trainer.exchange.format.exact:
     raise ValueError(
@@ -766,7 +774,24 @@ def _check_state(trainer: Trainer, state: State) -> None:
         f'the state is of a trainer with {name}={theirs!r}, but this one has '
         f'{ours!r}: use that trainer, or save and restore the state.'
       )
+  for field, parts in (('optimizer', state.carried), ('outer', state.outer)):
+    leaves, structure = jax.tree.flatten((state.shared, state.chain, parts))
+    shapes = tuple(x.shape[1:] for x in leaves)
+    if parts is not None and not _fits(trainer, field, structure, shapes):
+      raise ValueError(
+        f'the state is of a trainer with another {field}, which keeps other '
+        'things: use that one, or begin with the parameters alone, '
+        'trainer.init(params).'
+      )
   _check_usable(state)
+
+
+@lru_cache(maxsize=32)
+def _fits(trainer: Trainer, field: str, structure, shapes) -> bool:
+  """Returns whether an optimiser could keep what a state has of it."""
+  leaves = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  shared, chain, parts = structure.unflatten(leaves)
+  return fits(getattr(trainer, field), (shared, chain), parts)
 
 
 def _check_is_state(state: State) -> None:

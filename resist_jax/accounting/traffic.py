@@ -50,15 +50,18 @@ def measure(params: Mapping[str, PyTree], chains: Sequence[str]) -> Sizes:
   """Counts parameters.
 
   Args:
-    params: Global parameters by name, or their shapes.
-    chains: Names of the partitioned chains.
+    params: Global parameters by name, or their shapes, or a moment of them.
+    chains: Names of the partitioned chains; a moment may have none of one.
 
   Returns:
     The sizes.
   """
   shared, chain = split(params, chains)
-  lengths = {k: jax.tree.leaves(v)[0].shape[0] for k, v in chain.items()}
-  blocks = {k: _count(v) // lengths[k] for k, v in chain.items()}
+  lengths = {
+    k: next((x.shape[0] for x in jax.tree.leaves(v)), 0)
+    for k, v in chain.items()
+  }
+  blocks = {k: _count(v) // max(lengths[k], 1) for k, v in chain.items()}
   return Sizes(_count(params), _count(shared), blocks, lengths)
 
 
@@ -266,10 +269,16 @@ def _outer_bytes(protocol, load, name, num_devices, pair, outer) -> float:
     block_sizes=(block, *(moment.block[name] for moment in outer)),
     excludes=False,
   )
+  twice = 0.0
+  if not protocol.exclude_faulty:
+    # What is sent besides the blocks is the same, and XLA sends it once.
+    besides = moving._replace(block_sizes=())
+    twice = exchange.bytes(besides, num_devices, before, after)
   # Carried moments move while the blocks stay; both share their fixed costs.
   return (
     exchange.bytes(load, num_devices, before, after)
     - exchange.bytes(alone, num_devices, before, after)
     + exchange.bytes(alone._replace(stays=True), num_devices, before, stay)
     + exchange.bytes(moving, num_devices, before, after)
+    - twice
   )

@@ -16,6 +16,7 @@ from resist_jax.exchange import collectives
 from resist_jax.rounds.moments import Parts
 
 PyTree = Any
+LARGEST_DECAY = 0.999999  # In 32 bits, a little more would be 1.
 
 
 def first(params: PyTree) -> Parts:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from resist_jax.decomposition import join, split
+
 PyTree = Any
 
 
@@ -64,6 +66,33 @@ def take_apart(optimizer: optax.GradientTransformation, state: PyTree) -> Parts:
     [leaf.tree for leaf in leaves if isinstance(leaf, _Moment)],
     [leaf for leaf in leaves if not isinstance(leaf, _Moment)],
   )
+
+
+def fits(
+  optimizer: optax.GradientTransformation,
+  params: tuple[PyTree, dict[str, PyTree]],
+  parts: Parts,
+) -> bool:
+  """Returns whether parts can be those of an optimiser.
+
+  Args:
+    optimizer: The optimiser.
+    params: The shared part and the chains of a worker, or their shapes.
+    parts: The parts of a state of a worker, or their shapes; each moment is in
+      halves, `shared` and `chain`.
+  """
+  state = jax.eval_shape(optimizer.init, join(*params))
+  moments, rest = take_apart(optimizer, state)
+  halves = [split(moment, params[1]) for moment in moments]
+  wanted = [
+    dict(zip(('shared', 'chain'), pair, strict=True)) for pair in halves
+  ]
+
+  def form(tree):
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [x.shape for x in leaves]
+
+  return len(rest) == len(parts.rest) and form(wanted) == form(parts.moments)
 
 
 def put_together(

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from resist_jax.decomposition import join
+from resist_jax.errors import one_line
 from resist_jax.rounds.moments import (
   Parts,
   add_to_schedule_counts,
@@ -72,10 +73,10 @@ def check(outer: Any) -> None:
   Raises:
     ValueError: If it is no optimiser, or couples numbers.
   """
-  if not callable(getattr(outer, 'update', None)):
+  remedy = 'such as optax.sgd(0.7, momentum=0.9, nesterov=True)'
+  if not all(callable(getattr(outer, n, None)) for n in ('init', 'update')):
     raise ValueError(
-      f'outer is {outer!r}; it must be an optax optimiser, such as '
-      'optax.sgd(0.7, momentum=0.9, nesterov=True).'
+      f'outer is {outer!r}; it must be an optax optimiser, {remedy}.'
     )
   first = np.array([1.0, -2.0], np.float32)
 
@@ -85,7 +86,16 @@ def check(outer: Any) -> None:
     updates, _ = outer.update(params, outer.init(params), params)
     return np.asarray(updates['a'][:2])
 
-  if not np.allclose(updated(1.0), updated(100.0)):
+  try:
+    # The norm of the larger one exceeds any threshold that somebody clips at.
+    found, other = updated(1.0), updated(1e18)
+  except Exception as error:  # It is anybody's program.
+    raise ValueError(
+      f'outer cannot be used ({one_line(error)}): it gets changes and '
+      'parameters, of any structure, and nothing else; use an optimiser that '
+      f'needs no more, {remedy}.'
+    ) from error
+  if not np.allclose(found, other):
     raise ValueError(
       'outer treats the parameters together, as by their norm, but a worker '
       'holds only some of them: use an optimiser that treats each number '

@@ -117,7 +117,15 @@ def _first_parts(optimizer, params, protocol, field) -> Parts:
   parts = take_apart(optimizer, opt_state)
   for name, length in protocol.num_blocks.items():
     for moment in parts.moments:
-      for leaf in jax.tree.leaves(split(moment, [name])[1]):
+      try:
+        chain = split(moment, [name])[1]
+      except KeyError as error:  # All around the chain is masked.
+        raise ValueError(
+          f'{field} is set, but its optimiser keeps a moment that has no place '
+          f'for chain {name!r}: give optax.multi_transform and optax.masked '
+          'labels or a mask for each array.'
+        ) from error
+      for leaf in jax.tree.leaves(chain):
         if not leaf.ndim or len(leaf) != length:
           raise ValueError(
             f'{field} is set, but its optimiser keeps a moment of shape '

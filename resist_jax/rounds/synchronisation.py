@@ -262,8 +262,10 @@ def _exchange_chains(
 ):
   """Exchanges every chain; `agreed` are their blocks before, or None."""
   agreed = agreed or dict.fromkeys(chains)
-  exchanged = {}
+  exchanged = dict(chains)
   for name, blocks in chains.items():
+    if not jax.tree.leaves(blocks):  # Another optimiser has these parameters.
+      continue
     with jax.named_scope(scope.format(name)):
       exchanged[name] = protocol.exchange.exchange(
         protocol.division(name),

@@ -9,6 +9,7 @@ from resist_jax import data, models
 from resist_jax.decomposition import Division
 from resist_jax.errors import ConfigError, did_you_mean
 from resist_jax.exchange import FORMATS
+from resist_jax.rounds import average
 from resist_jax.run import cards
 from resist_jax.run.config import (
   EXCHANGES,
@@ -103,6 +104,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     raise ConfigError(
       f'optimizer.momentum is {config.optimizer.momentum}; it must be at least '
       '0 and less than 1.'
+    )
+  if config.optimizer.nesterov and not config.optimizer.momentum:
+    raise ConfigError(
+      'optimizer.nesterov is on, but optimizer.momentum is 0: set that, such '
+      'as 0.9, or turn nesterov off.'
     )
   if not 0 <= config.data.validation < 1:
     raise ConfigError(
@@ -333,6 +339,11 @@ def _check_distillation(config) -> None:
     raise ConfigError(
       f'distillation.temperature is {temperature}; it must be greater than 0.'
     )
+  if temperature != 2 and not weight:
+    raise ConfigError(
+      f'distillation.temperature is {temperature}, but distillation.weight is '
+      '0: set that, such as 0.5, or leave the temperature at 2.'
+    )
   if weight and config.protocol == 'data_parallel':
     raise ConfigError(
       f'distillation.weight is {weight}, but all workers of data_parallel '
@@ -382,10 +393,10 @@ def _check_outer_and_average(config) -> None:
       'that outer takes: use float32, or set outer.lr to 0.'
     )
   decay = config.average.decay
-  if not 0 <= decay < 1:
+  if not 0 <= decay <= average.LARGEST_DECAY:
     raise ConfigError(
       f'average.decay is {decay}; it must be at least 0 and less than 1, such '
-      'as 0.9.'
+      f'as 0.9, and at most {average.LARGEST_DECAY}.'
     )
   if decay and config.wire_format != 'float32' and config.protocol == 'resist':
     raise ConfigError(

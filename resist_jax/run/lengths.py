@@ -11,6 +11,7 @@ compiled.
 from collections.abc import Sequence
 import dataclasses
 import itertools
+import math
 
 import jax
 import ml_collections
@@ -49,7 +50,7 @@ class Lengths:
   def _allows(self, count: int, rate: float) -> bool:
     # Of a rate of 0, every length is short enough.
     steps = count * self.config.local_steps
-    return steps * rate**2 <= self.config.local_steps_alpha**2
+    return math.sqrt(steps) * rate <= self.config.local_steps_alpha
 
   def _end(self, done: int) -> int:
     """Returns how many rounds are done at the end of the phase of the next."""

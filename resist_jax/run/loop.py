@@ -241,7 +241,7 @@ class Loop:
 
     Where the host dispatches steps, it also ends.
     """
-    processes.doing(f'round {index + 1}')
+    processes.doing(f'round {index + 1}', count)
     if self._apart:
       # Time spent waiting for other processes is not counted.
       processes.barrier()

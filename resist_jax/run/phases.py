@@ -3,7 +3,7 @@
 A phase trains by a `Trainer`, made from the config of the run.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import math
 
@@ -18,6 +18,7 @@ from resist_jax.decomposition import Assignment
 from resist_jax.errors import FOREIGN, ConfigError, one_line
 from resist_jax.exchange import DATA
 from resist_jax.rounds import Protocol, mesh_sizes
+from resist_jax.rounds.moments import take_apart
 from resist_jax.run import cards, optimizer
 from resist_jax.run.averaged import AveragedTest
 from resist_jax.run.config import make_exchange
@@ -34,16 +35,19 @@ class Traffic:
     protocol: Who holds what.
     sizes: Parameter counts, as the protocol cuts the network.
     mesh: Where the workers live.
+    moments: Sizes of each moment of the optimiser, where they are carried; None
+      for one moment of the parameters' size.
   """
 
   protocol: Protocol
   sizes: accounting.Sizes
   mesh: Mesh
+  moments: Sequence[accounting.Sizes] | None
 
   @property
   def bytes_per_round(self) -> int:
     """Bytes of a round by the paper's count."""
-    return accounting.paper_bytes(self.sizes, self.protocol)
+    return accounting.paper_bytes(self.sizes, self.protocol, self.moments)
 
   def wire_bytes(
     self,
@@ -63,7 +67,11 @@ class Traffic:
     if before is not None and after is not None:
       moves = {name: (before[name], after[name]) for name in before}
     D, G = mesh_sizes(self.mesh)
-    return round(accounting.wire_bytes(self.sizes, self.protocol, D, moves, G))
+    return round(
+      accounting.wire_bytes(
+        self.sizes, self.protocol, D, moves, G, self.moments
+      )
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,8 +174,10 @@ def make_phase(setup: Setup, name: str) -> Phase:
     on_device=not setup.on_cpu,
     **_protocol_fields(setup, name),
   )
-  traffic = describe(setup, name)
-  return Phase(traffic.protocol, traffic.sizes, setup.mesh, name, trainer)
+  found = describe(setup, name)
+  return Phase(
+    found.protocol, found.sizes, found.mesh, found.moments, name, trainer
+  )
 
 
 def describe(setup: Setup, name: str) -> Traffic:
@@ -176,7 +186,19 @@ def describe(setup: Setup, name: str) -> Traffic:
   sizes = accounting.Sizes(total, total, {}, {})
   if name == 'resist':
     sizes = setup.sizes
-  return Traffic(protocol_named(setup, name), sizes, setup.mesh)
+  protocol = protocol_named(setup, name)
+  moments = None
+  if protocol.carry and setup.config.model.module:  # It may have any optimiser.
+    moments = _moments(setup, list(protocol.num_blocks))
+  return Traffic(protocol, sizes, setup.mesh, moments)
+
+
+def _moments(setup: Setup, chains: Sequence[str]) -> list[accounting.Sizes]:
+  """Counts the numbers of each moment of the optimiser."""
+  made = setup.task.make_optimizer(schedule(setup.config))
+  state = jax.eval_shape(made.init, setup.task.shapes())
+  moments = take_apart(made, state).moments
+  return [accounting.measure(moment, chains) for moment in moments]
 
 
 def _protocol_fields(setup: Setup, name: str) -> dict:

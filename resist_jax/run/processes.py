@@ -113,7 +113,7 @@ class _Monitor:
   Attributes:
     current: The monitor of this process, if the run has several processes.
     ended: For each other process that has ended, its exit code and the reason.
-    task: What this process does now, and since when.
+    task: What this process does now, since when, and how long it may.
   """
 
   current: '_Monitor | None' = None
@@ -131,7 +131,7 @@ class _Monitor:
     self._largest_gap = 0.0  # Seconds between two of its own heartbeats.
     self._tasks: dict[int, str] = {}
     self.ended: dict[int, tuple[int, str]] = {}
-    self.task = ('', now)
+    self.task = ('', now, self._longest)
     self._exiting = False
     self._num_barriers = self._num_told = 0
 
@@ -214,13 +214,17 @@ class _Monitor:
     for process, last in self._last_heartbeat.items():
       if process not in self.ended and now - last > timeout:
         self.give_up(f'{self._name(process)} has sent no heartbeat {silence}')
-    name, since = self.task
-    if name and now - since > self._longest:
+    name, since, limit = self.task
+    if name and now - since > limit:
       self.give_up(
-        f'{name} has taken more than {self._longest:.0f} seconds '
+        f'{name} has taken more than {limit:.0f} seconds '
         f'({self._elsewhere(name)}; if it only is slow, raise '
         'faults.progress_timeout)'
       )
+
+  def begin_task(self, name: str, times: int) -> None:
+    """Says what this process does from now on; see `doing`."""
+    self.task = (name, time.monotonic(), times * self._longest)
 
   def _elsewhere(self, name: str) -> str:
     """Returns what the other processes do."""
@@ -357,7 +361,7 @@ def barrier() -> None:
     _Monitor.current.barrier()
 
 
-def doing(name: str) -> None:
+def doing(name: str, times: int = 1) -> None:
   """Says what this process does from now on, and limits how long it takes.
 
   A process that is alive may still wait for ever, such as for one that entered
@@ -367,9 +371,10 @@ def doing(name: str) -> None:
   Args:
     name: What all processes do now, such as `round 7`; empty for nothing that
       has a limit.
+    times: How many limits long it may take.
   """
   if _Monitor.current:
-    _Monitor.current.task = (name, time.monotonic())
+    _Monitor.current.begin_task(name, times)
 
 
 def agree(description: Mapping[str, Any], remedy: str) -> None:

@@ -159,6 +159,8 @@ def test_a_process_ends_with_the_line_and_2(words, says, tmp_path):
     ('configs/cifr100.py:s4', 'Did you mean --config=cifar100'),
     ('digits:huge', "unknown word 'huge'"),
     ('cifar10:s4,huge', "unknown word 'huge'"),
+    ('cifar10:s4,s8', 's4 and s8 exclude each other'),
+    ('resist_plus:cpu90,smoke', 'cpu90 and smoke exclude each other'),
     ('deeper:152,cpu90', "'cpu90' is a scale of cifar10"),
   ],
 )

@@ -17,6 +17,7 @@ import optax
 import own_network
 import pytest
 from test_train import rows, tiny_config
+from wire import train_and_compare
 
 from resist_jax.errors import ConfigError
 from resist_jax.run import (
@@ -25,7 +26,9 @@ from resist_jax.run import (
   export,
   export_command,
   module_task,
+  phases,
   predict_command,
+  setup,
   train,
 )
 from resist_jax.run.interrupt import Interrupted
@@ -212,6 +215,28 @@ def test_a_module_may_bring_an_optimizer(tmp_path, monkeypatch):
   params, _ = export.load_parameters(tmp_path)
   begun = own_network.network(config()).init(0)
   jax.tree.map(np.testing.assert_array_equal, params, begun)
+
+
+@pytest.mark.parametrize(
+  ('optimizer', 'parts'),
+  rest_is_slow([(optax.adam, 3), (optax.sgd, 1)], quick=[(optax.adam, 3)]),
+)
+def test_the_moments_of_a_module_count_as_many_as_they_are(
+  optimizer, parts, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(
+    own_network,
+    'optimizer',
+    lambda config, schedule: optimizer(schedule),
+    raising=False,
+  )
+  carried = config(num_rounds=1)
+  carried.optimizer.carry_momentum = True
+  with jax.numpy_dtype_promotion('standard'):  # Adam mixes dtypes.
+    summary = train_and_compare(carried, tmp_path)
+    carried.optimizer.carry_momentum = False
+    alone = phases.describe(setup.prepare(carried), 'resist').bytes_per_round
+  assert summary['bytes_per_round'] == parts * alone
 
 
 def test_other_workers_need_a_module_that_rescales(tmp_path, monkeypatch):

@@ -112,7 +112,9 @@ import sys, time
 from resist_jax.run import processes
 me = int(sys.argv[2])
 place = processes.Place(sys.argv[1], 2, me)
-processes.start(place, {}, processes.Patience(300, progress=10))
+processes.start(place, {}, processes.Patience(300, progress=5))
+processes.doing('four rounds as one', times=4)
+time.sleep(8)
 processes.doing('round 8')
 if me == 0:
   processes.doing('the checkpoint of round 8')

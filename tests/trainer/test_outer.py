@@ -1,6 +1,7 @@
 """An outer optimiser takes the mean change of a round, block by block."""
 
 import itertools
+import types
 
 from covering import rest_is_slow
 import jax
@@ -166,7 +167,15 @@ PSUM = {'exchange': resist.exchange.masked_psum()}
 FORMS = {
   'psum': (PSUM, 4),
   'carried psum': ({**PSUM, 'carry': True}, 2),
+  'psum of all': ({**PSUM, 'exclude_faulty': False}, 4),
+  'carried psum of all': ({**PSUM, 'exclude_faulty': False, 'carry': True}, 2),
+  'averaged psum of all': (
+    {**PSUM, 'exclude_faulty': False, 'average': 0.5},
+    2,
+  ),
   'replicas': ({'min_depth': 2}, 4),
+  'replicas of all': ({'min_depth': 2, 'exclude_faulty': False}, 4),
+  'unequal depths': ({'depths': (2, 1, 1, 1)}, 4),
   'carried replicas': ({'carry': True, 'min_depth': 2}, 2),
   'nothing is cut': ({'chains': ()}, 2),
 }
@@ -212,6 +221,16 @@ def moment_sizes(state, field):
       {'outer': optax.lamb(0.1)},
       'outer treats the parameters together',
     ),
+    (
+      {'outer': optax.chain(optax.clip_by_global_norm(1e4), optax.sgd(0.7))},
+      'outer treats the parameters together',
+    ),
+    ({'outer': optax.polyak_sgd()}, r'outer cannot be used \(TypeError'),
+    (
+      {'outer': optax.multi_transform({'a': optax.sgd(1.0)}, {'blocks': 'a'})},
+      'outer cannot be used .*of any structure',
+    ),
+    ({'outer': types.SimpleNamespace(update=print)}, 'must be an optax optim'),
     (
       {
         'outer': OUTER['diloco'],

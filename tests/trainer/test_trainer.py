@@ -274,6 +274,82 @@ def test_carried_moments_go_where_their_blocks_go():
   assert np.abs(restarted['out'] - finals[0]['out']).max() > 1e-3
 
 
+def labels(params):
+  """One optimiser for the blocks, another one for what is shared."""
+  return jax.tree.map_with_path(
+    lambda path, _: 'a' if path[0].key == 'inner' else 'b', params
+  )
+
+
+@pytest.mark.parametrize(
+  ('exchange', 'first'),
+  [
+    (resist.exchange.hand_over(), optax.sgd(RATE, momentum=0.9)),
+    (resist.exchange.masked_psum(), optax.sgd(RATE)),
+  ],
+  ids=['hand_over', 'masked_psum'],
+)
+def test_carried_moments_of_several_optimisers_stay_apart(exchange, first):
+  """The shared part alone has Adam's; blocks have momentum, or nothing."""
+  adam, fields = optax.adam(RATE), {'carry': True, 'exchange': exchange}
+  parts = {'a': first, 'b': adam}
+  both = make(optax.multi_transform(parts, labels), **fields)
+  got, *_, state, _ = run(both)
+  masked = optax.masked(adam, lambda p: jax.tree.map(lambda x: x.ndim < 2, p))
+  blocks = optax.masked(first, lambda p: jax.tree.map(lambda x: x.ndim > 1, p))
+  chained = make(optax.chain(masked, blocks), **fields)
+  want, *_ = run(chained)
+  assert_close(got, want)
+  sizes = [sum(x.size for x in jax.tree.leaves(moment)) // 4
+           for moment in state.carried.moments]  # fmt: skip
+  assert sorted(sizes)[:2] == [WIDTH, WIDTH]  # Adam's, of `out`.
+  sent = both.bytes_per_round(both.init(network()))
+  alone = make(adam, exchange=exchange).bytes_per_round(both.init(network()))
+  assert sent > alone
+
+
+def test_a_moment_without_a_place_for_the_chain_is_refused():
+  by_name = {'inner': 'a', 'out': 'b'}
+  parts = {'a': optax.sgd(RATE), 'b': optax.adam(RATE)}
+  with pytest.raises(ValueError, match='labels or a mask for each array'):
+    make(optax.multi_transform(parts, by_name), carry=True).init(network())
+
+
+@pytest.mark.parametrize(
+  ('theirs', 'ours', 'field'),
+  [
+    ({'optimizer': optax.adam(RATE)}, {}, 'optimizer'),
+    ({}, {'optimizer': optax.sgd(falling(0), momentum=0.9)}, 'optimizer'),
+    ({'outer': optax.sgd(0.7)}, {'outer': optax.sgd(0.7, 0.9)}, 'outer'),
+    ({'outer': optax.adam(0.7)}, {'outer': optax.sgd(0.7, 0.9)}, 'outer'),
+  ],
+)
+def test_the_state_of_another_optimiser_is_refused(
+  theirs, ours, field, tmp_path
+):
+  other, trainer = make(carry=True, **theirs), make(carry=True, **ours)
+  state = other.init(network())
+  says = f'a trainer with another {field}, which keeps other things'
+  with pytest.raises(ValueError, match=says):
+    trainer.round(state, batches(0, 4))
+  other.save(tmp_path, state)
+  with pytest.raises(ValueError, match=says):
+    trainer.restore(tmp_path)
+  other.restore(tmp_path)
+
+
+def test_a_state_that_others_could_not_share_restores_where_nothing_is_cut(
+  tmp_path,
+):
+  psum = resist.exchange.masked_psum()
+  few = make(exchange=psum, min_depth=1, S=8)  # For five blocks.
+  state = few.init(network())
+  few.save(tmp_path, state)
+  whole = make(chains=(), S=8)
+  restored = whole.restore(tmp_path)
+  assert_close(whole.params(restored), network())
+
+
 def test_a_moment_that_mixes_blocks_is_refused():
   factored = optax.adafactor(RATE, min_dim_size_to_factor=2)
   with pytest.raises(ValueError, match='carry is set, but its optimiser keeps'):

@@ -60,6 +60,11 @@ def get_config(argument: str = '') -> ml_collections.ConfigDict:
       f'unknown word {sorted(unknown)[0]!r}: use s2, s4 or s8, and cpu, cpu90 '
       'or smoke, as in cifar10:cpu,s8.'
     )
+  for choice in ({'s2', 's4', 's8'}, set(SCALES)):
+    if len(words & choice) > 1:
+      raise ValueError(
+        f'{" and ".join(sorted(words & choice))} exclude each other: leave one.'
+      )
   config = fields.get_config()
   config.data.name = 'cifar10'
   config.num_workers = next((s for s in PAPER if f's{s}' in words), 4)
