@@ -3,7 +3,14 @@
 from collections.abc import Sequence
 
 from experiments import digits, quantised, slow_report, table2, to_accuracy
-from experiments.experiment import Cell, Record, Results, of_runs
+from experiments.experiment import (
+  Cell,
+  Record,
+  Results,
+  of_runs,
+  seconds,
+  spread,
+)
 from experiments.runs import load
 from experiments.table import Table
 
@@ -65,11 +72,11 @@ def _costs() -> Table:
       + [exchange] * (protocol == 'resist')
       + [wire_format] * (wire_format != 'float32')
     )
-    seconds = slow_report.exchange_seconds(links, link, method)
+    waited = slow_report.exchange_seconds(links, link, method)
     sent = _sent(protocol, exchange, wire_format) / 1e9
     rows.append(
       [name, *_accuracy_and_seconds(records), f'{sent:.2f} GB']
-      + [f'{seconds:.2f} s', results.percent(run)]
+      + [f'{waited:.2f} s', results.percent(run)]
     )
   summary = links[link, 'data_parallel']['summary']
   millions, steps = summary['params_total'] / 1e6, summary['local_steps']
@@ -102,9 +109,9 @@ def _paper_runs(protocol: str) -> list[Record]:
 def _accuracy_and_seconds(records: Sequence[Record]) -> list[str]:
   if not records:
     return ['', '']
-  summary = records[0]['summary']
-  accuracy = f'{100 * summary["test_accuracy"]:.1f}'
-  return [accuracy, f'{summary["seconds_training"]:.0f} s']
+  accuracies = [100 * r['summary']['test_accuracy'] for r in records]
+  trained = seconds(records)
+  return [spread(accuracies), f'{trained:.0f} s' if trained else '']
 
 
 def _digits(protocol: str, wire_format: str) -> tuple[Results, Cell]:
