@@ -159,7 +159,7 @@ def _encodable(feature: Any, value: Any) -> Any:
 
 def _refused(name: str, folder: str) -> str:
   """Returns why `data.load` refuses a set; empty if it reads all of it."""
-  data.sets.load.cache_clear()
+  data.sets.load_once.cache_clear()
   try:
     dataset = data.load(name, folder, image_size=32)
     for split in (dataset.train, *dataset.tests.values()):

@@ -34,6 +34,7 @@ from resist_jax.data.sets import (
 )
 from resist_jax.data.sources import GIVEN
 from resist_jax.data.sources import key as test_key
+from resist_jax.data.sources import same as same_set
 from resist_jax.data.streaming import StreamedImages
 from resist_jax.data.tables import Table, Tables, from_tables
 
@@ -65,6 +66,7 @@ __all__ = [
   'of_rounds',
   'pick',
   'read_files',
+  'same_set',
   'sample',
   'shapes_of_rounds',
   'test_key',

@@ -21,8 +21,10 @@ CHARACTERS = frozenset(
     'binary_alpha_digits',
     'digits',
     'mnist',
+    'mnist_corrupted',
     'emnist',
     'kmnist',
+    'svhn',
     'svhn_cropped',
     'omniglot',
     'cmaterdb',
@@ -61,14 +63,14 @@ def choose(
   """Returns the augmentation that the config field `data.augmentation` names.
 
   `auto` depends on the data set: random resized crops for images that are
-  resized while they stream, no crop for images lower than 24 pixels, padded
-  crops otherwise, and flips unless the images show characters.
+  resized while they stream, no crop for images with a side of less than 24
+  pixels, padded crops otherwise, and flips unless the images show characters.
 
   Args:
     kind: `crop`, `resized_crop`, either with `_flip`, `flip`, `none` or `auto`.
     dataset: The data set to augment.
-    pad: Pixels on every side of padded crops; -1: an eighth of the height, 4 of
-      32 (paper).
+    pad: Pixels on every side of padded crops; -1: an eighth of the shorter
+      side, 4 of 32 (paper).
     fill: What they show, one of `FILLS`.
     flips: How images are mirrored where they are, one of `FLIPS`.
 
@@ -79,11 +81,11 @@ def choose(
     ConfigError: If crops would show nothing of their image.
   """
   images = dataset.train.images
-  height = images.shape[1]
+  side = min(images.shape[1:3])
   if kind == 'auto':
     if isinstance(images, StreamedImages) and images.resized:
       kind = 'resized_crop_flip'
-    elif height < 24:  # A shift by one of 8 pixels is already large.
+    elif side < 24:  # A shift by one of 8 pixels is already large.
       kind = 'flip'
     else:
       kind = 'crop_flip'
@@ -92,11 +94,11 @@ def choose(
   if kind not in ('crop', 'crop_flip'):
     pad = 0
   elif pad < 0:
-    pad = height // 8
-  elif pad >= height:
+    pad = side // 8
+  elif pad >= side:
     raise ConfigError(
-      f'data.pad is {pad}, but the images of {dataset.name!r} are only '
-      f'{height} pixels high: lower it.'
+      f'data.pad is {pad}, but the images of {dataset.name!r} have a side of '
+      f'only {side} pixels: lower it.'
     )
   flip, alternate = 'flip' in kind, flips == 'alternating'
   return Augmentation(

@@ -22,7 +22,8 @@ from resist_jax.errors import ConfigError, one_line
 
 # Other names of the same split.
 _SPLITS = {'val': 'validation', 'valid': 'validation', 'dev': 'validation'}
-_USUAL = ('train', 'test', 'validation', *_SPLITS)  # Whatever is in them.
+_SPLITS |= {'training': 'train', 'testing': 'test'}
+_USUAL = ('train', 'test', 'validation')  # Whatever is in them.
 # What desktops and archives leave beside files.
 _LITTER = ('thumbs.db', 'desktop.ini', '__macosx')
 _AGAIN = 'run the same command again'
@@ -61,9 +62,9 @@ def find(name: str, class_names: Sequence[str] = ()) -> Prepared:
 
   Args:
     name: Path of the folder, in which `~` and `$NAME` are filled in. If it has
-      a folder `train` of folders, its folders are splits, of which `val` is
-      another name for `validation`; otherwise its folders are the classes of
-      the only split, `train`. Classes are sorted by name.
+      a folder `train` or `Training` of folders, its folders are splits, of
+      which `val` is another name for `validation`; otherwise its folders are
+      the classes of the only split, `train`. Classes are sorted by name.
     class_names: The classes of the set that this one is a test for; not all of
       them need be here. Empty for a set to train on.
 
@@ -113,15 +114,34 @@ def _shown(path: pathlib.Path, folder: bool) -> bool:
 
 def _splits(root: pathlib.Path) -> dict[str, pathlib.Path]:
   """Returns the folder of each split."""
-  train = root / 'train'
-  classes = {path.name for path in _folders_in(train)} if train.is_dir() else ()
+  inside = {path: _split_name(path) for path in _folders_in(root)}
+  classes = {
+    below.name
+    for path, split in inside.items()
+    if split == 'train'
+    for below in _folders_in(path)
+  }
   if not classes:
     return {'train': root}
-  return {
-    _SPLITS.get(path.name, path.name): path
-    for path in _folders_in(root)
-    if path.name in _USUAL or any((path / name).is_dir() for name in classes)
-  }
+  found: dict[str, pathlib.Path] = {}
+  for path, split in inside.items():
+    usual = split in _USUAL
+    if not usual and not any((path / name).is_dir() for name in classes):
+      continue
+    if split in found:
+      raise ConfigError(
+        f'{found[split]} and {path} are both the split {split}: move the '
+        'images of one into the other, or rename it.'
+      )
+    found[split] = path
+  return found
+
+
+def _split_name(path: pathlib.Path) -> str:
+  """Returns the split that a folder of this name is."""
+  lower = path.name.lower()
+  found = _SPLITS.get(lower, lower)
+  return found if found in _USUAL else path.name
 
 
 def _classes(name: str, train: pathlib.Path) -> tuple[str, ...]:
@@ -224,7 +244,8 @@ def read(
   for i, path in enumerate(paths):
     fits = _header(pathlib.Path(path)).size == (width, height)
     shape = height, width, channels
-    reader = StreamedImages(records, numbers, shape, resized or not fits)
+    kept = StreamedImages.kept if resized else 1.0
+    reader = StreamedImages(records, numbers, shape, resized or not fits, kept)
     images[i], _ = reader.example(i)
   return images
 

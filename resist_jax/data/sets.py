@@ -106,7 +106,6 @@ class Dataset:
     return isinstance(images, StreamedImages) and images.resized
 
 
-@functools.lru_cache(maxsize=1)  # Experiments train many times in one process.
 def load(
   name: str,
   data_dir: str = '',
@@ -153,19 +152,40 @@ def load(
       fit the other arguments.
   """
   _check_arguments(name, validation, streaming, image_size, extra_tests)
+  # The files of a person may change from one call to the next.
+  changing = any(map(sources.is_path, (name, *extra_tests)))
+  return (_load if changing else load_once)(
+    name,
+    data_dir,
+    validation,
+    (train_split, test_split),
+    Reading(streaming, image_size, resize, copies),
+    tuple(extra_tests),
+  )
+
+
+def _load(name, data_dir, validation, splits, reading, extra_tests) -> Dataset:
   source = sources.find(name, data_dir)
   extra: dict[str, Prepared] = {}
   for other in extra_tests:
+    if sources.same(other, name):
+      raise ConfigError(
+        f'data.extra_tests names {other!r}, the set that is trained on; its '
+        'test is there without that: remove it.'
+      )
     key = sources.key(other)
     if key in (*extra, 'train', 'test', 'validation'):
       raise ConfigError(
         f'data.extra_tests names {other!r}, but there is another test that is '
-        f'called {key}: remove one.'
+        f'called {key}: rename one, or remove it.'
       )
     extra[key] = sources.find(other, data_dir, source.class_names)
-  splits = source.train_and_test(train_split, test_split)
-  reading = Reading(streaming, image_size, resize, copies)
-  return assemble(source, splits, reading, validation, extra)
+  found = source.train_and_test(*splits)
+  return assemble(source, found, reading, validation, extra)
+
+
+# Experiments train many times in one process.
+load_once = functools.lru_cache(maxsize=1)(_load)
 
 
 def _check_arguments(name, validation, streaming, image_size, extra_tests):
@@ -345,7 +365,10 @@ def _split(
   numbers = np.arange(len(examples), dtype=np.int32)
   height, width, channels = form.shape
   resized = bool(form.reason) or source.image_shape[:2] != form.shape[:2]
-  images = StreamedImages(records, numbers, (height, width, channels), resized)
+  # Images that were not cut in training are not cut in another set either.
+  kept = StreamedImages.kept if form.reason else 1.0
+  shape = height, width, channels
+  images = StreamedImages(records, numbers, shape, resized, kept)
   arrays = examples.source
   ready = not (resized or streamed) and isinstance(arrays, Arrays)
   if ready and arrays.images.shape[1:] == form.shape:

@@ -9,6 +9,7 @@ import zlib
 
 import numpy as np
 
+from resist_jax import folders
 from resist_jax.data import (
   array_source,
   folder_source,
@@ -60,6 +61,32 @@ def find(
   ):
     return folder_source.find(name, class_names)
   return tfds_source.find(name, data_dir)
+
+
+def is_path(name: str) -> bool:
+  """Returns whether a name is that of a person's own files.
+
+  Args:
+    name: See `find`.
+  """
+  return bool(_PATH.match(name)) or name.endswith('.npz') or os.path.isdir(name)
+
+
+def same(name: str, other: str) -> bool:
+  """Returns whether two names are those of one data set.
+
+  Args:
+    name: See `find`.
+    other: See `find`.
+
+  >>> same('./photos/', '../photos'), same('./photos/', './photos')
+  (False, True)
+  """
+  if name == other or not (is_path(name) and is_path(other)):
+    return name == other
+  places = (folders.resolve(text, 'a data set') for text in (name, other))
+  first, second = (place.resolve() for place in places)
+  return first == second
 
 
 def key(name: str) -> str:

@@ -109,15 +109,17 @@ class StreamedImages:
     records: The records that hold the images.
     numbers: Positions of the N images among the records, `int32[N]`.
     image_shape: `(H, W, C)`.
-    resized: Whether images are cropped at the centre and resized to H x W: a
-      shorter side of `8/7 H` pixels, cropped to H (256 and 224 on ImageNet).
-      If not, all images must have the size H x W already.
+    resized: Whether images are cropped at the centre and resized to H x W. If
+      not, all images must have the size H x W already.
+    kept: What the central crop keeps of each side: a shorter side of `8/7 H`
+      pixels is cropped to H (256 and 224 on ImageNet).
   """
 
   records: Records
   numbers: np.ndarray
   image_shape: tuple[int, int, int]
   resized: bool
+  kept: float = 7 / 8
 
   dtype = np.dtype(np.uint8)
 
@@ -176,7 +178,10 @@ class StreamedImages:
     height, width, _ = self.image_shape
     image = self._decode(number, record)
     if self.resized:
-      box = random_box(rng, *image.size) if rng else centre_box(*image.size)
+      if rng:
+        box = random_box(rng, *image.size)
+      else:
+        box = centre_box(*image.size, width / height, self.kept)
       image = image.resize((width, height), Image.Resampling.BILINEAR, box)
     elif image.size != (width, height):
       raise ConfigError(
@@ -288,25 +293,33 @@ def _in_threads(function: Callable[[int], None], count: int) -> None:
     list(pool.map(lambda part: [function(i) for i in part] and None, parts))
 
 
-def centre_box(width: int, height: int) -> Box:
-  """Returns the central square whose side is 7/8 of an image's shorter side.
+def centre_box(
+  width: int, height: int, ratio: float = 1.0, kept: float = 7 / 8
+) -> Box:
+  """Returns the middle of an image.
 
-  Resized to 224 pixels, this is the usual central crop of an image whose
-  shorter side has 256 pixels.
+  By default it is a square whose side is 7/8 of the shorter side. Resized to
+  224 pixels, this is the usual central crop of an image whose shorter side has
+  256 pixels.
 
   Args:
     width: Width of the image in pixels.
     height: Height of the image in pixels.
+    ratio: How many times as wide as high the middle is.
+    kept: The part that it has of the side that limits it.
 
   Returns:
-    Left, top, right and bottom of the square, in pixels.
+    Left, top, right and bottom of the middle, in pixels.
 
   >>> centre_box(400, 320)
   (60.0, 20.0, 340.0, 300.0)
+  >>> centre_box(400, 320, ratio=0.5, kept=1.0)
+  (120.0, 0.0, 280.0, 320.0)
   """
-  side = min(width, height) * 7 / 8
-  left, top = (width - side) / 2, (height - side) / 2
-  return left, top, left + side, top + side
+  high = min(width / ratio, height) * kept
+  wide = high * ratio
+  left, top = (width - wide) / 2, (height - high) / 2
+  return left, top, left + wide, top + high
 
 
 def random_box(rng: np.random.Generator, width: int, height: int) -> Box:

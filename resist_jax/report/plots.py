@@ -402,8 +402,9 @@ def confusion_figure(
   axes.imshow(shares, cmap='Blues', vmin=0, vmax=1)
   axes.set(xlabel='taken for', ylabel='is')
   if n <= 40:
-    axes.set_xticks(range(n), class_names, rotation=90, fontsize='small')
-    axes.set_yticks(range(n), class_names, fontsize='small')
+    plain = {'fontsize': 'small', 'parse_math': False}  # A name may have $.
+    axes.set_xticks(range(n), class_names, rotation=90, **plain)
+    axes.set_yticks(range(n), class_names, **plain)
   for row, column in np.ndindex(n, n) if n <= 12 else ():
     colour = 'white' if shares[row, column] > 0.5 else 'black'
     text = f'{int(table[row, column])}'

@@ -11,7 +11,7 @@ import numpy as np
 
 from resist_jax import data
 from resist_jax.errors import ConfigError
-from resist_jax.run import depth, resnet_task, setup
+from resist_jax.run import depth, resnet_task, same_data, setup
 from resist_jax.run.config import cut_chains
 from resist_jax.run.evaluate import Batches, Evaluator, Results, count
 from resist_jax.run.export import Predictor
@@ -168,10 +168,13 @@ def assess(run: Trained, asked: Asked) -> dict[str, Any]:
     }
     dataset = dataclasses.replace(dataset, tests=some)
     test = dataclasses.replace(test, dataset=dataset)
+    trained = depth.trained_scales(run.config, lengths, cut_chains(run.config))
     # Norm statistics are measured anew for each network.
     found['depth'] = [
       network.row(_at(test, model, network))
-      for network in depth.networks(lengths, model.scales, depths, asked.draws)
+      for network in depth.networks(
+        lengths, model.scales, depths, asked.draws, trained
+      )
     ]
   return found
 
@@ -200,7 +203,8 @@ def _dataset(
   """Returns the sets to test on, and whether the training images are there."""
   config = asked.reading(run.config)
   tests = {}
-  if asked.data:
+  # The set of the run itself has images to train on, which are no test.
+  if asked.data and not data.same_set(asked.data, config.data.name):
     tests[data.test_key(asked.data)] = data.load_test(
       asked.data,
       model.class_names,
@@ -224,4 +228,24 @@ def _dataset(
     split = next(iter(tests.values()))
     names = model.class_names
     return data.Dataset('', split, tests, names, model.mean, model.std), False
+  _check_same(run, model, dataset)
   return dataclasses.replace(dataset, tests=tests or dataset.tests), True
+
+
+def _check_same(run: Trained, model: Predictor, dataset: data.Dataset) -> None:
+  """Refuses data of other classes, and warns of other examples."""
+  known = tuple(model.class_names), tuple(model.image_shape)
+  there = tuple(dataset.class_names), dataset.train.images.shape[1:]
+  said = same_data.told(run.folder, same_data.describe(dataset))
+  if known != there:
+    raise ConfigError(
+      f'the data set {run.config.data.name!r} is not what the run was trained '
+      f'on ({said or "other classes, or images of another size"}): bring that '
+      'back, or name a set to test on with --data.'
+    )
+  if said:
+    print(
+      f'the data are not what they were in the training ({said}): a test may '
+      'hold images that were trained on.',
+      file=sys.stderr,
+    )

@@ -49,9 +49,12 @@ def assess(run: Trained, asked: Asked) -> dict[str, Any]:
   }
   if depths:
     test = _test(task, model, asked.depth_examples)  # One program for all.
+    trained = depth.trained_scales(task.config, lengths, task.cuts)
     found['depth'] = [
       network.row(test(model.params, chains, network.scales).measures)
-      for network in depth.networks(lengths, model.scales, depths, asked.draws)
+      for network in depth.networks(
+        lengths, model.scales, depths, asked.draws, trained
+      )
     ]
   return found
 

@@ -7,9 +7,12 @@ computes the networks of all depths.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import ml_collections
 import numpy as np
 
+from resist_jax import accounting
 from resist_jax.errors import ConfigError
+from resist_jax.rounds import Protocol
 
 Scales = Mapping[str, np.ndarray]
 
@@ -41,6 +44,7 @@ def networks(
   scales: Scales,
   depths: Sequence[int],
   draws: int,
+  trained: Mapping[str, float],
 ) -> Iterator[Shallower]:
   """Yields shallower networks inside a trained one.
 
@@ -50,6 +54,7 @@ def networks(
     scales: Residual scales of the whole network; 1 for any other chain.
     depths: Blocks of the longest chain to keep, each from 0 to L.
     draws: Random choices of blocks for each depth.
+    trained: See `trained_scales`.
   """
   longest = max(lengths.values(), default=0)
   for blocks in depths:
@@ -62,7 +67,8 @@ def networks(
           first(number, length) if draw < 0 else drawn(number, length, draw)
         )
         whole = scales.get(name, np.ones(length, np.float32))
-        kept[name] = keep(np.asarray(whole), chosen)
+        most = trained.get(name, 1.0)
+        kept[name] = keep(np.asarray(whole), chosen, most)
       order = 'first' if draw < 0 else 'random'
       yield Shallower(order, blocks, max(draw, 0), {**scales, **kept})
 
@@ -89,16 +95,43 @@ def drawn(count: int, length: int, draw: int) -> np.ndarray:
   return np.sort(rng.permutation(length)[:count])
 
 
-def keep(scale: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+def trained_scales(
+  config: ml_collections.ConfigDict,
+  lengths: Mapping[str, int],
+  cuts: Mapping[str, int | None],
+) -> dict[str, float]:
+  """Returns the residual scale of each chain's blocks on a worker.
+
+  Args:
+    config: Config of the run.
+    lengths: L of each chain.
+    cuts: See `Task.cuts`.
+  """
+  if config.residual_scale != 'training' or config.protocol != 'resist':
+    return dict.fromkeys(lengths, 1.0)
+  depths = config.depths if isinstance(config.depths, tuple | list) else ()
+  least = {name: cuts[name] for name in lengths}
+  protocol = Protocol(
+    config.num_workers, 1, dict(lengths), min_depth=least, depths=tuple(depths)
+  )
+  return {
+    name: 1 / accounting.expected_share(protocol, name) for name in lengths
+  }
+
+
+def keep(
+  scale: np.ndarray, blocks: np.ndarray, trained: float = 1.0
+) -> np.ndarray:
   """Returns the residual scales of a chain of which some blocks are kept.
 
   The sum of the scales stays what it is in the whole chain, as far as none is
-  larger than 1 or than it was: as many blocks as a worker trained with run at
-  the scale that they were trained at.
+  larger than in training or than it was: as many blocks as a worker trained
+  with run at the scale that they were trained at.
 
   Args:
     scale: `float32[L]`, those of the whole chain.
     blocks: Which blocks are kept.
+    trained: The scale that a worker trained them at.
 
   Returns:
     `float32[L]`, 0 for all others.
@@ -109,7 +142,7 @@ def keep(scale: np.ndarray, blocks: np.ndarray) -> np.ndarray:
   kept = np.zeros_like(scale)
   if len(blocks):
     raised = scale[blocks] * len(scale) / len(blocks)
-    kept[blocks] = np.minimum(raised, np.maximum(scale[blocks], 1))
+    kept[blocks] = np.minimum(raised, np.maximum(scale[blocks], trained))
   return kept
 
 

@@ -28,23 +28,25 @@ class Format(NamedTuple):
   Attributes:
     package: What is needed to write it.
     name: Name of what is written.
-    files: What lies in it, if it is a folder; empty for a file.
+    files: What always lies in it, if it is a folder; empty for a file.
+    others: What may lie beside these.
   """
 
   package: str
   name: str
   files: tuple[str, ...] = ()
+  others: tuple[str, ...] = ()
 
 
 FORMATS = {
   'safetensors': Format('safetensors', 'model.safetensors'),
   'torch': Format(
     'torch', 'torch',
-    ('network.pt', 'network.py', 'network.json', '__pycache__'),
+    ('network.pt', 'network.py', 'network.json'), ('__pycache__',),
   ),
   'savedmodel': Format(
     'tensorflow', 'savedmodel',
-    ('saved_model.pb', 'fingerprint.pb', 'variables', 'assets'),
+    ('saved_model.pb', 'variables'), ('fingerprint.pb', 'assets'),
   ),
   'onnx': Format('onnx', 'model.onnx'),
 }  # fmt: skip
@@ -92,12 +94,14 @@ def check(kind: str, path: pathlib.Path) -> None:
   Raises:
     ConfigError: If it cannot.
   """
-  files = FORMATS[kind].files
+  files, others = {*FORMATS[kind].files}, {*FORMATS[kind].others}
   if not files:
     folders.check_file(path, '--out')
     return
   folders.check_writable(path, '--out')
-  other = sorted({p.name for p in path.glob('*')} - {*files})
+  there = {p.name for p in path.glob('*')}
+  # A folder that lacks some of its files is none that was written here.
+  other = sorted(there - files - others if files <= there else there)
   if other:
     listed = ', '.join(other[:3]) + (', ...' if other[3:] else '')
     raise ConfigError(

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 import contextlib
 import csv
+import io
 import os
 import pathlib
 import sys
@@ -83,11 +84,13 @@ def _check_out(path: pathlib.Path) -> None:
 @contextlib.contextmanager
 def _opened(out: str | None) -> Iterator[IO[str]]:
   """Opens what prints, or a file that replaces `out` when it is whole."""
+  odd = 'surrogateescape'  # Names of files may be no text.
   if out is None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+      sys.stdout.reconfigure(errors=odd)
     yield sys.stdout
     return
   path = folders.resolve(out, '--out')
-  odd = 'surrogateescape'  # Names of files may be no text.
   with (
     folders.replacing(path) as part,
     part.open('w', encoding='utf-8', errors=odd, newline='') as file,

@@ -15,7 +15,14 @@ import ml_collections
 from resist_jax import folders, report
 from resist_jax.errors import ConfigError, NonFiniteError
 from resist_jax.rounds import assemble, averaged
-from resist_jax.run import metrics, phases, processes, speed, stopping
+from resist_jax.run import (
+  metrics,
+  phases,
+  processes,
+  same_data,
+  speed,
+  stopping,
+)
 from resist_jax.run import workdir as workdir_lib
 from resist_jax.run.callbacks import Began, Callback, Callbacks, Function
 from resist_jax.run.checkpoint import Checkpoints, Restored
@@ -78,6 +85,7 @@ def train(
   with locked(folder) if first else contextlib.nullcontext():
     if first:  # While data were read, another run may have begun and ended.
       workdir_lib.check(folder, config.to_dict())
+      same_data.check(folder, same_data.describe(setup.dataset))
     _check_shared(folder)
     return _train_in(folder, setup, called, started)
 
@@ -138,6 +146,7 @@ def _rounds(
     )
     if writes:
       workdir_lib.write_json(folder / 'config.json', config.to_dict())
+      same_data.write(folder, same_data.describe(setup.dataset))
     unit, rounds = setup.dataset.unit, config.num_rounds
     with metrics.open_log(folder, done, rounds, writes, unit) as log:
       loop = Loop(setup, checkpoints, log, callbacks, interrupt)

@@ -16,7 +16,7 @@ def write(folder, **arrays):
 
 
 def load(path, **fields):
-  sets.load.cache_clear()
+  sets.load_once.cache_clear()
   return data.load(path, **fields)
 
 

@@ -234,6 +234,15 @@ def test_a_pad_is_chosen_for_padded_crops_alone():
     data.choose('crop', digits, pad=8)
 
 
+def test_a_pad_fits_the_shorter_side():
+  pixels = np.zeros((12, 64, 16, 3), np.uint8)
+  flat = data.from_arrays(pixels, np.arange(12) % 3)
+  assert data.choose('crop', flat).pad == 2
+  assert data.choose('auto', flat) == data.Augmentation(flip=True)
+  with pytest.raises(ConfigError, match='a side of only 16 pixels'):
+    data.choose('crop', flat, pad=20)
+
+
 def test_flips_alternate_where_images_are_flipped_at_all():
   digits = data.load('digits')
   chosen = data.choose('crop_flip', digits, flips='alternating')

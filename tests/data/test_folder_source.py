@@ -36,7 +36,7 @@ def some(folder, classes=('cat', 'dog'), count=4, shape=(8, 8, 3)):
 
 
 def load(folder, **fields):
-  sets.load.cache_clear()
+  sets.load_once.cache_clear()
   return data.load(str(folder), **fields)
 
 
@@ -97,6 +97,43 @@ def test_every_kind_of_file_has_the_pixels_that_were_written(tmp_path):
   assert dataset.class_names == ('cat', 'dog')
   assert dataset.name == tmp_path.name
   assert not dataset.streamed
+
+
+@pytest.mark.parametrize(
+  ('train', 'test'), [('Training', 'Testing'), ('Train', 'TEST')]
+)
+def test_splits_may_be_spelled_otherwise(tmp_path, train, test):
+  some(tmp_path / train)
+  some(tmp_path / test, count=2)
+  dataset = load(tmp_path)
+  assert dataset.class_names == ('cat', 'dog')
+  assert [len(dataset.train), len(dataset.tests['test'])] == [8, 4]
+  some(tmp_path / 'test', count=1)
+  assert 'are both the split test' in refusal(tmp_path)
+
+
+def test_a_class_may_have_the_name_of_a_split(tmp_path):
+  some(tmp_path, ('bus', 'train', 'Testing'))
+  assert load(tmp_path).class_names == ('Testing', 'bus', 'train')
+
+
+def test_a_folder_is_read_anew_by_every_load(tmp_path):
+  some(tmp_path, count=5)
+  assert data.load(str(tmp_path)).num_classes == 2
+  some(tmp_path, ('cow',), count=5)
+  assert data.load(str(tmp_path)).num_classes == 3
+
+
+def test_an_image_of_another_size_keeps_its_shape(tmp_path):
+  """A network of 8x4 pixels sees the middle that is twice as high as wide."""
+  image = np.zeros((16, 32, 3), np.uint8)
+  image[:, 10:22] = 255  # A filter sees two pixels around the middle.
+  path = str(put(tmp_path / 'wide.png', image))
+  (found,) = data.read_files([path], (8, 4, 3), False)
+  assert found.min() == 255
+  (found,) = data.read_files([path], (8, 16, 3), False)  # All of it.
+  assert found[:, :4].max() == 0
+  assert found[:, 7:9].min() == 255
 
 
 def test_a_photograph_that_was_taken_sideways_stands_upright(tmp_path):

@@ -26,7 +26,7 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 
 def refusal(name, **fields):
-  sets.load.cache_clear()
+  sets.load_once.cache_clear()
   with pytest.raises(ConfigError) as caught:
     data.load(name, **fields)
   message = str(caught.value)

@@ -24,7 +24,7 @@ NAMES = ['cat', 'dog', 'eel']
 
 def refusal(name, folder, **fields):
   """Returns the one line that refuses a set."""
-  sets.load.cache_clear()
+  sets.load_once.cache_clear()
   with pytest.raises(ConfigError) as caught:
     data.load(name, str(folder), **fields)
   message = str(caught.value)
@@ -117,10 +117,10 @@ def test_the_folder_may_be_named_as_in_a_shell(tmp_path, monkeypatch):
   monkeypatch.setenv('WHERE', 'sets')
   monkeypatch.chdir(tmp_path)
   for folder in ('~/sets', '$HOME/sets', '~/${WHERE}', 'sets'):
-    sets.load.cache_clear()
+    sets.load_once.cache_clear()
     assert len(data.load('own', folder).train) == 3
     monkeypatch.setenv('TFDS_DATA_DIR', folder)
-    sets.load.cache_clear()
+    sets.load_once.cache_clear()
     assert len(data.load('own').train) == 3
   assert "'$NOT_THERE/sets', but $NOT_THERE is not set" in (
     refusal('own', '$NOT_THERE/sets')
@@ -261,7 +261,7 @@ def test_a_set_with_one_split_is_tested_on_a_fifth_of_it(streaming, tmp_path):
   assert len({bytes(x) for x in (*train.images, *test.images)}) == 60
   assert dataset.class_names == tuple(NAMES)
   assert dataset.num_classes == 3
-  sets.load.cache_clear()
+  sets.load_once.cache_clear()
   again = data.load('own', str(tmp_path)).tests['test']
   np.testing.assert_array_equal(again.images, test.images)
 

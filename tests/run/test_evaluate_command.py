@@ -95,6 +95,24 @@ def test_a_network_of_fewer_blocks_is_a_shorter_chain(finished):
   np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_a_shallower_network_runs_at_the_scale_of_the_training():
+  """With the scale in training, a worker's blocks ran at S times theirs."""
+  lengths, cuts = {'chain': 12}, {'chain': 4, 'other': None}
+  config = tiny_config()
+  assert depth.trained_scales(config, lengths, cuts) == {'chain': 1.0}
+  config.residual_scale = 'training'
+  trained_at = depth.trained_scales(config, lengths, {'chain': None})
+  assert trained_at == {'chain': 4.0}
+  whole = np.ones(12, np.float32)
+  for blocks, want in ((2, 4.0), (3, 4.0), (6, 2.0), (12, 1.0)):
+    kept = depth.keep(whole, depth.first(blocks, 12), trained_at['chain'])
+    assert kept[:blocks].tolist() == [want] * blocks
+  # With a minimum depth, 16 copies of 12 blocks are held by 4 workers.
+  assert depth.trained_scales(config, lengths, cuts) == {'chain': 3.0}
+  config.protocol = 'local_sgd'
+  assert depth.trained_scales(config, lengths, cuts) == {'chain': 1.0}
+
+
 def test_another_set_is_tested_with_the_classes_of_the_run(
   finished, capsys, tmp_path
 ):

@@ -160,6 +160,25 @@ def test_onnx_runtime_runs_a_graph(model, tmp_path):
   assert json.loads(about['class_names']) == list(NAMES)
 
 
+@pytest.mark.parametrize('kind', ['torch', 'savedmodel'])
+def test_only_a_whole_earlier_export_is_replaced(kind, tmp_path):
+  """A file of somebody's own may have a name of ours."""
+  (some, *_), others = formats.FORMATS[kind].files, formats.FORMATS[kind].others
+  for names in ([some], [*others], [*formats.FORMATS[kind].files, 'mine']):
+    folder = tmp_path / '_'.join(names)
+    folder.mkdir()
+    for name in names:
+      (folder / name).write_text('')
+    with pytest.raises(ConfigError, match='a folder that holds other things'):
+      formats.check(kind, folder)
+  formats.check(kind, tmp_path / 'new')
+  whole = tmp_path / 'whole'
+  whole.mkdir()
+  for name in (*formats.FORMATS[kind].files, *others):
+    (whole / name).write_text('')
+  formats.check(kind, whole)
+
+
 LOAD = """
 import sys, numpy as np, tensorflow as tf
 loaded = tf.saved_model.load(sys.argv[1])

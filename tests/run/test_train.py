@@ -84,8 +84,8 @@ def test_curves_may_begin_before_the_first_round(finished, tmp_path):
 def test_a_run_leaves_what_it_promises(finished):
   folder, summary = finished
   for name in (
-    'config.json', 'metrics.jsonl', 'summary.json', 'report.html', 'model',
-    'decomposition.png', 'accuracy_by_round.png',
+    'config.json', 'data.json', 'metrics.jsonl', 'summary.json', 'model',
+    'report.html', 'decomposition.png', 'accuracy_by_round.png',
   ):  # fmt: skip
     assert (folder / name).exists(), name
   assert not (folder / 'tensorboard').exists()  # As its config says.

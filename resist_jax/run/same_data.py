@@ -1,0 +1,119 @@
+"""Whether the data of a run are still what they were when it began.
+
+A name of a data set says little: a folder of the same name may hold other
+images by now. So a workdir has a file `data.json` beside the config. It holds
+what can be read quickly and is the same on every machine: classes, shapes,
+numbers of examples, and some labels, which tell another order from the same.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from resist_jax import data
+from resist_jax.errors import ConfigError
+from resist_jax.rounds import storage
+from resist_jax.run import workdir as workdir_lib
+from resist_jax.run.task import Dataset
+
+FILE = 'data.json'
+_SAMPLE = 256  # Examples of a split, evenly spaced.
+
+
+def describe(dataset: Dataset) -> dict[str, Any]:
+  """Describes a data set, whether it is in memory or streamed.
+
+  Args:
+    dataset: Any data set.
+
+  Returns:
+    JSON values by name, such as `split train`.
+  """
+  found: dict[str, Any] = {}
+  if isinstance(dataset, data.Dataset):
+    found['classes'] = list(dataset.class_names)
+    found['shape of an image'] = list(dataset.train.images.shape[1:])
+  for name, split in {'train': dataset.train, **dataset.tests}.items():
+    index = np.linspace(0, len(split) - 1, min(len(split), _SAMPLE))
+    sample = _sample(split, index.astype(int))
+    digest = storage.digest_of_arrays(sample)[:12]
+    found[f'split {name}'] = {'examples': len(split), 'digest': digest}
+  return found
+
+
+def _sample(split: data.Split | data.Table, index: np.ndarray) -> list[Any]:
+  if isinstance(split, data.Table):
+    return [x[index] for x in jax.tree.leaves(split.arrays)]
+  return [np.asarray(split.labels[index])]  # Pixels depend on the decoder.
+
+
+def check(folder: pathlib.Path, found: dict[str, Any]) -> None:
+  """Refuses a workdir whose run began with other data.
+
+  Args:
+    folder: The workdir.
+    found: See `describe`.
+
+  Raises:
+    ConfigError: If the data differ.
+  """
+  said = told(folder, found)
+  if said:
+    raise ConfigError(
+      f'workdir {folder} belongs to a run on other data ({said}): bring back '
+      'the data that it began with, or choose another workdir.'
+    )
+
+
+def told(folder: pathlib.Path, found: dict[str, Any]) -> str:
+  """Says what differs from the beginning of a run; '' for nothing.
+
+  Args:
+    folder: Its workdir. An older run may have recorded nothing.
+    found: See `describe`.
+  """
+  before, parts = _recorded(folder), []
+  for name, new in found.items():
+    old = before.get(name, new)  # A test may be added later.
+    if old == new:
+      continue
+    if isinstance(new, dict):
+      then, now = old.get('examples'), new['examples']
+      part = f'{then} examples then, {now} now'
+      if then == now:
+        part = 'other examples, or another order'
+    else:
+      part = f'{_short(old)} then, {_short(new)} now'
+    parts.append(f'{name}: {part}')
+  return '; '.join(parts)
+
+
+def _short(values: list[Any]) -> str:
+  shown = ', '.join(map(str, values[:5]))
+  return f'{len(values)}, {shown}, ...' if values[5:] else shown
+
+
+def write(folder: pathlib.Path, found: dict[str, Any]) -> None:
+  """Records data, beside what is recorded already.
+
+  Args:
+    folder: The workdir.
+    found: See `describe`.
+  """
+  workdir_lib.write_json(folder / FILE, {**_recorded(folder), **found})
+
+
+def _recorded(folder: pathlib.Path) -> dict[str, Any]:
+  try:
+    found = json.loads((folder / FILE).read_text('utf-8'))
+  except (OSError, ValueError, RecursionError):  # None, or a damaged one.
+    return {}
+  kinds: dict[bool, Any] = {True: dict, False: list}
+  good = isinstance(found, dict) and all(
+    isinstance(value, kinds[name.startswith('split ')])
+    for name, value in found.items()
+  )
+  return found if good else {}

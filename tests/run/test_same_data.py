@@ -1,0 +1,91 @@
+"""A run goes on, and is judged, with the data that it began with."""
+
+import json
+
+import numpy as np
+import pytest
+from test_train import least_config
+from tiny_images import NAMES, images
+
+from resist_jax.errors import ConfigError
+from resist_jax.run import evaluate_command, train
+
+
+def put(path, count=30, names=NAMES, order=1):
+  """Writes a set whose labels run through the classes."""
+  some = np.arange(count + 6) % len(names)
+  np.savez(
+    path, images=images(count), labels=some[:count][::order],
+    test_images=images(6), test_labels=some[-6:], class_names=names,
+  )  # fmt: skip
+
+
+def config(path, num_rounds):
+  return least_config(
+    **{'data.name': str(path), 'num_rounds': num_rounds, 'batch_size': 4}
+  )
+
+
+OTHERS = {
+  'more examples': ({'count': 33}, 'split train: 30 examples then, 33 now'),
+  'another order': ({'order': -1}, 'split train: other examples, or another'),
+  'a class more': (
+    {'names': ('ape', *NAMES)},
+    'classes: ant, bee, cow then, ape, ant, bee, cow now',
+  ),
+}
+
+
+def test_a_run_goes_on_with_the_same_data_only(tmp_path):
+  """In one process, which reads the file once more for each run."""
+  path, run = tmp_path / 'own.npz', tmp_path / 'run'
+  put(path)
+  train.train(config(path, 1), run)
+  written = (run / 'data.json').read_text()
+  for fields, says in OTHERS.values():
+    put(path, **fields)
+    with pytest.raises(ConfigError, match=says) as caught:
+      train.train(config(path, 2), run)
+    assert '\n' not in str(caught.value)
+  assert (run / 'data.json').read_text() == written
+  put(path)
+  assert train.train(config(path, 2), run)['rounds'] == 2
+  (run / 'data.json').write_text('{"split train": 3')  # Damaged, as none is.
+  assert train.train(config(path, 3), run)['rounds'] == 3
+  assert json.loads((run / 'data.json').read_text()) == json.loads(written)
+
+
+def test_an_evaluation_tells_that_the_data_have_changed(tmp_path, capsys):
+  path, run = tmp_path / 'own.npz', tmp_path / 'run'
+  put(path)
+  summary = train.train(config(path, 1), run)
+  words = [str(run), f'--out={tmp_path / "out"}', '--depths=none']
+
+  def evaluated(*more):
+    capsys.readouterr()
+    code = evaluate_command.main([*words, *more])
+    return code, capsys.readouterr().err
+
+  assert evaluated() == (0, '')
+  # By another name, too, the run's own set is tested as in the run.
+  named = f'--data={path.parent}/../{path.parent.name}/{path.name}'
+  assert evaluated(named) == (0, '')
+  found = json.loads((tmp_path / 'out' / 'evaluation.json').read_text())
+  assert found['measures']['test_accuracy'] == summary['test_accuracy']
+  put(path, count=33)
+  code, said = evaluated()
+  assert code == 0
+  assert '30 examples then, 33 now' in said
+  put(path, names=('ape', *NAMES))
+  code, said = evaluated()
+  assert code == 2
+  (line,) = said.splitlines()
+  assert 'ape, ant, bee, cow now' in line
+
+
+def test_the_set_that_is_trained_on_is_no_extra_test(tmp_path):
+  put(tmp_path / 'own.npz')
+  made = config(tmp_path / 'own.npz', 1)
+  made.data.extra_tests = (str(tmp_path / 'own.npz'),)
+  with pytest.raises(ConfigError, match='the set that is trained on'):
+    train.train(made, tmp_path / 'run')
