@@ -42,6 +42,7 @@ from resist_jax.rounds import state as states
 from resist_jax.rounds.arrays import place
 from resist_jax.rounds.mesh import REPLICATED, workers_here
 from resist_jax.rounds.moments import fits
+from resist_jax.rounds.state import assignments_on_host
 
 PyTree = Any
 
@@ -285,6 +286,12 @@ class Trainer:
     else:
       first = batches
     _check_inputs(self, state, first, streamed)
+    if self.programs and self.programs.streamed != streamed:
+      kinds = 'arrays [S, T, ...]', 'an iterator of T pytrees [S, ...]'
+      raise ValueError(
+        f'batches are {kinds[streamed]}, but the programs were compiled for '
+        f'{kinds[not streamed]}: give those, or compile for the others.'
+      )
     checks.check_assignments(assignments, self.chains)
     run = self.programs or self._round(state, first, streamed)
     return run(state, _on_devices(self), batches, assignments)
@@ -689,6 +696,11 @@ def _check_fields(trainer: Trainer) -> None:
       'loss_factor excludes workers, but exclude_faulty is off: turn it on, or '
       'set loss_factor to 0.'
     )
+  if trainer.loss_factor and trainer.average_gradients:
+    raise ValueError(
+      'loss_factor compares losses at the end of a round, and '
+      'average_gradients has averaged by then: set it to 0.'
+    )
   if trainer.average_gradients and trainer.chains:
     raise ValueError(
       'average_gradients averages whole networks, but chains cuts '
@@ -774,6 +786,7 @@ def _check_state(trainer: Trainer, state: State) -> None:
         f'the state is of a trainer with {name}={theirs!r}, but this one has '
         f'{ours!r}: use that trainer, or save and restore the state.'
       )
+  _check_division(trainer, state)
   for field, parts in (('optimizer', state.carried), ('outer', state.outer)):
     leaves, structure = jax.tree.flatten((state.shared, state.chain, parts))
     shapes = tuple(x.shape[1:] for x in leaves)
@@ -784,6 +797,41 @@ def _check_state(trainer: Trainer, state: State) -> None:
         'trainer.init(params).'
       )
   _check_usable(state)
+
+
+def _check_division(trainer: Trainer, state: State) -> None:
+  """Refuses a state whose blocks are divided or exchanged in another way."""
+  lengths = tuple((k, int(n)) for k, n in state.num_blocks.items())
+  protocol, wanted = _first_division(trainer, lengths)
+  same = {
+    'update_factor': (state.norms is not None) == protocol.judges_updates,
+    'wire_format': (state.error is not None) == protocol.keeps_error,
+  }
+  for name, found in assignments_on_host(state).items():
+    ours = wanted[name]
+    there = [field is not None for field in found]
+    same['exchange'] = there == [field is not None for field in ours]
+    # Slots that a person chose may be more than there have to be.
+    both = zip(found[1:], ours[1:], strict=True) if same['exchange'] else ()
+    same['min_depth'] = all(
+      x is None or np.shape(x) == np.shape(y) for x, y in both
+    )
+    if trainer.depths:
+      counts = (found.slots < state.num_blocks[name]).sum(axis=1)
+      same['depths'] = tuple(counts.tolist()) == tuple(trainer.depths)
+    for field, equal in same.items():
+      if not equal:
+        raise ValueError(
+          f'the state is of a trainer with another {field}: use that trainer, '
+          'or save the state and restore it with this one.'
+        )
+
+
+@lru_cache(maxsize=8)
+def _first_division(trainer: Trainer, lengths: tuple[tuple[str, int], ...]):
+  """Returns the protocol, and the assignment of each chain in round 0."""
+  protocol = trainer._protocol(dict(lengths))
+  return protocol, protocol.assign(trainer.seed, 0)
 
 
 @lru_cache(maxsize=32)

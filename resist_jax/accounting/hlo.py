@@ -465,7 +465,11 @@ def _scope(op_name: str, branches: Mapping[str, int]) -> str | None:
   # A scope outside an enclosing branch belongs to the enclosing conditional.
   path = re.split(r'\bbranch_\d+_fun\b', op_name)[-1].strip('/')
   found = [scope for scope in branches if f'/{scope}/' in f'/{path}/']
-  return max(found, key=lambda s: f'/{path}/'.rfind(f'/{s}/'), default=None)
+
+  def innermost(scope):  # The one that ends last, by its longest name.
+    return f'/{path}/'.rfind(f'/{scope}/') + len(scope), len(scope)
+
+  return max(found, key=innermost, default=None)
 
 
 def replica_groups(attributes: str, num_devices: int) -> list[list[int]]:

@@ -53,6 +53,8 @@ def mean_over_workers(
   Returns:
     Pytree of arrays `[W, ...]`, equal along W and on all devices.
   """
+  if not jax.tree.leaves(tree):  # Such as the moments of plain SGD.
+    return tree
   tree = zero_unhealthy(tree, healthy)
   if encoding == 'float32':
     total = _sum_exactly(tree)
@@ -146,6 +148,8 @@ def add_mean_change(
     `(tree, error)`: the mean of `after`, equal on all workers, up to rounding;
     and what rounding removed this time.
   """
+  if not jax.tree.leaves(after):  # All of the network is cut.
+    return after, error
   change, unflatten = flatten(jax.tree.map(jnp.subtract, after, before))
   change = _share(zero_unhealthy(change, healthy), num_workers, healthy)
   total, error = sum_over_workers(change, num_workers, encoding, error)

@@ -63,14 +63,41 @@ def check(
   for assignment in (before, after):
     if assignment is None:
       continue
-    slots = np.asarray(assignment.slots)
-    if slots.ndim != 2 or len(slots) != S:
-      raise ValueError(f'slots are {slots.shape}; they must be int32[{S}, K].')
+    slots = assignment.slots
+    if not isinstance(slots, np.ndarray | jax.Array):
+      kind = type(slots).__name__
+      raise ValueError(
+        f'slots are a {kind}; they must be an array int32[S, K].'
+      )
+    slots = np.asarray(slots)
+    if slots.ndim != 2 or len(slots) != S or slots.dtype.kind not in 'iu':
+      raise ValueError(
+        f'slots are {slots.dtype}{list(slots.shape)}; they must be '
+        f'int32[{S}, K].'
+      )
+    _check_rows(slots, L)
     lost = set(range(L)) - set(slots.ravel().tolist())
     if lost:
       raise ValueError(
         f'no worker holds block {min(lost)} of {L}: slots must hold each block.'
       )
+
+
+def _check_rows(slots: np.ndarray, length: int) -> None:
+  """Checks that each worker's blocks ascend, and that none comes twice."""
+  empty = slots == length
+  ascend = (np.diff(slots.astype(np.int64), axis=1) > 0) | empty[:, 1:]
+  for s, row in enumerate(slots.tolist()):
+    if min(row, default=0) < 0 or max(row, default=0) > length:
+      problem = 'holds another number'
+    elif not ascend[s].all():
+      problem = 'does not ascend, or holds a block twice'
+    else:
+      continue
+    raise ValueError(
+      f'the slots of worker {s} are {row}, which {problem}: name blocks from 0 '
+      f'to {length - 1} in ascending order, then {length} for each empty slot.'
+    )
 
 
 @partial(jax.jit, static_argnums=1)

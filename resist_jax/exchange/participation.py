@@ -130,17 +130,23 @@ def healthy_losses(losses: jax.Array, factor: float) -> jax.Array:
     losses: `float32[S]`, of all workers; NaN for a worker whose update is not
       finite.
     factor: The largest loss that is allowed, in units of the median of the
-      finite losses; 0 allows any finite loss.
+      finite losses; 0 allows any finite loss. Below zero, the distance from the
+      median counts: it may be factor - 1 times its size.
 
   Returns:
     `bool[S]`.
 
   >>> healthy_losses(jnp.array([1.0, 2.0, 9.0, jnp.nan]), 3.0).tolist()
   [True, True, False, False]
+  >>> healthy_losses(jnp.array([-2.0, -1.9, -2.1, 9.0]), 3.0).tolist()
+  [True, True, True, False]
   """
   healthy = jnp.isfinite(losses)
   if factor:
-    healthy &= losses <= factor * jnp.nanmedian(losses)
+    median = jnp.nanmedian(losses)
+    # A negative median, as of log-densities, is exceeded by a part of its size.
+    above = median + (factor - 1) * jnp.abs(median)
+    healthy &= losses <= jnp.where(median < 0, above, factor * median)
   return healthy
 
 

@@ -133,14 +133,17 @@ def rows(x: Any, worker: np.ndarray, slot: np.ndarray) -> np.ndarray:
 
 @partial(jax.jit, static_argnames='sharding')
 def _row(sharding, x, worker, slot):
-  # A sum of numbers would turn -0.0 into 0.0, so the bits are summed.
-  bits = lax.bitcast_convert_type(x, jnp.uint32)
+  # A sum of numbers would turn -0.0 into 0.0, so the bits are summed. Not every
+  # backend adds numbers of fewer than 32 bits over devices.
+  width = 8 * x.dtype.itemsize
+  narrow, wide = np.dtype(f'uint{width}'), np.dtype(f'uint{max(width, 32)}')
+  bits = lax.bitcast_convert_type(x, narrow).astype(wide)
   own = jnp.arange(x.shape[0])[:, None] == worker
   here = own & (jnp.arange(x.shape[1])[None] == slot)
   here = here.reshape(here.shape + (1,) * (x.ndim - 2))
-  found = jnp.where(here, bits, 0).sum(axis=(0, 1), dtype=jnp.uint32)
+  found = jnp.where(here, bits, 0).sum(axis=(0, 1), dtype=wide)
   found = lax.with_sharding_constraint(found, sharding)
-  return lax.bitcast_convert_type(found, x.dtype)
+  return lax.bitcast_convert_type(found.astype(narrow), x.dtype)
 
 
 def first_copy(x: jax.Array | np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from resist_jax.rounds.local_training import LossFn
 PyTree = Any
 
 # Names of metrics that a round adds to those of the loss function.
-TAKEN = ('loss', 'finite', 'healthy', 'seconds_local')
+TAKEN = ('loss', 'finite', 'healthy', 'update_norm', 'seconds_local')
 
 
 def metric_names(

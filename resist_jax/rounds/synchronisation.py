@@ -77,9 +77,10 @@ def synchronise(
   shared, chain = split(collectives.widen(local.params), protocol.num_blocks)
   if protocol.sends_changes:
     encoding = protocol.exchange.format.changes
-    shared, error = collectives.add_mean_change(
+    changed = collectives.add_mean_change(
       agreed_shared, shared, error, S, encoding, healthy
     )
+    shared, error = _if_anybody(healthy, changed, (agreed_shared, error))
   elif not protocol.average_gradients:  # With these, all are equal already.
     mean = collectives.mean_over_workers(shared, S, healthy=healthy)
     shared = _if_anybody(healthy, mean, agreed_shared)

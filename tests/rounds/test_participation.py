@@ -414,6 +414,7 @@ def test_norms_come_back_with_the_state(tmp_path):
       PROTOCOLS[2],
       PROTOCOLS[4],
       guarded(full(4), update_factor=10.0),
+      guarded(full(4), exchange=exchange.hand_over('int8')),
       guarded(hand_over(4, min_depth=3), outer=optax.sgd(0.7, momentum=0.9)),
     ],
     quick=[PROTOCOLS[0], PROTOCOLS[2]],

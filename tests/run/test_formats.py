@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from resist_jax import data
+from resist_jax.errors import ConfigError
 from resist_jax.models import ResNet, initial_params, without_gates
 from resist_jax.run import (
   export,

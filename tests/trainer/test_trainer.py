@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import resist_jax as resist
+from resist_jax.decomposition import Assignment
 from resist_jax.rounds import storage
 from resist_jax.rounds.state import assignments_on_host
 
@@ -338,6 +339,80 @@ def test_the_state_of_another_optimiser_is_refused(
   other.restore(tmp_path)
 
 
+HAND_OVER, PSUM = resist.exchange.hand_over, resist.exchange.masked_psum
+DIVISIONS = {
+  'depths': ({'depths': (2, 1, 1, 1)}, {'depths': (1, 1, 1, 2)}),
+  'wire_format': ({}, {'exchange': HAND_OVER('int8')}),
+  'update_factor': ({'update_factor': 0.0}, {}),
+  'exchange': ({'exchange': PSUM()}, {}),
+  'min_depth': ({}, {'min_depth': 2}),
+}
+
+
+@pytest.mark.parametrize('field', DIVISIONS)
+def test_a_state_of_another_division_is_refused(field, tmp_path):
+  """Else blocks would vanish without a word."""
+  theirs, ours = (make(**fields) for fields in DIVISIONS[field])
+  state, _ = theirs.round(theirs.init(network()), batches(0, 4))
+  theirs.save(tmp_path, state)
+  want = theirs.params(state)
+  with pytest.raises(ValueError, match=f'a trainer with another {field}: use'):
+    ours.round(state, batches(1, 4))
+  restored = ours.restore(tmp_path)
+  assert_close(ours.params(restored), want)
+  ours.round(restored, batches(1, 4))
+
+
+@pytest.mark.parametrize(
+  ('slots', 'says'),
+  [
+    ([[0, 0, 1], [2, 3, 4]], 'does not ascend, or holds a block twice'),
+    ([[0, 1, -1], [2, 3, 4]], 'holds another number'),
+    ([[0, 1, 6], [2, 3, 4]], 'holds another number'),
+    ([[0, 1, 2], [5, 3, 4]], 'does not ascend'),
+    ([[0.0, 1, 2], [3, 4, 5]], r'slots are float64\[2, 3\]'),
+    ([[0, 1, 2], [2, 3, 5]], 'no worker holds block 4'),
+  ],
+)
+def test_chosen_slots_that_mean_nothing_are_refused(slots, says):
+  trainer = make(S=2, min_depth=3, exchange=PSUM())
+  state = trainer.init(network())
+  chosen = np.array(slots)
+  if chosen.dtype == np.int64:
+    chosen = chosen.astype(np.int32)
+  with pytest.raises(ValueError, match=says):
+    trainer.round(state, batches(0, 2), {CHAIN: Assignment(chosen)})
+  with pytest.raises(ValueError, match='slots are a list'):
+    trainer.round(state, batches(0, 2), {CHAIN: Assignment(slots)})
+
+
+@pytest.mark.parametrize('wire_format', ['bfloat16', 'int8'])
+def test_formats_with_fewer_bits_need_nothing_to_send(wire_format):
+  """Plain SGD has no moments, and a network may have no shared part."""
+  exchange = HAND_OVER(wire_format)
+  trainer = make(optax.sgd(RATE), carry=True, exchange=exchange)
+  trainer.round(trainer.init(network()), batches(0, 4))
+
+  def loss(params, present, batch, key):
+    return loss_fn({**params, 'out': jnp.ones(WIDTH)}, present, batch, key)
+
+  alone = {'inner': network()['inner']}
+  cut = dataclasses.replace(make(exchange=exchange), loss_fn=loss)
+  _, metrics = cut.round(cut.init(alone), batches(0, 4))
+  assert np.isfinite(metrics['loss']).all()
+  assert np.asarray(metrics['healthy']).all()
+
+
+def test_compiled_programs_refuse_the_other_kind_of_batches():
+  trainer = make()
+  state = trainer.init(network())
+  compiled = trainer.compile(state, batches(0, 4))
+  steps = (jax.tree.map(lambda x, t=t: x[:, t], batches(0, 4))
+           for t in range(T))  # fmt: skip
+  with pytest.raises(ValueError, match='compiled for arrays'):
+    compiled.round(state, steps)
+
+
 def test_a_state_that_others_could_not_share_restores_where_nothing_is_cut(
   tmp_path,
 ):
@@ -637,6 +712,7 @@ LOSSES = {
   'a list': (lambda p, *_: (p['out'].sum(), [1.0]), 'metrics that loss_fn'),
   'a vector': (lambda p, *_: (p['out'].sum(), {'m': p['out']}), "metric 'm'"),
   'a name': (lambda p, *_: (p['out'].sum(), {'loss': 1.0}), 'rename it'),
+  'a norm': (lambda p, *_: (p['out'].sum(), {'update_norm': 1.0}), 'rename it'),
   'a word': (lambda p, *_: (p['out'].sum(), {'m': 'x'}), 'is of the type str;'),
   'a number as name': (
     lambda p, *_: (p['out'].sum(), {3: 1.0}), 'named 3; names must be strings',
