@@ -33,6 +33,7 @@ from resist_jax.data.sets import (
   normalise,
 )
 from resist_jax.data.sources import GIVEN
+from resist_jax.data.sources import is_path as is_own
 from resist_jax.data.sources import key as test_key
 from resist_jax.data.sources import same as same_set
 from resist_jax.data.streaming import StreamedImages
@@ -59,6 +60,7 @@ __all__ = [
   'from_source',
   'from_tables',
   'hold_out',
+  'is_own',
   'listed_files',
   'load',
   'load_test',

@@ -96,7 +96,10 @@ def y_limits(charts: Sequence[Chart]) -> tuple[float, float]:
   """
   every = [p for chart in charts for line in chart.lines for p in line.points]
   low, high = min(p.low for p in every), max(p.high for p in every)
-  least = 2.0 if any('%' in chart.y for chart in charts) else 1e-9
+  # Less than this would be lost in the digits of a large number.
+  least = max(1e-9, 1e-9 * abs(low), 1e-9 * abs(high))
+  if any('%' in chart.y for chart in charts):
+    least = max(least, 2.0)
   missing = max(least - (high - low), 0.1 * (high - low))
   return low - missing / 2, high + missing / 2
 

@@ -29,8 +29,8 @@ _CUTS = ('slots', 'num_blocks')
 _FILES = ('config.json', 'metrics.jsonl')
 # No run has more than this, and what a report draws of it fits in memory.
 _MAX_ROWS, _MAX_LINE = 10**6, 2**20
-_MAX_ROUND, _MAX_BLOCKS, _MAX_WORKERS, _MAX_CHAINS = 10**9, 2048, 4096, 16
-_MAX_NUMBER = 1e30
+_MAX_ROUND, _MAX_BLOCKS, _MAX_WORKERS, _MAX_CHAINS = 10**9, 2048, 4096, 256
+_MAX_NUMBER = 3.5e38  # That of 32 bits.
 
 
 @dataclasses.dataclass(frozen=True)

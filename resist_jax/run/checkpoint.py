@@ -37,7 +37,7 @@ from resist_jax.errors import NonFiniteError, message, one_line
 from resist_jax.rounds import State, storage
 from resist_jax.run import processes, workdir
 from resist_jax.run.examined import examine, sums_on_host
-from resist_jax.run.manifest import check, manifest
+from resist_jax.run.manifest import FORBIDDEN, check, manifest
 
 KEEP = 3  # The newest and two older ones, in case newer ones are damaged.
 # Seconds that orbax waits. It uses the wall clock, which may jump, and
@@ -243,7 +243,7 @@ class Checkpoints:
     if step == _DAMAGED:
       raise ValueError(
         f'all {len(self._steps())} checkpoints in {self._folder} are damaged: '
-        'move that folder away to start from round 0.'
+        'choose another workdir to start from round 0.'
       )
     good = self._known_good(step) if jax.process_index() == 0 else _NONE
     (good,) = _from_process_0(good)
@@ -298,6 +298,12 @@ class Checkpoints:
       try:
         problem = check(self._path(step), listed)
       except OSError as error:
+        if error.errno in FORBIDDEN:
+          raise ValueError(
+            f'the checkpoint of round {step} cannot be read ({message(error)})'
+            f': let this user read all of {self._path(step)}, or move it away '
+            'to go on from the one before.'
+          ) from error
         problem = message(error)[:100]
       if problem is None:
         return step, True

@@ -1,6 +1,5 @@
 """The rounds of a run: trained, timed, logged, tested and saved."""
 
-from collections.abc import Mapping
 import dataclasses
 import math
 import time
@@ -373,7 +372,11 @@ class Loop:
 
   def _end(self) -> None:
     # Ended by a lower num_rounds, or given more tests since.
-    if not _has_tests(self.progress.last, self.setup.dataset.tests):
+    wanted = [
+      f'{test}_{self.setup.task.measures[0]}'
+      for test in self.setup.dataset.tests
+    ]
+    if not all(name in self.progress.last for name in wanted):
       self.progress = _tested(self.progress, self.test, self.state)
       self._checkpoints.tested(self.progress.round)
     self._checkpoints.finish()
@@ -500,11 +503,6 @@ def _excluded(
         'round %d goes on without worker %s: %s', done, workers, reason
       )
   return np.flatnonzero(~healthy).tolist()
-
-
-def _has_tests(row: Mapping[str, Any], tests: Mapping[str, Any]) -> bool:
-  """Returns whether a row of the log has a test of every set."""
-  return all(any(key.startswith(f'{t}_') for key in row) for t in tests)
 
 
 def _tested(progress: Progress, test: Test, state: State) -> Progress:

@@ -4,8 +4,12 @@ Files that a list does not name, such as `.DS_Store`, are none of its business.
 """
 
 from collections.abc import Mapping
+import errno
 import hashlib
 import pathlib
+
+# Errors that say nothing about what a file holds.
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.ESTALE)
 
 
 def manifest(folder: pathlib.Path) -> dict[str, str]:
@@ -34,6 +38,9 @@ def check(folder: pathlib.Path, manifest: Mapping[str, str]) -> str | None:
   Returns:
     What is wrong with the first listed file that is not as it was, such as
     `d/0 is missing`; None if nothing is.
+
+  Raises:
+    OSError: If a file may not be read.
   """
   for name, digest in manifest.items():
     path = folder / name
@@ -43,6 +50,8 @@ def check(folder: pathlib.Path, manifest: Mapping[str, str]) -> str | None:
       if _sha256(path) != digest:
         return f'{name} is not as it was written'
     except OSError as error:
+      if error.errno in FORBIDDEN:
+        raise
       return f'{name} cannot be read ({error.strerror})'
   return None
 

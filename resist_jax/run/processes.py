@@ -32,7 +32,7 @@ from resist_jax.run.meeting import Place
 # Exit code for failures that a restart may cure: EX_TEMPFAIL of sysexits.h. Bad
 # input exits with 2.
 TRY_AGAIN = 75
-_BAD_INPUT = 2
+_BAD_INPUT, _TO_MEND = 2, 1
 
 # Seconds that process 0 waits for the others to disconnect at the end.
 _GRACE = 3
@@ -245,12 +245,12 @@ class _Monitor:
     Args:
       reason: Why it ends.
       code: Exit code of the process that failed. After a mistake in the input,
-        a restart cannot succeed; after anything else, it may.
+        and after what a person must mend, a restart cannot succeed.
     """
     if self._exiting:
       threading.Event().wait()  # Another thread is about to end the process.
     self._exiting = True
-    code = code if code == _BAD_INPUT else TRY_AGAIN
+    code = code if code in (_BAD_INPUT, _TO_MEND) else TRY_AGAIN
     remedy = '; the same command goes on from the newest checkpoint.'
     print(
       '' if self._me else '\n',  # Process 0 shows a progress bar.
@@ -262,17 +262,22 @@ class _Monitor:
     )
     self.exit(reason, code)
 
-  def exit(self, reason: str, code: int) -> NoReturn:
+  def exit(self, reason: str, code: int, told: int | None = None) -> NoReturn:
     """Tells the other processes the reason, if they can be reached, and exits.
 
     It does not return through Python: a collective that another thread runs
     would wait forever.
+
+    Args:
+      reason: Why it ends.
+      code: Its exit code.
+      told: The one that the others take it for; None for the same.
     """
     self._exiting = True
     if self._store is not None:
       telling = threading.Thread(
         target=self._put,
-        args=(f'{_END}/{self._me}', f'{code} {reason}'),
+        args=(f'{_END}/{self._me}', f'{told or code} {reason}'),
         daemon=True,
       )
       telling.start()
@@ -404,13 +409,15 @@ def end() -> None:
     _Monitor.current = None
 
 
-def fail(reason: str, code: int) -> NoReturn:
+def fail(reason: str, code: int, told: int | None = None) -> NoReturn:
   """Exits; the other processes then exit too, and repeat the reason.
 
   Args:
     reason: One line for their error messages.
     code: The exit code of this process.
+    told: That of the others, if it is another one: they may succeed where a
+      person need not mend the cause.
   """
   if _Monitor.current:
-    _Monitor.current.exit(reason, code)
+    _Monitor.current.exit(reason, code, told)
   sys.exit(code)

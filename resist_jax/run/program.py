@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import importlib.metadata
+import io
 import math
 import pathlib
 import re
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 
 from absl import logging
 import jax
+from ml_collections import ConfigDict
 
 import resist_jax
 from resist_jax import report
@@ -105,8 +107,12 @@ def main(options: Options) -> None:
         code=processes.TRY_AGAIN,
       )
     traceback.print_exc()
-    processes.fail(f'{type(error).__name__}: {error}', 1)
+    # The cause may be this host.
+    processes.fail(f'{type(error).__name__}: {error}', 1, processes.TRY_AGAIN)
   if jax.process_index() == 0:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+      # Names of folders, which may be classes, need not be text.
+      sys.stdout.reconfigure(errors='backslashreplace')
     print(report.summary_table([summary]))
     if summary['stopped_early']:
       print(f'stopped early {summary["stopped_early"]}')
@@ -140,8 +146,9 @@ def _start(options: Options) -> None:
 
 def _seconds(config: Any, name: str, default: float) -> float:
   """Returns a field of `faults`; `validate` will report a mistake in it."""
-  value = config.get('faults', {}).get(name)
-  usable = isinstance(value, int | float) and value > 0
+  faults = config.get('faults')
+  value = faults.get(name) if isinstance(faults, ConfigDict) else None
+  usable = isinstance(value, int | float) and 0 < value < 1e9
   return value if usable else default
 
 

@@ -5,8 +5,10 @@ import io
 import json
 import pathlib
 import shutil
+import threading
 from typing import Any
 
+from absl import logging
 import numpy as np
 from PIL import Image
 import tensorboardX
@@ -25,14 +27,18 @@ class TensorBoard(callbacks.Callback):
   """Writes into the folder `tensorboard` of a run."""
 
   reads_state = False
+  _lost = False
 
   def begin(self, run: callbacks.Began) -> None:
     """Writes the config, and some images before the first round."""
     self._run = run
     self._folder = run.workdir / 'tensorboard'
+    before = set(threading.enumerate())
     self._writer = tensorboardX.SummaryWriter(
       str(self._folder), purge_step=run.round + 1 if run.round else 0
     )
+    # What writes the file; it ends where that fails, such as on a full disk.
+    self._threads = set(threading.enumerate()) - before
     lines = json.dumps(run.config.to_dict(), indent=2).splitlines()
     # Markdown takes lines that are indented by four for code.
     text = '\n'.join(f'    {line}' for line in lines)
@@ -45,18 +51,40 @@ class TensorBoard(callbacks.Callback):
     """Writes each number of a row."""
     del state
     for name, value in callbacks.numbers(row).items():
-      if name != 'round':
+      if name != 'round' and self._writes():
         self._writer.add_scalar(name, value, row['round'])
+
+  def _writes(self) -> bool:
+    """Returns whether the file is still written; if not, warns once.
+
+    Nothing would take what is given to the writer, which would wait for ever.
+    """
+    if not self._lost and not all(t.is_alive() for t in self._threads):
+      self._lose()
+    return not self._lost
+
+  def _lose(self) -> None:
+    logging.warning(
+      'TensorBoard cannot write to %s: the run goes on without it', self._folder
+    )
+    self._lost = True
 
   def end(self, summary: Mapping[str, Any] | None) -> None:
     """Writes what a whole run led to, and closes the files."""
-    with self._writer:
-      if summary is None:
-        return
-      rows = report.read_rows(self._run.workdir / 'metrics.jsonl')
-      if any('test_accuracy' in row for row in rows):
-        self._draw(rows, summary['rounds'])
-      _write_final(self._folder, self._run.config, summary)
+    if not self._writes():
+      return
+    try:
+      with self._writer:
+        if summary is not None:
+          self._write_end(summary)
+    except OSError:
+      self._lose()
+
+  def _write_end(self, summary: Mapping[str, Any]) -> None:
+    rows = report.read_rows(self._run.workdir / 'metrics.jsonl')
+    if any('test_accuracy' in row for row in rows):
+      self._draw(rows, summary['rounds'])
+    _write_final(self._folder, self._run.config, summary)
 
   def _draw(self, rows: Sequence[Mapping[str, Any]], done: int) -> None:
     from resist_jax.report import plots  # Slow to import.

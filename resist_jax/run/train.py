@@ -138,6 +138,8 @@ def _rounds(
   with Interrupt() as interrupt:
     processes.doing('the start')
     restored = _restore(checkpoints, setup)
+    if restored is None:
+      _check_not_lost(folder, config.checkpoint_every)
     measured = restored.progress.get('depths_by_speed') if restored else None
     setup = speed.with_depths(setup, measured or ())
     done = restored.progress['round'] if restored else 0
@@ -147,6 +149,8 @@ def _rounds(
     if writes:
       workdir_lib.write_json(folder / 'config.json', config.to_dict())
       same_data.write(folder, same_data.describe(setup.dataset))
+      if done < config.num_rounds:  # It would be that of another end.
+        (folder / 'summary.json').unlink(missing_ok=True)
     unit, rounds = setup.dataset.unit, config.num_rounds
     with metrics.open_log(folder, done, rounds, writes, unit) as log:
       loop = Loop(setup, checkpoints, log, callbacks, interrupt)
@@ -160,6 +164,19 @@ def _rounds(
         raise
       log.check()
   return loop
+
+
+def _check_not_lost(folder: pathlib.Path, checkpoint_every: int) -> None:
+  """Refuses to begin anew where checkpoints must have been."""
+  rows = report.read_rows(folder / 'metrics.jsonl')
+  done = rows[-1]['round'] if rows else 0
+  # A row is written when the checkpoint before it is whole.
+  if done > checkpoint_every or (done and (folder / 'summary.json').exists()):
+    raise ConfigError(
+      f'{folder / "metrics.jsonl"} has {done} rounds, but there is no '
+      f'checkpoint: bring the folder {folder / "checkpoints"} back, or choose '
+      'another workdir.'
+    )
 
 
 def _own(config: ml_collections.ConfigDict) -> list[Callback]:

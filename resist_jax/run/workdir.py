@@ -9,7 +9,7 @@ import re
 import secrets
 from typing import IO, Any
 
-from resist_jax import folders
+from resist_jax import data, folders
 from resist_jax.errors import ConfigError, message
 from resist_jax.run.config import ELASTIC, differences
 from resist_jax.run.fields import each
@@ -27,6 +27,7 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
       written to.
   """
   folders.check_writable(workdir, 'workdir')
+  now = _as_json(config)
   if not (workdir / 'config.json').exists():
     if saved_rounds(workdir / 'checkpoints'):
       raise ConfigError(
@@ -35,18 +36,20 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
       )
     return
   before = read_config(workdir / 'config.json')
-  # JSON turns tuples into lists: compare both configs as they are written.
-  now = json.loads(json.dumps(config))
   # A field that is younger than the run had what is now its default.
   groups = {name: {} for name, value in now.items() if isinstance(value, dict)}
   changed = differences({**groups, **before}, now)
   defaults = {
     field.name: json.loads(json.dumps(field.default)) for field in each()
   }
+  # A folder or a file may lie elsewhere now; `data.json` says what it held.
+  moved = {'data.name'} if (workdir / 'data.json').exists() else set()
+  if not all(map(data.is_own, changed.get('data.name', ()))):
+    moved = set()
   fixed = {
     name: (old, new)
     for name, (old, new) in changed.items()
-    if not {name, name.split('.')[0]} & ELASTIC
+    if not {name, name.split('.')[0]} & (ELASTIC | moved)
     and (old is not None or new != defaults.get(name))
   }
   if fixed:
@@ -57,6 +60,17 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
       f'workdir {workdir} belongs to a run of another config ({listed}): '
       'choose another workdir, or set these back.'
     )
+
+
+def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a config as it is written: JSON turns tuples into lists."""
+  try:
+    return json.loads(json.dumps(config))
+  except (TypeError, ValueError, RecursionError) as error:
+    raise ConfigError(
+      f'the config cannot be written as JSON ({message(error)}): use numbers, '
+      'strings, booleans, lists and dictionaries, also in model.options.'
+    ) from error
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:

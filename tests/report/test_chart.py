@@ -101,3 +101,11 @@ def test_a_protocol_has_one_colour_that_stands_out_from_white():
     assert 1.05 / (luminance(style.colour) + 0.05) >= 3
   # Workers of usual runs have no colour of a protocol.
   assert not {s.colour for s in found} & set(colours.colours(5))
+
+
+@pytest.mark.parametrize('value', [1e-12, 1.0, 2.0**23, 4e10, -3e37])
+def test_a_single_value_of_any_size_is_drawn(value):
+  limited = made([Point(1, value, value, value, 1)], y='test loss')
+  low, high = limited.limits
+  assert low < value < high
+  assert 'nan' not in chart.svg(limited)

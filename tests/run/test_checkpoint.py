@@ -405,7 +405,7 @@ def test_all_damaged_is_an_error(tmp_path):
   save(tmp_path, 1)
   cut(newest_files(tmp_path, 1)[0])
   with pytest.raises(
-    ValueError, match=r'all 1 checkpoints .* move that folder'
+    ValueError, match=r'all 1 checkpoints .* choose another workdir'
   ):
     restore(tmp_path)
 

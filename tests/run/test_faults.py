@@ -274,3 +274,21 @@ def test_wrong_flags_of_processes_are_one_line_and_exit_code_2(
   assert says in result.stderr
   assert len(result.stderr.strip().splitlines()) == 1
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_full_disk_of_tensorboard_does_not_hold_the_run_up(
+  small_disk, tmp_path
+):
+  """Its writer ends with an error; nothing may wait for it."""
+  (small_disk / 'filler').write_bytes(bytes(484 * 1024))
+  folder = tmp_path / 'run'
+  folder.mkdir()
+  (folder / 'tensorboard').symlink_to(small_disk)
+  words = f'--workdir={folder}', '--config.num_rounds=60'
+  ran = subprocess.run(
+    [sys.executable, '-m', 'resist_jax', *TINY, *words],
+    cwd=ROOT, capture_output=True, text=True, timeout=300,
+  )  # fmt: skip
+  assert ran.returncode == 0, ran.stderr
+  assert ran.stderr.count('the run goes on without it') == 1
+  assert report.read_rows(folder / 'metrics.jsonl')[-1]['round'] == 60

@@ -55,6 +55,40 @@ def test_a_run_goes_on_with_the_same_data_only(tmp_path):
   assert json.loads((run / 'data.json').read_text()) == json.loads(written)
 
 
+def test_the_file_may_be_moved_with_the_run(tmp_path):
+  put(tmp_path / 'own.npz')
+  train.train(config(tmp_path / 'own.npz', 1), tmp_path / 'run')
+  there = tmp_path / 'there'
+  there.mkdir()
+  for name in ('run', 'own.npz'):
+    (tmp_path / name).rename(there / name)
+  made = config(there / 'own.npz', 2)
+  assert train.train(made, there / 'run')['rounds'] == 2
+  made.data.name = 'digits'
+  with pytest.raises(ConfigError, match=r'another config .*data.name'):
+    train.train(made, there / 'run')
+
+
+def test_what_json_cannot_hold_is_refused_before_anything_is_written(tmp_path):
+  put(tmp_path / 'own.npz')
+  made = config(tmp_path / 'own.npz', 1)
+  made.model.module = 'own_network'
+  made.model.options = {'width': 8, 'blocks': 4, 'rate': np.float32(0.1)}
+  with pytest.raises(ConfigError, match=r'float32 is not .*in model.options'):
+    train.train(made, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_later_test_may_begin_as_another_field_does(tmp_path):
+  """The log has `images_per_second`, and no test of the set `images`."""
+  put(tmp_path / 'own.npz')
+  put(tmp_path / 'images.npz', count=9)
+  made = config(tmp_path / 'own.npz', 1)
+  train.train(made, tmp_path / 'run')
+  made.data.extra_tests = (str(tmp_path / 'images.npz'),)
+  assert 0 <= train.train(made, tmp_path / 'run')['images_accuracy'] <= 1
+
+
 def test_an_evaluation_tells_that_the_data_have_changed(tmp_path, capsys):
   path, run = tmp_path / 'own.npz', tmp_path / 'run'
   put(path)

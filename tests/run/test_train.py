@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 
 from covering import rest_is_slow
@@ -480,6 +481,29 @@ def test_another_config_is_refused_and_nothing_is_touched(finished):
   assert 'trained 4 rounds already' in message
   after = {p: p.stat().st_mtime_ns for p in folder.rglob('*') if p.is_file()}
   assert after == before
+
+
+def test_a_log_without_its_checkpoints_is_not_begun_anew(tmp_path):
+  train.train(least_config(num_rounds=2), tmp_path)
+  log = (tmp_path / 'metrics.jsonl').read_text()
+  (tmp_path / 'checkpoints').rename(tmp_path / 'elsewhere')
+  with pytest.raises(
+    ConfigError, match=r'has 2 rounds, .*no checkpoint: bring'
+  ):
+    train.train(least_config(num_rounds=3), tmp_path)
+  assert (tmp_path / 'metrics.jsonl').read_text() == log
+  assert (tmp_path / 'summary.json').exists()
+  shutil.rmtree(tmp_path / 'checkpoints', ignore_errors=True)
+  (tmp_path / 'elsewhere').rename(tmp_path / 'checkpoints')
+  there = []
+
+  def look(row, state):
+    there.append((tmp_path / 'summary.json').exists())
+
+  config = least_config(num_rounds=3)
+  summary = train.train(config, tmp_path, callbacks=[look])
+  assert there == [False]  # It would tell of the end after round 2.
+  assert summary['rounds'] == 3
 
 
 def test_checkpoints_without_a_config_are_refused(tmp_path):
