@@ -34,5 +34,5 @@ def test_the_table_counts_the_sets_of_the_result():
   described = [s for s in record['sets'].values() if 'shape' in s]
   text = (tfds_catalog.RESULT.parents[3] / 'docs/data.md').read_text()
   words = ' '.join(text.split())
-  assert f'Of the {len(described)} sets of TFDS' in words
-  assert f'{len(works)} can be read' in words
+  assert f'has {len(described)} sets with an image and a label' in words
+  assert f'{len(works)} of them can be read' in words
