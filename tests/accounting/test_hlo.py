@@ -164,6 +164,13 @@ def test_a_switch_sends_what_its_branch_sends(num_branches):
   assert hlo.wire_bytes(text, {'move_x': last}) == 6 * last * 32
 
 
+def test_a_chain_may_be_called_as_the_end_of_another_one():
+  run = switch('decoder/blocks/move_0', [move(RING[:k]) for k in range(3)])
+  text = compiled(run, X, index=0)
+  names = 'blocks/move_0', 'decoder/blocks/move_0'
+  assert hlo.wire_bytes(text, dict(zip(names, (1, 2), strict=True))) == 64
+
+
 def test_a_cond_on_a_predicate_counts_false_as_zero():
   def run(index, x):
     with jax.named_scope('move_x'):
