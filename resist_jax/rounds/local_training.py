@@ -97,10 +97,25 @@ class LocalTraining:
       opt_state = put_together(self.optimizer, opt_state, parts)
     count = round_index * self.protocol.local_steps
     opt_state = set_schedule_counts(self.optimizer, opt_state, count)
+    opt_state = self._with_own_keys(opt_state, _workers_here(params), count)
     zeros = jnp.zeros(_workers_here(params), jnp.float32)
     metrics = dict.fromkeys(('loss', *self.metrics), zeros)
     agreed = params if self.protocol.give_agreed else None
     return Local(params, opt_state, metrics, agreed)
+
+  def _with_own_keys(self, opt_state, here, count):
+    """Lets an optimiser draw other numbers on each worker and in each round."""
+    workers = lax.axis_index(WORKER) * here + jnp.arange(here, dtype=jnp.int32)
+    if self.protocol.average_gradients:  # All have the same optimiser.
+      workers = jnp.zeros_like(workers)
+
+    def own(leaf):
+      if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return leaf
+      keys = jax.vmap(jax.random.fold_in, (0, None))(leaf, count)
+      return jax.vmap(jax.random.fold_in)(keys, workers)
+
+    return jax.tree.map(own, opt_state)
 
   def step(
     self,

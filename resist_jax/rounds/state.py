@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 import numpy as np
 import optax
@@ -115,6 +116,11 @@ def _first_parts(optimizer, params, protocol, field) -> Parts:
   with jax.default_device(_host_device()):
     opt_state = jax.device_get(optimizer.init(params))
   parts = take_apart(optimizer, opt_state)
+  if any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in parts.rest):
+    raise ValueError(
+      f'{field} is set, but its optimiser draws random numbers, and its key is '
+      f'none of its moments: use another one, or do without {field}.'
+    )
   for name, length in protocol.num_blocks.items():
     for moment in parts.moments:
       try:

@@ -339,6 +339,32 @@ def test_the_state_of_another_optimiser_is_refused(
   other.restore(tmp_path)
 
 
+def test_an_optimiser_draws_other_numbers_on_each_worker_and_in_each_round():
+  """Noise that all workers add alike would not average out."""
+  noise = optax.chain(optax.set_to_zero(), optax.add_noise(1.0, 0.0, key=0))
+  trainer = make(noise, chains=(), S=8, devices=2)
+  one = make(noise, chains=(), S=1, devices=1)
+  begun = network()
+
+  def moved(trainer, rounds):
+    state = trainer.init(network())
+    for r in range(rounds):
+      state, _ = trainer.round(state, batches(r, trainer.num_workers))
+    after = trainer.params(state)
+    return np.concatenate([
+      np.ravel(x - y)
+      for x, y in zip(*map(jax.tree.leaves, (after, begun)), strict=True)
+    ])  # fmt: skip
+
+  alone = moved(one, 1)
+  assert alone.std() == pytest.approx(np.sqrt(T), rel=0.2)
+  assert moved(trainer, 1).std() == pytest.approx(np.sqrt(T / 8), rel=0.2)
+  second = moved(one, 2) - alone
+  assert abs(np.corrcoef(alone, second)[0, 1]) < 0.3
+  with pytest.raises(ValueError, match='draws random numbers'):
+    make(noise, carry=True).init(network())
+
+
 HAND_OVER, PSUM = resist.exchange.hand_over, resist.exchange.masked_psum
 DIVISIONS = {
   'depths': ({'depths': (2, 1, 1, 1)}, {'depths': (1, 1, 1, 2)}),
