@@ -766,7 +766,8 @@ def _check_inputs(
 def _check_batch(trainer: Trainer, batch: PyTree, streamed: bool) -> None:
   S = trainer.num_workers
   here = len(workers_here(trainer.devices, S)) if streamed else S
-  checks.check_batch(batch, here, None if streamed else trainer._steps)
+  _, G = mesh_sizes(trainer.devices)
+  checks.check_batch(batch, here, None if streamed else trainer._steps, G)
 
 
 def _check_state(trainer: Trainer, state: State) -> None:

@@ -260,7 +260,7 @@ def _paths(params: Mapping[str, PyTree], prefix: str = '') -> Iterator[str]:
 
 
 def check_batch(
-  batch: PyTree, num_workers: int, local_steps: int | None
+  batch: PyTree, num_workers: int, local_steps: int | None, group_size: int = 1
 ) -> None:
   """Refuses batches of other leading sizes.
 
@@ -268,10 +268,11 @@ def check_batch(
     batch: Pytree of arrays or shapes.
     num_workers: S, or the workers of this process.
     local_steps: T; None where a batch is one step of an iterator.
+    group_size: G, the devices of a worker, which divide B between them.
 
   Raises:
     ValueError: If the leaves hold no numbers, or do not lead with S, and T
-      where it is given.
+      where it is given, or if the devices of a worker cannot divide B.
   """
   S, T = num_workers, local_steps
   want = (S,) if T is None else (S, T)
@@ -285,6 +286,14 @@ def check_batch(
       raise ValueError(
         f'batches{where} has the shape {np.shape(x)}; it must be {shape}. Give '
         'one pytree [S, T, ...] or an iterator of T pytrees [S, ...].'
+      )
+    after = np.shape(x)[len(want) :]
+    if group_size > 1 and (not after or after[0] % group_size):
+      where = jax.tree_util.keystr(path)
+      raise ValueError(
+        f'batches{where} has the shape {np.shape(x)}, and each worker has '
+        f'{group_size} devices, which divide the axis B behind {list(want)} '
+        'between them: give a batch whose size is a multiple of that.'
       )
     if not _is_numeric(x):
       where = jax.tree_util.keystr(path)

@@ -429,6 +429,15 @@ def test_formats_with_fewer_bits_need_nothing_to_send(wire_format):
   assert np.asarray(metrics['healthy']).all()
 
 
+def test_the_devices_of_a_worker_divide_its_batch():
+  trainer = make(S=2, mesh=resist.make_mesh(4, devices_per_worker=2))
+  state = trainer.init(network())
+  odd = jax.tree.map(lambda x: x[:, :, :3], batches(0, 2))
+  for wrong in (odd, {**batches(0, 2), 'weight': np.ones((2, T), np.float32)}):
+    with pytest.raises(ValueError, match=r'has 2 devices, .* a multiple'):
+      trainer.round(state, wrong)
+
+
 def test_compiled_programs_refuse_the_other_kind_of_batches():
   trainer = make()
   state = trainer.init(network())
