@@ -1,8 +1,13 @@
 """How a run gets its state: anew, from a checkpoint, or between phases."""
 
 import dataclasses
+from typing import Any
+
+import jax
 
 from resist_jax import data
+from resist_jax.decomposition import split
+from resist_jax.errors import ConfigError
 from resist_jax.rounds import State, Whole, storage
 from resist_jax.rounds.moments import Parts
 from resist_jax.run import phases
@@ -24,10 +29,14 @@ def start(
   Returns:
     The phase of the next round, or of the last one where none follows,
     compiled, and the state before it.
+
+  Raises:
+    ConfigError: If the checkpoint is that of another network.
   """
   if restored is None:
     params = setup.task.init(setup.config.seed)
     return begin_phase(setup, 0, Whole(params))
+  _check_network(setup, restored.stored.state)
   done = restored.progress['round']
   name = phases.name_at(setup.config, done - 1 if ended else done)
   phase = phases.make_phase(setup, name)
@@ -42,6 +51,31 @@ def start(
       return _compiled(setup, phase, state), state
   whole = storage.as_whole(restored.stored)
   return _hand_out(setup, name, done, _rescaled(setup, whole, factors))
+
+
+def _check_network(setup: Setup, state: State) -> None:
+  """Refuses a checkpoint of other parameters, as of an edited module."""
+  params, names = setup.task.shapes(), list(state.num_blocks)
+
+  def shapes(tree: Any, axes: int) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree.leaves_with_path(tree)
+    return {
+      jax.tree_util.keystr(path): tuple(x.shape[axes:]) for path, x in leaves
+    }
+
+  try:
+    shared, chain = split(params, names)
+  except KeyError:
+    shared, chain = params, {}
+  found = {**shapes(state.shared, 0), **shapes(state.chain, 2)}
+  wanted = {**shapes(shared, 0), **shapes(chain, 1)}
+  for path in sorted(found.keys() | wanted.keys()):
+    if found.get(path) != wanted.get(path):
+      raise ConfigError(
+        f'the parameters {path} have the shape {found.get(path, "of none")} in '
+        f'the checkpoint, but {wanted.get(path, "of none")} in the network: '
+        'bring the network back as it was, or choose another workdir.'
+      )
 
 
 def begin_phase(

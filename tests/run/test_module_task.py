@@ -217,6 +217,16 @@ def test_a_module_may_bring_an_optimizer(tmp_path, monkeypatch):
   jax.tree.map(np.testing.assert_array_equal, params, begun)
 
 
+def test_a_module_whose_network_has_changed_is_refused(tmp_path, monkeypatch):
+  train.train(config(num_rounds=1), tmp_path)
+  wider = config(num_rounds=2)
+  wider.model.options.width = 16
+  network = own_network.network(wider)
+  monkeypatch.setattr(own_network, 'network', lambda _: network)
+  with pytest.raises(ConfigError, match=r'\(8,.* in the checkpoint, but \(16'):
+    train.train(config(num_rounds=2), tmp_path)
+
+
 @pytest.mark.parametrize(
   ('optimizer', 'parts'),
   rest_is_slow([(optax.adam, 3), (optax.sgd, 1)], quick=[(optax.adam, 3)]),
