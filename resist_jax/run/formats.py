@@ -248,7 +248,11 @@ def _savedmodel(model: Predictor, path: pathlib.Path) -> None:
 
   shape = ', '.join(('b', *map(str, model.image_shape)))
   converted = jax2tf.convert(
-    logits, polymorphic_shapes=[None, f'({shape})'], with_gradient=False
+    logits,
+    polymorphic_shapes=[None, f'({shape})'],
+    with_gradient=False,
+    # By default it would run on the kind of device that wrote it alone.
+    native_serialization_platforms=('cpu', 'cuda', 'tpu'),
   )
   module = tf.Module()
   variables = jax.tree.map(np.asarray, dict(model.variables))
