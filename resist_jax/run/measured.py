@@ -6,6 +6,7 @@ A measure has the name of its test in front, as in `metrics.jsonl`.
 from collections.abc import Mapping, Sequence
 import csv
 import io
+import json
 import math
 import pathlib
 import statistics
@@ -33,6 +34,7 @@ def write(out: pathlib.Path, measured: Measured) -> None:
     measured: What was measured of one run.
   """
   out.mkdir(parents=True, exist_ok=True)
+  _remove_earlier(out)
   workdir.write_json(out / 'evaluation.json', _finite(measured))
   names = measured.get('class_names', ())
   for test, counts in measured.get('confusion', {}).items():
@@ -46,6 +48,20 @@ def write(out: pathlib.Path, measured: Measured) -> None:
   rows = [[row.get(name) for name in head] for row in measured['depth']]
   workdir.replace_text(out / 'depth.csv', _csv([head, *rows]))
   _draw_depths(out, measured, measured['depth'])
+
+
+def _remove_earlier(out: pathlib.Path) -> None:
+  """Removes the files of an earlier evaluation, perhaps of other tests."""
+  try:
+    earlier = json.loads((out / 'evaluation.json').read_text('utf-8'))
+    tests = [*earlier['examples']]
+  except (OSError, ValueError, TypeError, KeyError):
+    return
+  (out / 'depth.csv').unlink(missing_ok=True)
+  for test in tests:
+    for name in (f'confusion_{test}.csv', f'confusion_{test}.png'):
+      (out / name).unlink(missing_ok=True)
+    (out / f'depth_{test}.png').unlink(missing_ok=True)
 
 
 def write_together(out: pathlib.Path, found: Sequence[Measured]) -> None:

@@ -131,6 +131,24 @@ def test_another_set_is_tested_with_the_classes_of_the_run(
   }
 
 
+def test_nothing_of_an_earlier_evaluation_stays(finished, capsys, tmp_path):
+  folder, _ = finished
+  (tmp_path / 'depth_mine.png').write_text('')
+  command(capsys, folder, f'--out={tmp_path}', '--depths=5')
+  assert (tmp_path / 'confusion_validation.csv').exists()
+  test = data.load('digits').tests['test']
+  path = tmp_path / 'other.npz'
+  np.savez(path, images=test.images, labels=test.labels)
+  command(
+    capsys, folder, f'--data={path}', f'--out={tmp_path}', '--depths=none'
+  )
+  left = {path.name for path in tmp_path.iterdir()}
+  assert left == {
+    'evaluation.json', 'confusion_other.csv', 'confusion_other.png',
+    'depth_mine.png', 'other.npz',
+  }  # fmt: skip
+
+
 def test_without_the_training_images_the_whole_network_is_tested(
   finished, capsys, tmp_path
 ):
