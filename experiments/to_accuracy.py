@@ -57,7 +57,7 @@ RECIPES = {
   LEVERS: '_plus',
   TWICE: '_plus_twice',
 }
-TIMES = {HALF: 0.5, TWICE: 2}  # Of the rounds, also those that warm up.
+TIMES = {HALF: 0.5, TWICE: 2}  # As many rounds, also those that warm up.
 TARGETS = (0.80, 0.85, 0.88, 0.90)
 TO_TARGETS = [f'to {100 * target:.0f} %' for target in TARGETS]  # Columns.
 HEAD = ['data', 'protocol', 'workers']

@@ -41,7 +41,7 @@ from resist_jax.rounds import (
 from resist_jax.rounds import state as states
 from resist_jax.rounds.arrays import place
 from resist_jax.rounds.mesh import REPLICATED, workers_here
-from resist_jax.rounds.moments import fits
+from resist_jax.rounds.moments import fits, reformed
 from resist_jax.rounds.state import assignments_on_host
 
 PyTree = Any
@@ -321,6 +321,18 @@ class Trainer:
     lengths = tuple((k, int(n)) for k, n in state.num_blocks.items())
     return _make_round(self, structure, shapes, lengths, streamed)
 
+  def _reformed(self, state: State) -> State:
+    """Returns a state from files with the nodes of the optimiser's state."""
+    if state.carried is None:
+      return state
+    params = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
+      (state.shared, state.chain),
+    )
+    return state._replace(
+      carried=reformed(self.optimizer, params, state.carried)
+    )
+
   @property
   def _steps(self) -> int:
     return self.local_steps * self.rounds_at_once
@@ -486,6 +498,7 @@ class Trainer:
       assignments = protocol.assign(self.seed, draw)
       state = storage.as_state(stored, protocol, self.devices, assignments)
       if state is not None:
+        state = self._reformed(state)
         _check_state(self, state)
         return state
     state = self.distribute(storage.as_whole(stored), done)
@@ -789,9 +802,11 @@ def _check_state(trainer: Trainer, state: State) -> None:
       )
   _check_division(trainer, state)
   for field, parts in (('optimizer', state.carried), ('outer', state.outer)):
+    if parts is None:
+      continue
     leaves, structure = jax.tree.flatten((state.shared, state.chain, parts))
     shapes = tuple(x.shape[1:] for x in leaves)
-    if parts is not None and not _fits(trainer, field, structure, shapes):
+    if not _fits(getattr(trainer, field), structure, shapes):
       raise ValueError(
         f'the state is of a trainer with another {field}, which keeps other '
         'things: use that one, or begin with the parameters alone, '
@@ -808,24 +823,28 @@ def _check_division(trainer: Trainer, state: State) -> None:
     'update_factor': (state.norms is not None) == protocol.judges_updates,
     'wire_format': (state.error is not None) == protocol.keeps_error,
   }
-  for name, found in assignments_on_host(state).items():
+  _refuse_others(same)
+  for name, found in state.assignments.items():
     ours = wanted[name]
     there = [field is not None for field in found]
     same['exchange'] = there == [field is not None for field in ours]
     # Slots that a person chose may be more than there have to be.
     both = zip(found[1:], ours[1:], strict=True) if same['exchange'] else ()
-    same['min_depth'] = all(
-      x is None or np.shape(x) == np.shape(y) for x, y in both
-    )
-    if trainer.depths:
-      counts = (found.slots < state.num_blocks[name]).sum(axis=1)
+    same['min_depth'] = all(x is None or x.shape == y.shape for x, y in both)
+    if trainer.depths and not isinstance(found.slots, jax.ShapeDtypeStruct):
+      slots = assignments_on_host(state)[name].slots
+      counts = (slots < state.num_blocks[name]).sum(axis=1)
       same['depths'] = tuple(counts.tolist()) == tuple(trainer.depths)
-    for field, equal in same.items():
-      if not equal:
-        raise ValueError(
-          f'the state is of a trainer with another {field}: use that trainer, '
-          'or save the state and restore it with this one.'
-        )
+    _refuse_others(same)
+
+
+def _refuse_others(same: Mapping[str, bool]) -> None:
+  for field, equal in same.items():
+    if not equal:
+      raise ValueError(
+        f'the state is of a trainer with another {field}: use that trainer, or '
+        'save the state and restore it with this one.'
+      )
 
 
 @lru_cache(maxsize=8)
@@ -836,11 +855,11 @@ def _first_division(trainer: Trainer, lengths: tuple[tuple[str, int], ...]):
 
 
 @lru_cache(maxsize=32)
-def _fits(trainer: Trainer, field: str, structure, shapes) -> bool:
+def _fits(optimizer, structure, shapes) -> bool:
   """Returns whether an optimiser could keep what a state has of it."""
   leaves = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
   shared, chain, parts = structure.unflatten(leaves)
-  return fits(getattr(trainer, field), (shared, chain), parts)
+  return fits(optimizer, (shared, chain), parts)
 
 
 def _check_is_state(state: State) -> None:

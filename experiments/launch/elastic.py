@@ -17,8 +17,9 @@ The agents meet at `--meet`. While the host of that address is away, all others
 wait for it, so choose one that does not fail, such as a login node, and start
 `python -m experiments.launch.elastic --meet=HOST0:29400 --only_meet` there.
 
-The exit code is 0 when the run is complete, 2 if the input is wrong, 75 if this
-host has failed too often, and 128 + N after signal N.
+The exit code is 0 when the run is complete, 2 if the input is wrong, 1 if a
+person must mend something else, such as a full disk, 75 if this host has failed
+too often, and 128 + N after signal N.
 """
 
 import argparse
@@ -57,12 +58,14 @@ def main() -> None:
       refused(ConfigError('PyTorch is missing: pip install ".[elastic]".'))
     )
   os.environ['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'  # A port of our own.
+  # Seconds until the agent kills a process that is to end, and saves first.
+  os.environ.setdefault('TORCH_ELASTIC_SHUTDOWN_TIMEOUT', '600')
   if options.only_meet:
     _only_meet(options.meet)
   with tempfile.TemporaryDirectory() as folder:
     wrong = pathlib.Path(folder) / 'wrong'
     code = _watch(options, wrong)
-    sys.exit(2 if wrong.exists() else code)
+    sys.exit(int(wrong.read_text()) if wrong.exists() else code)
 
 
 def _parse() -> argparse.Namespace:

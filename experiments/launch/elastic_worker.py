@@ -3,9 +3,10 @@
   python -m experiments.launch.elastic_worker WRONG ARG ...
 
 The agent starts again whatever fails. A mistake in the input would fail again,
-so after exit code 2 this process leaves the file WRONG and ends with 0. It dies
-with its agent, and resist_jax with it: a process without an agent would go on
-as a member of a group that has met anew without it.
+and so would what a person must mend. So after exit codes 1 and 2 this process
+writes the code to the file WRONG, and ends with 0. It dies with its agent, and
+resist_jax with it: a process without an agent would go on as a member of a
+group that has met anew without it.
 """
 
 import ctypes
@@ -37,6 +38,8 @@ def main() -> None:
   process = subprocess.Popen(
     [sys.executable, '-m', 'resist_jax', *args],
     preexec_fn=lambda: die_with_parent(me),
+    # The agent signals a whole group, and a second signal ends a run at once.
+    start_new_session=True,
   )
 
   def forward(signum, frame):
@@ -46,8 +49,8 @@ def main() -> None:
   for signum in (signal.SIGTERM, signal.SIGINT):
     signal.signal(signum, forward)
   code = process.wait()
-  if code == 2:
-    pathlib.Path(wrong).touch()
+  if code in (1, 2):
+    pathlib.Path(wrong).write_text(str(code))
     code = 0
   sys.exit(code if code >= 0 else 128 - code)
 

@@ -84,7 +84,10 @@ def same(name: str, other: str) -> bool:
   """
   if name == other or not (is_path(name) and is_path(other)):
     return name == other
-  places = (folders.resolve(text, 'a data set') for text in (name, other))
+  try:
+    places = [folders.resolve(text, 'a data set') for text in (name, other)]
+  except ConfigError:  # Such as $NAME of another machine.
+    return False
   first, second = (place.resolve() for place in places)
   return first == second
 

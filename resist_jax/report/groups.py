@@ -153,6 +153,8 @@ def _label(runs: Sequence[Run]) -> str:
     lambda letters: len(set(letters)) == 1, zip(*paths, strict=False)
   )
   common = ''.join(letters[0] for letters in same)
+  if all(path[len(common) :][:1].isdigit() for path in paths):
+    common = common.rstrip('0123456789')  # 1 of the seeds 10 and 11.
   common = re.sub(r'[\W_]*(seed)?[\W_]*$', '', common)
   return protocol_name(common.rpartition(os.sep)[2]) or 'runs'
 
@@ -166,8 +168,10 @@ def _merged(runs: Sequence[Run]) -> dict[str, Any]:
     values = [run.summary[name] for run in runs if name in run.summary]
     if all(value == values[0] for value in values):
       continue
-    if all(map(is_number, values)):
-      merged[name] = Spread(values)
+    numbers = [value for value in values if is_number(value)]
+    if numbers and all(v is None or is_number(v) for v in values):
+      # A run may not have been tested yet.
+      merged[name] = Spread(numbers) if numbers[1:] else numbers[0]
     elif all(isinstance(value, str | int) for value in values):
       listed = ', '.join(map(str, values[:_MOST_NAMES]))
       merged[name] = listed + (', …' if values[_MOST_NAMES:] else '')

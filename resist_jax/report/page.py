@@ -216,9 +216,11 @@ def write_report(
   runs = load_runs(run_dirs)
   folders.check_writable(out, '--out')
   rows = {run.label: run.rows for run in runs}
+  rated = any('test_accuracy' in row for run in runs for row in run.rows)
+  by_loss = any('test_loss' in row for run in runs for row in run.rows)
   figures = {
     f'accuracy_by_{x.split("_")[0]}.png': plots.accuracy_figure(rows, x)
-    for x in plots.AXES
+    for x in (plots.AXES if rated or not by_loss else ())
   }
   blocks = {}
   for number, run in enumerate(runs, 1):
@@ -254,8 +256,15 @@ def _page(groups: Sequence[Group], blocks: Mapping[str, Figure]) -> str:
     kind = 'settings' if several else 'runs'
     title = f'{len(groups)} {kind} side by side'
   summaries = [group.summary for group in groups]
+
+  def written(group, name):
+    value = group.config.get(name, DASH)
+    if name not in group.config:
+      return value
+    return json.dumps(value, ensure_ascii=False)
+
   settings = [
-    [n, *(json.dumps(g.config[n]) if n in g.config else DASH for g in groups)]
+    [n, *(written(group, n) for group in groups)]
     for n in sorted(set().union(*(group.config for group in groups)))
   ]
   if groups[1:]:

@@ -247,7 +247,10 @@ def _costs(group: Group, base: Group) -> list[str]:
     count = '' if kind.startswith('wire') else " (the paper's count)"
     costs.append(f'sent {share} the bytes{count} of {_name(base)}')
   ours, theirs = (g.values('seconds_training') for g in (group, base))
-  same = group.summary.get('device') == base.summary.get('device')
+  same = all(
+    group.summary.get(name) and group.summary[name] == base.summary.get(name)
+    for name in ('device', 'num_devices')
+  )
   if ours and theirs and min(theirs) > 0 and same:
     share = statistics.median(ours) / statistics.median(theirs)
     whole = 'its seconds' if costs else f'the seconds of {_name(base)}'

@@ -99,6 +99,12 @@ def with_carried(
     carried = None
   elif carried is None:
     carried = _first_parts(optimizer, whole.params, protocol, 'carry')
+  else:
+    wanted = take_apart(optimizer, jax.eval_shape(optimizer.init, whole.params))
+    leaves = jax.tree.leaves(carried.moments)
+    structure = jax.tree.structure(wanted.moments)
+    if len(leaves) == structure.num_leaves:  # See `reformed`.
+      carried = Parts(structure.unflatten(leaves), carried.rest)
   if protocol.outer is None:
     outer = None
   elif outer is None:
@@ -116,7 +122,7 @@ def _first_parts(optimizer, params, protocol, field) -> Parts:
   with jax.default_device(_host_device()):
     opt_state = jax.device_get(optimizer.init(params))
   parts = take_apart(optimizer, opt_state)
-  if any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in parts.rest):
+  if any(map(_is_key, parts.rest)):
     raise ValueError(
       f'{field} is set, but its optimiser draws random numbers, and its key is '
       f'none of its moments: use another one, or do without {field}.'
@@ -140,6 +146,11 @@ def _first_parts(optimizer, params, protocol, field) -> Parts:
             f'without {field}.'
           )
   return parts
+
+
+def _is_key(x) -> bool:
+  dtype = getattr(x, 'dtype', np.dtype(int))  # It may be a number of Python's.
+  return jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def _host_device():

@@ -214,6 +214,7 @@ def _dataset(
     )
   try:
     dataset = setup.load_data(config, copies=2)
+    _check_same(run, model, dataset)
   except ConfigError as error:
     if not tests:
       raise ConfigError(
@@ -228,7 +229,6 @@ def _dataset(
     split = next(iter(tests.values()))
     names = model.class_names
     return data.Dataset('', split, tests, names, model.mean, model.std), False
-  _check_same(run, model, dataset)
   return dataclasses.replace(dataset, tests=tests or dataset.tests), True
 
 
@@ -241,7 +241,7 @@ def _check_same(run: Trained, model: Predictor, dataset: data.Dataset) -> None:
     raise ConfigError(
       f'the data set {run.config.data.name!r} is not what the run was trained '
       f'on ({said or "other classes, or images of another size"}): bring that '
-      'back, or name a set to test on with --data.'
+      'back.'
     )
   if said:
     print(

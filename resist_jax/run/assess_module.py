@@ -111,6 +111,8 @@ def _on_own_data(config: ml_collections.ConfigDict, name: str) -> ModuleTask:
 def _on_images(config: ml_collections.ConfigDict, name: str) -> ModuleTask:
   """Puts another set of images in the place of the tests."""
   task = _made(config)
+  if data.same_set(name, config.data.name):  # It has images to train on.
+    return task
   dataset: Any = task.dataset
   shape = dataset.train.images.shape[1:]
   test = data.load_test(

@@ -237,7 +237,13 @@ class Checkpoints:
       ValueError: If there are checkpoints and all of them are damaged, or if
         the newest intact one cannot be read after all.
     """
-    step = self._choose()
+    try:
+      step = self._choose()
+    except PermissionError as error:
+      raise ValueError(
+        f'a checkpoint cannot be read ({message(error)}): let this user read '
+        f"all of {self._folder}, or move what is another's away."
+      ) from error
     if step == _NONE:
       return None
     if step == _DAMAGED:
@@ -299,11 +305,7 @@ class Checkpoints:
         problem = check(self._path(step), listed)
       except OSError as error:
         if error.errno in FORBIDDEN:
-          raise ValueError(
-            f'the checkpoint of round {step} cannot be read ({message(error)})'
-            f': let this user read all of {self._path(step)}, or move it away '
-            'to go on from the one before.'
-          ) from error
+          raise
         problem = message(error)[:100]
       if problem is None:
         return step, True
@@ -316,6 +318,8 @@ class Checkpoints:
       stored = storage.read_on_host(self._path(step))
       found = stored.record['round']
       sums = stored.record.get(_SUMS)  # Older versions saved none.
+    except PermissionError:
+      raise
     except Exception as error:  # orbax and its codecs raise many types.
       return message(error)[:100] or type(error).__name__
     if sums and sums != sums_on_host(stored.state):

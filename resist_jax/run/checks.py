@@ -105,11 +105,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
       f'optimizer.momentum is {config.optimizer.momentum}; it must be at least '
       '0 and less than 1.'
     )
-  if config.optimizer.nesterov and not config.optimizer.momentum:
-    raise ConfigError(
-      'optimizer.nesterov is on, but optimizer.momentum is 0: set that, such '
-      'as 0.9, or turn nesterov off.'
-    )
   if not 0 <= config.data.validation < 1:
     raise ConfigError(
       f'data.validation is {config.data.validation}; it is a share of the '
@@ -338,11 +333,6 @@ def _check_distillation(config) -> None:
   if not temperature > 0:
     raise ConfigError(
       f'distillation.temperature is {temperature}; it must be greater than 0.'
-    )
-  if temperature != 2 and not weight:
-    raise ConfigError(
-      f'distillation.temperature is {temperature}, but distillation.weight is '
-      '0: set that, such as 0.5, or leave the temperature at 2.'
     )
   if weight and config.protocol == 'data_parallel':
     raise ConfigError(

@@ -370,9 +370,9 @@ FIELDS = {
       'model.module',
       '',
       'A module with a network of your own, by the name that Python imports it '
-      'by. The other fields of model, but model.options, then count for '
-      'nothing; nor does partition, and nor do optimizer.momentum, nesterov, '
-      'weight_decay and bias_rate if it has an optimiser. See '
+      'by. partition and the other fields of model, but model.options, then '
+      'count for nothing; so do optimizer.momentum, nesterov, weight_decay and '
+      'bias_rate if it has an optimiser. See '
       'help(resist_jax.run.module_task).',
     ),
     Field(

@@ -9,7 +9,7 @@ import hashlib
 import pathlib
 
 # Errors that say nothing about what a file holds.
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.ESTALE)
+FORBIDDEN = (errno.EACCES, errno.EPERM)
 
 
 def manifest(folder: pathlib.Path) -> dict[str, str]:

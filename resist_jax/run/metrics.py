@@ -161,7 +161,7 @@ class MetricsLog:
       f'{lost} was deleted, moved or replaced while the run trained, perhaps '
       f'with its folder: nothing is kept since round {self._kept}. Put it '
       'back, and the same command goes on from the newest checkpoint there; '
-      'without a checkpoint it begins anew.'
+      'where none was saved yet, it begins anew.'
     )
 
   def __enter__(self) -> 'MetricsLog':

@@ -7,6 +7,7 @@ variables of torchrun, or in the ways that JAX knows.
 
 from collections.abc import Mapping
 import os
+import re
 import warnings
 
 from resist_jax.errors import ConfigError, printable
@@ -58,6 +59,13 @@ def find_place(
   coordinator, count, me, devices = found
   if coordinator is None or count is None or me is None:
     return None
+  named = os.environ.get('JAX_LOCAL_DEVICE_IDS', '')
+  if named:  # JAX itself reads it only where nobody names devices.
+    if not re.fullmatch(r'\d+(,\d+)*', named):
+      raise ConfigError(
+        f'JAX_LOCAL_DEVICE_IDS is {named!r}: name devices as in 0,1,2,3.'
+      )
+    devices = map(int, named.split(','))
   return Place(coordinator, count, me, tuple(devices) if devices else None)
 
 

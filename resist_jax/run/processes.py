@@ -262,22 +262,17 @@ class _Monitor:
     )
     self.exit(reason, code)
 
-  def exit(self, reason: str, code: int, told: int | None = None) -> NoReturn:
+  def exit(self, reason: str, code: int) -> NoReturn:
     """Tells the other processes the reason, if they can be reached, and exits.
 
     It does not return through Python: a collective that another thread runs
     would wait forever.
-
-    Args:
-      reason: Why it ends.
-      code: Its exit code.
-      told: The one that the others take it for; None for the same.
     """
     self._exiting = True
     if self._store is not None:
       telling = threading.Thread(
         target=self._put,
-        args=(f'{_END}/{self._me}', f'{told or code} {reason}'),
+        args=(f'{_END}/{self._me}', f'{code} {reason}'),
         daemon=True,
       )
       telling.start()
@@ -409,15 +404,13 @@ def end() -> None:
     _Monitor.current = None
 
 
-def fail(reason: str, code: int, told: int | None = None) -> NoReturn:
+def fail(reason: str, code: int) -> NoReturn:
   """Exits; the other processes then exit too, and repeat the reason.
 
   Args:
     reason: One line for their error messages.
     code: The exit code of this process.
-    told: That of the others, if it is another one: they may succeed where a
-      person need not mend the cause.
   """
   if _Monitor.current:
-    _Monitor.current.exit(reason, code, told)
+    _Monitor.current.exit(reason, code)
   sys.exit(code)

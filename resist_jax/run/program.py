@@ -108,7 +108,7 @@ def main(options: Options) -> None:
       )
     traceback.print_exc()
     # The cause may be this host.
-    processes.fail(f'{type(error).__name__}: {error}', 1, processes.TRY_AGAIN)
+    processes.fail(f'{type(error).__name__}: {error}', processes.TRY_AGAIN)
   if jax.process_index() == 0:
     if isinstance(sys.stdout, io.TextIOWrapper):
       # Names of folders, which may be classes, need not be text.

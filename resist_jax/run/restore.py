@@ -7,7 +7,7 @@ import jax
 
 from resist_jax import data
 from resist_jax.decomposition import split
-from resist_jax.errors import ConfigError
+from resist_jax.errors import ConfigError, message
 from resist_jax.rounds import State, Whole, storage
 from resist_jax.rounds.moments import Parts
 from resist_jax.run import phases
@@ -42,13 +42,11 @@ def start(
   phase = phases.make_phase(setup, name)
   factors = _scale_changes(setup, restored)
   if not factors:
-    draw = int(restored.stored.state.draw)
-    assignments = phase.protocol.assign(setup.config.seed, draw)
-    state = storage.as_state(
-      restored.stored, phase.protocol, setup.mesh, assignments
-    )
-    if state is not None:
-      return _compiled(setup, phase, state), state
+    try:
+      state = phase.trainer.resume(restored.stored)
+    except ValueError as error:  # Such as the state of another optimiser.
+      raise ConfigError(message(error)) from error
+    return _compiled(setup, phase, state), state
   whole = storage.as_whole(restored.stored)
   return _hand_out(setup, name, done, _rescaled(setup, whole, factors))
 
@@ -56,6 +54,16 @@ def start(
 def _check_network(setup: Setup, state: State) -> None:
   """Refuses a checkpoint of other parameters, as of an edited module."""
   params, names = setup.task.shapes(), list(state.num_blocks)
+  wanted_blocks = {k: setup.sizes.num_blocks.get(k) for k in names}
+  saved = {k: int(n) for k, n in state.num_blocks.items()}
+  if setup.chains and any(
+    n is not None and n != saved[k] for k, n in wanted_blocks.items()
+  ):
+    raise ConfigError(
+      f'the chains have {saved} blocks in the checkpoint, but '
+      f'{wanted_blocks} in the network: bring the network back as it was, or '
+      'choose another workdir.'
+    )
 
   def shapes(tree: Any, axes: int) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree.leaves_with_path(tree)
@@ -72,9 +80,9 @@ def _check_network(setup: Setup, state: State) -> None:
   for path in sorted(found.keys() | wanted.keys()):
     if found.get(path) != wanted.get(path):
       raise ConfigError(
-        f'the parameters {path} have the shape {found.get(path, "of none")} in '
-        f'the checkpoint, but {wanted.get(path, "of none")} in the network: '
-        'bring the network back as it was, or choose another workdir.'
+        f'the parameters {path} are {found.get(path, "missing")} in the '
+        f'checkpoint, but {wanted.get(path, "missing")} in the network: bring '
+        'the network back as it was, or choose another workdir.'
       )
 
 

@@ -34,8 +34,11 @@ class TensorBoard(callbacks.Callback):
     self._run = run
     self._folder = run.workdir / 'tensorboard'
     before = set(threading.enumerate())
+    # With a queue that has an end, a writer that fails would hold the run up.
     self._writer = tensorboardX.SummaryWriter(
-      str(self._folder), purge_step=run.round + 1 if run.round else 0
+      str(self._folder),
+      purge_step=run.round + 1 if run.round else 0,
+      max_queue=0,
     )
     # What writes the file; it ends where that fails, such as on a full disk.
     self._threads = set(threading.enumerate()) - before
@@ -81,6 +84,7 @@ class TensorBoard(callbacks.Callback):
       self._lose()
 
   def _write_end(self, summary: Mapping[str, Any]) -> None:
+    self._writer.flush()  # Before another file is begun on a full disk.
     rows = report.read_rows(self._run.workdir / 'metrics.jsonl')
     if any('test_accuracy' in row for row in rows):
       self._draw(rows, summary['rounds'])

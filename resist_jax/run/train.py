@@ -134,12 +134,11 @@ def _rounds(
 ) -> Loop:
   """Trains all rounds; callbacks learn of the end when `after` closes."""
   config, writes = setup.config, jax.process_index() == 0
+  _check_not_lost(folder)
   checkpoints = Checkpoints(folder, setup.mesh, config.keep_checkpoints)
   with Interrupt() as interrupt:
     processes.doing('the start')
     restored = _restore(checkpoints, setup)
-    if restored is None:
-      _check_not_lost(folder, config.checkpoint_every)
     measured = restored.progress.get('depths_by_speed') if restored else None
     setup = speed.with_depths(setup, measured or ())
     done = restored.progress['round'] if restored else 0
@@ -166,16 +165,18 @@ def _rounds(
   return loop
 
 
-def _check_not_lost(folder: pathlib.Path, checkpoint_every: int) -> None:
-  """Refuses to begin anew where checkpoints must have been."""
+def _check_not_lost(folder: pathlib.Path) -> None:
+  """Refuses to begin anew where a checkpoint has been whole."""
+  if workdir_lib.saved_rounds(folder / 'checkpoints'):
+    return
+  # Lists of files are written when a checkpoint is whole, and not beside it.
+  listed = any((folder / 'digests').glob('[0-9]*.json'))
   rows = report.read_rows(folder / 'metrics.jsonl')
-  done = rows[-1]['round'] if rows else 0
-  # A row is written when the checkpoint before it is whole.
-  if done > checkpoint_every or (done and (folder / 'summary.json').exists()):
+  if rows and (listed or (folder / 'summary.json').exists()):
     raise ConfigError(
-      f'{folder / "metrics.jsonl"} has {done} rounds, but there is no '
-      f'checkpoint: bring the folder {folder / "checkpoints"} back, or choose '
-      'another workdir.'
+      f'{folder / "metrics.jsonl"} has {rows[-1]["round"]} rounds, but there '
+      f'is no checkpoint: bring the folder {folder / "checkpoints"} back, or '
+      'choose another workdir.'
     )
 
 

@@ -145,6 +145,12 @@ def test_report_of_several_runs_shows_what_differs(tmp_path):
   assert not (page.parent / 'decomposition_3.png').exists()
 
 
+def test_settings_are_shown_in_their_own_letters(tmp_path):
+  run = make_run(tmp_path / 'run', config={'data.name': '/data/照片'})
+  page = report.write_report([run], tmp_path / 'out')
+  assert '/data/照片' in page.read_text()
+
+
 def test_run_without_summary_is_shown_by_its_rounds(tmp_path):
   run = make_run(tmp_path / 'run', num_rounds=3, finished=False)
   with (run / 'metrics.jsonl').open('a') as file:

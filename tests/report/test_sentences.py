@@ -48,6 +48,7 @@ def put(path, accuracy, protocol='resist', seed=0, **fields):
     'wire_bytes_per_round_local_sgd': int(4e6),
     'wire_bytes_per_round_data_parallel': int(40e6),
     'device': 'cpu',
+    'num_devices': 4,
     'seed': seed,
     **fields,
   }
@@ -57,6 +58,30 @@ def put(path, accuracy, protocol='resist', seed=0, **fields):
 
 def said(*paths):
   return sentence.sentences(groups.grouped(records.load_runs(paths)))
+
+
+@pytest.mark.parametrize(
+  'fields', [{'num_devices': 1}, {'device': 'other'}, {'device': None}]
+)
+def test_seconds_are_compared_on_equal_devices_only(tmp_path, fields):
+  ours = put(tmp_path / 'ours', 0.8)
+  theirs = put(tmp_path / 'theirs', 0.8, 'local_sgd')
+  assert 'took 25% of its seconds' in ' '.join(said(ours, theirs))
+  other = put(tmp_path / 'other', 0.8, 'local_sgd', **fields)
+  assert 'took' not in ' '.join(said(ours, other))
+
+
+def test_a_seed_that_is_not_tested_yet_is_left_out_of_the_mean(tmp_path):
+  runs = [
+    put(tmp_path / f'cifar10_seed{seed}', accuracy, seed=seed)
+    for seed, accuracy in ((10, 0.7), (11, 0.72), (12, 0.9))
+  ]
+  summary = json.loads((runs[2] / 'summary.json').read_text())
+  summary['test_accuracy'] = None
+  (runs[2] / 'summary.json').write_text(json.dumps(summary))
+  (group,) = groups.grouped(records.load_runs(runs))
+  assert f'{group.summary["test_accuracy"]:.1%}' == '71.0% ± 1.4%'
+  assert group.name == 'cifar10'  # And not cifar10_seed1.
 
 
 def test_one_run_is_told_beside_what_baselines_would_send(tmp_path):

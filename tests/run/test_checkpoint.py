@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit, or not at all."""
 
+import errno
 import hashlib
 import json
 import pathlib
@@ -19,7 +20,7 @@ from resist_jax.rounds import State, make_mesh, storage
 from resist_jax.rounds.mesh import SHARDED
 from resist_jax.rounds.moments import Parts
 from resist_jax.rounds.storage import digest_of_arrays
-from resist_jax.run import checkpoint, examined, workdir
+from resist_jax.run import checkpoint, examined, manifest, workdir
 from resist_jax.run.checkpoint import KEEP, Checkpoints, SaveError
 
 # When one read of a damaged checkpoint fails, orbax closes its event loop while
@@ -399,6 +400,24 @@ def test_a_folder_in_the_way_is_not_overwritten(tmp_path):
   assert not no.value.retryable
   assert mine.exists()
   assert_is(restore(tmp_path), 1)
+
+
+def test_a_file_that_may_not_be_read_is_not_taken_for_damaged(
+  tmp_path, monkeypatch
+):
+  """Tests run as root, which may read everything."""
+  save(tmp_path, 1, 2)
+
+  def forbidden(path):
+    raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+
+  monkeypatch.setattr(manifest, '_sha256', forbidden)
+  with pytest.raises(
+    ValueError, match=r'Permission denied.*let this user read'
+  ):
+    Checkpoints(tmp_path, make_mesh(4)).restore()
+  monkeypatch.undo()
+  assert Checkpoints(tmp_path, make_mesh(4)).restore().progress['round'] == 2
 
 
 def test_all_damaged_is_an_error(tmp_path):

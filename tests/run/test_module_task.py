@@ -223,7 +223,14 @@ def test_a_module_whose_network_has_changed_is_refused(tmp_path, monkeypatch):
   wider.model.options.width = 16
   network = own_network.network(wider)
   monkeypatch.setattr(own_network, 'network', lambda _: network)
-  with pytest.raises(ConfigError, match=r'\(8,.* in the checkpoint, but \(16'):
+  with pytest.raises(ConfigError, match=r'are .*8.* in the checkpoint, but'):
+    train.train(config(num_rounds=2), tmp_path)
+  longer = config(num_rounds=2)
+  longer.model.options.blocks = 6
+  monkeypatch.undo()
+  network = own_network.network(longer)
+  monkeypatch.setattr(own_network, 'network', lambda _: network)
+  with pytest.raises(ConfigError, match=r"'blocks': 4} blocks in the checkpoi"):
     train.train(config(num_rounds=2), tmp_path)
 
 
@@ -247,6 +254,30 @@ def test_the_moments_of_a_module_count_as_many_as_they_are(
     carried.optimizer.carry_momentum = False
     alone = phases.describe(setup.prepare(carried), 'resist').bytes_per_round
   assert summary['bytes_per_round'] == parts * alone
+
+
+def test_a_module_of_several_optimisers_goes_on_with_their_moments(
+  tmp_path, monkeypatch
+):
+  def several(config, schedule):
+    kinds = {'a': optax.sgd(schedule, momentum=0.9), 'b': optax.sgd(schedule)}
+    return optax.multi_transform(
+      kinds,
+      lambda params: jax.tree.map_with_path(
+        lambda path, _: 'a' if path[0].key == 'blocks' else 'b', params
+      ),
+    )
+
+  monkeypatch.setattr(own_network, 'optimizer', several, raising=False)
+  hashes = []
+  for folder, ends in (('at once', (3,)), ('in parts', (1, 3))):
+    for rounds in ends:
+      made = config(num_rounds=rounds, checkpoint_every=1)
+      made.optimizer.carry_momentum = True
+      made.optimizer.schedule = 'constant'
+      summary = train.train(made, tmp_path / folder)
+    hashes.append(summary['params_hash'])
+  assert hashes[0] == hashes[1]
 
 
 def test_other_workers_need_a_module_that_rescales(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from train_several import RUNS, WORKERS, config_of
 
 from experiments.launch import local
 from resist_jax import report
+from resist_jax.errors import ConfigError
 from resist_jax.run import export, places, processes, train
 
 
@@ -160,6 +161,12 @@ def test_a_cluster_says_where_its_processes_are(monkeypatch):
   place = places.find_place(None, None, None)
   assert (place.count, place.me, place.local_devices) == (2, 1, (0,))
   assert place.coordinator.startswith('node1:')
+  # A task may have several of the host's devices.
+  monkeypatch.setenv('JAX_LOCAL_DEVICE_IDS', '0,1,2,3')
+  assert places.find_place(None, None, None).local_devices == (0, 1, 2, 3)
+  monkeypatch.setenv('JAX_LOCAL_DEVICE_IDS', 'all')
+  with pytest.raises(ConfigError, match="is 'all': name devices as in 0,1"):
+    places.find_place(None, None, None)
   # Flags override it.
   given = places.find_place('here:7', 3, 2)
   assert given == processes.Place('here:7', 3, 2)

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import signal
 
 from covering import rest_is_slow
@@ -493,7 +492,6 @@ def test_a_log_without_its_checkpoints_is_not_begun_anew(tmp_path):
     train.train(least_config(num_rounds=3), tmp_path)
   assert (tmp_path / 'metrics.jsonl').read_text() == log
   assert (tmp_path / 'summary.json').exists()
-  shutil.rmtree(tmp_path / 'checkpoints', ignore_errors=True)
   (tmp_path / 'elsewhere').rename(tmp_path / 'checkpoints')
   there = []
 
@@ -504,6 +502,21 @@ def test_a_log_without_its_checkpoints_is_not_begun_anew(tmp_path):
   summary = train.train(config, tmp_path, callbacks=[look])
   assert there == [False]  # It would tell of the end after round 2.
   assert summary['rounds'] == 3
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(tmp_path):
+  """Also with checkpoints from then on, which none of its rows has."""
+
+  def end(row, state):
+    if row['round'] == 3:
+      raise RuntimeError('the host is gone')
+
+  with pytest.raises(RuntimeError, match='the host is gone'):
+    config = least_config(num_rounds=4, checkpoint_every=100)
+    train.train(config, tmp_path, callbacks=[end])
+  assert rows(tmp_path)[-1]['round'] == 3
+  config = least_config(num_rounds=4, checkpoint_every=1)
+  assert train.train(config, tmp_path)['rounds'] == 4
 
 
 def test_checkpoints_without_a_config_are_refused(tmp_path):
