@@ -511,8 +511,8 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(tmp_path):
     if row['round'] == 3:
       raise RuntimeError('the host is gone')
 
+  config = least_config(num_rounds=4, checkpoint_every=100)
   with pytest.raises(RuntimeError, match='the host is gone'):
-    config = least_config(num_rounds=4, checkpoint_every=100)
     train.train(config, tmp_path, callbacks=[end])
   assert rows(tmp_path)[-1]['round'] == 3
   config = least_config(num_rounds=4, checkpoint_every=1)
