@@ -105,13 +105,14 @@ class LocalTraining:
 
   def _with_own_keys(self, opt_state, here, count):
     """Lets an optimiser draw other numbers on each worker and in each round."""
-    workers = lax.axis_index(WORKER) * here + jnp.arange(here, dtype=jnp.int32)
-    if self.protocol.average_gradients:  # All have the same optimiser.
-      workers = jnp.zeros_like(workers)
 
     def own(leaf):
       if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return leaf
+      workers = jnp.arange(here, dtype=jnp.int32)
+      workers += here * lax.axis_index(WORKER)
+      if self.protocol.average_gradients:  # All have the same optimiser.
+        workers = jnp.zeros_like(workers)
       keys = jax.vmap(jax.random.fold_in, (0, None))(leaf, count)
       return jax.vmap(jax.random.fold_in)(keys, workers)
 
