@@ -43,9 +43,12 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     field.name: json.loads(json.dumps(field.default)) for field in each()
   }
   # A folder or a file may lie elsewhere now; `data.json` says what it held.
-  moved = {'data.name'} if (workdir / 'data.json').exists() else set()
-  if not all(map(data.is_own, changed.get('data.name', ()))):
-    moved = set()
+  moved = set()
+  if (workdir / 'data.json').exists() and all(
+    isinstance(name, str) and data.is_own(name)
+    for name in changed.get('data.name', ())
+  ):
+    moved = {'data.name'}
   fixed = {
     name: (old, new)
     for name, (old, new) in changed.items()
