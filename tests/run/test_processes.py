@@ -136,7 +136,7 @@ time.sleep(1000)
     process.communicate(timeout=LIMIT)[1] for process in started
   )
   assert [p.returncode for p in started] == [processes.TRY_AGAIN] * 2
-  says = 'stops because the checkpoint of round 8 has taken more than 10 sec'
+  says = 'stops because the checkpoint of round 8 has taken more than 5 sec'
   assert says in waiting
   assert 'process 0 stopped: the checkpoint of round 8' in absent
 
