@@ -162,3 +162,24 @@ def test_a_lost_host_is_done_without_and_taken_in_again(tmp_path, monkeypatch):
     wait_until(lambda: count() == 2)
   finally:
     run.end()
+
+
+@torch
+@pytest.mark.faults
+def test_a_stop_of_the_launcher_saves_the_round(tmp_path):
+  """No checkpoint was due, so the one that is there is that of the stop."""
+  folder = tmp_path / 'run'
+  words = [
+    f'--meet=127.0.0.1:{free_port()}', '--', *TINY, f'--workdir={folder}',
+    '--config.num_rounds=100000', '--config.checkpoint_every=100000',
+  ]  # fmt: skip
+  launcher = subprocess.Popen(
+    [sys.executable, '-m', 'experiments.launch.elastic', *words],
+    cwd=ROOT, stderr=subprocess.DEVNULL,
+  )  # fmt: skip
+  log = folder / 'metrics.jsonl'
+  wait_until(lambda: log.exists() and len(report.read_rows(log)) > 3)
+  launcher.send_signal(signal.SIGTERM)
+  assert launcher.wait(LIMIT) == 128 + signal.SIGTERM
+  (saved,) = (folder / 'digests').glob('[0-9]*.json')
+  assert int(saved.stem) == report.read_rows(log)[-1]['round']
