@@ -78,10 +78,7 @@ def argument(text: str) -> pathlib.Path:
   Raises:
     ArgumentTypeError: If it names none; the message says why.
   """
-  try:
-    return resolve(text, 'it')
-  except ConfigError as error:
-    raise argparse.ArgumentTypeError(str(error)) from error
+  return _argument(text)
 
 
 def output_file(text: str) -> pathlib.Path:
@@ -93,7 +90,7 @@ def output_file(text: str) -> pathlib.Path:
   Raises:
     ArgumentTypeError: If no such file can be written; the message says why.
   """
-  return _output(text, check_file)
+  return _argument(text, check_file)
 
 
 def output_folder(text: str) -> pathlib.Path:
@@ -105,15 +102,16 @@ def output_folder(text: str) -> pathlib.Path:
   Raises:
     ArgumentTypeError: If nothing can be written there; the message says why.
   """
-  return _output(text, check_writable)
+  return _argument(text, check_writable)
 
 
-def _output(
-  text: str, check: Callable[[pathlib.Path, str], None]
+def _argument(
+  text: str, check: Callable[[pathlib.Path, str], None] | None = None
 ) -> pathlib.Path:
-  path = argument(text)
   try:
-    check(path, 'the path')
+    path = resolve(text, 'it')
+    if check:
+      check(path, 'the path')
   except ConfigError as error:
     raise argparse.ArgumentTypeError(str(error)) from error
   return path

@@ -41,7 +41,7 @@ from resist_jax.rounds import (
 from resist_jax.rounds import state as states
 from resist_jax.rounds.arrays import place
 from resist_jax.rounds.mesh import REPLICATED, workers_here
-from resist_jax.rounds.moments import fits, reformed
+from resist_jax.rounds.moments import first_halves, fits, reformed
 from resist_jax.rounds.state import assignments_on_host
 
 PyTree = Any
@@ -329,9 +329,8 @@ class Trainer:
       lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
       (state.shared, state.chain),
     )
-    return state._replace(
-      carried=reformed(self.optimizer, params, state.carried)
-    )
+    first = first_halves(self.optimizer, params)
+    return state._replace(carried=reformed(first.moments, state.carried))
 
   @property
   def _steps(self) -> int:
@@ -806,7 +805,7 @@ def _check_state(trainer: Trainer, state: State) -> None:
       continue
     leaves, structure = jax.tree.flatten((state.shared, state.chain, parts))
     shapes = tuple(x.shape[1:] for x in leaves)
-    if not _fits(getattr(trainer, field), structure, shapes):
+    if not _fits(trainer, field, structure, shapes):
       raise ValueError(
         f'the state is of a trainer with another {field}, which keeps other '
         'things: use that one, or begin with the parameters alone, '
@@ -854,12 +853,12 @@ def _first_division(trainer: Trainer, lengths: tuple[tuple[str, int], ...]):
   return protocol, protocol.assign(trainer.seed, 0)
 
 
-@lru_cache(maxsize=32)
-def _fits(optimizer, structure, shapes) -> bool:
+@lru_cache(maxsize=8)
+def _fits(trainer: Trainer, field: str, structure, shapes) -> bool:
   """Returns whether an optimiser could keep what a state has of it."""
   leaves = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
   shared, chain, parts = structure.unflatten(leaves)
-  return fits(optimizer, (shared, chain), parts)
+  return fits(getattr(trainer, field), (shared, chain), parts)
 
 
 def _check_is_state(state: State) -> None:

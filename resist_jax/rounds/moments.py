@@ -81,7 +81,7 @@ def fits(
     parts: The parts of a state of a worker, or their shapes; each moment is in
       halves, `shared` and `chain`.
   """
-  wanted, rest = _halves(optimizer, params)
+  wanted, rest = first_halves(optimizer, params)
 
   def form(tree):
     leaves, structure = jax.tree.flatten(tree)
@@ -90,34 +90,36 @@ def fits(
   return len(rest) == len(parts.rest) and form(wanted) == form(parts.moments)
 
 
-def reformed(
-  optimizer: optax.GradientTransformation,
-  params: tuple[PyTree, dict[str, PyTree]],
-  parts: Parts,
-) -> Parts:
+def reformed(like: list[PyTree], parts: Parts) -> Parts:
   """Returns parts with the nodes of an optimiser's state.
 
   Files keep arrays alone, and not the empty nodes that `optax.masked` puts in
   the place of others.
 
   Args:
-    optimizer: The optimiser.
-    params: See `fits`.
-    parts: See `fits`; returned as they are if they do not fit.
+    like: The moments of a state of the optimiser, or their shapes.
+    parts: Parts from files; returned as they are if they do not fit.
   """
-  wanted, _ = _halves(optimizer, params)
-  leaves, structure = jax.tree.leaves(parts.moments), jax.tree.structure(wanted)
+  leaves, structure = jax.tree.leaves(parts.moments), jax.tree.structure(like)
   if len(leaves) != structure.num_leaves:
     return parts
   return Parts(structure.unflatten(leaves), parts.rest)
 
 
-def _halves(optimizer, params) -> tuple[list[dict[str, PyTree]], list[Any]]:
-  """Returns shapes of moments in halves, and of the rest, for parameters."""
+def first_halves(
+  optimizer: optax.GradientTransformation,
+  params: tuple[PyTree, dict[str, PyTree]],
+) -> Parts:
+  """Returns the shapes of an optimiser's first state, moments in halves.
+
+  Args:
+    optimizer: The optimiser.
+    params: See `fits`.
+  """
   state = jax.eval_shape(optimizer.init, join(*params))
   moments, rest = take_apart(optimizer, state)
   halves = [split(moment, params[1]) for moment in moments]
-  return [{'shared': half[0], 'chain': half[1]} for half in halves], rest
+  return Parts([{'shared': h[0], 'chain': h[1]} for h in halves], rest)
 
 
 def put_together(

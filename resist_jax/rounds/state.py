@@ -17,7 +17,7 @@ from resist_jax.exchange import Norms, collectives, participation
 from resist_jax.rounds import average as average_lib
 from resist_jax.rounds.arrays import first_copy, place, rows
 from resist_jax.rounds.mesh import REPLICATED, SHARDED
-from resist_jax.rounds.moments import Parts, take_apart
+from resist_jax.rounds.moments import Parts, reformed, take_apart
 from resist_jax.rounds.protocol import Protocol
 
 PyTree = Any
@@ -100,11 +100,8 @@ def with_carried(
   elif carried is None:
     carried = _first_parts(optimizer, whole.params, protocol, 'carry')
   else:
-    wanted = take_apart(optimizer, jax.eval_shape(optimizer.init, whole.params))
-    leaves = jax.tree.leaves(carried.moments)
-    structure = jax.tree.structure(wanted.moments)
-    if len(leaves) == structure.num_leaves:  # See `reformed`.
-      carried = Parts(structure.unflatten(leaves), carried.rest)
+    first = take_apart(optimizer, jax.eval_shape(optimizer.init, whole.params))
+    carried = reformed(first.moments, carried)
   if protocol.outer is None:
     outer = None
   elif outer is None:

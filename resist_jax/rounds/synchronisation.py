@@ -106,8 +106,9 @@ def synchronise(
     (shared, chain), split(local.params, protocol.num_blocks)
   )
   if average is not None:
-    moves = before, after
-    average = _average(protocol, (shared, chain), average, moves, rounds)
+    average = _average(
+      protocol, (shared, chain), average, (before, after), rounds
+    )
   return (
     Synchronised(shared, chain, carried, error, outer, average, norms),
     metrics,

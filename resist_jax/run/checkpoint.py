@@ -37,7 +37,7 @@ from resist_jax.errors import NonFiniteError, message, one_line
 from resist_jax.rounds import State, storage
 from resist_jax.run import processes, workdir
 from resist_jax.run.examined import examine, sums_on_host
-from resist_jax.run.manifest import FORBIDDEN, check, manifest
+from resist_jax.run.manifest import check, manifest
 
 KEEP = 3  # The newest and two older ones, in case newer ones are damaged.
 # Seconds that orbax waits. It uses the wall clock, which may jump, and
@@ -303,9 +303,9 @@ class Checkpoints:
         return step, False
       try:
         problem = check(self._path(step), listed)
+      except PermissionError:
+        raise
       except OSError as error:
-        if error.errno in FORBIDDEN:
-          raise
         problem = message(error)[:100]
       if problem is None:
         return step, True

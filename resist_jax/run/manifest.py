@@ -4,12 +4,8 @@ Files that a list does not name, such as `.DS_Store`, are none of its business.
 """
 
 from collections.abc import Mapping
-import errno
 import hashlib
 import pathlib
-
-# Errors that say nothing about what a file holds.
-FORBIDDEN = (errno.EACCES, errno.EPERM)
 
 
 def manifest(folder: pathlib.Path) -> dict[str, str]:
@@ -40,7 +36,7 @@ def check(folder: pathlib.Path, manifest: Mapping[str, str]) -> str | None:
     `d/0 is missing`; None if nothing is.
 
   Raises:
-    OSError: If a file may not be read.
+    PermissionError: If a file may not be read.
   """
   for name, digest in manifest.items():
     path = folder / name
@@ -49,9 +45,9 @@ def check(folder: pathlib.Path, manifest: Mapping[str, str]) -> str | None:
     try:
       if _sha256(path) != digest:
         return f'{name} is not as it was written'
+    except PermissionError:  # It says nothing about what the file holds.
+      raise
     except OSError as error:
-      if error.errno in FORBIDDEN:
-        raise
       return f'{name} cannot be read ({error.strerror})'
   return None
 

@@ -3,7 +3,7 @@
 A name of a data set says little: a folder of the same name may hold other
 images by now. So a workdir has a file `data.json` beside the config. It holds
 what can be read quickly and is the same on every machine: classes, shapes,
-numbers of examples, and some labels, which tell another order from the same.
+numbers of examples, and a digest of some labels, which their order changes.
 """
 
 import json
@@ -116,9 +116,8 @@ def _recorded(folder: pathlib.Path) -> dict[str, Any]:
     found = json.loads((folder / FILE).read_text('utf-8'))
   except (OSError, ValueError, RecursionError):  # None, or a damaged one.
     return {}
-  kinds: dict[bool, Any] = {True: dict, False: list}
   good = isinstance(found, dict) and all(
-    isinstance(value, kinds[name.startswith('split ')])
+    isinstance(value, dict if name.startswith('split ') else list)
     for name, value in found.items()
   )
   return found if good else {}

@@ -53,15 +53,14 @@ class TensorBoard(callbacks.Callback):
   def __call__(self, row: Mapping[str, Any], state: Any) -> None:
     """Writes each number of a row."""
     del state
+    if not self._writes():
+      return
     for name, value in callbacks.numbers(row).items():
-      if name != 'round' and self._writes():
+      if name != 'round':
         self._writer.add_scalar(name, value, row['round'])
 
   def _writes(self) -> bool:
-    """Returns whether the file is still written; if not, warns once.
-
-    Nothing would take what is given to the writer, which would wait for ever.
-    """
+    """Returns whether the file is still written; if not, warns once."""
     if not self._lost and not all(t.is_alive() for t in self._threads):
       self._lose()
     return not self._lost

@@ -85,7 +85,6 @@ def train(
   with locked(folder) if first else contextlib.nullcontext():
     if first:  # While data were read, another run may have begun and ended.
       workdir_lib.check(folder, config.to_dict())
-      same_data.check(folder, same_data.describe(setup.dataset))
     _check_shared(folder)
     return _train_in(folder, setup, called, started)
 
@@ -135,6 +134,8 @@ def _rounds(
   """Trains all rounds; callbacks learn of the end when `after` closes."""
   config, writes = setup.config, jax.process_index() == 0
   _check_not_lost(folder)
+  described = same_data.describe(setup.dataset) if writes else {}
+  same_data.check(folder, described)
   checkpoints = Checkpoints(folder, setup.mesh, config.keep_checkpoints)
   with Interrupt() as interrupt:
     processes.doing('the start')
@@ -147,7 +148,7 @@ def _rounds(
     )
     if writes:
       workdir_lib.write_json(folder / 'config.json', config.to_dict())
-      same_data.write(folder, same_data.describe(setup.dataset))
+      same_data.write(folder, described)
       if done < config.num_rounds:  # It would be that of another end.
         (folder / 'summary.json').unlink(missing_ok=True)
     unit, rounds = setup.dataset.unit, config.num_rounds
