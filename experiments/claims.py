@@ -115,7 +115,7 @@ def smaller(
   Args:
     text: The claim.
     pairs: By setting, both numbers; None without a result.
-    unit: Of the numbers.
+    unit: Unit of the numbers.
     scale: Where the results come from.
     margin: The share of the larger one by which they differ, or rank nothing.
   """
@@ -246,7 +246,8 @@ def _table3(results: Results) -> list[Claim]:
       for group in itertools.chain(*groups):
         runs = group.runs
         times = seconds(runs['resist']), seconds(runs['local_sgd'])
-        pairs[f'{name}, {group.machine.partition(",")[0]}'] = times
+        values = table2.INITIAL[group.initial]
+        pairs[f'{name}{values}, {group.machine}'] = times
         pairs.pop(name, None)
   text = 'ResIST trains faster than local SGD.'
   return [smaller(text, pairs, 's', results.scale, _SECONDS)]
@@ -326,8 +327,7 @@ def _deeper(results: Results) -> list[Claim]:
     for depth in deeper.DEPTHS:
       cells = [deeper.cell(data, depth, p, S) for p in ('resist', 'local_sgd')]
       name = f'{table2.DATA[data]}, ResNet{depth}, {S} workers'
-      ours, theirs = (seconds(results.of(cell)) for cell in cells)
-      times[name] = ours, theirs
+      times[name] = deeper.compared(results, data, depth, S)[::-1]
       learned[name] = _pair(results, *cells)
   scale = results.scale
   return [

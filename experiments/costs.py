@@ -14,12 +14,15 @@ takes time, and the losses that workers exchange are too small to count. Memory
 is that of a worker with its activations, without images.
 """
 
+from collections.abc import Mapping
 import dataclasses
 from functools import cache
+import json
 import pathlib
 from typing import Any, NamedTuple
 
 import jax
+from ml_collections import ConfigDict
 import numpy as np
 
 from experiments.compile import known, tables
@@ -31,7 +34,7 @@ from resist_jax.exchange import compression, hand_over
 from resist_jax.exchange.hand_over import expected_messages
 from resist_jax.run import checks, phases
 from resist_jax.run import config as config_lib
-from resist_jax.run.config import EXCHANGES
+from resist_jax.run.config import EXCHANGES, get_config
 from resist_jax.run.phases import Traffic
 from resist_jax.run.resnet_task import ResNetTask
 from resist_jax.run.setup import Setup
@@ -198,7 +201,7 @@ class Plan:
     without_losses = dataclasses.replace(protocol, exclude_faulty=False)
     sent = accounting.wire_bytes(sizes, without_losses, S) / S
     times = T if protocol.average_gradients else 1 + protocol.carry
-    messages = times * 2 * (S - 1)
+    messages = (times + protocol.num_shared) * 2 * (S - 1)
     moving = times + bool(protocol.average)  # Copies of a block that it takes.
     if protocol.outer is not None:
       moving += num_moments(protocol.outer)
@@ -249,6 +252,33 @@ class Plan:
       }
     s = {name: row[name]['seconds']['round'] for name in NAMES}
     return row | {'speedup': {name: s[name] / s['resist'] for name in NAMES}}
+
+
+def sent(record: Mapping[str, Any]) -> float:
+  """Predicts the bytes of a run in which each worker had a device.
+
+  Args:
+    record: Its result; only the rounds of its `curve` count.
+
+  Returns:
+    Bytes that all devices together would send, the mean over assignments.
+  """
+  config, summary = record['config'], record['summary']
+  text = json.dumps(config, sort_keys=True)
+  data = tuple(summary['image_shape']), len(summary['class_names'])
+  rows = ((r['protocol'], r.get('rounds', 1)) for r in record['curve'])
+  return sum(_sent_in_a_round(text, data, *row) for row in rows)
+
+
+@cache
+def _sent_in_a_round(text: str, data, protocol: str, rounds: int) -> float:
+  config = get_config()
+  with config.unlocked():
+    config.update(ConfigDict(json.loads(text)))
+  workers = config.num_workers
+  traffic, _ = Plan(config, *data).traffic(protocol, workers)
+  made = traffic.protocol.lasting(rounds)
+  return accounting.wire_bytes(traffic.sizes, made, workers)
 
 
 def _lengths(traffic: Traffic) -> dict[str, int]:

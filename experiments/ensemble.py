@@ -25,7 +25,7 @@ from experiments.experiment import (
   main,
   of_runs,
 )
-from experiments.runs import begin, provenance, write_record
+from experiments.runs import begin, busy, provenance, write_record
 from experiments.table import Table
 from resist_jax import data, decomposition
 from resist_jax.run import export, train
@@ -107,7 +107,8 @@ def train_ensemble(
     num_correct += int((mean.argmax(axis=-1) == batch.labels).sum())
   kind = summaries[0]['device'].split(',')[0]
   record = {
-    'provenance': provenance(f'{summaries[0]["num_devices"]} x {kind}'),
+    'provenance': provenance(f'{summaries[0]["num_devices"]} x {kind}')
+    | busy(folder),
     'config': json.loads(json.dumps(config.to_dict())),
     'summary': {
       'seed': config.seed,

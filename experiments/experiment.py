@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from experiments.pictures import Picture
-from experiments.runs import RESULTS, load_card, mark_busy, run
+from experiments.runs import RESULTS, begin_busy, load_card, run
 from experiments.table import Table
 from resist_jax import folders
 from resist_jax.errors import Parser
@@ -36,6 +36,7 @@ class Cell:
     overrides: Values of other fields, by dotted name.
     home: Name of the experiment in whose folder its results are kept, if
       several experiments share them; empty for the experiment that lists it.
+    timed: Whether only its seconds count, for which the machine must be quiet.
   """
 
   name: str
@@ -43,6 +44,7 @@ class Cell:
   argument: str = ''
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   home: str = ''
+  timed: bool = False
 
   def config(self, scale: str) -> ConfigDict:
     """Returns the config, with the seed of the card."""
@@ -214,6 +216,29 @@ def quiet(records: Sequence[Record]) -> list[Record]:
   return [r for r in records if not r['provenance'].get('busy')]
 
 
+def on_each_machine(
+  runs: Mapping[str, Sequence[Record]],
+) -> dict[str, dict[str, list[Record]]]:
+  """Divides results by the machine, whose seconds alone can be compared.
+
+  Args:
+    runs: Results by any names; those of busy machines are ignored.
+
+  Returns:
+    For each machine that has all of these names, its results by name.
+  """
+  found = {name: quiet(records) for name, records in runs.items()}
+  machines = {machine(r['provenance']) for some in found.values() for r in some}
+  divided = {
+    where: {
+      name: [r for r in records if machine(r['provenance']) == where]
+      for name, records in found.items()
+    }
+    for where in sorted(machines)
+  }
+  return {where: here for where, here in divided.items() if all(here.values())}
+
+
 def machine(provenance: Mapping[str, Any]) -> str:
   """Describes the machine and the version of JAX for readers."""
   device = provenance['device'].split(' x ')[1]
@@ -223,12 +248,14 @@ def machine(provenance: Mapping[str, Any]) -> str:
 
 
 def jobs(
-  experiment: Experiment, results: Results, seeds: int, only: str
+  experiment: Experiment, results: Results, seeds: int, only: str, busy: bool
 ) -> Iterator[tuple[Cell, int, pathlib.Path]]:
   """Yields what has not been run, seed by seed: cell, seed and result file."""
   for seed in range(seeds):
     for cell in experiment.cells(results.scale):
       target = results.target(cell, seed)
+      if busy and cell.timed:
+        continue
       if only in cell.name and not target.exists():
         yield cell, seed, target
 
@@ -309,7 +336,7 @@ def main(
   logging.set_verbosity(logging.WARNING)  # orbax reports every step it takes.
   scale = options.scale
   results = Results(experiment.name, scale, options.results)
-  todo = jobs(experiment, results, options.seeds, options.only)
+  todo = jobs(experiment, results, options.seeds, options.only, options.busy)
   if options.show:
     todo = iter(())
   with Interrupt() as interrupt:
@@ -319,9 +346,9 @@ def main(
       config.model.dtype = options.dtype
       folder = options.runs / experiment.name / scale / target.stem
       try:
-        experiment.train(config, target, folder)
         if options.busy:
-          mark_busy(target)
+          begin_busy(folder)
+        experiment.train(config, target, folder)
       except program.MENDABLE as error:
         line, code = program.explain(error, str(folder))
         parser.exit(code, f'error: {target.stem}: {line}\n')

@@ -18,7 +18,7 @@ def init(shape: Shape, seed: int) -> dict[str, PyTree]:
 
   Args:
     shape: Sizes.
-    seed: Of the draw.
+    seed: Seed of the draw.
 
   Returns:
     The parameters; those of the blocks are stacked, `[L, ...]`.
@@ -37,7 +37,7 @@ def logits(
     params: A network or sub-network, with K blocks.
     scales: `float32[K]`, the factor on the branches of each block.
     text: `int32[B, N]`.
-    heads: Of attention.
+    heads: Number of attention heads.
 
   Returns:
     `float32[B, N, 256]`.

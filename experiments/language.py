@@ -1,7 +1,7 @@
 """A language model cut among workers: ResIST, local SGD, DiLoCo, data parallel.
 
   python -m experiments.language                       # All cells.
-  python -m experiments.language --only=resist_s4 --seeds=0
+  python -m experiments.language --only=resist_s4 --seeds=1
   python -m experiments.language --text=FILE           # Or tfds:NAME.
 
 A GPT on bytes learns Python's standard library, or any text. `protocols` trains
@@ -45,7 +45,7 @@ def task(name: str, scale: str, texts: tuple[np.ndarray, np.ndarray]) -> Task:
   """Returns what `protocols` trains.
 
   Args:
-    name: Of the text.
+    name: Name of the text.
     scale: A key of `SCALES`.
     texts: `(train, test)`.
 
@@ -79,7 +79,11 @@ def task(name: str, scale: str, texts: tuple[np.ndarray, np.ndarray]) -> Task:
 def main() -> int:
   """Runs the experiment."""
   parser = protocols.parser(__doc__, list(SCALES))
-  parser.add_argument('--text', default=text.SOURCES, help='see above')
+  parser.add_argument(
+    '--text',
+    default=text.SOURCES,
+    help='python, FILE or tfds:NAME (default: python)',
+  )
   options = parser.parse_args()
 
   def load():

@@ -12,13 +12,11 @@ Results and a table are written to experiments/results/levers/SCALE/.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-import json
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from experiments.costs import Plan
+from experiments import costs
 from experiments.experiment import (
   Cell,
   Drawn,
@@ -31,8 +29,6 @@ from experiments.experiment import (
 )
 from experiments.table import Table
 from experiments.table2 import NAMES
-from resist_jax import accounting
-from resist_jax.run.config import get_config
 
 WORKERS = (4, 8)
 PROTOCOLS = ('resist', 'local_sgd')
@@ -226,31 +222,6 @@ def _accuracy(record: Record) -> float:
   return record['summary']['test_accuracy']
 
 
-def sent(record: Record) -> float:
-  """Predicts the bytes of a run in which each worker had a device.
-
-  Args:
-    record: Its result.
-
-  Returns:
-    Bytes that all devices together would send, the mean over assignments.
-  """
-  config = json.dumps(record['config'], sort_keys=True)
-  rows = ((r['protocol'], r.get('rounds', 1)) for r in record['curve'])
-  return sum(_sent_in_a_round(config, *row) for row in rows)
-
-
-@cache
-def _sent_in_a_round(text: str, protocol: str, rounds: int) -> float:
-  config = get_config()
-  with config.unlocked():
-    config.update(ConfigDict(json.loads(text)))
-  workers = config.num_workers
-  traffic, _ = Plan(config, IMAGE, CLASSES).traffic(protocol, workers)
-  made = traffic.protocol.lasting(rounds)
-  return accounting.wire_bytes(traffic.sizes, made, workers)
-
-
 def tables(results: Results) -> list[Table]:
   """Shows accuracies with each lever, gains, and bytes."""
   rows, found = [], []
@@ -296,7 +267,7 @@ def _columns(records: Sequence[Record], without: Sequence[Record]) -> list[str]:
   return [
     spread([100 * _accuracy(record) for record in records]),
     spread(gained, '+.1f'),
-    f'{sent(records[0]) / 1e9:.2f}',
+    f'{costs.sent(records[0]) / 1e9:.2f}',
   ]
 
 

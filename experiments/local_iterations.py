@@ -27,6 +27,7 @@ SWEEP = {
   'cpu': (24, 96, 384, 0),
   'paper': (50, 100, 250, 500, 1000, 1500, 2000, 4000, 6000, 0),
 }
+_LENGTHS = *sorted({s for some in SWEEP.values() for s in some} - {0}), 0
 WORKERS = {'smoke': (4,), 'cpu': (4,), 'paper': (2, 4)}
 
 
@@ -47,7 +48,7 @@ def cell(protocol: str, workers: int, steps: int, scale: str) -> Cell:
   if steps == config.local_steps:
     return base
   total = config.num_rounds * config.local_steps
-  rounds = total // steps if steps else 1
+  rounds = max(1, round(total / steps)) if steps else 1
   overrides = {
     'protocol': protocol,
     'num_rounds': rounds,
@@ -89,7 +90,8 @@ def tables(results: Results) -> list[Table]:
     return []
   caption = (
     f'Deployed test accuracy in % on CIFAR-100 after the last round, {scale} '
-    'scale, for l steps in a round and the same number of steps in all. '
+    'scale, for l steps in a round and as many steps in all, to half a '
+    'round. '
     f'{of_runs(found)}'
   )
   head = ['workers', 'l', 'rounds']
@@ -133,7 +135,11 @@ def figures(results: Results) -> Mapping[str, Drawn]:
       }
       for protocol in PROTOCOLS
     }
-  return {'local_iterations': pictures.steps(panels, xlabel='l', sharey=False)}
+  return {
+    'local_iterations': pictures.steps(
+      panels, xlabel='l', sharey=False, names=[_name(s) for s in _LENGTHS]
+    )
+  }
 
 
 EXPERIMENT = Experiment(

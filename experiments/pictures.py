@@ -67,7 +67,7 @@ class Picture:
       lines, names = axes.get_legend_handles_labels()
       handles |= dict(zip(names, lines, strict=True))
     if len(handles) > 1:
-      inches = 0.6 + 0.08 * max(map(len, handles))  # Of the longest name.
+      inches = 0.6 + 0.08 * max(map(len, handles))  # For the longest name.
       figure.legend(
         handles.values(),
         handles.keys(),
@@ -230,6 +230,7 @@ def steps(
   ylabel: str = 'test accuracy (%)',
   xlabel: str = '',
   sharey: bool = True,
+  names: Sequence[str] = (),
 ) -> Picture | None:
   """Makes charts of a number by a setting, side by side.
 
@@ -240,6 +241,7 @@ def steps(
     xlabel: Name of the setting.
     sharey: Whether the numbers of different panels can be compared, so that the
       panels share an axis.
+    names: The order of settings, some of which may have no values.
 
   Returns:
     A picture with the means as lines, and a bar from the lowest to the highest
@@ -251,15 +253,16 @@ def steps(
     return None
   charts = []
   for title, panel in panels.items():
-    names = list(dict.fromkeys(s for line in panel.values() for s in line))
+    here = dict.fromkeys(s for line in panel.values() for s in line)
+    shown = [s for s in dict.fromkeys([*names, *here]) if s in here]
     style = looks(panel)
     lines = [
       Line(
         label,
         style[label],
-        [_point(names.index(name), values) for name, values in line.items()],
+        [_point(shown.index(name), values) for name, values in line.items()],
       )
       for label, line in panel.items()
     ]
-    charts.append(Chart(title, xlabel, ylabel, lines, names))
+    charts.append(Chart(title, xlabel, ylabel, lines, shown))
   return Picture(chart.limited(charts, sharey), sharey)

@@ -1,4 +1,4 @@
-"""Predicts how much faster ResIST trains on given machines and links.
+r"""Predicts how much faster ResIST trains on given machines and links.
 
 The cost model is that of `experiments.costs`.
 
@@ -57,7 +57,10 @@ MEMORY_BANDWIDTH = flags.DEFINE_string(
   'memory_bandwidth', None, 'Between a device and its memory, such as 3352GB.'
 )
 CHIP = flags.DEFINE_enum(
-  'chip', 'h100', list(chips.CHIPS), 'Whose compiler is asked.'
+  'chip',
+  'h100',
+  list(chips.CHIPS),
+  'The chip whose compiler counts operations and memory.',
 )
 IMAGE = flags.DEFINE_string(
   'image', None, 'Height, width and channels of an image: 32x32x3.'
@@ -85,7 +88,7 @@ LEGEND = """
 Seconds are those of a round. x: how many times faster ResIST is. MB: memory of
 a worker with ResIST and with the full network. The last two columns say who
 counted the operations, memory traffic and memory of a step of ResIST and of the
-full network; formulas know no memory traffic. Bytes that workers send come from
+full network; formulas give no memory traffic. Bytes that workers send come from
 formulas, which equal what compiled programs send."""
 
 
@@ -314,7 +317,8 @@ def main(given: list[str], options: Options) -> None:
 
 if __name__ == '__main__':
   words = sys.argv[1:]
-  if not any(word.startswith('--config=') for word in words):
-    sys.argv[1:1] = DIGITS if '--check' in words else PAPER
+  if not any(re.match('--?config(=|$)', word) for word in words):
+    checks = any(re.match('--?check(=|$)', word) for word in words)
+    sys.argv[1:1] = DIGITS if checks else PAPER
   sys.argv.insert(1, '--workdir=runs/plan')
   app.run(partial(main, words), flags_parser=partial(cli.parse, answers=False))

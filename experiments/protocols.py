@@ -24,7 +24,9 @@ from experiments.runs import RESULTS, begin, provenance, write_record
 import resist_jax as resist
 from resist_jax import accounting, folders
 from resist_jax.errors import ConfigError, Parser, message, refused
-from resist_jax.run.workdir import replace_text
+from resist_jax.run import program
+from resist_jax.run.lock import locked
+from resist_jax.run.workdir import json_object, replace_text, write_json
 
 PyTree = Any
 # Their names for readers.
@@ -93,7 +95,7 @@ def make_trainer(task: Task, protocol: str, S: int, seed: int):
     task: What to train.
     protocol: One of `PROTOCOLS`.
     S: Workers.
-    seed: Of assignments.
+    seed: Seed of assignments.
 
   Returns:
     `(trainer, test_scale)`.
@@ -131,7 +133,7 @@ def run(
     task: What to train.
     protocol: One of `PROTOCOLS`.
     S: Workers.
-    seed: Of parameters, batches and assignments.
+    seed: Seed of parameters, batches and assignments.
     folder: Where its state is saved after each test.
 
   Returns:
@@ -140,7 +142,7 @@ def run(
   """
   trainer, test_scale = make_trainer(task, protocol, S, seed)
   rows, state = _begin(trainer, task, seed, folder)
-  sent = trainer.bytes_per_round(state)
+  sent = trainer.bytes_per_round(state, num_devices=S)
   held = [x[0].size for x in jax.tree.leaves((state.shared, state.chain))]
   seconds = rows[-1]['seconds'] if rows else 0.0
   trainer = trainer.compile(state, task.batches(S, seed, 0))
@@ -200,7 +202,7 @@ def parser(doc: str | None, scales: Sequence[str]) -> Parser:
   add = found.add_argument
   add('--scale', choices=scales, default=scales[-1])
   add('--only', default='', help='such as resist_s4,diloco_s4')
-  add('--seeds', default='0,1', help='separated by commas')
+  add('--seeds', type=int, default=2, help='how many, starting from 0')
   add('--data_dir', default='', help='folder of prepared TFDS data sets')
   add(
     '--runs',
@@ -219,7 +221,7 @@ def main(
   """Trains all that has no result file yet.
 
   Args:
-    name: Of the experiment, and of its folder of results.
+    name: Name of the experiment, and of its folder of results.
     options: See `parser`.
     load: Reads the data, and returns the task.
 
@@ -227,14 +229,19 @@ def main(
     The exit code.
   """
   try:
-    seeds = _seeds(options.seeds)
+    if options.seeds < 1:
+      raise ConfigError(f'--seeds is {options.seeds}; it must be at least 1.')
     wanted = _wanted(options.only)
     task = load()
-    for seed in seeds:
+    for seed in range(options.seeds):
       for protocol, S in wanted:
         _complete(task, protocol, S, seed, name, options)
   except ConfigError as error:
     return refused(error)
+  except program.MENDABLE as error:
+    line, code = program.explain(error, str(options.runs))
+    print(f'error: {line}', file=sys.stderr)
+    return code
   return 0
 
 
@@ -243,19 +250,41 @@ def _complete(task: Task, protocol, S, seed, name, options) -> None:
   data = re.sub(r'\W+', '_', pathlib.Path(task.data).stem)
   stem = f'{data}_{protocol}_s{S}_seed{seed}'
   target = options.results / name / options.scale / f'{stem}.json'
+  config = _config(task, protocol, S, seed)
   if target.exists():
+    _check_same(config, json.loads(target.read_text())['config'], target)
     return
   begin(target)
   folder = options.runs / name / options.scale / stem
   folders.check_writable(folder, '--runs')
-  folder.mkdir(parents=True, exist_ok=True)
-  record = _record(
-    task, protocol, S, seed, run(task, protocol, S, seed, folder)
-  )
-  if options.busy:
-    record['provenance']['busy'] = True
-  write_record(target, record)
-  shutil.rmtree(folder)
+  with locked(folder):
+    begun = folder / 'config.json'
+    if begun.exists():
+      _check_same(config, json_object(begun), folder)
+    write_json(begun, config)
+    found = run(task, protocol, S, seed, folder)
+    record = _record(task, config, found)
+    if options.busy:
+      record['provenance']['busy'] = True
+    write_record(target, record)
+    shutil.rmtree(folder)
+
+
+def _config(task: Task, protocol, S, seed) -> dict[str, Any]:
+  """Returns what is trained, as a result file says it."""
+  config = {'protocol': protocol, 'num_workers': S, 'data': task.data}
+  config |= {'seed': seed, **dataclasses.asdict(task.budget), **task.config}
+  return json.loads(json.dumps(config))
+
+
+def _check_same(config, found, place: pathlib.Path) -> None:
+  """Refuses to take the result of one setting for that of another."""
+  for name, value in config.items():
+    if found.get(name, value) != value:
+      raise ConfigError(
+        f'{place} is of a run with {name} {found[name]!r}, and this one has '
+        f'{value!r}: name other folders in --runs and --results.'
+      )
 
 
 def _wanted(only: str) -> list[tuple[str, int]]:
@@ -270,25 +299,15 @@ def _wanted(only: str) -> list[tuple[str, int]]:
   return [known[name] for name in names]
 
 
-def _seeds(text: str) -> list[int]:
-  words = text.split(',')
-  if not all(word.isdecimal() for word in words):
-    raise ConfigError(f'--seeds={text}: give whole numbers, such as 0,1.')
-  if not all(int(word) < 2**32 for word in words):
-    raise ConfigError(f'--seeds={text}: each must be less than 2**32.')
-  return [int(word) for word in words]
-
-
-def _record(task: Task, protocol, S, seed, found) -> dict[str, Any]:
-  sizes = accounting.measure(task.init(seed), [task.chain])
+def _record(task: Task, config, found) -> dict[str, Any]:
+  sizes = accounting.measure(task.init(config['seed']), [task.chain])
   curve = found.pop('curve')
   tested = {k: v for k, v in curve[-1].items() if k.startswith('test_')}
   return {
     'provenance': provenance(),
-    'config': {'protocol': protocol, 'num_workers': S, 'data': task.data}
-    | {'seed': seed, **dataclasses.asdict(task.budget), **task.config},
+    'config': config,
     'summary': {
-      'seed': seed,
+      'seed': config['seed'],
       'params_total': sizes.total,
       'params_in_blocks': sizes.total - sizes.shared,
       **found,

@@ -91,11 +91,11 @@ def tables(results: Results) -> list[Table]:
   caption = (
     f'Four workers, {results.scale} scale. "Deployed" is the test accuracy in '
     '% after the last round; "points" is its distance from ResIST in float32 '
-    'with the same seeds. "Of local SGD" is the share of the bytes that exact '
-    f'local SGD sends. {of_runs(found)}'
+    'with the same seeds. "Share of local SGD" compares the bytes with those '
+    f'that exact local SGD sends. {of_runs(found)}'
   )
   head = ['data', 'protocol', 'format', 'deployed', 'points', 'sent in a round']
-  head += ['of local SGD', 'the paper, 8 bits']
+  head += ['share of local SGD', 'the paper, 8 bits']
   command = EXPERIMENT.made_by(results.scale, found)
   return [Table(caption, command, head, rows)]
 

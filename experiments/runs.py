@@ -18,6 +18,7 @@ import ml_collections
 from resist_jax import folders, report
 from resist_jax.run import cards, train, workdir
 
+_BUSY = 'busy'  # A file in the workdir of a run.
 RESULTS = pathlib.Path(__file__).parent / 'results'
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
 # The fields of a round that a result file keeps.
@@ -70,7 +71,8 @@ def run(
   rows = report.read_rows(folder / 'metrics.jsonl')
   kind = summary['device'].split(',')[0]
   record = {
-    'provenance': provenance(f'{summary["num_devices"]} x {kind}'),
+    'provenance': provenance(f'{summary["num_devices"]} x {kind}')
+    | busy(folder),
     'config': json.loads((folder / 'config.json').read_text()),
     'summary': summary,
     'curve': [{k: row[k] for k in CURVE if k in row} for row in rows],
@@ -99,22 +101,31 @@ def load(pattern: str) -> list[dict[str, Any]]:
   """Returns committed results, in the order of their names.
 
   Args:
-    pattern: Of their paths below the folder of results.
+    pattern: Pattern of their paths below the folder of results.
   """
   return [
     json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))
   ]
 
 
-def mark_busy(target: pathlib.Path) -> None:
-  """Records that other work ran on the machine, so its seconds do not count.
+def begin_busy(folder: pathlib.Path) -> None:
+  """Notes that other work runs on the machine, so seconds do not count.
 
   Args:
-    target: The result file.
+    folder: The workdir of a run, also of one that goes on.
   """
-  record = json.loads(target.read_text())
-  record['provenance']['busy'] = True
-  write_record(target, record)
+  folders.check_writable(folder, '--runs')
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / _BUSY).touch()
+
+
+def busy(folder: pathlib.Path) -> dict[str, bool]:
+  """Returns what the provenance of a run says if `begin_busy` noted it.
+
+  Args:
+    folder: Its workdir.
+  """
+  return {'busy': True} if (folder / _BUSY).exists() else {}
 
 
 def begin(target: pathlib.Path) -> None:
@@ -168,7 +179,7 @@ def provenance(device: str = '') -> dict[str, Any]:
 # Variables of the environment that change programs or their speed.
 _SETTINGS = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'MALLOC_', 'GLIBC_TUNABLES')
 # New results, tables and pictures do not change the code.
-_CODE = ('.', ':!experiments/results', ':!README.md')
+_CODE = ('.', ':!experiments/results', ':!README.md', ':!RESULTS.md')
 
 
 def _commit() -> str:

@@ -199,16 +199,17 @@ def _accelerator_speed() -> Iterator[Table]:
     caption = (
       "A step of the paper's networks in bfloat16, batch size "
       f'{r["batch_size"]}, {machine(r["provenance"])}, and of PyTorch {torch} '
-      'with automatic mixed precision. "Of a product" is the rate divided by '
-      'that of a large product of matrices on the same device. PyTorch '
-      'compiled uses CUDA graphs; the full network was not compiled. Medians '
-      'of calls of 20 steps.'
+      'with automatic mixed precision. "Share of a product" is the rate '
+      'divided by that of a large product of matrices on the same device. '
+      'PyTorch compiled uses CUDA graphs; the full network was not compiled. '
+      'Medians of calls of 20 steps. The full network takes --workers=1.'
     )
-    head = ['network', 'JAX', 'rate', 'of a product', 'PyTorch, eager']
+    head = ['network', 'JAX', 'rate', 'share of a product', 'PyTorch, eager']
     head.append('PyTorch, compiled')
     command = (
       'python -m experiments.torch_peer --torch=PYTHON --workers=4 '
-      f'--batch_size={r["batch_size"]} --dtype={r["dtype"]} --compile'
+      f'--batch_size={r["batch_size"]} --dtype={r["dtype"]} --steps=20 '
+      '--compile'
     )
     yield Table(caption, command, head, rows)
 

@@ -146,7 +146,8 @@ def figures() -> dict[str, Figure]:
   every = figure.subplots(
     1, len(links), sharex=True, sharey=True, squeeze=False
   )[0]
-  local_colour, exchange_colour = '#bdbdbd', ENSEMBLE[0]  # Of no protocol.
+  # No protocol has these colours.
+  local_colour, exchange_colour = '#bdbdbd', ENSEMBLE[0]
   # The bar of data parallel is so long that the others would vanish beside it.
   shown = [m for m in METHODS if m != 'data_parallel']
   for axes, link in zip(every, links, strict=True):

@@ -266,7 +266,7 @@ def tables() -> Iterator[Table]:
     return
   rows = [
     [
-      'without faults' if r['command'].endswith('--calm') else 'storm',
+      'without faults' if '--calm' in r['command'].split() else 'storm',
       str(sum(r['faults'][kind] for kind in KINDS)),
       str(r['faults']['host returns']),
       f'{r["faults_per_hour"]:.0f}',
@@ -284,7 +284,8 @@ def tables() -> Iterator[Table]:
     'suspended or told to leave at random, and return. "Useful" is the share '
     'of the time that trained rounds which count; "recovery" is the seconds '
     'from a fault to the next finished round, median and worst; "repeated" is '
-    'the most rounds that one fault cost. The test accuracy is in %.'
+    'the most rounds that one fault cost. The test accuracy is in %. The run '
+    'without faults takes --calm.'
   )
   head = [
     '',
@@ -296,7 +297,8 @@ def tables() -> Iterator[Table]:
     'recovery',
   ]
   head += ['worst', 'repeated', 'accuracy']
-  yield Table(caption, 'python -m experiments.storm', head, rows)
+  command = f'python -m experiments.storm --rounds={records[0]["rounds"]}'
+  yield Table(caption, command, head, rows)
 
 
 def _recoveries(record: dict[str, Any]) -> list[str]:
@@ -335,6 +337,8 @@ def main() -> int:
     folder = pathlib.Path(
       options.folder or stack.enter_context(tempfile.TemporaryDirectory())
     ).absolute()
+    if (folder / 'run').exists():
+      parser.error(f'{folder} holds a run already: name another folder.')
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder / 'cache'))
     os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
@@ -388,10 +392,9 @@ def _record(
     for kind in (*KINDS, 'host returns')
   }
   every = [s for kind in KINDS for s in times[kind]]
-  command = 'python -m experiments.storm'
   return {
     'provenance': provenance('4 x cpu'),
-    'command': command + (' --calm' if options.calm else ''),
+    'command': ' '.join(['python -m experiments.storm', *sys.argv[1:]]),
     'arguments': args,
     'seed': options.seed,
     'mean_gap': options.gap,

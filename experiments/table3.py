@@ -24,6 +24,7 @@ from experiments.experiment import (
   machine,
   main,
   of_runs,
+  on_each_machine,
   quiet,
   seconds,
 )
@@ -106,18 +107,17 @@ def each_group(
     initial: See `table2.cell`.
   """
   runs = {
-    protocol: quiet(results.of(table2.cell(data, protocol, workers, initial)))
+    protocol: results.of(table2.cell(data, protocol, workers, initial))
     for protocol in table2.NAMES
   }
-  machines = {machine(r['provenance']) for rs in runs.values() for r in rs}
-  for name in sorted(machines):
+  both = {protocol: runs[protocol] for protocol in ('resist', 'local_sgd')}
+  for name in on_each_machine(both):
     here = {
-      protocol: [r for r in records if machine(r['provenance']) == name]
+      protocol: [r for r in quiet(records) if machine(r['provenance']) == name]
       for protocol, records in runs.items()
     }
-    if here['resist'] and here['local_sgd']:
-      found = {k: v for k, v in here.items() if v}
-      yield Group(data, workers, initial, name, found)
+    found = {protocol: records for protocol, records in here.items() if records}
+    yield Group(data, workers, initial, name, found)
 
 
 def _rows(group: Group, share: float) -> Iterator[list[str]]:
@@ -140,7 +140,7 @@ def _rows(group: Group, share: float) -> Iterator[list[str]]:
       *(f'{trained:.0f}', f'{base / trained:.2f}'),
       *(f'{target:.1%}', _time_to(times, len(records))),
       _theirs(published, theirs['local_sgd'].get(group.workers)),
-      group.machine.partition(',')[0],
+      group.machine,
     ]
 
 

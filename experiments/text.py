@@ -10,7 +10,7 @@ from resist_jax import folders
 from resist_jax.errors import ConfigError
 
 SOURCES = 'python'
-_TESTED = 10  # Of so many files, or parts of a file, one is for tests.
+_TESTED = 10  # One in so many files, or parts of a file, is for tests.
 
 
 def load(name: str, data_dir: str = '') -> tuple[np.ndarray, np.ndarray]:

@@ -31,7 +31,7 @@ import itertools
 import statistics
 from typing import Any, NamedTuple, Self
 
-from experiments import pictures
+from experiments import costs, pictures
 from experiments.costs import Machine, Plan
 from experiments.experiment import (
   Cell,
@@ -39,6 +39,7 @@ from experiments.experiment import (
   Experiment,
   Record,
   Results,
+  machine,
   main,
   of_runs,
   quiet,
@@ -116,6 +117,7 @@ def pace(protocol: str, workers: int, recipe: str = PLAIN) -> Cell:
     made,
     name=made.name.replace('cifar10', 'pace'),
     overrides={**made.overrides, **few},
+    timed=True,
   )
 
 
@@ -163,14 +165,35 @@ def round_at(record: Record, accuracy: float) -> Record | None:
   return next(found, None)
 
 
+def sent_until(record: Record, accuracy: float) -> float | None:
+  """Returns the bytes until the first test that reaches an accuracy.
+
+  Args:
+    record: Result of a run.
+    accuracy: See `round_at`.
+
+  Returns:
+    Bytes that workers with a device each send: predicted where the run had
+    fewer devices; None if no test reaches it.
+  """
+  end = round_at(record, accuracy)
+  if end is None:
+    return None
+  summary = record['summary']
+  if summary['num_devices'] == summary['num_workers']:
+    return end['wire_bytes_total']
+  rows = [row for row in record['curve'] if row['round'] <= end['round']]
+  return costs.sent({**record, 'curve': rows})
+
+
 class Trained(NamedTuple):
   """A cell and what its runs found.
 
   Attributes:
     cell: The cell.
     records: Its results, one for each seed.
-    seconds: Seconds of a round on a machine that all workers share and that did
-      nothing else; None if nobody measured them.
+    seconds: Seconds of a round on the machine of the runs, which all workers
+      share, when it did nothing else; None if nobody measured them.
   """
 
   cell: Cell
@@ -192,9 +215,15 @@ class Trained(NamedTuple):
     """
     made = cell(data, protocol, workers, recipe)
     records = results.of(made)
-    timed = quiet([*results.of(pace(protocol, workers, recipe)), *records])
-    rounds = map(seconds_of_a_round, timed)
-    return cls(made, records, statistics.median(rounds) if timed else None)
+    paced = results.of(pace(protocol, workers, recipe))
+    where = {machine(record['provenance']) for record in records}
+    timed = [
+      seconds_of_a_round(record)
+      for record in quiet([*paced, *records])
+      # A single round is that which warms up.
+      if {machine(record['provenance'])} == where and record['curve'][1:]
+    ]
+    return cls(made, records, statistics.median(timed) if timed else None)
 
   def to_targets(self) -> list[str]:
     """Returns mean seconds and GB to each of `TARGETS`."""
@@ -228,7 +257,9 @@ class Trained(NamedTuple):
     if seconds:
       parts.append(f'{seconds * _mean(rows, "round"):.0f} s')
     if sent:
-      parts.append(f'{_mean(rows, "wire_bytes_total") / 1e9:.2f} GB')
+      found = [sent_until(r, target) for r in self.records]
+      some = [number for number in found if number is not None]
+      parts.append(f'{statistics.mean(some) / 1e9:.2f} GB')
     if len(rows) < len(self.records):
       parts.append(f'({len(rows)} of {len(self.records)} runs)')
     return ', '.join(parts)

@@ -16,9 +16,10 @@ class Shape(NamedTuple):
 
   Attributes:
     layers: L.
-    width: Of the residual stream.
-    heads: Of attention.
-    length: Of the sequence: bytes that a GPT sees at most, patches of a ViT.
+    width: Width of the residual stream.
+    heads: Number of attention heads.
+    length: Length of the sequence: bytes that a GPT sees at most, patches of a
+      ViT.
   """
 
   layers: int
@@ -31,7 +32,7 @@ class Block(nn.Module):
   """Attention and a perceptron, each a residual branch behind a norm.
 
   Attributes:
-    heads: Of attention.
+    heads: Number of attention heads.
     causal: Whether a position sees only itself and those before it.
   """
 
@@ -64,7 +65,7 @@ def init(shape: Shape, key: jax.Array) -> dict[str, PyTree]:
 
   Args:
     shape: Sizes.
-    key: Of the draw.
+    key: Key of the draw.
 
   Returns:
     Parameters by name; those of the blocks are stacked, `[L, ...]`.
@@ -100,7 +101,7 @@ def apply(
     params: What `init` drew, or a sub-network of it with K blocks.
     scales: `float32[K]`, the factor on the branches of each block.
     x: `float32[B, N, width]`.
-    heads: Of attention.
+    heads: Number of attention heads.
     causal: See `Block`.
 
   Returns:

@@ -56,7 +56,7 @@ def init(
     shape: Sizes.
     pixels: Numbers in a patch.
     classes: How many.
-    seed: Of the draw.
+    seed: Seed of the draw.
 
   Returns:
     The parameters; those of the blocks are stacked, `[L, ...]`.
@@ -81,7 +81,7 @@ def logits(
     params: A network or sub-network, with K blocks.
     scales: `float32[K]`, the factor on the branches of each block.
     images: `float32[B, H, W, C]`, normalised.
-    heads: Of attention.
+    heads: Number of attention heads.
 
   Returns:
     `float32[B, classes]`.
@@ -173,7 +173,11 @@ def _tested(found, test: data.Split, params, scale: float) -> dict[str, float]:
 def main() -> int:
   """Runs the experiment."""
   parser = protocols.parser(__doc__, list(SCALES))
-  parser.add_argument('--data', default='digits', help='see resist_jax.data')
+  parser.add_argument(
+    '--data',
+    default='digits',
+    help='as in --config.data.name (default: digits)',
+  )
   options = parser.parse_args()
 
   def load():

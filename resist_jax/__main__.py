@@ -6,7 +6,7 @@ import sys
 from absl import app, flags
 
 from resist_jax.errors import ConfigError
-from resist_jax.run import command
+from resist_jax.run import command, streams
 
 command.define(flags.FLAGS)
 
@@ -23,10 +23,7 @@ def parse(argv: list[str], answers: bool = True) -> command.Options:
   """
   text = command.answer(argv) if answers else None
   if text:
-    try:
-      print(text, flush=True)
-    except BrokenPipeError:  # As in `--help | head`.
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(text, flush=True)
     sys.exit(0)
   try:
     return command.parse(argv, flags.FLAGS)
@@ -43,6 +40,7 @@ def main(options: command.Options) -> None:
 
 
 if __name__ == '__main__':
+  streams.forgive()
   # XLA warns about what we chose, in the middle of what we say. It reads this
   # when it is loaded; 1 is what JAX sets, perhaps in the process before this
   # one, and 0 shows the warnings.

@@ -113,6 +113,19 @@ def one_line(error: BaseException) -> str:
 class Parser(argparse.ArgumentParser):
   """Reads a command line, and tells a mistake in one line, not in two."""
 
+  def __init__(self, prog: str | None = None, **fields: Any):
+    """Makes a parser.
+
+    Args:
+      prog: How people start the program; None for the `python -m MODULE` by
+        which this one was started.
+      **fields: See `argparse.ArgumentParser`.
+    """
+    spec = getattr(sys.modules['__main__'], '__spec__', None)
+    if prog is None and spec is not None:
+      prog = f'python -m {spec.name.removesuffix(".__main__")}'
+    super().__init__(prog, **fields)
+
   def error(self, message: str) -> NoReturn:
     """Ends the process with what is wrong, and code 2."""
     said = ' '.join(message.split()).rstrip('.')

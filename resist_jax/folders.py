@@ -204,14 +204,37 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     return
   place = pathlib.Path(os.path.realpath(path))
   part = place.with_name(f'.{place.name}.part')
-  _remove(part)  # Of a process that was killed.
+  _remove(part)  # A process that was killed may have left it.
   try:
     yield part
     if place.is_file() and part.is_file():
       shutil.copymode(place, part)
+    flush(part)  # After a power loss, the new name may not lead to nothing.
     put(part, place)
+    _flush_one(place.parent)
   finally:
     _remove(part)
+
+
+def flush(path: pathlib.Path) -> None:
+  """Writes a file, or all of a folder, to the disk, and so its name.
+
+  Args:
+    path: What must survive a power loss.
+  """
+  for inner in path.rglob('*') if path.is_dir() else ():
+    _flush_one(inner)
+  _flush_one(path)
+  _flush_one(path.parent)
+
+
+def _flush_one(path: pathlib.Path) -> None:
+  with contextlib.suppress(OSError):  # Some file systems cannot.
+    number = os.open(path, os.O_RDONLY)
+    try:
+      os.fsync(number)
+    finally:
+      os.close(number)
 
 
 def put(part: pathlib.Path, path: pathlib.Path) -> None:

@@ -6,7 +6,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 import itertools
 import os
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from resist_jax import accounting, folders
-from resist_jax.decomposition import Assignment
+from resist_jax.decomposition import Assignment, join
 from resist_jax.errors import is_whole
 from resist_jax.exchange import DATA, WORKER, Exchange, hand_over
 from resist_jax.rounds import (
@@ -35,11 +35,13 @@ from resist_jax.rounds import (
   make_mesh,
   make_round,
   mesh_sizes,
+  nodes,
   outer,
   storage,
 )
 from resist_jax.rounds import state as states
 from resist_jax.rounds.arrays import place
+from resist_jax.rounds.compiled import form_of_step
 from resist_jax.rounds.mesh import REPLICATED, workers_here
 from resist_jax.rounds.moments import first_halves, fits, reformed
 from resist_jax.rounds.state import assignments_on_host
@@ -87,12 +89,13 @@ class Trainer:
     carry: Carry the optimiser's moments from round to round, exchanged as the
       parameters are; otherwise they restart (the paper).
     exclude_faulty: Exclude workers whose update is not finite from the round's
-      aggregate. Costs memory for the blocks as last agreed.
+      aggregate. Keeps a copy of the sub-network as the round began, in the
+      memory of its parameters.
     loss_factor: Also exclude workers whose loss is more than so many times the
       median; 0 for none.
     update_factor: Also exclude workers whose update is more than so many times
-      as large as those of the others and of recent rounds, see
-      `participation.healthy_updates`; 0 for none.
+      as large as usual: the larger of the median of this round and that of
+      the last 8 rounds, times the usual spread between workers; 0 for none.
     outer: An optax optimiser that takes the negative mean change of a round as
       its gradient, such as `optax.sgd(0.7, momentum=0.9, nesterov=True)`; its
       state stays with the block and is carried. None takes the mean itself (the
@@ -160,6 +163,8 @@ class Trainer:
 
   def __post_init__(self):
     _check_fields(self)
+    for name in ('chains', 'depths'):  # Any sequence, but a value is hashable.
+      object.__setattr__(self, name, tuple(getattr(self, name)))
     if self.mesh is None:
       devices = range(1, jax.device_count() + 1)
       count = max(d for d in devices if self.num_workers % d == 0)
@@ -195,24 +200,11 @@ class Trainer:
     return self._protocol(checks.chain_lengths(params, self.chains))
 
   def _protocol(self, num_blocks: Mapping[str, int]) -> Protocol:
-    protocol = Protocol(
-      self.num_workers,
-      self.local_steps,
-      {name: int(length) for name, length in num_blocks.items()},
-      self.exchange,
-      self.min_depth,
-      tuple(self.depths),
-      self.average_gradients,
-      self.carry,
-      self.exclude_faulty,
-      self.loss_factor,
-      self.update_factor,
-      self.outer,
-      self.average,
-      self.rounds_at_once,
-      self.shared_every,
-      self.give_agreed,
-    )
+    # All of its fields but the lengths of the chains are fields of this one.
+    ours = {field.name for field in dataclasses.fields(Protocol)}
+    fields = {name: getattr(self, name) for name in ours - {'num_blocks'}}
+    lengths = {name: int(length) for name, length in num_blocks.items()}
+    protocol = Protocol(num_blocks=lengths, **fields)
     protocol.check()
     return protocol
 
@@ -292,9 +284,11 @@ class Trainer:
         f'batches are {kinds[streamed]}, but the programs were compiled for '
         f'{kinds[not streamed]}: give those, or compile for the others.'
       )
+    if self.programs:
+      _check_compiled(self.programs, first)
     checks.check_assignments(assignments, self.chains)
     run = self.programs or self._round(state, first, streamed)
-    return run(state, _on_devices(self), batches, assignments)
+    return run(state, self._placed, batches, assignments)
 
   def compile(self, state: State, batches: PyTree) -> 'Trainer':
     """Compiles the round ahead of the first one.
@@ -306,20 +300,29 @@ class Trainer:
 
     Returns:
       A trainer that runs these programs.
+
+    Raises:
+      ValueError: If the state is another trainer's, or batches have other
+        sizes.
     """
     streamed = isinstance(batches, list)
+    if streamed and len(batches) != self._steps:
+      raise ValueError(
+        f'batches is a list of {len(batches)} pytrees; it must hold one for '
+        f'each of {self._steps} steps.'
+      )
     first = batches[0] if streamed else batches
     _check_inputs(self, state, first, streamed)
     run = self._round(state, first, streamed)
-    run = run.compile(state, _on_devices(self), batches)
+    run = run.compile(state, self._placed, batches)
     return _with_programs(self, run)
 
   def _round(self, state: State, batch: PyTree, streamed: bool) -> Round:
     held = (state.shared, state.chain)
     leaves, structure = jax.tree.flatten((held, batch))
     shapes = tuple((x.shape, jnp.dtype(x.dtype)) for x in leaves)
-    lengths = tuple((k, int(n)) for k, n in state.num_blocks.items())
-    return _make_round(self, structure, shapes, lengths, streamed)
+    lengths = _lengths(self, state)
+    return self._rounds(structure, shapes, lengths, streamed)
 
   def _reformed(self, state: State) -> State:
     """Returns a state from files with the nodes of the optimiser's state."""
@@ -336,6 +339,31 @@ class Trainer:
   def _steps(self) -> int:
     return self.local_steps * self.rounds_at_once
 
+  # What is made once. It ends with this value, as do arrays on the devices.
+
+  @cached_property
+  def _placed(self) -> PyTree:
+    """The constants on the devices."""
+    if self.constants is None:
+      return None
+    return place(self.constants, NamedSharding(self.devices, REPLICATED))
+
+  @cached_property
+  def _rounds(self):
+    return lru_cache(maxsize=8)(partial(_make_round, self))
+
+  @cached_property
+  def _longer(self):
+    return lru_cache(maxsize=8)(partial(_at_once, self))
+
+  @cached_property
+  def _division(self):
+    return lru_cache(maxsize=8)(partial(_first_division, self))
+
+  @cached_property
+  def _fitting(self):
+    return lru_cache(maxsize=8)(partial(_fits, self))
+
   def at_once(self, count: int) -> 'Trainer':
     """Returns a trainer of so many rounds as one.
 
@@ -351,7 +379,7 @@ class Trainer:
       The trainer. Where the host dispatches steps, it shares the programs that
       `compile` made for this one.
     """
-    return _at_once(self, count)
+    return self._longer(count)
 
   def whole(self, state: State) -> Whole:
     """Returns the global network, and the optimiser's state if carried.
@@ -403,11 +431,15 @@ class Trainer:
       )
     return assemble(states.averaged(state)).params
 
-  def bytes_per_round(self, state: State) -> int:
+  def bytes_per_round(
+    self, state: State, num_devices: int | None = None
+  ) -> int:
     """Predicts the bytes that all devices together send in a round.
 
     Args:
       state: A state of this trainer; only shapes are used.
+      num_devices: D, such as `num_workers` for a device each; None for the
+        devices, or groups of them, that this trainer has.
 
     Returns:
       Wire bytes, the mean over all assignments.
@@ -420,6 +452,7 @@ class Trainer:
     moments = _moment_sizes(state.carried, state.num_blocks)
     outer = _moment_sizes(state.outer, state.num_blocks)
     D, G = mesh_sizes(self.devices)
+    D = D if num_devices is None else num_devices
     protocol = self._protocol(state.num_blocks)
     return round(
       accounting.wire_bytes(sizes, protocol, D, None, G, moments, outer)
@@ -443,11 +476,16 @@ class Trainer:
     name = f'round_{int(state.round)}'
     if storage.pointed_at(folder / _POINTER)[0] == name:
       name = f'{name}_again'  # The one that is there stays whole meanwhile.
-    storage.write(folder / name, state, {})
+    plain = nodes.are_in_files((state.shared, state.chain))
+    storage.write(folder / name, state, {'nodes_are_in_files': plain})
     if jax.process_index() == 0:
       storage.point_to(folder / _POINTER, folder / name)
 
-  def restore(self, folder: str | os.PathLike[str]) -> State:
+  def restore(
+    self,
+    folder: str | os.PathLike[str],
+    params: Mapping[str, PyTree] | None = None,
+  ) -> State:
     """Reads the state that `save` wrote.
 
     Another number of workers or devices, another exchange or wire format may
@@ -455,6 +493,9 @@ class Trainer:
 
     Args:
       folder: As for `save`.
+      params: Parameters, or their shapes, as `init` took them. They say which
+        nodes the pytree has, and may be left out if these are dictionaries by
+        name, lists and tuples.
 
     Returns:
       The state. With the settings it was saved with, training repeats to the
@@ -477,7 +518,16 @@ class Trainer:
         f'the state in {folder / name} is damaged: its files are not those '
         'that were saved. Restore another folder.'
       )
-    return self.resume(storage.read(folder / name, self.devices))
+    stored = storage.read(folder / name, self.devices)
+    if params is not None:
+      stored = storage.in_form_of(params, stored)
+    elif not stored.record.get('nodes_are_in_files', True):
+      raise ValueError(
+        'params is missing: the parameters have nodes that files do not have, '
+        'such as NamedTuples, so give the parameters that init took, or their '
+        'shapes: restore(folder, params).'
+      )
+    return self.resume(stored)
 
   def resume(self, stored: storage.Stored) -> State:
     """Continues from what the files of a state hold.
@@ -492,8 +542,8 @@ class Trainer:
       ValueError: If it is the state of another optimiser; see also `protocol`.
     """
     done, draw = int(stored.state.round), int(stored.state.draw)
-    if tuple(stored.state.num_blocks) == tuple(self.chains):
-      protocol = self._protocol(stored.state.num_blocks)
+    if set(stored.state.num_blocks) == set(self.chains):
+      protocol = self._protocol(dict(_lengths(self, stored.state)))
       assignments = protocol.assign(self.seed, draw)
       state = storage.as_state(stored, protocol, self.devices, assignments)
       if state is not None:
@@ -533,16 +583,6 @@ def _alike(
     yield batch
 
 
-@lru_cache(maxsize=8)
-def _on_devices(trainer: Trainer) -> PyTree:
-  """Copies a trainer's constants to the devices, once."""
-  if trainer.constants is None:
-    return None
-  everywhere = NamedSharding(trainer.devices, REPLICATED)
-  return place(trainer.constants, everywhere)
-
-
-@lru_cache(maxsize=8)
 def _at_once(trainer: Trainer, count: int) -> Trainer:
   """Makes one trainer for each number, so that its rounds compile once."""
   programs = trainer.programs and trainer.programs.at_once(count)
@@ -553,12 +593,11 @@ def _with_programs(
   trainer: Trainer, programs: Round | None, **fields: Any
 ) -> Trainer:
   """Returns a copy that runs programs, and whose constants are placed."""
-  new = dataclasses.replace(trainer, constants=_on_devices(trainer), **fields)
+  new = dataclasses.replace(trainer, constants=trainer._placed, **fields)
   object.__setattr__(new, 'programs', programs)  # The value is frozen.
   return new
 
 
-@lru_cache(maxsize=8)
 def _make_round(trainer, structure, shapes, lengths, streamed) -> Round:
   """Makes the programs of a round for a state and batches of these shapes."""
   leaves = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
@@ -569,10 +608,11 @@ def _make_round(trainer, structure, shapes, lengths, streamed) -> Round:
       lambda x: jax.ShapeDtypeStruct(x.shape[axes:], x.dtype), tree
     )
 
+  worker = one_worker(shared), one_worker(chain)
+  checks.check_optimizer(trainer.optimizer, join(*worker), trainer.carry)
   names = checks.metric_names(
     trainer.loss_fn,
-    one_worker(shared),
-    one_worker(chain),
+    *worker,
     one_worker(batch, 1 if streamed else 2),
     trainer.constants,
     trainer.devices,
@@ -782,12 +822,27 @@ def _check_batch(trainer: Trainer, batch: PyTree, streamed: bool) -> None:
   checks.check_batch(batch, here, None if streamed else trainer._steps, G)
 
 
+def _check_compiled(programs: Round, batch: PyTree) -> None:
+  """Refuses batches of another form than those that were compiled for."""
+  found = form_of_step(batch, programs.streamed)
+  if found != programs.compiled_for:
+    raise ValueError(
+      f'batches give a worker {found} at a step, but the programs were '
+      f'compiled for {programs.compiled_for}: give those, or compile again.'
+    )
+
+
+def _lengths(trainer: Trainer, state: State) -> tuple[tuple[str, int], ...]:
+  """Returns L of each chain, in the trainer's order: `jax.tree.map` sorts."""
+  return tuple((name, int(state.num_blocks[name])) for name in trainer.chains)
+
+
 def _check_state(trainer: Trainer, state: State) -> None:
   """Refuses the state of another trainer."""
   _check_is_state(state)
   workers = {x.shape[0] for x in jax.tree.leaves((state.shared, state.chain))}
   differ = {
-    'chains': (tuple(state.num_blocks), tuple(trainer.chains)),
+    'chains': (sorted(state.num_blocks), sorted(trainer.chains)),
     'num_workers': (max(workers, default=None), trainer.num_workers),
     'carry': (state.carried is not None, trainer.carry),
     'outer': (state.outer is not None, trainer.outer is not None),
@@ -805,7 +860,7 @@ def _check_state(trainer: Trainer, state: State) -> None:
       continue
     leaves, structure = jax.tree.flatten((state.shared, state.chain, parts))
     shapes = tuple(x.shape[1:] for x in leaves)
-    if not _fits(trainer, field, structure, shapes):
+    if not trainer._fitting(field, structure, shapes):
       raise ValueError(
         f'the state is of a trainer with another {field}, which keeps other '
         'things: use that one, or begin with the parameters alone, '
@@ -816,8 +871,7 @@ def _check_state(trainer: Trainer, state: State) -> None:
 
 def _check_division(trainer: Trainer, state: State) -> None:
   """Refuses a state whose blocks are divided or exchanged in another way."""
-  lengths = tuple((k, int(n)) for k, n in state.num_blocks.items())
-  protocol, wanted = _first_division(trainer, lengths)
+  protocol, wanted = trainer._division(_lengths(trainer, state))
   same = {
     'update_factor': (state.norms is not None) == protocol.judges_updates,
     'wire_format': (state.error is not None) == protocol.keeps_error,
@@ -846,14 +900,12 @@ def _refuse_others(same: Mapping[str, bool]) -> None:
       )
 
 
-@lru_cache(maxsize=8)
 def _first_division(trainer: Trainer, lengths: tuple[tuple[str, int], ...]):
   """Returns the protocol, and the assignment of each chain in round 0."""
   protocol = trainer._protocol(dict(lengths))
   return protocol, protocol.assign(trainer.seed, 0)
 
 
-@lru_cache(maxsize=8)
 def _fits(trainer: Trainer, field: str, structure, shapes) -> bool:
   """Returns whether an optimiser could keep what a state has of it."""
   leaves = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]

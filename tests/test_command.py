@@ -1,5 +1,6 @@
 """Cards are found, flags combine, and --help lists every field."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -212,3 +213,17 @@ def test_what_is_slow_is_imported_when_it_is_needed(module, needed):
   command = [sys.executable, '-c', code]
   result = subprocess.run(command, capture_output=True, text=True, check=True)
   assert result.stdout.split() == []
+
+
+def test_a_card_of_many_words_shows_them_all():
+  assert 'cpu90' in cards.about('cifar10')
+  assert not cards.about('cifar10').endswith(',.')
+
+
+def test_a_function_is_read_anew_each_time(tmp_path):
+  """As in a notebook, beside which somebody edits the file."""
+  path = tmp_path / 'rates.py'
+  for value in (1, 2):
+    path.write_text(f'def rate(): return {value}\n')
+    os.utime(path, (value, value))
+    assert cards.function(f'{path}:rate')() == value

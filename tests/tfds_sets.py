@@ -23,9 +23,9 @@ def write(folder, name, shape=(32, 32, 3), classes=10, counts=(40, 12), seed=0):
   """Writes a set of random images, and returns those and their labels.
 
   Args:
-    folder: Of TFDS sets.
-    name: Of the set, or NAME/CONFIG.
-    shape: Of its images.
+    folder: Folder of TFDS sets.
+    name: Name of the set, or NAME/CONFIG.
+    shape: Shape of its images.
     classes: How many.
     counts: Images of the splits train and test.
   """
@@ -80,8 +80,8 @@ def write_photographs(folder, name='imagenet2012', damaged=False, **splits):
   """Writes a set with ImageNet's features, and returns its images by name.
 
   Args:
-    folder: Of TFDS sets.
-    name: Of the set, or NAME/CONFIG.
+    folder: Folder of TFDS sets.
+    name: Name of the set, or NAME/CONFIG.
     damaged: Make the last image of each split unreadable.
     **splits: Images of each.
   """

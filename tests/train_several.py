@@ -25,6 +25,7 @@ RUNS = {
   'phases': {'phases.full_before': 1, 'optimizer.carry_momentum': True},
   'local_sgd': {'protocol': 'local_sgd'},
   'data_parallel': {'protocol': 'data_parallel'},
+  'streamed': {'data.streaming': 'always'},
 }
 
 

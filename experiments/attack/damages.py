@@ -434,7 +434,7 @@ def attack(seed: int, share: float, folder: pathlib.Path) -> dict[str, Any]:
   """Damages the files of one run again and again.
 
   Args:
-    seed: Of the damages.
+    seed: Seed of the damages.
     share: Share of the damages to make.
     folder: An empty folder.
 

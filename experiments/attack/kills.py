@@ -36,7 +36,7 @@ def attack(seed: int, share: float, folder: pathlib.Path) -> dict[str, Any]:
   """Kills runs of one process and of two, and starts them again.
 
   Args:
-    seed: Of the moments, and of the processes that are killed.
+    seed: Seed of the moments, and of the processes that are killed.
     share: Share of the kills to make.
     folder: An empty folder.
 

@@ -29,7 +29,7 @@ def attack(seed: int, share: float, folder: pathlib.Path) -> dict[str, Any]:
   """Starts runs of two and of three processes.
 
   Args:
-    seed: Of orders and delays.
+    seed: Seed of orders and delays.
     share: Share of the starts to make.
     folder: An empty folder.
 

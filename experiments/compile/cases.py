@@ -75,7 +75,7 @@ class Case:
     exchange: How blocks travel.
     wire_format: The format of the numbers that are sent.
     min_depth: Blocks that a worker runs at least, or `CARD`.
-    dtype: Of activations.
+    dtype: Dtype of activations.
   """
 
   form: str

@@ -1,7 +1,7 @@
 """Starts several processes of one run on this machine, as if on several hosts.
 
   python -m experiments.launch.local --num_processes=4 -- \
-    --config=experiments/configs/digits.py --workdir=runs/four
+    --config=digits --workdir=runs/four
 
 The arguments after `--` are those of `python -m resist_jax` in each process.
 The exit code is 0 if all processes succeed, 2 if the input is wrong, and 75 if

@@ -1,8 +1,8 @@
 #!/bin/bash
 # ResIST on all hosts of a TPU pod slice, which JAX finds by itself.
 #
-#   experiments/launch/tpu_pod.sh NAME ZONE --config=experiments/configs/cifar100.py:s4 \
-#     --workdir=/mnt/shared/cifar100 --config.num_workers=8
+#   experiments/launch/tpu_pod.sh NAME ZONE --config=cifar100:s8 \
+#     --workdir=/mnt/shared/cifar100 --config.data.dir=/mnt/shared/tensorflow_datasets
 #
 # Each host needs the project in ~/resist_jax, with `pip install -e '.[tpu]'`, and
 # the workdir as a mounted folder that all hosts see. When a host is lost, the

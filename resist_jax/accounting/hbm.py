@@ -37,10 +37,10 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 def memory_traffic(text: str) -> int:
   """Counts the bytes between a device and its memory in one execution.
 
-  Each instruction reads its operands and writes its result; a fusion is one. Of
-  an array from which some elements are picked, only these are read, and where
-  some are replaced in place, only these are written. Arrays that a TPU's
-  compiler keeps on the chip are not counted.
+  Each instruction reads its operands and writes its result; a fusion counts as
+  one instruction. Where some elements of an array are picked, only these are
+  read, and where some are replaced in place, only these are written. Arrays
+  that a TPU's compiler keeps on the chip are not counted.
 
   Args:
     text: HLO of a compiled program.

@@ -83,7 +83,7 @@ class Instruction(NamedTuple):
   Attributes:
     name: Its name in the text.
     is_root: Whether it is the computation's result.
-    type: Of its result: an array, or a tuple in parentheses.
+    type: Type of its result: an array, or a tuple in parentheses.
     opcode: What it does.
     argument: The text between its parentheses.
     operands: The instructions whose results it takes.

@@ -222,9 +222,9 @@ def wire_bytes(
   parts = _parts(sizes, protocol, moments)
   shared = all_reduce_bytes(sizes.shared, S, D) + judging
   total: float = judging + protocol.num_shared * shared
-  for i, part in enumerate(parts):
-    encoding = form.values if i else form.changes
-    total += all_reduce_bytes(part.shared, S, D, encoding)
+  total += all_reduce_bytes(parts[0].shared, S, D, form.changes)
+  moved = sum(part.shared for part in parts[1:])  # Moments travel together.
+  total += all_reduce_bytes(moved, S, D, form.values)
   for name in protocol.num_blocks:
     load = Load(
       protocol.division(name),

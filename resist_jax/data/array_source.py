@@ -87,6 +87,11 @@ def checked(images: Any, labels: Any, what: str = '') -> Arrays:
       f'{what}labels hold {numbers.min()}, and they count from 0: leave out '
       'images without a label.'
     )
+  if numbers.size and numbers.max() >= 2**31:
+    raise ValueError(
+      f'{what}labels hold {numbers.max()}, and they are to be less than 2**31: '
+      'number the classes from 0, and leave out images without a label.'
+    )
   return Arrays(pixels, numbers.astype(np.int32))
 
 
@@ -139,7 +144,10 @@ def names_of(class_names: Sequence[Any]) -> tuple[str, ...]:
     raise ValueError(
       f'class_names is {class_names!r}; it must hold a name for each class.'
     )
-  names = tuple(map(str, class_names))
+  names = tuple(
+    name.decode() if isinstance(name, bytes) else str(name)
+    for name in class_names
+  )
   twice = [name for name, count in Counter(names).items() if count > 1]
   if twice:
     raise ValueError(
@@ -179,6 +187,8 @@ def find(name: str, class_names: Sequence[str] = ()) -> Prepared:
       arrays = {key: _array(file, key) for key in file.files}
     splits = _splits(arrays)
     names = named(splits, arrays.get('class_names', class_names or None))
+    if 'class_names' not in arrays:
+      splits = _by_number(splits, names)
   except Exception as error:  # A damaged archive raises many types.
     reason = str(error) if type(error) is ValueError else one_line(error)
     raise ConfigError(f'in {path}, {" ".join(reason.split())}') from error
@@ -193,6 +203,23 @@ def find(name: str, class_names: Sequence[str] = ()) -> Prepared:
     name, path.stem, shapes.pop(), names, tuple(splits),
     opener(name, splits, remedy), fitted=True,
   )  # fmt: skip
+
+
+def _by_number(
+  splits: Mapping[str, Arrays], names: tuple[str, ...]
+) -> dict[str, Arrays]:
+  """Returns examples whose labels are the places of their classes' names.
+
+  Folders that numbers name are sorted as text: 0, 1, 10, 2.
+  """
+  numbers = [*map(str, range(len(names)))]
+  if sorted(names) != sorted(numbers):
+    return dict(splits)
+  places = np.array([names.index(number) for number in numbers], np.int32)
+  return {
+    split: Arrays(part.images, places[part.labels])
+    for split, part in splits.items()
+  }
 
 
 def _array(file: Mapping[str, np.ndarray], key: str) -> Any:

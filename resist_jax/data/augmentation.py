@@ -60,7 +60,7 @@ def choose(
   fill: str = 'black',
   flips: str = 'random',
 ) -> Augmentation:
-  """Returns the augmentation that the config field `data.augmentation` names.
+  """Returns the augmentation that the config field `data.augment` names.
 
   `auto` depends on the data set: random resized crops for images that are
   resized while they stream, no crop for images with a side of less than 24

@@ -16,7 +16,7 @@ import numpy as np
 
 from resist_jax import folders
 from resist_jax.data import headers
-from resist_jax.data.prepared import Prepared, opener
+from resist_jax.data.prepared import Examples, Part, Prepared, opener, used
 from resist_jax.data.streaming import THREADS, Records, StreamedImages
 from resist_jax.errors import ConfigError, one_line
 
@@ -57,7 +57,9 @@ class Files:
     }
 
 
-def find(name: str, class_names: Sequence[str] = ()) -> Prepared:
+def find(
+  name: str, class_names: Sequence[str] = (), wanted: Sequence[str] = ()
+) -> Prepared:
   """Finds the images of a folder.
 
   Args:
@@ -67,6 +69,7 @@ def find(name: str, class_names: Sequence[str] = ()) -> Prepared:
       the classes of the only split, `train`. Classes are sorted by name.
     class_names: The classes of the set that this one is a test for; not all of
       them need be here. Empty for a set to train on.
+    wanted: Splits, or parts of some, that are asked for by name.
 
   Returns:
     The data set. Its images have one channel if all of them are grey, three
@@ -87,7 +90,8 @@ def find(name: str, class_names: Sequence[str] = ()) -> Prepared:
   splits = {
     split: _files(name, split, place, names) for split, place in places.items()
   }
-  forms = [form for files in splits.values() for form in _headers(files)]
+  shown = used(splits, wanted)
+  forms = [form for split in shown for form in _headers(splits[split])]
   return Prepared(
     name,
     root.resolve().name,
@@ -189,14 +193,25 @@ def _shuffled(path: str) -> bytes:
   return hashlib.sha256(os.fsencode(path)).digest()
 
 
-def _below(place: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields the files in a folder and in those below it, but hidden ones."""
-  for folder, inside, files in os.walk(place, onerror=_refuse):
-    inside[:] = [d for d in inside if _shown(pathlib.Path(folder, d), True)]
-    for file in files:
-      path = pathlib.Path(folder, file)
-      if _shown(path, False):
-        yield path
+def _below(
+  place: pathlib.Path, above: frozenset[str] = frozenset()
+) -> Iterator[pathlib.Path]:
+  """Yields the files in a folder and in those below it, but hidden ones.
+
+  Args:
+    place: The folder. Links to folders are followed, but not in a circle.
+    above: Where the folders above it really are.
+  """
+  above |= {os.path.realpath(place)}
+  try:
+    inside = [*place.iterdir()] if place.is_dir() else []
+  except OSError as error:
+    _refuse(error)
+  for path in inside:
+    if _shown(path, False):
+      yield path
+    elif _shown(path, True) and os.path.realpath(path) not in above:
+      yield from _below(path, above)
 
 
 def listed(paths: Sequence[str]) -> list[str]:
@@ -204,6 +219,9 @@ def listed(paths: Sequence[str]) -> list[str]:
 
   Args:
     paths: Files and folders, in which `~` and `$NAME` are filled in.
+
+  Returns:
+    Paths of files; those of a folder are sorted.
 
   Raises:
     ConfigError: If a folder holds none.
@@ -236,9 +254,9 @@ def read(
     ConfigError: If a file is not there, or no image.
   """
   height, width, channels = image_shape
-  records = Records(
-    'the files', Files(pathlib.Path(), paths, [0] * len(paths)), 1
-  )
+  files = Files(pathlib.Path(), paths, [0] * len(paths))
+  parts = [Part('the disk', 0, len(paths))]
+  records = Records('the files', Examples('', files, parts, _AGAIN), 1)
   numbers = np.arange(len(paths), dtype=np.int32)
   images = np.zeros((len(paths), *image_shape), np.uint8)
   for i, path in enumerate(paths):

@@ -15,8 +15,9 @@ from PIL import Image
 from resist_jax.data import headers
 from resist_jax.data.array_source import checked, named, names_of
 from resist_jax.data.prepared import Prepared, Source, opener
-from resist_jax.data.sets import Dataset, Reading, assemble
+from resist_jax.data.sets import STREAMING, Dataset, Reading, assemble
 from resist_jax.data.streaming import MODES, as_image
+from resist_jax.errors import is_whole
 
 _AGAIN = 'mend what makes it'
 _LOOKED_AT = 32  # Examples of a split that show the shape of all.
@@ -104,18 +105,42 @@ def from_source(
   Raises:
     ValueError: If an example is another thing; names it, and what to change.
   """
-  class_names = class_names or getattr(train, 'classes', None)
+  _check_reading(image_size, streaming)
+  ours, theirs = (getattr(source, 'classes', None) for source in (train, test))
+  if ours is not None and theirs is not None and [*ours] != [*theirs]:
+    raise ValueError(
+      'train.classes and test.classes differ, so that their labels have other '
+      'meanings: make both with the same classes.'
+    )
+  class_names = class_names or ours
   if class_names is None or len(class_names) < 2:
     raise ValueError(
       'class_names is missing: name each class, in the order of the labels.'
     )
   names = names_of(class_names)
-  splits: dict[str, Source] = {'train': Pairs(train)}
+  splits = {'train': Pairs(train)}
   if test is not None:
     splits['test'] = Pairs(test)
   shape = _shape(splits, image_size)
+  if shape[2] == 1:
+    splits = {
+      split: dataclasses.replace(pairs, grey=True)
+      for split, pairs in splits.items()
+    }
   reading = Reading(streaming, image_size or 0)
   return _made(name, splits, shape, names, reading)
+
+
+def _check_reading(image_size: Any, streaming: str) -> None:
+  if image_size is not None and not (is_whole(image_size) and image_size > 0):
+    raise ValueError(
+      f'image_size is {image_size!r}; it must be a whole number of pixels a '
+      'side, at least 1, or None.'
+    )
+  if streaming not in STREAMING:
+    raise ValueError(
+      f'streaming is {streaming!r}; use one of {", ".join(STREAMING)}.'
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +149,12 @@ class Pairs:
 
   Attributes:
     source: The source, see `from_source`.
+    grey: Whether no image may have colours, as those that were looked at have
+      none.
   """
 
   source: Source
+  grey: bool = False
 
   def __len__(self) -> int:
     return len(self.source)
@@ -155,6 +183,13 @@ class Pairs:
         '[height, width, channels], an image of Pillow, or the content of an '
         'image file; leave out transforms such as ToTensor.'
       )
+    if self.grey:
+      with as_image(image) as opened:
+        if not headers.of(opened).grey:
+          raise ValueError(
+            f'the image of example {number} has colours, and others have none: '
+            "convert all of them to one form, such as image.convert('RGB')."
+          )
     return {'image': image, 'label': label}
 
 

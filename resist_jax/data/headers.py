@@ -6,6 +6,13 @@ from typing import IO, Any, NamedTuple
 
 from PIL import ExifTags, Image
 
+# Pillow's modes of at most 8 bits a channel, which it converts to each other.
+EIGHT_BITS = frozenset(
+  ('1', 'L', 'LA', 'La', 'P', 'PA', 'RGB', 'RGBA', 'RGBa', 'RGBX', 'CMYK',
+   'YCbCr', 'HSV')
+)  # fmt: skip
+# Files whose mode I, of 32 bits, holds 16: Pillow has scaled them to that.
+_SIXTEEN_IN_I = ('PNG', 'PPM')
 _GREY = frozenset(('1', 'L', 'LA', 'La', 'I', 'I;16', 'I;16B', 'I;16L'))
 
 
@@ -28,7 +35,7 @@ def read(file: Any | IO[bytes]) -> Header:
     file: The path of a file, or an open one.
 
   Raises:
-    Exception: Of many types, if it is no image.
+    Exception: If it is no image. The decoders raise many types.
   """
   if isinstance(file, str | os.PathLike) and not os.path.isfile(file):
     # One that is there, such as a pipe, might never end.
@@ -40,7 +47,25 @@ def read(file: Any | IO[bytes]) -> Header:
 
 def of(image: Image.Image) -> Header:
   """Returns the form of an image, which need not be decoded."""
+  check_mode(image)
   return Header(_upright_size(image), image.mode in _GREY)
+
+
+def check_mode(image: Image.Image) -> None:
+  """Checks that the channels of an image have at most 16 bits.
+
+  Args:
+    image: An image as Pillow opens it.
+
+  Raises:
+    ValueError: If nothing says which of its values is white.
+  """
+  sixteen = image.mode == 'I' and image.format in _SIXTEEN_IN_I
+  if not (image.mode in EIGHT_BITS or sixteen or image.mode.startswith('I;16')):
+    raise ValueError(
+      f'its pixels are of mode {image.mode}, and only channels of 8 or 16 bits '
+      'are read'
+    )
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Data sets of the Hugging Face Hub, read by its package `datasets`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import importlib
 import io
@@ -13,7 +13,7 @@ import numpy as np
 
 from resist_jax import folders
 from resist_jax.data import headers
-from resist_jax.data.prepared import Prepared, opener
+from resist_jax.data.prepared import Prepared, opener, used
 from resist_jax.errors import ConfigError, one_line
 
 PREFIX = 'huggingface:'
@@ -29,11 +29,14 @@ class Rows:
     table: Rows of the package, whose images are not decoded.
     image: Name of the column of images.
     label: Name of the column of labels.
+    numbers: The label among the classes of the training of each class here; -1
+      where it has no such class.
   """
 
   table: Any
   image: str
   label: str
+  numbers: tuple[int, ...]
 
   def __len__(self) -> int:
     return len(self.table)
@@ -41,25 +44,26 @@ class Rows:
   def __getitem__(self, number):
     """Reads an example, without decoding its image."""
     row = self.table[int(number)]
-    stored, label = row[self.image], row[self.label]
+    stored, label = row[self.image], row.get(self.label)
     content = stored['bytes']
     if content is None:
       content = pathlib.Path(stored['path']).read_bytes()
     # A label that is missing is None here, and -1 elsewhere.
     return {
       'image': content,
-      'label': -1 if label is None else label,
+      'label': -1 if label is None or label < 0 else self.numbers[label],
       'file_name': stored['path'] or '',
     }
 
 
-def find(name: str) -> Prepared:
+def find(name: str, wanted: Sequence[str] = ()) -> Prepared:
   """Finds a data set of the Hub, or one that its package has saved.
 
   Args:
     name: `huggingface:NAME`, where NAME is that of the Hub, or a folder that
       `save_to_disk` wrote; then perhaps `:CONFIG`, and `@COLUMN` if several
       columns are class labels.
+    wanted: Splits, or parts of some, that are asked for by name.
 
   Returns:
     The data set.
@@ -76,21 +80,36 @@ def find(name: str) -> Prepared:
     )
   where, config, column = match.groups()
   tables = _read(name, where, config)
-  some = next(iter(tables.values()))
+  some = tables.get('train') or next(iter(tables.values()))
   image, label = _columns(name, some.features, column)
-  splits = {
-    split: Rows(_encoded(table, image), image, label)
-    for split, table in tables.items()
-  }
+  classes = tuple(some.features[label].names)
+  splits = {}
+  for split, table in tables.items():
+    if image not in table.features:
+      continue
+    numbers = _numbers(f'{name}, split {split}', table.features, label, classes)
+    splits[split] = Rows(_encoded(table, image), image, label, numbers)
+  shown = {split: splits[split] for split in used(splits, wanted)}
   return Prepared(
     name,
     where.rstrip('/').split('/')[-1],
-    headers.common_shape(_headers(name, splits)),
-    tuple(some.features[label].names),
+    headers.common_shape(_headers(name, shown)),
+    classes,
     tuple(splits),
     opener(name, splits, _AGAIN),
     fitted=True,
   )
+
+
+def divided(name: str) -> tuple[str, str]:
+  """Returns the name of the Hub or the folder in a name, and what follows it.
+
+  >>> divided('huggingface:./pets:small@breed')
+  ('./pets', ':small@breed')
+  """
+  text = name.removeprefix(PREFIX)
+  end = next((i for i, letter in enumerate(text) if letter in ':@'), len(text))
+  return text[:end], text[end:]
 
 
 def _read(name: str, where: str, config: str | None) -> Mapping[str, Any]:
@@ -140,9 +159,24 @@ def _columns(
     f'{labels[0]}'
     if len(images) == 1 and labels
     else 'one column of Image and one of ClassLabel are needed. Choose another '
-    'set, or save this one with class_encode_column'
+    'set, or save this one with class_encode_column before it is divided'
   )
   raise ConfigError(f'data set {name!r} has the columns {listed}: {remedy}.')
+
+
+def _numbers(
+  title: str, features: Mapping[str, Any], label: str, classes: tuple[str, ...]
+) -> tuple[int, ...]:
+  """Returns the label in the training of each class of a split, by its name."""
+  names = getattr(features.get(label), 'names', None) or classes
+  unknown = [name for name in names if name not in classes]
+  if unknown and title.endswith(('test', 'validation')):
+    raise ConfigError(
+      f'{title} has the class {unknown[0]!r}, which the training has not: name '
+      'the classes of all splits alike, as by class_encode_column before the '
+      'set is divided.'
+    )
+  return tuple(classes.index(name) if name in classes else -1 for name in names)
 
 
 def _encoded(table: Any, image: str) -> Any:

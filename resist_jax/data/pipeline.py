@@ -85,7 +85,15 @@ def of_rounds(pipeline: 'Resident | Stream', first: int, count: int) -> Any:
 
 
 def shapes_of_rounds(pipeline: 'Resident | Stream', count: int) -> PyTree:
-  """Returns shapes and dtypes of what `of_rounds` returns."""
+  """Returns shapes and dtypes of what `of_rounds` returns.
+
+  Args:
+    pipeline: The training set.
+    count: How many rounds are trained as one.
+
+  Returns:
+    A pytree of shapes; a list of them, one for each step, of a stream.
+  """
   shapes = pipeline.batch_shapes()
   if isinstance(pipeline, Stream):
     return count * shapes
@@ -111,7 +119,14 @@ class Resident:
     self._indices = indices
 
   def batches(self, round_index: int) -> np.ndarray:
-    """Returns the indices of a round's examples, `int32[S, T, B]`."""
+    """Returns what the steps of a round train on.
+
+    Args:
+      round_index: Number of the round.
+
+    Returns:
+      Indices of examples, `int32[S, T, B]`.
+    """
     return self._indices(round_index)
 
   def batch_shapes(self) -> np.ndarray:
@@ -204,8 +219,9 @@ class Stream:
       yield images.reshape(S, B, *images.shape[1:]), labels.reshape(S, B)
 
   def batch_shapes(self) -> PyTree:
-    """Returns the shapes and dtypes of a round's batches for all workers."""
-    S, T, B = self._shape
+    """Returns the shapes and dtypes of what `batches` yields."""
+    _, T, B = self._shape
+    S = len(self._workers)
     images = jax.ShapeDtypeStruct((S, B, *self._images.image_shape), jnp.uint8)
     return T * [(images, jax.ShapeDtypeStruct((S, B), jnp.int32))]
 

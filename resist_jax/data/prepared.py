@@ -1,6 +1,6 @@
 """A data set that is ready to be read: its splits, and which to use."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import types
 from typing import Any, NamedTuple, Protocol
@@ -228,8 +228,14 @@ class Prepared:
     """
     ours, theirs = self.class_names, other.class_names
     numbers = tuple(map(str, range(len(ours))))
-    return len(ours) == len(theirs) and (
-      ours == theirs or numbers in (ours, theirs)
+    if ours == theirs:
+      return True
+    # The same names in another order are other labels, also where they are
+    # numbers, such as those of folders, which text sorts as 0, 1, 10, 2.
+    return (
+      len(ours) == len(theirs)
+      and numbers in (ours, theirs)
+      and sorted(ours) != sorted(theirs)
     )
 
 
@@ -252,6 +258,20 @@ class Chosen:
     """Reads an example."""
     split, number = self.places[position]
     return self.splits[split][number]
+
+
+def used(splits: Iterable[str], wanted: Sequence[str]) -> list[str]:
+  """Returns the splits that a run may read.
+
+  Args:
+    splits: Names of all of them.
+    wanted: Splits, or parts of some such as `raw[:80%]`, that are asked for.
+
+  >>> used(['train', 'raw', 'test', 'more'], ['train+raw[:80%]', ''])
+  ['train', 'raw', 'test']
+  """
+  usual = 'train', 'test', 'validation'
+  return [s for s in splits if s in usual or any(s in text for text in wanted)]
 
 
 def opener(

@@ -45,7 +45,14 @@ class Split:
     return len(self.labels)
 
   def take(self, index: np.ndarray) -> 'Split':
-    """Returns the examples at `index`; streamed ones are not read yet."""
+    """Returns some examples; streamed ones are not read yet.
+
+    Args:
+      index: Their numbers, `int[n]`.
+
+    Returns:
+      A split of n examples.
+    """
     return Split(
       self.images.take(index, axis=0), self.labels.take(index, axis=0)
     )
@@ -124,7 +131,8 @@ def load(
   Args:
     name: `digits` (scikit-learn's 1,797 handwritten digits, 8x8, of which a
       fixed fifth is the test split), the path of a folder of images or of a
-      file `*.npz`, or the name of a TFDS image classification data set.
+      file `*.npz`, `huggingface:NAME`, or the name of a TFDS image
+      classification data set.
     data_dir: The folder of prepared TFDS data sets, in which `~` and `$NAME`
       are filled in; empty for TFDS's default.
     validation: Share of the training set to hold out, at least 0 and below 1.
@@ -165,7 +173,7 @@ def load(
 
 
 def _load(name, data_dir, validation, splits, reading, extra_tests) -> Dataset:
-  source = sources.find(name, data_dir)
+  source = sources.find(name, data_dir, wanted=splits)
   extra: dict[str, Prepared] = {}
   for other in extra_tests:
     if sources.same(other, name):
@@ -184,8 +192,22 @@ def _load(name, data_dir, validation, splits, reading, extra_tests) -> Dataset:
   return assemble(source, found, reading, validation, extra)
 
 
-# Experiments train many times in one process.
-load_once = functools.lru_cache(maxsize=1)(_load)
+@functools.lru_cache(maxsize=1)
+def load_once(*args) -> Dataset:
+  """Loads a set; experiments train on the same one many times in a process.
+
+  Args:
+    *args: See `_load`.
+
+  Returns:
+    The set, whose arrays cannot be written, because all callers share them.
+  """
+  found = _load(*args)
+  for split in (found.train, *found.tests.values()):
+    for array in (split.images, split.labels):
+      if isinstance(array, np.ndarray):
+        array.flags.writeable = False
+  return found
 
 
 def _check_arguments(name, validation, streaming, image_size, extra_tests):
@@ -256,6 +278,11 @@ def assemble(
   for key, extra in extra_tests.items():
     examples = _extra_test(extra, source, form)
     tests[key] = _split(examples, extra, form, streamed)
+    if not len(tests[key]):
+      raise ConfigError(
+        f'the test {extra.name!r} has no images: leave it out of '
+        'data.extra_tests.'
+      )
   if validation:
     index, others = random_parts(len(trained), validation)
     tests['validation'] = trained.take(others)
@@ -283,7 +310,7 @@ def load_test(
 
   Args:
     name: See `load`; of a folder or a file with one split, all images count.
-    class_names: The classes that the network knows.
+    class_names: The classes of the network.
     image_shape: `(H, W, C)` of the images that it was trained on.
     resized: Whether these were cut and resized to that shape.
     data_dir: See `load`.
@@ -396,7 +423,13 @@ def _extra_test(source: Prepared, trained: Prepared, form: _Form) -> Examples:
       f'{trained.image_shape}: {remedy}.'
     )
   if source.fitted and set(source.splits) == {'train'}:  # All of it.
-    return source.open('train')
+    examples = source.open('train')
+    if len(examples) and not examples.have_labels(remedy):
+      raise ConfigError(
+        f'the images of {name!r} have no labels: move those of each class to a '
+        'folder with its name.'
+      )
+    return examples
   return source.find_test(remedy)
 
 

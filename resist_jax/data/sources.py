@@ -27,7 +27,10 @@ _PATH = re.compile(r'[./~$\\]|[a-zA-Z]:[/\\]')
 
 
 def find(
-  name: str, data_dir: str = '', class_names: Sequence[str] = ()
+  name: str,
+  data_dir: str = '',
+  class_names: Sequence[str] = (),
+  wanted: Sequence[str] = (),
 ) -> Prepared:
   """Finds a data set.
 
@@ -38,6 +41,7 @@ def find(
     data_dir: The folder of prepared TFDS data sets; see `tfds_source.find`.
     class_names: The classes of the set that this one is a test for; empty for
       a set to train on.
+    wanted: Splits, or parts of some, that are asked for by name.
 
   Returns:
     The data set.
@@ -53,13 +57,13 @@ def find(
       'again, or call train(config, workdir, dataset=...).'
     )
   if name.startswith(hugging_face_source.PREFIX):
-    return hugging_face_source.find(name)
+    return hugging_face_source.find(name, wanted)
   if name.endswith('.npz'):
     return array_source.find(name, class_names)
   if _PATH.match(name) or (
     os.path.isdir(name) and not tfds_source.knows(name, data_dir)
   ):
-    return folder_source.find(name, class_names)
+    return folder_source.find(name, class_names, wanted)
   return tfds_source.find(name, data_dir)
 
 
@@ -67,25 +71,44 @@ def is_path(name: str) -> bool:
   """Returns whether a name is that of a person's own files.
 
   Args:
-    name: See `find`.
+    name: As `load` takes it.
+
+  Returns:
+    True for the path of a folder or a file, which need not exist.
   """
-  return bool(_PATH.match(name)) or name.endswith('.npz') or os.path.isdir(name)
+  return bool(_own(name)[0])
+
+
+def _own(name: str) -> tuple[str, str]:
+  """Returns the path in a name, '' for none, and what the name says besides."""
+  if name.startswith(hugging_face_source.PREFIX):
+    where, rest = hugging_face_source.divided(name)
+    given = os.path.expanduser(os.path.expandvars(where))
+    if _PATH.match(where) or os.path.isdir(given):
+      return where, rest
+    return '', name
+  own = _PATH.match(name) or name.endswith('.npz') or os.path.isdir(name)
+  return (name, '') if own else ('', name)
 
 
 def same(name: str, other: str) -> bool:
   """Returns whether two names are those of one data set.
 
   Args:
-    name: See `find`.
-    other: See `find`.
+    name: As `load` takes it.
+    other: Another one.
+
+  Returns:
+    True if they are equal, or if both are paths that lead to one place.
 
   >>> same('./photos/', '../photos'), same('./photos/', './photos')
   (False, True)
   """
-  if name == other or not (is_path(name) and is_path(other)):
+  paths, rest = zip(_own(name), _own(other), strict=True)
+  if name == other or not all(paths) or rest[0] != rest[1]:
     return name == other
   try:
-    places = [folders.resolve(text, 'a data set') for text in (name, other)]
+    places = [folders.resolve(text, 'a data set') for text in paths]
   except ConfigError:  # Such as $NAME of another machine.
     return False
   first, second = (place.resolve() for place in places)
@@ -96,15 +119,19 @@ def key(name: str) -> str:
   """Returns what a test on a data set is called in metrics.
 
   Args:
-    name: See `find`. Of a path, the last part counts.
+    name: As `load` takes it. The last part of a path counts.
+
+  Returns:
+    Letters, digits and underscores.
 
   >>> key('imagenet_v2/top-images'), key('/data/My photos/')
   ('imagenet_v2_top_images', 'my_photos')
   """
   name = name.removeprefix(hugging_face_source.PREFIX)
   if _PATH.match(name) or name.endswith('.npz'):
-    name = pathlib.Path(name).stem
-  return re.sub('[^a-z0-9]+', '_', name.lower())
+    path = pathlib.Path(os.path.abspath(os.path.expanduser(name)))
+    name = path.stem if path.suffix == '.npz' else path.name
+  return re.sub(r'\W+', '_', name.lower())
 
 
 def digits() -> Prepared:

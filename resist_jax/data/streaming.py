@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from resist_jax.data import headers
 from resist_jax.data.prepared import PREPARE_AGAIN, Source
 from resist_jax.errors import ConfigError, one_line
 
@@ -21,13 +22,6 @@ CROP_RATIO = (3 / 4, 4 / 3)  # Width over height.
 ATTEMPTS = 10  # Crops drawn, of which the first that fits is used.
 THREADS = min(32, 2 * (os.cpu_count() or 1))  # Pillow decodes without the GIL.
 
-# Pillow's modes of at most 8 bits a channel, which it converts to each other.
-_EIGHT_BITS = frozenset(
-  ('1', 'L', 'LA', 'La', 'P', 'PA', 'RGB', 'RGBA', 'RGBa', 'RGBX', 'CMYK',
-   'YCbCr', 'HSV')
-)  # fmt: skip
-# Files whose mode I, of 32 bits, holds 16: Pillow has scaled them to that.
-_SIXTEEN_IN_I = ('PNG', 'PPM')
 # What TFDS sets call the name of an image's file.
 _FILE_NAMES = ('file_name', 'filename', 'image/filename')
 
@@ -132,7 +126,15 @@ class StreamedImages:
     return len(self.numbers)
 
   def take(self, index: np.ndarray, axis: int = 0) -> 'StreamedImages':
-    """Returns the images at `index` without reading them."""
+    """Returns some images without reading them.
+
+    Args:
+      index: Their numbers, `int[n]`.
+      axis: As for NumPy; only 0.
+
+    Returns:
+      The images, n of them.
+    """
     assert axis == 0
     return dataclasses.replace(self, numbers=self.numbers[index])
 
@@ -182,7 +184,7 @@ class StreamedImages:
         box = random_box(rng, *image.size)
       else:
         box = centre_box(*image.size, width / height, self.kept)
-      image = image.resize((width, height), Image.Resampling.BILINEAR, box)
+      image = _resize(image, (width, height), box)
     elif image.size != (width, height):
       raise ConfigError(
         f'image {number} of {self.records.name} has {image.height}x'
@@ -208,6 +210,15 @@ class StreamedImages:
       ) from error
 
 
+def _resize(image: Image.Image, size: tuple[int, int], box: Box) -> Image.Image:
+  how = Image.Resampling.BILINEAR
+  if image.mode != 'RGBA':
+    return image.resize(size, how, box)
+  # Pillow would darken colours by the fourth channel, which may be anything.
+  bands = [band.resize(size, how, box) for band in image.split()]
+  return Image.merge('RGBA', bands)
+
+
 def as_image(given: Any) -> Image.Image:
   """Opens an image.
 
@@ -226,7 +237,7 @@ def as_image(given: Any) -> Image.Image:
 def _eight_bits(image: Image.Image) -> Image.Image:
   """Returns an image whose channels have at most 8 bits.
 
-  Of 16 bits the upper 8 are kept, as Pillow itself does for colours.
+  The upper 8 of 16 bits are kept, as Pillow itself does for colours.
 
   Args:
     image: An image as Pillow opens it.
@@ -234,15 +245,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
   Raises:
     ValueError: If nothing says which of its values is white.
   """
-  if image.mode in _EIGHT_BITS:
+  headers.check_mode(image)
+  if image.mode in headers.EIGHT_BITS:
     return image
-  sixteen = image.mode == 'I' and image.format in _SIXTEEN_IN_I
-  if sixteen or image.mode.startswith('I;16'):
-    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-  raise ValueError(
-    f'its pixels are of mode {image.mode}, and only channels of 8 or 16 bits '
-    'are read'
-  )
+  return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +269,15 @@ class StreamedLabels:
     return len(self.numbers)
 
   def take(self, index: np.ndarray, axis: int = 0) -> 'StreamedLabels':
-    """Returns the labels at `index` without reading them."""
+    """Returns some labels without reading them.
+
+    Args:
+      index: Their numbers, `int[n]`.
+      axis: As for NumPy; only 0.
+
+    Returns:
+      The labels, n of them.
+    """
     assert axis == 0
     return dataclasses.replace(self, numbers=self.numbers[index])
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -31,7 +32,14 @@ class Table:
     return len(jax.tree.leaves(self.arrays)[0])
 
   def take(self, rows: np.ndarray) -> PyTree:
-    """Returns the examples of these numbers, in an array of any shape."""
+    """Returns some examples.
+
+    Args:
+      rows: Their numbers, `int[...]`.
+
+    Returns:
+      Pytree of arrays `[..., *shape of an example]`.
+    """
     return jax.tree.map(lambda array: array[rows], self.arrays)
 
 
@@ -84,6 +92,12 @@ def from_tables(
   """
   if not isinstance(tests, Mapping) or 'test' not in tests:
     raise ValueError('tests must be a dictionary with the key test.')
+  for key in tests:
+    if key == 'train' or not re.fullmatch(r'\w+', str(key)):
+      raise ValueError(
+        f'tests has the key {key!r}; it must be a name of letters, digits and '
+        'underscores, and not train: rename it.'
+      )
   found = {key: _checked(key, value) for key, value in tests.items()}
   examples = _checked('train', train)
   for key, table in found.items():

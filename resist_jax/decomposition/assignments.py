@@ -166,7 +166,14 @@ class Assigner:
     return len(self.replica_workers)
 
   def source_column(self, replica: int) -> int:
-    """Returns the column of its owner that a replica is a copy of."""
+    """Returns the column of its owner that a replica is a copy of.
+
+    Args:
+      replica: See `replica_routes`.
+
+    Returns:
+      See `ring`.
+    """
     return replica // (self.num_workers - 1)
 
   @property
@@ -176,11 +183,25 @@ class Assigner:
     return tuple(dict.fromkeys(columns))
 
   def ring(self, column: int) -> tuple[int, ...]:
-    """Returns the workers that have a column."""
+    """Returns the workers that have a column.
+
+    Args:
+      column: Number of a slot of the owners, from 0.
+
+    Returns:
+      Numbers of the workers.
+    """
     return tuple(w for w, count in enumerate(self.owned) if count > column)
 
   def column_routes(self, column: int) -> list[Route]:
-    """Returns the routes that a column can take, by shift."""
+    """Returns the routes that a column can take.
+
+    Args:
+      column: See `ring`.
+
+    Returns:
+      For each shift along the ring, pairs of a source and a target.
+    """
     ring = self.ring(column)
     return [
       tuple(zip(ring, ring[t:] + ring[:t], strict=True))
@@ -188,7 +209,14 @@ class Assigner:
     ]
 
   def replica_routes(self, replica: int) -> list[Route]:
-    """Returns the routes from owners to a replica's workers, by offset."""
+    """Returns the routes from owners to a replica's workers.
+
+    Args:
+      replica: Number of the replica of a worker, from 0.
+
+    Returns:
+      For each offset, pairs of an owner and the worker that it lends to.
+    """
     S = self.num_workers
     return [
       tuple(((w - t) % S, w) for w in self.replica_workers[replica])

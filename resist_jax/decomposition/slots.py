@@ -65,9 +65,9 @@ def slots_per_worker(
     raise ValueError(f'num_blocks is {num_blocks}; it must be at least 0.')
   if num_workers < 1:
     raise ValueError(f'num_workers is {num_workers}; it must be at least 1.')
-  if depths:
+  if len(depths):
     _check_depths(num_blocks, num_workers, min_depth, depths)
-    return max(depths)
+    return int(max(depths))
   if min_depth is None:
     return -(-num_blocks // num_workers)
   if not 0 <= min_depth <= num_blocks:
@@ -121,7 +121,7 @@ def blocks_owned(
   >>> blocks_owned(22, 4), blocks_owned(22, 4, (16, 10, 5, 4))
   ((6, 6, 5, 5), (10, 6, 3, 3))
   """
-  parts = depths or [1] * num_workers
+  parts = [*depths] or [1] * num_workers
   owned = [0] * num_workers
   for _ in range(num_blocks):
     owned[min(range(num_workers), key=lambda s: owned[s] / parts[s])] += 1
@@ -134,10 +134,26 @@ def blocks_per_worker(
   min_depth: int | None = 0,
   depths: Sequence[int] = (),
 ) -> tuple[int, ...]:
-  """Returns how many blocks each worker runs; see `slots_per_worker`."""
+  """Returns how many blocks each worker runs (section 3.2).
+
+  Args:
+    num_blocks: L, the length of the chain.
+    num_workers: S.
+    min_depth: See `slots_per_worker`.
+    depths: See `slots_per_worker`.
+
+  Returns:
+    A number for each worker.
+
+  Raises:
+    ValueError: See `slots_per_worker`.
+
+  >>> blocks_per_worker(22, 4)
+  (6, 6, 5, 5)
+  """
   slots_per_worker(num_blocks, num_workers, min_depth, depths)  # validates
-  if depths:
-    return tuple(depths)
+  if len(depths):
+    return tuple(map(int, depths))
   owned = blocks_owned(num_blocks, num_workers)
   return tuple(max(count, min_depth or 0) for count in owned)
 
@@ -316,10 +332,13 @@ def aggregate(chains: PyTree, slots: jax.Array, chain: PyTree) -> PyTree:
   holders = block_count(slots, num_blocks)
 
   def mean(blocks, old):
-    total = block_sum(blocks, slots, num_blocks)
+    # As the exchanges do: sums of fewer bits lose what many holders add.
+    wide = old.dtype if old.dtype.itemsize > 4 else jnp.float32
+    total = block_sum(blocks.astype(wide), slots, num_blocks)
     shape = (num_blocks,) + (1,) * (old.ndim - 1)
-    count = holders.reshape(shape).astype(old.dtype)
-    return jnp.where(count > 0, total / jnp.maximum(count, 1), old)
+    count = holders.reshape(shape).astype(wide)
+    mean = total / jnp.maximum(count, 1)
+    return jnp.where(count > 0, mean.astype(old.dtype), old)
 
   return jax.tree.map(mean, chains, chain)
 

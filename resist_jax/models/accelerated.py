@@ -76,7 +76,7 @@ def norm_relu(
     scale: `[C]`.
     bias: `[C]`.
     epsilon: Added to the variance.
-    dtype: Of the result.
+    dtype: Dtype of the result.
     axis_name: The mesh axis that splits the batch into equal parts, if any.
 
   Returns:

@@ -112,7 +112,14 @@ class Shortcut(_Residual):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Maps `[B, H, W, C]` to the pair of arrays that `Branch` takes."""
+    """Computes the input of the branch, and the shortcut.
+
+    Args:
+      x: `[B, H, W, C]`, in any floating-point dtype.
+
+    Returns:
+      The pair of arrays that `Branch` takes, in the dtype of the computation.
+    """
     return self._enter(x)
 
 
@@ -153,7 +160,14 @@ class Stem(Conv):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps `[B, H, W, C]` to `[B, H', W', features]`."""
+    """Applies the stem.
+
+    Args:
+      x: Images, normalised, `[B, H, W, C]`.
+
+    Returns:
+      `[B, H', W', features]`, in the dtype of the computation.
+    """
     if self.whitens:
       shape = (2, 2, x.shape[-1], 8 * x.shape[-1])
       kernel = self.param('whitening', _both_signs, shape, jnp.float32)
@@ -178,5 +192,12 @@ class Classifier(nn.Dense):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps `[B, H, W, C]` to logits, float32, or float64 for such images."""
+    """Averages over the pixels, and classifies.
+
+    Args:
+      x: `[B, H, W, C]`.
+
+    Returns:
+      Logits, `float32[B, num_classes]`; float64 for images of float64.
+    """
     return super().__call__(widen(x).mean(axis=(1, 2)))

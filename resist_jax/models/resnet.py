@@ -157,7 +157,14 @@ class ResNet(nn.Module):
 
   @nn.nowrap
   def has_projection(self, stage: int) -> bool:
-    """Returns whether a stage's first block changes stride or channels."""
+    """Returns whether a stage's first block changes stride or channels.
+
+    Args:
+      stage: The stage, from 1.
+
+    Returns:
+      True if its shortcut is a convolution.
+    """
     return stage > 1 or self.bottleneck
 
   # `nowrap`: a piece made inside `__call__` becomes a submodule of the network,
@@ -369,12 +376,26 @@ def _init(module, key, *args):
 
 
 def head_name(stage: int) -> str:
-  """Returns the name of the parameters of a stage's head; the first is 1."""
+  """Returns the name of the parameters of a head.
+
+  Args:
+    stage: Its stage, from 1.
+
+  Returns:
+    A key of the parameters, such as `stage3_head`.
+  """
   return f'stage{stage}_head'
 
 
 def branch_name(stage: int) -> str:
-  """Returns the name of the parameters of the branch of a stage's cut head."""
+  """Returns the name of the parameters of the branch of a cut head.
+
+  Args:
+    stage: Its stage, from 1.
+
+  Returns:
+    A key of the parameters, such as `stage3_branch`.
+  """
   return f'stage{stage}_branch'
 
 
@@ -384,12 +405,26 @@ def is_branch(chain: str) -> bool:
 
 
 def chain_name(stage: int) -> str:
-  """Returns the name of the parameters of a stage's chain."""
+  """Returns the name of the parameters of a chain.
+
+  Args:
+    stage: Its stage, from 1.
+
+  Returns:
+    A key of the parameters, such as `stage3_chain`.
+  """
   return f'stage{stage}_chain'
 
 
 def stage_of(chain: str) -> int:
-  """Returns the stage of a chain: the inverse of `chain_name`."""
+  """Returns the stage of a chain: the inverse of `chain_name`.
+
+  Args:
+    chain: A name such as `stage3_chain`.
+
+  Returns:
+    The stage, from 1.
+  """
   return int(chain.removeprefix('stage').removesuffix('_chain'))
 
 

@@ -10,7 +10,8 @@ RULE = (
   f'Two accuracies are ranked only if each is a mean of at least {SEEDS} '
   f'seeds, if they differ by at least {POINTS:g} point, and if the difference '
   'is more than twice its standard error. With as many seeds, accuracies less '
-  'than a point apart are level.'
+  'than a point apart are level, unless twice the standard error exceeds a '
+  'point.'
 )
 Verdict = Literal['ahead', 'behind', 'level', 'undecided', 'untested']
 

@@ -172,7 +172,7 @@ def page(title: str, body: str) -> str:
   """Returns a page that needs no other file and loads nothing.
 
   Args:
-    title: Of the page; not yet escaped.
+    title: Title of the page; not yet escaped.
     body: HTML below the heading.
 
   Returns:

@@ -22,6 +22,12 @@ def byte_unit(num_bytes: float) -> tuple[float, str]:
 def byte_text(num_bytes: float) -> str:
   """Returns a number of bytes for readers.
 
+  Args:
+    num_bytes: At least 0.
+
+  Returns:
+    The number in B, kB, MB, GB or more, each 1000 times the one before.
+
   >>> byte_text(12_345_678)
   '12.35 MB'
   """

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 import numpy as np
+import optax
 
 from resist_jax.decomposition import Assignment, join, split
-from resist_jax.errors import did_you_mean
+from resist_jax.errors import FOREIGN, did_you_mean, one_line
 from resist_jax.rounds.local_training import LossFn
 
 PyTree = Any
@@ -87,6 +88,44 @@ def metric_names(
   )
   jax.eval_shape(on_mesh, join(shared, chain), present, batch, key, *extra)
   return tuple(names)
+
+
+def check_optimizer(
+  optimizer: optax.GradientTransformation, params: PyTree, carry: bool
+) -> None:
+  """Calls an optimiser on shapes, as a local step will.
+
+  Args:
+    optimizer: The optimiser of local training.
+    params: Shapes of one worker's parameters.
+    carry: Whether its state lasts from round to round.
+
+  Raises:
+    ValueError: If it fails, or if it needs a state that restarts.
+  """
+
+  def step(params):
+    state = optimizer.init(params)
+    return state, optimizer.update(params, state, params)
+
+  try:
+    state, _ = jax.eval_shape(step, params)
+  except FOREIGN as error:
+    raise ValueError(
+      f'optimizer cannot be used ({one_line(error)}): it gets gradients, its '
+      'state and parameters, and nothing else; use one that needs no more, '
+      'such as optax.adamw(1e-3).'
+    ) from error
+
+  def gathers(node):
+    return isinstance(node, optax.MultiStepsState)
+
+  if not carry and any(map(gathers, jax.tree.leaves(state, is_leaf=gathers))):
+    raise ValueError(
+      'optimizer gathers the gradients of several steps (optax.MultiSteps), '
+      'but its state restarts in every round: set carry=True, or give it '
+      'larger batches instead.'
+    )
 
 
 def _check_signature(
@@ -219,6 +258,12 @@ def chain_lengths(
       raise ValueError(
         f'params{where} is {dtype or type(leaf).__name__}; parameters must be '
         'arrays of floating-point numbers. Pass other values as constants.'
+      )
+    if 0 in leaf.shape:
+      where = jax.tree_util.keystr(path)
+      raise ValueError(
+        f'params{where} has the shape {leaf.shape}, and so no numbers: leave '
+        'it out.'
       )
   lengths: dict[str, Any] = {}
   for name in chains:

@@ -58,6 +58,8 @@ class Round:
     loops: Whether programs loop, over steps, workers or blocks.
     streamed: Whether batches come step by step.
     metrics: Names of the metrics of the loss function.
+    compiled_for: Shapes and dtypes of what the programs were compiled for, see
+      `form_of_step`; None if they are compiled in the first call.
   """
 
   protocol: Protocol
@@ -68,6 +70,7 @@ class Round:
   loops: bool
   streamed: bool
   metrics: tuple[str, ...] = ()
+  compiled_for: PyTree = None
 
   @property
   def group_size(self) -> int:
@@ -102,7 +105,9 @@ class Round:
       name: self.programs[name].lower(*values).compile()
       for name, values in args.items()
     }
-    return dataclasses.replace(self, programs=compiled)
+    first = next(iter(batches)) if self.streamed else batches
+    form = form_of_step(first, self.streamed)
+    return dataclasses.replace(self, programs=compiled, compiled_for=form)
 
   def arguments(
     self, state: State, constants: PyTree, batches: PyTree
@@ -209,7 +214,8 @@ class Round:
         np.int32(self.protocol.rounds_at_once),
       )
       for leaf in jax.tree.leaves(agreed):
-        leaf.delete()  # No output could take its place.
+        if isinstance(leaf, jax.Array):
+          leaf.delete()  # No output could take its place.
       metrics = {**metrics, 'seconds_local': seconds}
     count = self.protocol.rounds_at_once
     state = state._replace(
@@ -283,8 +289,12 @@ class Round:
 
   def _first_step(self, batches: PyTree) -> PyTree:
     """Returns the shapes of what all workers get at a step."""
-    if self.streamed:
-      return next(iter(batches))
+    if self.streamed:  # Only the rows of this process's workers.
+      rows = self.protocol.num_workers
+      return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype),
+        next(iter(batches)),
+      )
     return jax.eval_shape(lambda tree: next(self._by_step(tree)), batches)
 
   def _place(self, batch: PyTree) -> PyTree:
@@ -338,9 +348,9 @@ def make_round(
     seed: Seed of assignments and training.
     metrics: Names of the metrics that the loss function returns.
     on_device: True for one program that loops over steps and workers; False for
-      steps dispatched from the host and workers laid out in a row. None chooses
-      by the mesh: True on accelerators, False on CPU, whose backend runs
-      convolutions inside loops 10 to 40 times slower.
+      steps dispatched from the host, with the loop over workers unrolled. None
+      chooses by the mesh: True on accelerators, False on CPU, whose backend
+      runs convolutions inside loops 10 to 40 times slower.
     streamed: Batches come step by step from the host, which dispatches each
       step; `on_device` still loops over workers.
 
@@ -371,10 +381,13 @@ def make_round(
     in_specs=(*held, REPLICATED),
     out_specs=SHARDED,
   )
+  # A loss may begin a loop with a constant, which JAX's check would refuse. The
+  # check also decides what gradients mean: without it, each device has its own.
   steps = {
-    name: on_mesh(
+    name: jax.shard_map(
       partial(training.step, group=group),
       mesh=group.mesh if group else mesh,
+      check_vma=False,
       in_specs=(SHARDED, REPLICATED, REPLICATED, batch, REPLICATED, REPLICATED),
       out_specs=SHARDED,
     )
@@ -406,6 +419,22 @@ def make_round(
   return Round(
     protocol, mesh, seed, programs, groups, on_device, streamed, metrics
   )
+
+
+def form_of_step(batch: PyTree, streamed: bool) -> PyTree:
+  """Returns shapes and dtypes of what a worker gets at a step.
+
+  Args:
+    batch: `[S, T, ...]`, or streamed: `[S, ...]`.
+    streamed: See `Round`.
+  """
+  axes = 1 if streamed else 2
+
+  def form(x):
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
+    return jax.ShapeDtypeStruct(x.shape[axes:], dtype)
+
+  return jax.tree.map(form, batch)
 
 
 def _host_programs(

@@ -191,9 +191,6 @@ class LocalTraining:
   def _step_together(self, gradients, depths, own, args):
     """Updates all workers at once, as averaged gradients need it."""
     params, _ = own
-    if self.grouped:
-      # Without pcast, shard_map silently sums the gradient over the group.
-      params = lax.pcast(params, DATA, to='varying')
     grads, measured = _each_worker(
       gradients, depths, (params, *args), self.loop
     )

@@ -103,6 +103,9 @@ def loads_may_hang(mesh: Mesh) -> bool:
 
   Args:
     mesh: Where the workers live.
+
+  Returns:
+    True on CPU devices, if JAX has a compilation cache and is that new.
   """
   names = ('jax_enable_compilation_cache', 'jax_compilation_cache_dir')
   cached = all(getattr(jax.config, name) for name in names)
@@ -112,7 +115,14 @@ def loads_may_hang(mesh: Mesh) -> bool:
 
 
 def mesh_sizes(mesh: Mesh) -> tuple[int, int]:
-  """Returns D and G: how many groups of devices, and how many in each."""
+  """Returns how many groups of devices a mesh has, and how large they are.
+
+  Args:
+    mesh: Where the workers live, see `make_mesh`.
+
+  Returns:
+    `(D, G)`: D groups of G devices.
+  """
   return mesh.shape[WORKER], mesh.shape.get(DATA, 1)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from resist_jax.decomposition import join, split
+from resist_jax.rounds.nodes import with_nodes_of
 
 PyTree = Any
 
@@ -93,17 +94,11 @@ def fits(
 def reformed(like: list[PyTree], parts: Parts) -> Parts:
   """Returns parts with the nodes of an optimiser's state.
 
-  Files keep arrays alone, and not the empty nodes that `optax.masked` puts in
-  the place of others.
-
   Args:
     like: The moments of a state of the optimiser, or their shapes.
     parts: Parts from files; returned as they are if they do not fit.
   """
-  leaves, structure = jax.tree.leaves(parts.moments), jax.tree.structure(like)
-  if len(leaves) != structure.num_leaves:
-    return parts
-  return Parts(structure.unflatten(leaves), parts.rest)
+  return Parts(with_nodes_of(like, parts.moments), parts.rest)
 
 
 def first_halves(
@@ -189,6 +184,8 @@ def _map_schedule_counts(
   def walk(node, mark):
     if isinstance(mark, _Moment):
       return node
+    if isinstance(node, optax.MultiStepsState):
+      return node  # Its inner optimiser counts updates; it is carried.
     if isinstance(node, dict):
       return {key: walk(node[key], mark[key]) for key in node}
     if not isinstance(node, tuple | list):

@@ -36,8 +36,8 @@ class Protocol:
       otherwise they restart in every round (the paper).
     exclude_faulty: Exclude workers whose update is not finite from aggregates,
       see `exchange.participation`.
-    loss_factor: See `participation.healthy_losses`.
-    update_factor: See `participation.healthy_updates`; 0 judges no updates.
+    loss_factor: See `Trainer`.
+    update_factor: See `Trainer`.
     outer: Optimiser that takes the mean change of a round; None for the mean
       itself (the paper).
     average: Decay of an average of the network over rounds, see `average`; 0
@@ -77,11 +77,25 @@ class Protocol:
     return self.steps // self.shared_every - 1 if self.shared_every else 0
 
   def lasting(self, count: int) -> 'Protocol':
-    """Returns the protocol of so many rounds at once."""
+    """Returns the protocol of several rounds that are trained as one.
+
+    Args:
+      count: How many.
+
+    Returns:
+      The protocol.
+    """
     return dataclasses.replace(self, rounds_at_once=count)
 
   def shares_after(self, t: int) -> bool:
-    """Returns whether it is after step t, from 0."""
+    """Returns whether the shared part is exchanged after a step, alone.
+
+    Args:
+      t: The step, from 0.
+
+    Returns:
+      False after the last step, whose exchange includes the blocks.
+    """
     done = t + 1
     between = self.shared_every and done < self.steps
     return bool(between) and done % self.shared_every == 0
@@ -120,14 +134,29 @@ class Protocol:
   def kept(
     self, shared: PyTree, chain: PyTree
   ) -> tuple[PyTree | None, PyTree | None]:
-    """Returns what is needed of both after training, else None."""
+    """Returns what the exchange needs of the parameters before training.
+
+    Args:
+      shared: Pytree of arrays `[W, ...]`.
+      chain: The same of the blocks, `[W, K, ...]`.
+
+    Returns:
+      Each of them, or None in the place of one that is not needed.
+    """
     return (
       shared if self.keeps_shared else None,
       chain if self.keeps_blocks else None,
     )
 
   def division(self, chain: str) -> Division:
-    """Returns how a chain is divided among the workers."""
+    """Returns how a chain is divided among the workers.
+
+    Args:
+      chain: Its name.
+
+    Returns:
+      Its length, the number of workers, and the depths.
+    """
     min_depth = self.min_depth
     if isinstance(min_depth, Mapping):
       min_depth = min_depth[chain]
@@ -140,7 +169,14 @@ class Protocol:
     return {name: self.division(name) for name in self.num_blocks}
 
   def slots_per_worker(self, chain: str) -> int:
-    """Returns K of a chain."""
+    """Returns K, the number of slots of a worker.
+
+    Args:
+      chain: Name of the chain.
+
+    Returns:
+      K.
+    """
     return slots_per_worker(*self.division(chain))
 
   def assign(

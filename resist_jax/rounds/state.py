@@ -227,7 +227,8 @@ def no_error(
   if not protocol.keeps_error:
     return None
   S = protocol.num_workers
-  size = sum(x[0].size for x in jax.tree.leaves(shared))
+  # orbax saves no arrays of size zero, so there is one where all is cut, too.
+  size = max(sum(x[0].size for x in jax.tree.leaves(shared)), 1)
   return {
     name: _place_rows(lambda _, n=n: np.zeros(n), S, (n,), np.float32, mesh)
     for name, (_, n) in collectives.error_shapes(size, S).items()

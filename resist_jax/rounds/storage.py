@@ -18,11 +18,12 @@ from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
 from resist_jax import folders
-from resist_jax.decomposition import Assignment
+from resist_jax.decomposition import Assignment, split
 from resist_jax.exchange import WORKER, Norms
 from resist_jax.rounds.arrays import first_copy
 from resist_jax.rounds.mesh import SHARDED
 from resist_jax.rounds.moments import Parts
+from resist_jax.rounds.nodes import with_nodes_of
 from resist_jax.rounds.protocol import Protocol, hold_the_same
 from resist_jax.rounds.state import (
   State,
@@ -103,7 +104,12 @@ def begin(
     'outer': state.outer is not None,
     'average': state.average is not None,
     'norms': state.norms
-    and [np.asarray(x.addressable_data(0)).tolist() for x in state.norms],
+    and [
+      np.asarray(
+        x.addressable_data(0) if isinstance(x, jax.Array) else x
+      ).tolist()
+      for x in state.norms
+    ],
     'record': dict(record),
   }
   description['digest'] = _digest_of_description(description)
@@ -214,6 +220,41 @@ def _read(folder: pathlib.Path, target) -> Stored:
     np.int32(description.get('draw', description['round'])),
   )
   return Stored(state, description['record'])
+
+
+def in_form_of(params: PyTree, stored: Stored) -> Stored:
+  """Returns what files hold in the nodes that the parameters have.
+
+  Args:
+    params: Global parameters, or their shapes.
+    stored: What the files hold; unchanged if it is that of another network.
+  """
+  state = stored.state
+  try:
+    halves = split(params, state.num_blocks)
+  except KeyError:
+    return stored
+
+  def in_parts(parts):
+    if parts is None:
+      return None
+    moments = [
+      {
+        'shared': with_nodes_of(halves[0], moment['shared']),
+        'chain': with_nodes_of(halves[1], moment['chain']),
+      }
+      for moment in parts.moments
+    ]
+    return Parts(moments, parts.rest)
+
+  state = state._replace(
+    shared=with_nodes_of(halves[0], state.shared),
+    chain=with_nodes_of(halves[1], state.chain),
+    carried=in_parts(state.carried),
+    outer=in_parts(state.outer),
+    average=in_parts(state.average),
+  )
+  return stored._replace(state=state)
 
 
 def as_state(

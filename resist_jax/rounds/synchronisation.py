@@ -219,11 +219,14 @@ def _outer_step(
 ) -> tuple[PyTree, Parts]:
   """Takes a step of the outer optimiser, and hands over what comes of it."""
   assert protocol.outer is not None
-  before, after, _ = moves
+  before, after, healthy = moves
   shared, chain = agreed
-  new, stepped = outer_lib.step(
+  stepped = outer_lib.step(
     protocol.outer, (shared, chain or {}), settled, parts, rounds
   )
+  old = Parts([join(**moment) for moment in parts.moments], parts.rest)
+  stays = join(shared, chain or {}), old
+  new, stepped = _if_anybody(healthy, stepped, stays)
   held = [split(tree, protocol.num_blocks) for tree in (new, *stepped.moments)]
   moved = [
     # All holders have the same by now, faulty ones too.

@@ -236,7 +236,7 @@ def _check_same(run: Trained, model: Predictor, dataset: data.Dataset) -> None:
   """Refuses data of other classes, and warns of other examples."""
   known = tuple(model.class_names), tuple(model.image_shape)
   there = tuple(dataset.class_names), dataset.train.images.shape[1:]
-  said = same_data.told(run.folder, same_data.describe(dataset))
+  said = same_data.changes(run, dataset)
   if known != there:
     raise ConfigError(
       f'the data set {run.config.data.name!r} is not what the run was trained '
@@ -244,8 +244,4 @@ def _check_same(run: Trained, model: Predictor, dataset: data.Dataset) -> None:
       'back.'
     )
   if said:
-    print(
-      f'the data are not what they were in the training ({said}): a test may '
-      'hold images that were trained on.',
-      file=sys.stderr,
-    )
+    print(same_data.warning(said), file=sys.stderr)

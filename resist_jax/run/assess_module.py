@@ -1,6 +1,7 @@
 """How good a trained network of somebody else's is, by its own loss."""
 
 import dataclasses
+import sys
 from typing import Any
 
 import jax
@@ -9,8 +10,8 @@ import numpy as np
 
 from resist_jax import accounting, data
 from resist_jax.errors import ConfigError
-from resist_jax.rounds import make_mesh
-from resist_jax.run import depth, module_task, setup
+from resist_jax.rounds import make_mesh, nodes
+from resist_jax.run import depth, module_task, same_data, setup
 from resist_jax.run.export import Parameters
 from resist_jax.run.mean_loss import MeanLoss
 from resist_jax.run.module_task import ModuleTask
@@ -35,11 +36,12 @@ def assess(run: Trained, asked: Asked) -> dict[str, Any]:
   model: Any = run.model
   task = _task(run, asked)
   _check_fits(task, model)
+  params = nodes.with_nodes_of(task.shapes(), model.params)
   tests = task.dataset.tests
   chains = task.network.chains
   lengths = accounting.measure(task.shapes(), chains).num_blocks
   depths = depth.asked(asked.depths, max(lengths.values(), default=0))
-  measured = _test(task, model, None)(model.params, chains, model.scales)
+  measured = _test(task, model, None)(params, chains, model.scales)
   found = {
     'names': list(task.measures),
     'measures': measured.measures,
@@ -51,7 +53,7 @@ def assess(run: Trained, asked: Asked) -> dict[str, Any]:
     test = _test(task, model, asked.depth_examples)  # One program for all.
     trained = depth.trained_scales(task.config, lengths, task.cuts)
     found['depth'] = [
-      network.row(test(model.params, chains, network.scales).measures)
+      network.row(test(params, chains, network.scales).measures)
       for network in depth.networks(
         lengths, model.scales, depths, asked.draws, trained
       )
@@ -81,8 +83,24 @@ def _task(run: Trained, asked: Asked) -> ModuleTask:
   if not asked.data:
     if config.data.name.startswith(data.GIVEN):
       _read(config)  # Raises what a program has to do.
-    return _made(config)
-  return (_on_own_data if own else _on_images)(config, asked.data)
+    task = _made(config)
+    _check_same(run, task)
+    return task
+  if own:
+    return _on_own_data(config, asked.data)
+  return _on_images(run, config, asked.data)
+
+
+def _check_same(run: Trained, task: ModuleTask) -> None:
+  """Refuses data of other classes, and warns of other examples."""
+  said = same_data.changes(run, task.dataset)
+  if 'classes:' in said:
+    raise ConfigError(
+      f'the data set {run.config.data.name!r} is not what the run was trained '
+      f'on ({said}): bring that back.'
+    )
+  if said:
+    print(same_data.warning(said), file=sys.stderr)
 
 
 def _made(config: ml_collections.ConfigDict) -> ModuleTask:
@@ -108,9 +126,12 @@ def _on_own_data(config: ml_collections.ConfigDict, name: str) -> ModuleTask:
   return task
 
 
-def _on_images(config: ml_collections.ConfigDict, name: str) -> ModuleTask:
+def _on_images(
+  run: Trained, config: ml_collections.ConfigDict, name: str
+) -> ModuleTask:
   """Puts another set of images in the place of the tests."""
   task = _made(config)
+  _check_same(run, task)
   if data.same_set(name, config.data.name):  # It has images to train on.
     return task
   dataset: Any = task.dataset
@@ -133,10 +154,8 @@ def _check_fits(task: ModuleTask, model: Parameters) -> None:
   """Raises a ConfigError if the module makes another network than it did."""
 
   def form(tree):
-    return {
-      jax.tree_util.keystr(path, simple=True, separator='/'): leaf.shape
-      for path, leaf in jax.tree.leaves_with_path(tree)
-    }
+    shapes = [leaf.shape for leaf in jax.tree.leaves(tree)]
+    return dict(zip(nodes.names_of_leaves(tree), shapes, strict=True))
 
   ours, theirs = form(model.params), form(task.shapes())
   for name in sorted(ours.keys() | theirs.keys()):

@@ -43,14 +43,14 @@ class Callback:
   reads_state = True
 
   def begin(self, run: Began) -> None:
-    """Learns which run begins; nothing has been called for it before.
+    """Is called when a run begins; nothing has been called for it before.
 
     Args:
       run: The run.
     """
 
   def __call__(self, row: Mapping[str, Any], state: State | None) -> None:
-    """Learns of a round.
+    """Is called after a round.
 
     Args:
       row: The round's line of `metrics.jsonl`.
@@ -59,7 +59,7 @@ class Callback:
     raise NotImplementedError
 
   def end(self, summary: Mapping[str, Any] | None) -> None:
-    """Learns that the run ends; it is called for each `begin`.
+    """Is called when the run ends: once for each `begin`.
 
     Args:
       summary: What `summary.json` holds; None if the run was stopped.
@@ -149,7 +149,7 @@ def _check_arguments(callback: Any) -> None:
         f'callbacks hold {callback!r}, which does not take a row and a state '
         f'({error}): give it two arguments.'
       ) from error
-  except ValueError:  # Of a function of C nobody knows the arguments.
+  except ValueError:  # A function in C may not list its arguments.
     return
 
 

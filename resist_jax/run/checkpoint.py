@@ -19,7 +19,6 @@ newest of these is always kept, and a run that diverges falls back on it.
 
 from collections.abc import Iterator, Mapping
 import contextlib
-import json
 import os
 import pathlib
 import re
@@ -33,6 +32,7 @@ from jax.sharding import Mesh
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from resist_jax import folders
 from resist_jax.errors import NonFiniteError, message, one_line
 from resist_jax.rounds import State, storage
 from resist_jax.run import processes, workdir
@@ -179,6 +179,7 @@ class Checkpoints:
           raise
         return
       if jax.process_index() == 0:
+        folders.flush(self._path(step))  # Before older ones are deleted.
         self._write_manifest(step)
         self._delete_old(step)
     self._saving, self._latest = None, step
@@ -349,7 +350,7 @@ class Checkpoints:
 
   def _listed(self, step: int) -> dict[str, str] | None:
     """Returns the manifest of a checkpoint; None if there is none."""
-    return _read_object(self._manifest_path(step)) or None
+    return workdir.json_object(self._manifest_path(step)) or None
 
   def _write_manifest(self, step: int) -> None:
     files = manifest(self._path(step)).items()
@@ -360,7 +361,7 @@ class Checkpoints:
 
   def _known_good(self, latest: int) -> int:
     """Returns the newest known good one up to a round, or `_NONE`."""
-    tested = _read_object(self._manifests / 'good.json').get('round')
+    tested = workdir.json_object(self._manifests / 'good.json').get('round')
     if not isinstance(tested, int):
       return _NONE
     steps = [s for s in self._own() if s <= min(tested, latest)]
@@ -419,15 +420,6 @@ def _in_any_process(found: bool) -> bool:
   if jax.process_count() == 1:
     return found
   return bool(multihost_utils.process_allgather(np.array(found)).any())
-
-
-def _read_object(path: pathlib.Path) -> dict[str, Any]:
-  """Reads a JSON object; an empty one if there is none."""
-  try:
-    value = json.loads(path.read_text('utf-8'))
-  except (OSError, ValueError):
-    return {}
-  return value if isinstance(value, dict) else {}
 
 
 def _warn(step: int, problem: str, others: list[int]) -> None:

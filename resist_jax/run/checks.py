@@ -208,7 +208,7 @@ def _check_module(config) -> None:
 
 def _check_schedule(config) -> None:
   name = config.optimizer.schedule
-  if ':' in name:  # Of a card; `phases.schedule` calls it.
+  if ':' in name:  # A card's function; `phases.schedule` calls it.
     cards.function(name)
   elif name not in SCHEDULES:
     raise ConfigError(

@@ -33,7 +33,8 @@ _FLAGS = {
   'coordinator=HOST:PORT': 'Address of process 0, if a run has several.',
   'num_processes=N': (
     'Number of processes of the run. Without this flag: the number that SLURM, '
-    'Open MPI, Kubernetes or the TPU pod gives, otherwise one.'
+    'Open MPI or the TPU pod gives (with jax[k8s], also Kubernetes), otherwise '
+    'one.'
   ),
   'process_id=I': 'Which of these processes this one is, from 0.',
   'help': 'Prints this text; --helpfull adds the flags of absl.',
@@ -247,7 +248,7 @@ def _check_processes(options: Options) -> None:
   if coordinator is None or count is None or process is None:
     raise ConfigError(
       '--coordinator, --num_processes and --process_id go together; under '
-      'SLURM, Open MPI, Kubernetes or on a TPU pod leave all of them out.'
+      'SLURM, Open MPI or on a TPU pod leave all of them out.'
     )
   if process >= count:
     raise ConfigError(

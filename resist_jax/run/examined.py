@@ -24,7 +24,7 @@ class Examined(NamedTuple):
 
   Attributes:
     finite: Whether all of them are that somebody reads.
-    sums: Of the bits of each array, modulo 2**32; none of arrays of NumPy,
+    sums: Sums of the bits of each array, modulo 2**32; none of arrays of NumPy,
       which JAX might narrow.
   """
 
@@ -50,7 +50,7 @@ def sums_on_host(state: State) -> list[int]:
   """Adds up the bits of a state that was read, as `examine` did.
 
   Args:
-    state: Of a `storage.Stored`, on the host.
+    state: State of a `storage.Stored`, on the host.
   """
   return [_sum_on_host(np.asarray(x)) for x in jax.tree.leaves(_parts(state))]
 

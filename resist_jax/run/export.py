@@ -6,10 +6,8 @@ predict(images).argmax(axis=-1)
 A manifest of its files is written last: a model that lacks it is incomplete.
 """
 
-import contextlib
 import dataclasses
 from functools import partial
-import json
 import os
 import pathlib
 from typing import Any
@@ -22,7 +20,7 @@ from orbax.checkpoint import v1 as ocp
 from resist_jax import data, folders
 from resist_jax.models.resnet import ResNet
 from resist_jax.run.manifest import check, manifest
-from resist_jax.run.workdir import write_json
+from resist_jax.run.workdir import json_object, write_json
 
 PyTree = Any
 
@@ -70,7 +68,17 @@ class Predictor:
     return jax.nn.softmax(self.logits(images))
 
   def logits(self, images: jax.typing.ArrayLike) -> jax.Array:
-    """Returns what `softmax` turns into probabilities; see `__call__`."""
+    """Classifies images.
+
+    Args:
+      images: See `__call__`.
+
+    Returns:
+      Logits, `float32[B, num_classes]`, of which `softmax` makes probabilities.
+
+    Raises:
+      ValueError: See `__call__`.
+    """
     pixels = data.normalise(
       jnp.asarray(_as_pixels(images, self.image_shape)), self.mean, self.std
     )
@@ -275,9 +283,7 @@ def _problem(folder: pathlib.Path) -> str | None:
   path = folder / MANIFEST
   if not path.is_file():
     return f'{MANIFEST} is missing, as it was not written to its end or is old'
-  listed: Any = None
-  with contextlib.suppress(OSError, ValueError, RecursionError):
-    listed = json.loads(path.read_bytes())
-  if not isinstance(listed, dict) or not listed:
+  listed = json_object(path)
+  if not listed:
     return f'{MANIFEST} is not as it was written'
   return check(folder, listed)

@@ -93,7 +93,7 @@ FIELDS = {
       'min_depth',
       0,
       'The least number of blocks that a worker runs; 0: its equal share. The '
-      'paper takes 5.',
+      'paper recommends 5; the CIFAR cards take those that give its Table 1.',
     ),
     Field(
       'depths',
@@ -134,9 +134,9 @@ FIELDS = {
     Field(
       'shared_every',
       0,
-      'If set, a divisor of local_steps: workers average all that is not '
-      'divided after so many steps, and exchange blocks at the end of the '
-      'round only. 0: all at the end (paper).',
+      'If set, a divisor of local_steps: workers average the shared part after '
+      'so many steps, and exchange blocks at the end of the round only. 0: all '
+      'at the end (paper).',
     ),
   ),
   'Full-model phases': (
@@ -285,7 +285,7 @@ FIELDS = {
       'data.pad',
       -1,
       'Pixels that crop and crop_flip add on every side. -1: an eighth of the '
-      'height, 4 of 32 as in the paper.',
+      'shorter side, 4 of 32 as in the paper.',
     ),
     Field(
       'data.fill',
@@ -378,7 +378,7 @@ FIELDS = {
     Field(
       'model.options',
       {},
-      'What a card wants to tell that module, by any names.',
+      'Values that a card passes to that module, by any names.',
     ),
     Field(
       'model.dtype',

@@ -1,6 +1,9 @@
 """SIGTERM and SIGINT, which end a run after its round and a checkpoint."""
 
+import builtins
+import contextlib
 import signal
+import sys
 import types
 
 
@@ -17,7 +20,10 @@ class Interrupted(Exception):  # noqa: N818 - it is not an error.
 
 
 class Interrupt:
-  """A context that records the first signal; a second one kills the process.
+  """A context that records the first signal; a second one ends the process.
+
+  In an interactive session the second one has its usual meaning instead, so
+  that Ctrl-C raises KeyboardInterrupt, and all variables stay.
 
   Attributes:
     signum: The number of the recorded signal, or None.
@@ -51,5 +57,15 @@ class Interrupt:
 
   def _remember(self, signum: int, frame: types.FrameType | None) -> None:
     del frame
-    self.signum = signum
-    signal.signal(signum, signal.SIG_DFL)
+    interactive = hasattr(sys, 'ps1') or hasattr(builtins, '__IPYTHON__')
+    again = self._previous[signum] if interactive else signal.SIG_DFL
+    signal.signal(signum, again)
+    if self.signum is None:
+      self.signum = signum
+      with contextlib.suppress(Exception):  # Such as a write inside a write.
+        print(
+          '\nThe run stops after this round; the same signal again ends it at '
+          'once.',
+          file=sys.stderr,
+          flush=True,
+        )

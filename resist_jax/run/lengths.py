@@ -48,7 +48,7 @@ class Lengths:
     return count
 
   def _allows(self, count: int, rate: float) -> bool:
-    # Of a rate of 0, every length is short enough.
+    # For a rate of 0, every length is short enough.
     steps = count * self.config.local_steps
     return math.sqrt(steps) * rate <= self.config.local_steps_alpha
 

@@ -421,7 +421,7 @@ def _noted(
     'protocol': running.phase.name,
     'train_loss': float(measured['loss'][healthy].mean()),
     **{
-      f'train_{name}': float(measured[name][healthy].mean())
+      f'train_{name}': _finite(measured[name][healthy].mean())
       for name in setup.task.metrics
     },
     **({'left_out': excluded} if excluded else {}),
@@ -452,8 +452,12 @@ def _update_norms(measured: dict[str, np.ndarray]) -> dict[str, list]:
   """Returns a field of the log, where updates are judged; None: not finite."""
   if 'update_norm' not in measured:
     return {}
-  norms = measured['update_norm'].tolist()
-  return {'update_norms': [x if math.isfinite(x) else None for x in norms]}
+  return {'update_norms': [*map(_finite, measured['update_norm'])]}
+
+
+def _finite(number: float) -> float | None:
+  """Returns a number of the log; None if it is infinite or NaN."""
+  return float(number) if math.isfinite(number) else None
 
 
 def _allgather_scalar(setup: Setup, number: float) -> jax.Array:
@@ -514,12 +518,13 @@ def _tested(progress: Progress, test: Test, state: State) -> Progress:
       f'round {progress.round}: the outputs of the network are not finite in '
       f'the test {listed}'
     )
+  logged = {name: _finite(value) for name, value in measures.items()}
   best = max(
-    progress.best_test_accuracy_paper, measures.get('test_accuracy_paper', 0.0)
+    progress.best_test_accuracy_paper, logged.get('test_accuracy_paper') or 0.0
   )
   return dataclasses.replace(
     progress,
     best_test_accuracy_paper=best,
     evaluation_wire_bytes_total=progress.evaluation_wire_bytes_total + sent,
-    last={**progress.last, **measures},
+    last={**progress.last, **logged},
   )

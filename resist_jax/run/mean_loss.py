@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
@@ -21,6 +22,13 @@ from resist_jax.run.evaluate import gather_network
 from resist_jax.run.task import Evaluation
 
 PyTree = Any
+
+
+def _as_row(number: Any) -> jax.Array:
+  """Returns `[1]` in at least float32, which all processes can gather."""
+  number = jnp.asarray(number)
+  wide = number.dtype if number.dtype == jnp.float64 else jnp.float32
+  return number.astype(wide)[None]
 
 
 class MeanLoss:
@@ -53,7 +61,7 @@ class MeanLoss:
       params = join(jax.tree.map(lambda x: x[0], shared), chain)
       batch = jax.tree.map(lambda x: x[0], batch)
       loss, metrics = loss_fn(params, batch, scales)
-      return jax.tree.map(lambda x: x[None], {'loss': loss, **metrics})
+      return jax.tree.map(_as_row, {'loss': loss, **metrics})
 
     rows_of_devices = spread(mesh)
     self._apply = jax.jit(
@@ -62,7 +70,7 @@ class MeanLoss:
         mesh=mesh,
         in_specs=(SHARDED, REPLICATED, REPLICATED, rows_of_devices),
         out_specs=rows_of_devices,
-        check_vma=True,
+        check_vma=False,  # A loss may begin a loop with a constant.
       ),
       compiler_options=compiler_options(mesh),
     )
@@ -107,8 +115,8 @@ class MeanLoss:
       if bad:
         broken[f'{name}_loss'] = bad
       means = {key: float(value) / len(rows) for key, value in sums.items()}
-      if means['loss'] < 700:  # Of more, the exponential is infinite.
-        means['perplexity'] = math.exp(means['loss'])
+      large = means['loss'] > 700  # The exponential of more overflows.
+      means['perplexity'] = math.inf if large else math.exp(means['loss'])
       measures |= {f'{name}_{key}': value for key, value in means.items()}
     return Evaluation(measures, broken, 0)
 

@@ -6,7 +6,6 @@ A measure has the name of its test in front, as in `metrics.jsonl`.
 from collections.abc import Mapping, Sequence
 import csv
 import io
-import json
 import math
 import pathlib
 import statistics
@@ -52,10 +51,9 @@ def write(out: pathlib.Path, measured: Measured) -> None:
 
 def _remove_earlier(out: pathlib.Path) -> None:
   """Removes the files of an earlier evaluation, perhaps of other tests."""
-  try:
-    earlier = json.loads((out / 'evaluation.json').read_text('utf-8'))
-    tests = [*earlier['examples']]
-  except (OSError, ValueError, TypeError, KeyError):
+  earlier = workdir.json_object(out / 'evaluation.json')
+  tests = earlier.get('examples')
+  if not isinstance(tests, dict):
     return
   (out / 'depth.csv').unlink(missing_ok=True)
   for test in tests:
@@ -144,6 +142,8 @@ def _spread(found: Sequence[Measured]) -> dict[str, tuple[float, float]]:
   }
   return {
     name: (statistics.mean(some), statistics.stdev(some))
+    if all(map(math.isfinite, some))
+    else (math.nan, math.nan)
     for name, some in values.items()
   }
 

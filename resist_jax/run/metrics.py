@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import json
 import pathlib
+import sys
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -11,6 +12,7 @@ import tqdm
 
 from resist_jax import report
 from resist_jax.errors import WorkdirLostError
+from resist_jax.run.streams import Forgiving
 from resist_jax.run.workdir import is_at, replace_text
 
 
@@ -98,11 +100,11 @@ class MetricsLog:
     replace_text(path, lines)
     self._file = path.open('a')
     tests = [row['test_accuracy'] for row in rows if 'test_accuracy' in row]
-    self._shown_test = f'{tests[-1]:.1%}' if tests else '-'
+    self._shown_test = _percent(tests[-1]) if tests else '-'
     # Rounds that follow fast ones may be slow, and each is to be shown.
     self._bar = tqdm.tqdm(
       total=num_rounds, initial=start_round, unit='round', dynamic_ncols=True,
-      miniters=1,
+      miniters=1, disable=sys.stderr is None, file=Forgiving(sys.stderr),
     )  # fmt: skip
 
   def begin(self) -> None:
@@ -134,10 +136,10 @@ class MetricsLog:
     self.before(row)
     shown = {'loss': f'{row["train_loss"]:.3f}'}
     if 'train_accuracy' in row:
-      shown['train'] = f'{row["train_accuracy"]:.1%}'
+      shown['train'] = _percent(row['train_accuracy'])
     if 'test_accuracy' in row:
-      self._shown_test = f'{row["test_accuracy"]:.1%}'
-    elif 'test_loss' in row:  # Of a network that classifies nothing.
+      self._shown_test = _percent(row['test_accuracy'])
+    elif 'test_loss' in row:  # It does not classify.
       self._shown_test = f'{row["test_loss"]:.3f}'
     shown['test'] = self._shown_test
     shown['sent'] = report.byte_text(row['wire_bytes_total'])
@@ -170,3 +172,8 @@ class MetricsLog:
   def __exit__(self, *_) -> None:
     self._bar.close()
     self._file.close()
+
+
+def _percent(share: float | None) -> str:
+  """Returns a share in per cent; '-' for one that is not finite."""
+  return '-' if share is None else f'{share:.1%}'

@@ -287,7 +287,7 @@ def make(
   Raises:
     ConfigError: If the module returns something else.
   """
-  name = config.model.module
+  config, name = _with_tuples(config), config.model.module
   module = load(name)
   network = _called(name, module.network, config)
   if not isinstance(network, Network):
@@ -306,6 +306,29 @@ def make(
   task = ModuleTask(config, module, network, dataset)
   _check(task)
   return task
+
+
+def _with_tuples(
+  config: ml_collections.ConfigDict,
+) -> ml_collections.ConfigDict:
+  """Returns a config whose options have tuples for lists.
+
+  Files have lists for both, so a module sees the same in a training and in an
+  evaluation.
+  """
+
+  def tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+      return {name: tuples(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+      return tuple(map(tuples, value))
+    return value
+
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    options = tuples(config.model.options.to_dict())
+    config.model.options = ml_collections.ConfigDict(options)
+  return config
 
 
 def _check(task: ModuleTask) -> None:

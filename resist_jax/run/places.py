@@ -24,7 +24,8 @@ def find_place(
 
   Args:
     coordinator: `HOST:PORT` of process 0. If None, torchrun says it, or JAX
-      asks SLURM, Open MPI, Kubernetes or the TPU pod.
+      asks SLURM, Open MPI, the TPU pod, or Kubernetes if its package is
+      installed.
     count: Number of processes, if known.
     me: Number of this process, if known.
 
@@ -32,7 +33,8 @@ def find_place(
     The place; None if this process is alone, as outside of all clusters.
 
   Raises:
-    ConfigError: If torchrun was started in a way that leaves no port.
+    ConfigError: If torchrun was started in a way that leaves no port, or a
+      Kubernetes job does not say where its pods are.
     MeetingError: If a cluster does not say where its processes are.
   """
   if count == 1:
@@ -58,6 +60,7 @@ def find_place(
     ) from error
   coordinator, count, me, devices = found
   if coordinator is None or count is None or me is None:
+    _check_pod(os.environ)
     return None
   named = os.environ.get('JAX_LOCAL_DEVICE_IDS', '')
   if named:  # JAX itself reads it only where nobody names devices.
@@ -67,6 +70,20 @@ def find_place(
       )
     devices = map(int, named.split(','))
   return Place(coordinator, count, me, tuple(devices) if devices else None)
+
+
+def _check_pod(variables: Mapping[str, str]) -> None:
+  """Refuses to train alone in one of several pods.
+
+  JAX asks Kubernetes for the other pods only if that package is installed.
+  """
+  if {'KUBERNETES_SERVICE_HOST', 'JOB_COMPLETION_INDEX'} <= set(variables):
+    raise ConfigError(
+      'this is a pod of an indexed Kubernetes job, and nothing says where its '
+      'other pods are: set --coordinator, --num_processes and --process_id as '
+      'experiments/launch/jobset.yaml does, or --num_processes=1 for a run of '
+      "one pod, or install JAX's package: pip install 'jax[k8s]'."
+    )
 
 
 def of_torchrun(variables: Mapping[str, str]) -> Place | None:

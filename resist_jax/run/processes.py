@@ -279,8 +279,9 @@ class _Monitor:
       telling.join(1)
     if self._me == 0:  # It holds the store: give the others time to read it.
       time.sleep(3 * self.interval)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+      with contextlib.suppress(Exception):
+        stream.flush()
     os._exit(code)
 
   def explain_failure(self) -> None:

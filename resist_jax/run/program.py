@@ -3,7 +3,7 @@
 import errno
 import hashlib
 import importlib.metadata
-import io
+import importlib.util
 import math
 import pathlib
 import re
@@ -17,8 +17,9 @@ import jax
 from ml_collections import ConfigDict
 
 import resist_jax
-from resist_jax import report
+from resist_jax import folders, report
 from resist_jax.errors import (
+  FOREIGN,
   ConfigError,
   NonFiniteError,
   WorkdirLostError,
@@ -93,8 +94,9 @@ def main(options: Options) -> None:
     if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):
       _fail(
         f'the memory does not suffice ({one_line(error)[:200]}): go on with '
-        'more devices (num_devices), or lower batch_size, local_steps or '
-        'evaluation.batch_size in another workdir.',
+        'more devices (num_devices), or with model.dtype=bfloat16 or a lower '
+        'batch_size or evaluation.batch_size in another workdir; see "When the '
+        'memory does not suffice" in docs/choosing.md.',
         code=1,
       )
     if jax.process_count() == 1:
@@ -110,9 +112,6 @@ def main(options: Options) -> None:
     # The cause may be this host.
     processes.fail(f'{type(error).__name__}: {error}', processes.TRY_AGAIN)
   if jax.process_index() == 0:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-      # Names of folders, which may be classes, need not be text.
-      sys.stdout.reconfigure(errors='backslashreplace')
     print(report.summary_table([summary]))
     if summary['stopped_early']:
       print(f'stopped early {summary["stopped_early"]}')
@@ -142,6 +141,13 @@ def _start(options: Options) -> None:
     # Beyond 64, workers take turns: each device holds a copy of the data.
     here = -(-math.prod(counts) // count)
     jax.config.update('jax_num_cpu_devices', min(here, 64))
+  try:
+    jax.devices()
+  except RuntimeError as error:
+    raise ConfigError(
+      f'JAX cannot use the devices of this host ({one_line(error)[:200]}): '
+      'mend their driver, or set JAX_PLATFORMS=cpu.'
+    ) from error
 
 
 def _seconds(config: Any, name: str, default: float) -> float:
@@ -166,20 +172,58 @@ def _description(config: Any) -> dict[str, Any]:
       name: importlib.metadata.version(name)
       for name in ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
     },
-    'code of resist_jax': _digest_of_code(),
+    'code of resist_jax': _digest_of(resist_jax.__name__),
+    **_own_code(config),
     'jax.config': {
       name: str(getattr(jax.config, name, None)) for name in _JAX_OPTIONS
     },
   }
 
 
-def _digest_of_code() -> str:
-  """Returns some digits of a digest of this package's files."""
-  sha = hashlib.sha256()
-  root = pathlib.Path(resist_jax.__file__).parent
-  for path in sorted(root.rglob('*.py')):
-    sha.update(str(path.relative_to(root)).encode() + path.read_bytes())
-  return sha.hexdigest()[:12]
+def _own_code(config: Any) -> dict[str, str]:
+  """Returns digests of the modules and files that a config names."""
+  sections = config.get('model'), config.get('optimizer')
+  model, optimizer = (
+    section if isinstance(section, ConfigDict) else ConfigDict()
+    for section in sections
+  )
+  names = [model.get('module', '')]
+  schedule = optimizer.get('schedule', '')
+  if isinstance(schedule, str) and ':' in schedule:
+    names.append(schedule.rpartition(':')[0])
+  return {
+    f'code of {name}': _digest_of(name)
+    for name in names
+    if name and isinstance(name, str)
+  }
+
+
+def _digest_of(name: str) -> str:
+  """Returns some digits of a digest of a module's code.
+
+  Args:
+    name: The name of a module, whose whole package counts, or `FILE.py`.
+
+  Returns:
+    The digits; nothing where it is not found, which `validate` will report.
+  """
+  try:
+    if name.endswith('.py'):
+      path = folders.resolve(name, 'the file')
+      return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    spec = importlib.util.find_spec(name.partition('.')[0])
+    assert spec
+    roots = [*map(pathlib.Path, spec.submodule_search_locations or ())]
+    files = [(p, r) for r in roots for p in sorted(r.rglob('*.py'))]
+    if not roots:
+      alone = pathlib.Path(spec.origin or '')
+      files = [(alone, alone.parent)]
+    sha = hashlib.sha256()
+    for path, root in files:
+      sha.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return sha.hexdigest()[:12]
+  except FOREIGN:
+    return ''
 
 
 def _fail(error: object, code: int) -> NoReturn:

@@ -22,8 +22,8 @@ from resist_jax.run.evaluate import Evaluator, WholeNetwork
 
 PyTree = Any
 
-WHITENING_PIXELS = 5000 * 32 * 32  # Of the first images, to measure it on.
-MEASURES = ('accuracy', 'accuracy_paper')  # Of each set that is tested.
+WHITENING_PIXELS = 5000 * 32 * 32  # From the first images, to measure on.
+MEASURES = ('accuracy', 'accuracy_paper')  # For each set that is tested.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +186,7 @@ def make(
   Args:
     config: A valid one.
     dataset: The images.
-    platform: Of the devices; see `models.ResNet`.
+    platform: Platform of the devices; see `models.ResNet`.
   """
   network = build_model(config, dataset.num_classes, platform)
   return ResNetTask(network, dataset, config)

@@ -8,7 +8,7 @@ import jax
 from resist_jax import data
 from resist_jax.decomposition import split
 from resist_jax.errors import ConfigError, message
-from resist_jax.rounds import State, Whole, storage
+from resist_jax.rounds import State, Whole, nodes, storage
 from resist_jax.rounds.moments import Parts
 from resist_jax.run import phases
 from resist_jax.run.checkpoint import Restored
@@ -36,18 +36,19 @@ def start(
   if restored is None:
     params = setup.task.init(setup.config.seed)
     return begin_phase(setup, 0, Whole(params))
-  _check_network(setup, restored.stored.state)
+  stored = storage.in_form_of(setup.task.shapes(), restored.stored)
+  _check_network(setup, stored.state)
   done = restored.progress['round']
   name = phases.name_at(setup.config, done - 1 if ended else done)
   phase = phases.make_phase(setup, name)
   factors = _scale_changes(setup, restored)
   if not factors:
     try:
-      state = phase.trainer.resume(restored.stored)
+      state = phase.trainer.resume(stored)
     except ValueError as error:  # Such as the state of another optimiser.
       raise ConfigError(message(error)) from error
     return _compiled(setup, phase, state), state
-  whole = storage.as_whole(restored.stored)
+  whole = storage.as_whole(stored)
   return _hand_out(setup, name, done, _rescaled(setup, whole, factors))
 
 
@@ -66,10 +67,8 @@ def _check_network(setup: Setup, state: State) -> None:
     )
 
   def shapes(tree: Any, axes: int) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree.leaves_with_path(tree)
-    return {
-      jax.tree_util.keystr(path): tuple(x.shape[axes:]) for path, x in leaves
-    }
+    shapes = [tuple(x.shape[axes:]) for x in jax.tree.leaves(tree)]
+    return dict(zip(nodes.names_of_leaves(tree), shapes, strict=True))
 
   try:
     shared, chain = split(params, names)
@@ -80,7 +79,7 @@ def _check_network(setup: Setup, state: State) -> None:
   for path in sorted(found.keys() | wanted.keys()):
     if found.get(path) != wanted.get(path):
       raise ConfigError(
-        f'the parameters {path} are {found.get(path, "missing")} in the '
+        f'the parameters {path!r} are {found.get(path, "missing")} in the '
         f'checkpoint, but {wanted.get(path, "missing")} in the network: bring '
         'the network back as it was, or choose another workdir.'
       )

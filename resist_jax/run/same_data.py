@@ -3,10 +3,11 @@
 A name of a data set says little: a folder of the same name may hold other
 images by now. So a workdir has a file `data.json` beside the config. It holds
 what can be read quickly and is the same on every machine: classes, shapes,
-numbers of examples, and a digest of some labels, which their order changes.
+numbers of examples, and a digest of some labels, which their order changes. Of
+arrays, it holds a digest of some images, too; the pixels of files depend on the
+decoder.
 """
 
-import json
 import pathlib
 from typing import Any
 
@@ -18,8 +19,9 @@ from resist_jax.errors import ConfigError
 from resist_jax.rounds import storage
 from resist_jax.run import workdir as workdir_lib
 from resist_jax.run.task import Dataset
+from resist_jax.run.trained import Trained
 
-FILE = 'data.json'
+FILE = workdir_lib.DATA
 _SAMPLE = 256  # Examples of a split, evenly spaced.
 # Further tests may change.
 _LASTING = {
@@ -29,31 +31,40 @@ _LASTING = {
 }
 
 
-def describe(dataset: Dataset) -> dict[str, Any]:
+def describe(dataset: Dataset, name: str) -> dict[str, Any]:
   """Describes a data set, whether it is in memory or streamed.
 
   Args:
     dataset: Any data set.
+    name: How the config calls it, see `data.load`.
 
   Returns:
     JSON values by name, such as `split train`.
   """
   found: dict[str, Any] = {}
+  if data.is_own(name):
+    found[workdir_lib.OWN_FILES] = [name]
+  arrays = name.endswith('.npz') or name.startswith(data.GIVEN)
   if isinstance(dataset, data.Dataset):
     found['classes'] = list(dataset.class_names)
     found['shape of an image'] = list(dataset.train.images.shape[1:])
   for name, split in {'train': dataset.train, **dataset.tests}.items():
     index = np.linspace(0, len(split) - 1, min(len(split), _SAMPLE))
-    sample = _sample(split, index.astype(int))
-    digest = storage.digest_of_arrays(sample)[:12]
-    found[f'split {name}'] = {'examples': len(split), 'digest': digest}
+    sample = _sample(split, index.astype(int), arrays)
+    digests = {k: storage.digest_of_arrays(x)[:12] for k, x in sample.items()}
+    found[f'split {name}'] = {'examples': len(split), **digests}
   return found
 
 
-def _sample(split: data.Split | data.Table, index: np.ndarray) -> list[Any]:
+def _sample(
+  split: data.Split | data.Table, index: np.ndarray, arrays: bool
+) -> dict[str, list[Any]]:
   if isinstance(split, data.Table):
-    return [x[index] for x in jax.tree.leaves(split.arrays)]
-  return [np.asarray(split.labels[index])]  # Pixels depend on the decoder.
+    return {'digest': [x[index] for x in jax.tree.leaves(split.arrays)]}
+  found = {'digest': [np.asarray(split.labels[index])]}
+  if arrays and isinstance(split.images, np.ndarray):
+    found['images'] = [split.images[index]]
+  return found
 
 
 def check(folder: pathlib.Path, found: dict[str, Any]) -> None:
@@ -84,7 +95,11 @@ def told(folder: pathlib.Path, found: dict[str, Any]) -> str:
   before, parts = _recorded(folder), []
   for name in sorted(_LASTING & found.keys() & before.keys()):
     old, new = before[name], found[name]
-    if old == new:
+    if isinstance(new, dict):  # An older version recorded less.
+      same = all(old[key] == new[key] for key in old.keys() & new.keys())
+    else:
+      same = old == new
+    if same:
       continue
     if isinstance(new, dict):
       then, now = old.get('examples'), new['examples']
@@ -101,6 +116,24 @@ def told(folder: pathlib.Path, found: dict[str, Any]) -> str:
   return '; '.join(parts)
 
 
+def changes(run: Trained, dataset: Dataset) -> str:
+  """Says how the data of a finished run have changed since; '' for nothing.
+
+  Args:
+    run: The run.
+    dataset: Its data now.
+  """
+  return told(run.folder, describe(dataset, run.config.data.name))
+
+
+def warning(said: str) -> str:
+  """Returns what an evaluation prints; see `changes`."""
+  return (
+    f'the data are not what they were in the training ({said}): a test may '
+    'hold examples that were trained on.'
+  )
+
+
 def write(folder: pathlib.Path, found: dict[str, Any]) -> None:
   """Records data, beside what is recorded already.
 
@@ -112,11 +145,8 @@ def write(folder: pathlib.Path, found: dict[str, Any]) -> None:
 
 
 def _recorded(folder: pathlib.Path) -> dict[str, Any]:
-  try:
-    found = json.loads((folder / FILE).read_text('utf-8'))
-  except (OSError, ValueError, RecursionError):  # None, or a damaged one.
-    return {}
-  good = isinstance(found, dict) and all(
+  found = workdir_lib.json_object(folder / FILE)
+  good = all(
     isinstance(value, dict if name.startswith('split ') else list)
     for name, value in found.items()
   )

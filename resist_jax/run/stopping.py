@@ -60,7 +60,8 @@ def updated(
   Returns:
     `by`; the best `value`, and its `round`; the value of the last gain,
     `gained`; and the number of tests since, `tests_since`. For losses and
-    perplexities, the lowest value is the best.
+    perplexities, the lowest value is the best. A test whose value is not finite
+    has no gain.
 
   >>> best = updated({}, 'x', {'round': 5, 'x': 0.5}, min_gain=0.1)
   >>> best = updated(best, 'x', {'round': 9, 'x': 0.55}, min_gain=0.1)
@@ -69,6 +70,8 @@ def updated(
   """
   now, done = row[by], row['round']
   sign = -1 if by.endswith(('_loss', '_perplexity')) else 1
+  if now is None:
+    return {**best, 'tests_since': best['tests_since'] + 1} if best else {}
   if not best:
     return {
       'by': by, 'value': now, 'round': done, 'gained': now, 'tests_since': 0,

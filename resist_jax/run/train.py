@@ -134,7 +134,9 @@ def _rounds(
   """Trains all rounds; callbacks learn of the end when `after` closes."""
   config, writes = setup.config, jax.process_index() == 0
   _check_not_lost(folder)
-  described = same_data.describe(setup.dataset) if writes else {}
+  described = {}
+  if writes:
+    described = same_data.describe(setup.dataset, config.data.name)
   same_data.check(folder, described)
   checkpoints = Checkpoints(folder, setup.mesh, config.keep_checkpoints)
   with Interrupt() as interrupt:

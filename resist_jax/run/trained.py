@@ -105,6 +105,8 @@ def _config(path: pathlib.Path) -> ml_collections.ConfigDict:
     checked = config.copy_and_resolve_references()
     # Nothing is trained here, and a file with a schedule may be gone.
     checked.optimizer.schedule = 'constant'
+    # It may not be found from here, which `assess_module` says in one line.
+    checked.model.module, checked.model.options = '', {}
     checks.validate(checked)
   except Exception as error:  # A damaged one raises anything.
     raise ConfigError(

@@ -14,6 +14,10 @@ from resist_jax.errors import ConfigError, message
 from resist_jax.run.config import ELASTIC, differences
 from resist_jax.run.fields import each
 
+DATA = 'data.json'  # See `same_data`.
+# Its field that holds the name of a data set of a person's own files.
+OWN_FILES = 'own files'
+
 
 def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
   """Checks that a run of this config may use the folder; writes nothing.
@@ -44,11 +48,11 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
   }
   # A folder or a file may lie elsewhere now; `data.json` says what it held.
   moved = set()
-  if (workdir / 'data.json').exists() and all(
-    isinstance(name, str) and data.is_own(name)
-    for name in changed.get('data.name', ())
-  ):
-    moved = {'data.name'}
+  if (workdir / DATA).exists():
+    own = json_object(workdir / DATA).get(OWN_FILES) or []
+    names = changed.get('data.name', ())
+    if all(isinstance(n, str) and (n in own or data.is_own(n)) for n in names):
+      moved = {'data.name'}
   fixed = {
     name: (old, new)
     for name, (old, new) in changed.items()
@@ -99,6 +103,19 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
     f'{path} is not the config of a run ({problem}): repair it, or choose '
     'another workdir.'
   )
+
+
+def json_object(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a JSON object; an empty one if there is none, or it is damaged.
+
+  Args:
+    path: Its file.
+  """
+  try:
+    found = json.loads(path.read_text('utf-8'))
+  except (OSError, ValueError, RecursionError):
+    return {}
+  return found if isinstance(found, dict) else {}
 
 
 def saved_rounds(folder: pathlib.Path) -> list[int]:

@@ -127,3 +127,29 @@ def test_a_file_that_is_damaged_or_not_there_gets_a_clear_line(tmp_path):
     with pytest.raises(ConfigError, match=says) as caught:
       load(name)
     assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('dtype', [np.uint32, np.int64])
+def test_labels_that_do_not_fit_are_refused(dtype):
+  numbers = np.array([0, 1, 2**32 - 1], dtype)
+  with pytest.raises(ValueError, match='labels hold 4294967295'):
+    data.from_arrays(images(3), numbers)
+
+
+def test_a_fourth_channel_darkens_no_colours(tmp_path):
+  pixels = np.full((10, 16, 16, 4), (200, 150, 100, 0), np.uint8)
+  path = write(tmp_path, images=pixels, labels=np.arange(10) % 2)
+  small = load(path, image_size=8).train.images[:]
+  assert (small == (200, 150, 100, 0)).all()
+
+
+def test_names_may_be_bytes():
+  made = data.from_arrays(images(6), labels(6), class_names=[b'a', b'b', b'c'])
+  assert made.class_names == ('a', 'b', 'c')
+
+
+def test_a_set_that_is_loaded_again_is_what_it_was():
+  """Runs of one process share it, so nobody may write to it."""
+  found = data.load('digits')
+  with pytest.raises(ValueError, match='read-only'):
+    found.train.images[:] = 0

@@ -338,3 +338,70 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path):
   message = refusal(tmp_path)
   os.chmod(tmp_path / 'cat', 0o700)
   assert f'{tmp_path / "cat"} cannot be read (Permission denied)' in message
+
+
+def test_links_to_folders_are_followed_but_not_in_a_circle(tmp_path):
+  some(tmp_path / 'near', ('cat', 'dog'))
+  some(tmp_path / 'far', ('more', 'fox'), count=3)
+  (tmp_path / 'near/cat/more').symlink_to(tmp_path / 'far/more')
+  (tmp_path / 'near/fox').mkdir()
+  (tmp_path / 'near/fox/linked').symlink_to(tmp_path / 'far/fox')
+  (tmp_path / 'near/dog/up').symlink_to(tmp_path / 'near/dog')
+  (tmp_path / 'far/fox/round').symlink_to(tmp_path / 'near/fox')
+  source = sources.find(str(tmp_path / 'near'))
+  assert source.class_names == ('cat', 'dog', 'fox')
+  labels = [source.open('train')[n]['label'] for n in range(4 + 3 + 4 + 3)]
+  assert np.bincount(labels).tolist() == [7, 4, 3]
+
+
+def test_a_split_that_nobody_asked_for_changes_nothing(tmp_path):
+  for split in ('train', 'test'):
+    some(tmp_path / split)
+  for name in ('cat', 'dog'):
+    put(tmp_path / 'raw' / name / '0.png', pixels(100, 80, 3))
+  (tmp_path / 'raw/cat/1.png').write_text('no image')
+  assert load(tmp_path).train.images.shape[1:] == (8, 8, 3)
+  said = refusal(tmp_path, train_split='train+raw')
+  assert 'raw/cat/1.png is no image' in said
+  (tmp_path / 'raw/cat/1.png').unlink()
+  assert load(tmp_path, train_split='train+raw').streamed
+
+
+def test_numbers_as_names_are_not_their_places(tmp_path):
+  """Folders are sorted as text: 0, 1, 10, 11, 2."""
+  some(tmp_path / 'num', [str(n) for n in range(12)], count=2)
+  images, labels = pixels(12, 8, 8, 3), np.arange(12)
+  np.savez(tmp_path / 'more.npz', images=images, labels=labels)
+  dataset = load(tmp_path / 'num', extra_tests=(str(tmp_path / 'more.npz'),))
+  names = [dataset.class_names[n] for n in dataset.tests['more'].labels]
+  assert names == [str(n) for n in range(12)]
+
+
+def test_a_test_without_images_or_labels_is_named(tmp_path):
+  some(tmp_path / 'train')
+  (tmp_path / 'none/cat').mkdir(parents=True)
+  said = refusal(tmp_path / 'train', extra_tests=(str(tmp_path / 'none'),))
+  assert 'none' in said
+  assert 'leave it out of data.extra_tests' in said
+  put(tmp_path / 'flat/0.png', pixels(8, 8, 3))
+  said = refusal(tmp_path / 'train', extra_tests=(str(tmp_path / 'flat'),))
+  assert 'have no labels: move those of each class to a folder' in said
+
+
+def test_an_image_of_floats_is_refused_before_anything_is_trained(tmp_path):
+  some(tmp_path)
+  put(tmp_path / 'cat/f.tif', np.ones((8, 8), np.float32))
+  assert 'f.tif is no image that can be read' in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ('name', 'key'),
+  [('.', 'here'), ('./v1.0', 'v1_0'), ('./v1.1', 'v1_1'), ('/a/b.npz', 'b'),
+   ('/data/画像', '画像'), ('../here', 'here')],
+)  # fmt: skip
+def test_a_test_is_called_after_the_end_of_its_path(
+  name, key, tmp_path, monkeypatch
+):
+  (tmp_path / 'here').mkdir()
+  monkeypatch.chdir(tmp_path / 'here')
+  assert sources.key(name) == key

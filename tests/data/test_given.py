@@ -262,3 +262,36 @@ def test_what_is_no_config_is_refused(wrong, tmp_path):
   with pytest.raises(ValueError, match=r'config is a .*cards.load'):
     train.train(wrong, tmp_path / 'run')
   assert not list(tmp_path.iterdir())
+
+
+class Named(list):
+  """As torchvision's folders, which number the classes that are there."""
+
+  def __init__(self, pairs, classes):
+    super().__init__(pairs)
+    self.classes = classes
+
+
+def test_a_source_is_read_as_it_is_or_refused():
+  grey = np.zeros((8, 8), np.uint8)
+  colour = np.zeros((8, 8, 3), np.uint8)
+  train = Named([(grey, n % 3) for n in range(63)], ['ant', 'bee', 'cat'])
+  assert data.from_source(train).num_classes == 3
+  test = Named([(grey, 0), (grey, 1)], ['ant', 'cat'])
+  with pytest.raises(ValueError, match=r'train.classes and .* differ'):
+    data.from_source(train, test)
+  for size in (0, -3, (16, 16), '16', 16.0):
+    with pytest.raises(ValueError, match=r'image_size is .* whole number'):
+      data.from_source(train, image_size=size)
+  with pytest.raises(ValueError, match="streaming is 'nope'; use one of"):
+    data.from_source(train, streaming='nope')
+  mixed = [(colour if n == 31 else grey, n % 3) for n in range(63)]
+  with pytest.raises(ValueError, match='example 31 has colours'):
+    data.from_source(mixed, class_names=['a', 'b', 'c'])
+
+
+@pytest.mark.parametrize('name', ['train', 'a/b', 'a b', ''])
+def test_a_test_of_tables_has_a_name_that_files_can_have(name):
+  table = {'x': np.zeros((4, 2))}
+  with pytest.raises(ValueError, match=r'tests has the key .* rename it'):
+    data.from_tables(table, {'test': table, name: table})

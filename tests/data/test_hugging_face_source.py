@@ -130,3 +130,45 @@ def test_without_the_package_the_advice_is_to_install_it(monkeypatch):
   monkeypatch.setitem(sys.modules, 'datasets', None)  # As if it were not there.
   message = refusal('huggingface:mnist')
   assert "pip install 'resist_jax[huggingface]'" in message
+
+
+@needed
+def test_classes_of_each_split_are_told_by_their_names(tmp_path):
+  """`class_encode_column` numbers each split for itself."""
+  import datasets
+
+  def table(names, labels):
+    features = datasets.Features(
+      {'image': datasets.Image(), 'label': datasets.ClassLabel(names=names)}
+    )
+    images = [Image.new('L', (8, 8)) for _ in labels]
+    return datasets.Dataset.from_dict(
+      {'image': images, 'label': labels}, features
+    )
+
+  def saved(name, **tables):
+    datasets.DatasetDict(tables).save_to_disk(str(tmp_path / name))
+    return f'huggingface:{tmp_path / name}'
+
+  train = table(['ant', 'bee', 'cat'], [0, 1, 2, 0])
+  name = saved('one', test=table(['ant', 'cat'], [0, 1, 1]), train=train)
+  assert data.load(name).tests['test'].labels.tolist() == [0, 2, 2]
+  other = saved('two', test=table(['ant', 'dog'], [0, 1]), train=train)
+  assert "has the class 'dog'" in refusal(other)
+  unlabelled = table(['ant', 'bee', 'cat'], [0, 0]).remove_columns('label')
+  name = saved('three', test=unlabelled, validation=train, train=train)
+  assert len(data.load(name).tests['test']) == 4
+
+
+@needed
+def test_a_saved_set_is_a_folder_of_ones_own(tmp_path, monkeypatch):
+  name = f'huggingface:{tmp_path / "pets"}'
+  write(tmp_path / 'pets', {'train': 10})
+  assert data.is_own(name)
+  assert not data.is_own('huggingface:pets')
+  assert data.same_set(name, f'{name}/')
+  assert not data.same_set(name, f'{name}@other')
+  assert 'the set that is trained on' in refusal(name, extra_tests=[f'{name}/'])
+  assert len(data.load(name).train) == 8
+  write(tmp_path / 'pets', {'train': 20})
+  assert len(data.load(name).train) == 16

@@ -279,9 +279,11 @@ def test_units():
 
 
 @pytest.mark.experiments
-def test_a_card_is_planned(tmp_path):
-  card = '--config=experiments/configs/digits.py'
-  result = run(*GOOD, card, '--workers=2,4', f'--out={tmp_path}')
+@pytest.mark.parametrize(
+  'card', [['--config=experiments/configs/digits.py'], ['--config', 'digits']]
+)
+def test_a_card_is_planned(card, tmp_path):
+  result = run(*GOOD, *card, '--workers=2,4', f'--out={tmp_path}')
   assert result.returncode == 0, result.stderr
   assert 'full-duplex link' in result.stdout
   record = json.loads((tmp_path / 'plan.json').read_text())

@@ -141,7 +141,7 @@ def command(monkeypatch, module, *words):
 
 @pytest.mark.experiments
 def test_a_command_writes_what_the_report_shows(tmp_path, monkeypatch):
-  words = [f'--results={tmp_path}', f'--runs={tmp_path}/runs', '--seeds=0,1']
+  words = [f'--results={tmp_path}', f'--runs={tmp_path}/runs', '--seeds=2']
   words += ['--only=resist_s2', '--busy']
   assert command(monkeypatch, vit, *words) == 0
   folder = tmp_path / 'vision_transformer'
@@ -155,6 +155,10 @@ def test_a_command_writes_what_the_report_shows(tmp_path, monkeypatch):
   before = paths[0].stat().st_mtime_ns
   assert command(monkeypatch, vit, *words) == 0
   assert paths[0].stat().st_mtime_ns == before
+  other = {**record, 'config': {**record['config'], 'data': 'cifar10'}}
+  paths[0].write_text(json.dumps(other))
+  assert command(monkeypatch, vit, *words) == 2  # A result of another text.
+  paths[0].write_text(json.dumps(record))
   assert not list((tmp_path / 'runs').rglob('*.json'))
 
   (folder / 'smoke').rename(folder / 'cpu')
@@ -176,7 +180,7 @@ def test_a_command_writes_what_the_report_shows(tmp_path, monkeypatch):
   ('module', 'words', 'wanted'),
   [
     (language, ['--only=resist_s3'], "--only names 'resist_s3': take some of"),
-    (language, ['--seeds=a'], '--seeds=a: give whole numbers'),
+    (language, ['--seeds=0'], '--seeds is 0; it must be at least 1'),
     (language, ['--text=none.txt'], 'the text none.txt cannot be read'),
     (vit, ['--data=no_such_set'], 'no_such_set'),
   ],

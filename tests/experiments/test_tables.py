@@ -6,8 +6,11 @@ import pytest
 
 from experiments import (
   ablation,
+  claims,
+  deeper,
   ensemble,
   levers,
+  local_iterations,
   paper,
   pictures,
   runs,
@@ -16,7 +19,7 @@ from experiments import (
   table3,
   to_accuracy,
 )
-from experiments.experiment import Results
+from experiments.experiment import Results, jobs
 
 
 def record(accuracy, seed=0, seconds=10.0):
@@ -32,6 +35,8 @@ def record(accuracy, seed=0, seconds=10.0):
     'config': {'local_steps': 3, 'num_rounds': 2},
     'summary': {
       'seed': seed,
+      'num_devices': 4,
+      'num_workers': 4,
       'image_shape': [32, 32, 3],
       'class_names': list('0123456789'),
       'test_accuracy': accuracy,
@@ -49,6 +54,12 @@ def put(results, cell, *records):
     target.parent.mkdir(parents=True, exist_ok=True)
     runs.write_record(target, found)
     assert json.loads(target.read_text()) == found
+
+
+def mark_busy(path):
+  made = json.loads(path.read_text())
+  made['provenance']['busy'] = True
+  path.write_text(json.dumps(made))
 
 
 def test_table2_lays_means_and_deviations_beside_the_paper(tmp_path):
@@ -73,7 +84,7 @@ def test_table3_finds_the_first_test_at_the_target(tmp_path):
   assert rows['local SGD'][3:7] == ['20', '1.00', '45.0%', '20']
   assert rows['ResIST'][3:7] == ['8', '2.50', '45.0%', '4']
   assert rows['ResIST'][7] == '2671 s, 3.77'
-  runs.mark_busy(results.target(table2.cell('cifar10', 'resist', 8), 0))
+  mark_busy(results.target(table2.cell('cifar10', 'resist', 8), 0))
   assert table3.tables(results) == []
   assert len(table2.tables(results)[0].rows) == 2
 
@@ -93,11 +104,11 @@ def test_table3_compares_the_runs_of_one_machine_only(tmp_path):
   (table,) = table3.tables(results)
   assert table.head[-1] == 'machine'
   assert [[row[1], *row[3:5], row[-1]] for row in table.rows] == [
-    ['ResIST', '16', '1.25', '2 cores of P'],
-    ['local SGD', '20', '1.00', '2 cores of P'],
-    ['ResIST', '3', '2.00', '2 cores of Q'],
-    ['local SGD', '6', '1.00', '2 cores of Q'],
-    ['data parallel', '4', '1.50', '2 cores of Q'],
+    ['ResIST', '16', '1.25', '2 cores of P, JAX 1'],
+    ['local SGD', '20', '1.00', '2 cores of P, JAX 1'],
+    ['ResIST', '3', '2.00', '2 cores of Q, JAX 1'],
+    ['local SGD', '6', '1.00', '2 cores of Q, JAX 1'],
+    ['data parallel', '4', '1.50', '2 cores of Q, JAX 1'],
   ]
   assert {len(row) for row in table.rows} == {len(table.head)}
   figures = table3.figures(results)
@@ -123,7 +134,7 @@ def test_seconds_to_an_accuracy_are_those_of_a_quiet_machine(tmp_path):
     'CIFAR-10', 'ResIST', '4', '84.0', '85.0', '180 s, 2.00 GB',
     'not reached', 'not reached', 'not reached',
   ]  # fmt: skip
-  runs.mark_busy(results.target(run, 0))
+  mark_busy(results.target(run, 0))
   ((row,),) = (table.rows for table in to_accuracy.tables(results))
   assert row[5] == '2.00 GB'
   paced = record(0.1)
@@ -297,3 +308,96 @@ def test_every_lever_changes_a_field():
   for scale in levers.EXPERIMENT.scales:
     configs = [c.config(scale).to_dict() for c in levers.cells(scale)]
     assert len({json.dumps(c, sort_keys=True) for c in configs}) == len(configs)
+
+
+def on(version, made):
+  """A record of the same processor under another version of JAX."""
+  versions = {'versions': {'jax': version}}
+  return {**made, 'provenance': {**made['provenance'], **versions}}
+
+
+def test_no_setting_of_a_claim_is_lost_behind_another(tmp_path):
+  """On one processor, one version of JAX speaks against it."""
+  results = Results('table3', 'cpu', tmp_path)
+  for protocol, *both in (('resist', 20.0, 10.0), ('local_sgd', 10.0, 20.0)):
+    cell = table2.cell('cifar10', protocol, 4)
+    made = [
+      on(version, record(0.5, seed=version, seconds=seconds))
+      for version, seconds in enumerate(both)
+    ]
+    put(results, cell, *made)
+  (claim,) = claims.OF_EXPERIMENT['table3'](results)
+  assert claim.verdict == claims.FAILS
+
+
+def test_seconds_of_two_machines_are_not_compared(tmp_path):
+  results = Results('deeper', 'cpu', tmp_path)
+  (data, workers), *_ = deeper.RUNS['cpu']
+  for version, protocol in enumerate(('local_sgd', 'resist')):
+    made = on(version, record(0.5, seconds=20.0 - 10 * version))
+    made['summary']['num_blocks'] = {'stage3_chain': 14}
+    put(results, deeper.cell(data, '152', protocol, workers), made)
+  (table,) = deeper.tables(results)
+  assert table.rows[0][table.head.index('faster')] == ''
+  results = Results('to_accuracy', 'cpu90', tmp_path)
+  put(results, to_accuracy.cell('cifar10', 'resist', 4), record(0.84))
+  mark_busy(results.target(to_accuracy.cell('cifar10', 'resist', 4), 0))
+  put(results, to_accuracy.pace('resist', 4), on(7, record(0.1)))
+  (table,) = to_accuracy.tables(results)
+  assert ' s' not in table.rows[0][5]
+
+
+def test_a_run_of_one_round_has_no_pace(tmp_path):
+  results = Results('to_accuracy', 'smoke', tmp_path)
+  made = record(0.84)
+  made['curve'] = made['curve'][1:]
+  put(results, to_accuracy.cell('cifar10', 'local_sgd', 4), made)
+  (table,) = to_accuracy.tables(results)
+  assert table.rows[0][5] == '0.00 GB'
+
+
+def test_workers_on_one_device_would_send_as_much(tmp_path):
+  """On one GPU nothing is sent, and the bytes are predicted."""
+  results = Results('to_accuracy', 'cpu90', tmp_path)
+  run = to_accuracy.cell('cifar10', 'local_sgd', 4)
+  made = record(0.84)
+  config = json.loads(json.dumps(run.config('cpu90').to_dict()))
+  made |= {'config': config}
+  made['summary']['num_devices'] = 1
+  for row in made['curve']:
+    row |= {'protocol': 'local_sgd', 'wire_bytes_total': 0}
+  put(results, run, made)
+  *_, table = to_accuracy.tables(results)[:1]
+  sent = float(table.rows[0][5].removesuffix(' GB').split()[-1])
+  assert sent == pytest.approx(2 * 0.1148, rel=0.02)
+
+
+def test_settings_are_drawn_in_their_order(tmp_path):
+  results = Results('local_iterations', 'cpu', tmp_path)
+  for protocol, lengths in (('resist', (384, 0)), ('local_sgd', (96, 384, 0))):
+    for steps in lengths:
+      cell = local_iterations.cell(protocol, 4, steps, 'cpu')
+      put(results, cell, record(0.5))
+  (picture,) = local_iterations.figures(results).values()
+  assert picture.charts[0].categories == ['96', '384', 'never']
+
+
+@pytest.mark.parametrize('steps', [50, 250, 1500, 2000, 4000, 6000, 0])
+def test_rounds_of_other_lengths_are_as_many_steps(steps):
+  config = local_iterations.cell('resist', 4, steps, 'paper').config('paper')
+  card = table2.cell('cifar100', 'resist', 4).config('paper')
+  total = card.num_rounds * card.local_steps
+  taken = config.num_rounds * config.local_steps
+  assert abs(taken - total) <= config.local_steps / 2
+
+
+def test_a_busy_machine_measures_no_pace(tmp_path):
+  results = Results('to_accuracy', 'cpu90', tmp_path)
+
+  def names(busy):
+    todo = jobs(to_accuracy.EXPERIMENT, results, 1, '', busy)
+    return {cell.name for cell, _, _ in todo}
+
+  paces = {name for name in names(False) if name.startswith('pace')}
+  assert names(False) - names(True) == paces
+  assert paces

@@ -7,12 +7,14 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 
 from absl import flags
+from covering import rest_is_slow
 import jax
 import pytest
 from several import LIMIT
@@ -397,3 +399,40 @@ def test_a_run_loads_no_program_that_may_hang(tmp_path):
     assert result.returncode == 0, result.stderr
   names = {path.name.split('-')[0] for path in tmp_path.glob('cache/*')}
   assert ('jit_synchronise' in names) == (jax.__version_info__ < (0, 11))
+
+
+STREAMS = {
+  'closed': '>&- 2>&-',
+  'on a full disk': '>/dev/full 2>/dev/full',
+  'without a reader': '2>&1 | true',
+}
+
+
+@pytest.mark.parametrize('name', rest_is_slow(STREAMS, ['on a full disk']))
+def test_a_run_goes_on_without_its_streams(name, tmp_path):
+  """They show a progress bar, which nobody sees then."""
+  words = [*TINY, '--config.num_rounds=2', '--config.log.report=False']
+  line = shlex.join(command(tmp_path / 'run', *words))
+  code = f'set -o pipefail; {line} {STREAMS[name]}'
+  done = subprocess.run(['bash', '-c', code], cwd=ROOT, timeout=LIMIT)
+  assert done.returncode == 0
+  assert (tmp_path / 'run/summary.json').exists()
+  assert len((tmp_path / 'run/metrics.jsonl').read_text().splitlines()) == 2
+  code = f'set -o pipefail; {line} --config.nmu=1 {STREAMS[name]}'
+  done = subprocess.run(['bash', '-c', code], cwd=ROOT, timeout=LIMIT)
+  assert done.returncode == 2
+
+
+def test_a_device_that_cannot_be_used_is_one_line(tmp_path):
+  done = subprocess.run(
+    command(tmp_path / 'run', *TINY),
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=LIMIT,
+    env={**os.environ, 'JAX_PLATFORMS': 'nonesuch'},
+  )
+  assert done.returncode == 2
+  (line,) = done.stderr.splitlines()
+  assert line.startswith('error: JAX cannot use the devices of this host')
+  assert 'set JAX_PLATFORMS=cpu' in line

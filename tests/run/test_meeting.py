@@ -14,7 +14,8 @@ from several import LIMIT, TINY, Several
 
 from experiments.launch import local
 from resist_jax.errors import ConfigError
-from resist_jax.run import meeting
+from resist_jax.run import config as config_lib
+from resist_jax.run import meeting, program
 from resist_jax.run.meeting import MeetingError, Place
 
 
@@ -305,3 +306,22 @@ def test_a_message_is_json_of_limited_size():
     thread = threading.Thread(target=send, daemon=True)
     thread.start()
     assert meeting._receive(ours, 10) is None
+
+
+def test_code_of_ones_own_is_compared(tmp_path, monkeypatch):
+  """Two hosts whose losses differ would train together."""
+  monkeypatch.syspath_prepend(tmp_path)
+  (tmp_path / 'ours').mkdir()
+  (tmp_path / 'ours/net.py').touch()
+  found = []
+  for loss, rate in ((1, 1), (2, 1), (1, 2), (1, 1)):
+    (tmp_path / 'ours/losses.py').write_text(f'SCALE = {loss}')
+    (tmp_path / 'rates.py').write_text(f'def rate(): return {rate}')
+    made = config_lib.get_config()
+    made.model.module = 'ours.net'
+    made.optimizer.schedule = f'{tmp_path}/rates.py:rate'
+    found.append(program._description(made))
+  assert found[0] == found[3]
+  said = meeting.difference({0: found[0], 1: found[1]}, '')
+  assert 'code of ours.net' in said
+  assert 'rates.py' in meeting.difference({0: found[0], 1: found[2]}, '')

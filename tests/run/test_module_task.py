@@ -1,5 +1,7 @@
 """A run of a network that is not ours, from its card to its model."""
 
+import collections
+import dataclasses
 import importlib
 import json
 import math
@@ -146,7 +148,9 @@ def test_it_is_not_evaluated_by_another_module(
   said = evaluated(capsys, folder, tmp_path)
   assert 'the parameter blocks/in of the run has the shape (4, 8, 8)' in said
   monkeypatch.setitem(sys.modules, 'own_network', None)  # As if it were gone.
-  assert 'cannot be imported' in evaluated(capsys, folder, tmp_path)
+  said = evaluated(capsys, folder, tmp_path)
+  assert said.startswith('error: model.module is ')
+  assert 'cannot be imported' in said
 
 
 def test_commands_that_need_classes_refuse_it(finished, capsys):
@@ -506,3 +510,151 @@ def test_the_command_line_trains_it_and_refuses_a_wrong_name(tmp_path):
   summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
   assert summary['test_perplexity'] > 1
   assert summary['model'] == 'mine'
+
+
+def with_metrics(monkeypatch, change):
+  """Lets the module's loss return other metrics."""
+  make = own_network.loss
+
+  def loss(config):
+    loss_fn = make(config)
+
+    def changed(params, present, batch, key):
+      value, metrics = loss_fn(params, present, batch, key)
+      return change(value, metrics, batch)
+
+    return changed
+
+  monkeypatch.setattr(own_network, 'loss', loss)
+
+
+def test_a_metric_that_is_not_finite_stops_nothing(
+  tmp_path, monkeypatch, capsys
+):
+  """A masked accuracy is 0 / 0 where the mask is empty."""
+  with_metrics(
+    monkeypatch,
+    lambda loss, metrics, _: (loss, {'accuracy': metrics['accuracy'] * 0 / 0}),
+  )
+  fields = {'log.report': True, 'checkpoint_every': 1, 'eval_every': 1}
+  fields |= {'best_by': 'test_accuracy', 'early_stopping.patience': 1}
+  summary = train.train(config(num_rounds=2, **fields), tmp_path)
+  assert summary['rounds'] == 2
+  assert summary['test_accuracy'] is None
+  assert summary['best']['value'] is None
+  for row in rows(tmp_path):
+    assert row['train_accuracy'] is row['test_accuracy'] is None
+  assert 'NaN' not in (tmp_path / 'metrics.jsonl').read_text()
+  assert (tmp_path / 'report.html').stat().st_size > 1000
+  summary = train.train(config(num_rounds=3, **fields), tmp_path)
+  assert summary['rounds'] == 3
+  found, out = evaluated(capsys, tmp_path, tmp_path / 'out', '--depths=none')
+  assert found['measures']['test_accuracy'] is None
+  assert 'nan' in out
+
+
+def test_a_metric_may_be_any_number(tmp_path, monkeypatch):
+  """As its check says: a number of Python, and fewer bits than 32."""
+  with_metrics(
+    monkeypatch,
+    lambda loss, metrics, batch: (
+      loss,
+      {'n': 1 + len(batch), 'short': metrics['accuracy'].astype('bfloat16')},
+    ),
+  )
+  summary = train.train(config(num_rounds=1), tmp_path)
+  assert summary['test_n'] == 3
+  assert 0 <= summary['test_short'] <= 1
+
+
+def test_a_loss_may_loop_from_a_constant(tmp_path, monkeypatch):
+  def summed(loss, metrics, batch):
+    total = jax.lax.fori_loop(0, 4, lambda _, x: x + loss / 4, 0.0)
+    return total, metrics
+
+  hashes = {}
+  for name in ('plain', 'loop'):
+    hashes[name] = train.train(config(num_rounds=2), tmp_path / name)
+    with_metrics(monkeypatch, summed)
+  assert hashes['loop']['test_loss'] == pytest.approx(
+    hashes['plain']['test_loss'], rel=1e-4
+  )
+
+
+def test_parameters_of_any_nodes_go_on_and_are_evaluated(
+  tmp_path, monkeypatch, capsys
+):
+  pair = collections.namedtuple('pair', ('z', 'a'))
+  plain, loss = own_network.network, own_network.loss
+
+  def network(config):
+    made = plain(config)
+
+    def init(seed):
+      params = made.init(seed)
+      blocks = params['blocks']
+      words = {0: params['embedding']}
+      return {'words': words, 'blocks': pair(blocks['in'], blocks['out'])}
+
+    return made._replace(init=init)
+
+  def named(config):
+    loss_fn = loss(config)
+
+    def inner(params, *args):
+      first, second = params['blocks'].z, params['blocks'].a
+      blocks = {'in': first, 'out': second}
+      return loss_fn({'embedding': params['words'][0], 'blocks': blocks}, *args)
+
+    return inner
+
+  fields = {'checkpoint_every': 1, 'optimizer.schedule': 'constant'}
+  fields['optimizer.carry_momentum'] = True
+  before = train.train(config(num_rounds=3, **fields), tmp_path / 'plain')
+  monkeypatch.setattr(own_network, 'network', network)
+  monkeypatch.setattr(own_network, 'loss', named)
+  train.train(config(num_rounds=1, **fields), tmp_path / 'run')
+  summary = train.train(config(num_rounds=3, **fields), tmp_path / 'run')
+  assert summary['test_loss'] == before['test_loss']
+  found, _ = evaluated(capsys, tmp_path / 'run', tmp_path / 'out')
+  assert found['measures']['test_loss'] == pytest.approx(
+    summary['test_loss'], rel=1e-5
+  )
+
+
+def test_an_evaluation_says_that_the_data_have_changed(
+  finished, capsys, tmp_path, monkeypatch
+):
+  folder, _ = finished
+  data = own_network.data
+
+  def fewer(config):
+    made = data(config)
+    tests = {'test': made.tests['other'], 'other': made.tests['other']}
+    return dataclasses.replace(made, tests=tests)
+
+  monkeypatch.setattr(own_network, 'data', fewer)
+  words = [str(folder), f'--out={tmp_path}', '--depths=none']
+  assert evaluate_command.main(words) == 0
+  said = capsys.readouterr().err
+  assert 'split test: 37 examples then, 11 now' in said
+
+
+def test_options_are_the_same_in_a_training_and_in_an_evaluation(
+  tmp_path, monkeypatch, capsys
+):
+  network, seen = own_network.network, []
+
+  def noted(config):
+    seen.append(config.model.options.to_dict())
+    return network(config)
+
+  monkeypatch.setattr(own_network, 'network', noted)
+  made = config(num_rounds=1)
+  made.model.options.widths = (3, [4, 5])
+  made.model.options.inner = {'sizes': [1]}
+  train.train(made, tmp_path)
+  evaluated(capsys, tmp_path, tmp_path / 'out', '--depths=none')
+  assert seen[0]['widths'] == (3, (4, 5))
+  assert seen[0]['inner'] == {'sizes': (1,)}
+  assert all(options == seen[0] for options in seen)

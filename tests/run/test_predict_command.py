@@ -141,3 +141,15 @@ def test_a_file_written_before_stays_when_an_image_is_broken(
     code, _, said = command(capsys, folder / 'run', broken, f'--out={wrong}')
     assert code == 2
     assert '--out is' in said
+
+
+def test_a_file_that_is_cut_is_named_with_its_remedy(digits, capsys, tmp_path):
+  folder, _ = digits
+  noise = np.random.default_rng(0).integers(0, 256, (40, 40)).astype(np.uint8)
+  Image.fromarray(noise).save(tmp_path / 'cut.png')
+  content = (tmp_path / 'cut.png').read_bytes()
+  (tmp_path / 'cut.png').write_bytes(content[: len(content) // 2])
+  code, out, said = command(capsys, folder / 'run', tmp_path / 'cut.png')
+  assert (code, out) == (2, '')
+  assert 'cut.png' in said
+  assert 'prepare' not in said

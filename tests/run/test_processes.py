@@ -52,7 +52,8 @@ def trained(tmp_path_factory, request):
 
 @pytest.mark.faults
 @pytest.mark.parametrize(
-  'name', rest_is_slow(list(RUNS), ['hand_over', 'int8', 'data_parallel'])
+  'name',
+  rest_is_slow(list(RUNS), ['hand_over', 'int8', 'data_parallel', 'streamed']),
 )
 def test_four_processes_are_four_virtual_devices(name, trained, tmp_path):
   alone = train.train(config_of(name), str(tmp_path))

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+from PIL import Image
 import pytest
 from test_train import least_config
 from tiny_images import NAMES, images
@@ -41,14 +42,14 @@ def test_a_run_goes_on_with_the_same_data_only(tmp_path):
   path, run = tmp_path / 'own.npz', tmp_path / 'run'
   put(path)
   train.train(config(path, 1), run)
-  written = (run / 'data.json').read_text()
+  written, content = (run / 'data.json').read_text(), path.read_bytes()
   for fields, says in OTHERS.values():
     put(path, **fields)
     with pytest.raises(ConfigError, match=says) as caught:
       train.train(config(path, 2), run)
     assert '\n' not in str(caught.value)
   assert (run / 'data.json').read_text() == written
-  put(path)
+  path.write_bytes(content)
   assert train.train(config(path, 2), run)['rounds'] == 2
   (run / 'data.json').write_text('{"split train": 3')  # Damaged, as none is.
   assert train.train(config(path, 3), run)['rounds'] == 3
@@ -123,3 +124,26 @@ def test_the_set_that_is_trained_on_is_no_extra_test(tmp_path):
   made.data.extra_tests = (str(tmp_path / 'own.npz'),)
   with pytest.raises(ConfigError, match='the set that is trained on'):
     train.train(made, tmp_path / 'run')
+
+
+def test_other_images_with_the_same_labels_are_other_data(tmp_path):
+  put(tmp_path / 'a.npz')
+  with np.load(tmp_path / 'a.npz') as file:
+    arrays = dict(file)
+  arrays['images'] = 255 - arrays['images']
+  np.savez(tmp_path / 'b.npz', **arrays)
+  train.train(config(tmp_path / 'a.npz', 1), tmp_path / 'run')
+  with pytest.raises(ConfigError, match=r'split train: other examples'):
+    train.train(config(tmp_path / 'b.npz', 2), tmp_path / 'run')
+
+
+def test_a_folder_of_a_plain_name_may_be_moved(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for i in range(30):
+    path = tmp_path / 'photos' / NAMES[i % 2] / f'{i}.png'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(images(1)[0][..., 0]).save(path)
+  train.train(config('photos', 1), tmp_path / 'run')
+  (tmp_path / 'photos').rename(tmp_path / 'moved')
+  made = config(tmp_path / 'moved', 2)
+  assert train.train(made, tmp_path / 'run')['rounds'] == 2

@@ -7,7 +7,6 @@ this package are found by name, all others by path.
 
 import ast
 from collections.abc import Callable
-import functools
 import importlib.machinery
 import importlib.util
 import pathlib
@@ -35,10 +34,9 @@ def about(name: str) -> str:
   """Returns the first line of a card's docstring, and the words it takes."""
   tree = ast.parse((FOLDER / f'{name}.py').read_text())
   text = ast.get_docstring(tree) or ''
-  found = re.search('^Words: .*', text, re.MULTILINE)
-  return (
-    f'{text.splitlines()[0]} {found[0]}.' if found else text.splitlines()[0]
-  )
+  first = text.splitlines()[0]
+  found = re.search(r'^Words: .*(\n +.*)*', text, re.MULTILINE)
+  return f'{first} {" ".join(found[0].split())}.' if found else first
 
 
 def load(card: str) -> ml_collections.ConfigDict:
@@ -80,7 +78,6 @@ def load(card: str) -> ml_collections.ConfigDict:
   return config
 
 
-@functools.cache
 def function(name: str) -> Callable[..., Any]:
   """Returns a function that a config names.
 

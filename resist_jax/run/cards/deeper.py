@@ -10,7 +10,7 @@ ResNet200 55 and 36 PFLOP, 39 and 44 GB; local SGD 70 and 91 PFLOP.
 
 Command: python -m resist_jax --config=deeper:152,s4 --workdir=runs/deeper \
            --config.data.dir=FOLDER
-Words: 152 or 200 (default) layers; the others as for cifar10
+Words: 152 or 200 (default) layers; s2, s4, s8, cpu and smoke as for cifar10
 CPU: chains of 14 and 20 blocks. CIFAR-100: --config.data.name=cifar100
 """
 
