@@ -327,7 +327,10 @@ def _deeper(results: Results) -> list[Claim]:
     for depth in deeper.DEPTHS:
       cells = [deeper.cell(data, depth, p, S) for p in ('resist', 'local_sgd')]
       name = f'{table2.DATA[data]}, ResNet{depth}, {S} workers'
-      times[name] = deeper.compared(results, data, depth, S)[::-1]
+      pairs = deeper.compared(results, data, depth, S)
+      times |= {f'{name}, {k}': both[::-1] for k, both in pairs.items()}
+      if not pairs:
+        times[name] = None, None
       learned[name] = _pair(results, *cells)
   scale = results.scale
   return [

@@ -60,8 +60,8 @@ def cells(scale: str) -> list[Cell]:
 
 def compared(
   results: Results, data: str, depth: str, workers: int
-) -> tuple[float | None, float | None]:
-  """Returns the seconds of local SGD and of ResIST on one machine.
+) -> dict[str, tuple[float, float]]:
+  """Returns the seconds of local SGD and of ResIST on each machine.
 
   Args:
     results: The results.
@@ -70,14 +70,13 @@ def compared(
     workers: See `cell`.
 
   Returns:
-    Both; None where no machine has both.
+    Both by the machine, where it ran both.
   """
   runs = {p: results.of(cell(data, depth, p, workers)) for p in PROTOCOLS}
-  here = next(
-    iter(on_each_machine(runs).values()), dict.fromkeys(PROTOCOLS, ())
-  )
-  slow, fast = (seconds(here[protocol]) for protocol in PROTOCOLS)
-  return slow, fast
+  return {
+    where: (seconds(here['local_sgd']) or 0.0, seconds(here['resist']) or 0.0)
+    for where, here in on_each_machine(runs).items()
+  }
 
 
 def tables(results: Results) -> list[Table]:
@@ -90,20 +89,21 @@ def tables(results: Results) -> list[Table]:
       if not all(records.values()):
         continue
       found += [record for some in records.values() for record in some]
-      slow, fast = compared(results, data, depth, workers)
+      pairs = compared(results, data, depth, workers).values()
       length = records['resist'][0]['summary']['num_blocks']['stage3_chain']
       local, resist, faster = paper.DEEPER[data, depth, workers]
       rows.append(
         [table2.DATA[data], depth, str(length), str(workers)]
         + [results.percent(run) for run in runs.values()]
-        + [f'{slow / fast:.2f}' if slow and fast else '']
+        + [', '.join(f'{slow / fast:.2f}' for slow, fast in pairs)]
         + [f'{local:.2f}', f'{resist:.2f}', f'{faster:.2f}']
       )
   if not rows:
     return []
   caption = (
     f'Deployed test accuracy in % after the last round, {results.scale} scale, '
-    'and the training time of local SGD divided by that of ResIST, with no '
+    'and the training time of local SGD divided by that of ResIST, on each '
+    'machine that ran both, with no '
     f'link between the workers. {of_runs(found)}'
   )
   head = ['data', 'network', 'chain', 'workers', 'local SGD', 'ResIST']

@@ -12,7 +12,6 @@ from experiments.experiment import (
   Cell,
   Drawn,
   Experiment,
-  Record,
   Results,
   main,
   of_runs,
@@ -45,7 +44,7 @@ def tables(results: Results) -> list[Table]:
     first = records[0]['summary']
     rows.append(
       [name, results.percent(run), results.percent(run, 'test_accuracy_paper')]
-      + [f'{_sent_in_a_round(records[0]) / 1e6:.2f} MB']
+      + [f'{costs.sent_in_a_round(records[0]) / 1e6:.2f} MB']
       + [f'{first["params_per_worker"] / first["params_total"]:.0%}']
     )
   if not rows:
@@ -61,14 +60,6 @@ def tables(results: Results) -> list[Table]:
   head += ['sent in a round', 'weights on a worker']
   command = EXPERIMENT.made_by(results.scale, found)
   return [Table(caption, command, head, rows)]
-
-
-def _sent_in_a_round(record: Record) -> float:
-  """Returns the bytes of a round in which each worker has a device."""
-  summary = record['summary']
-  if summary['num_devices'] == summary['num_workers']:
-    return summary['wire_bytes_per_round']
-  return costs.sent({**record, 'curve': record['curve'][:1]})
 
 
 def figures(results: Results) -> Mapping[str, Drawn]:

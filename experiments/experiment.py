@@ -333,6 +333,14 @@ def main(
       f'--only is {options.only!r}, but no name at this scale contains it: '
       f'{", ".join(names) or "there are no runs"}.'
     )
+  chosen = [
+    c for c in experiment.cells(options.scale) if options.only in c.name
+  ]
+  if options.busy and all(cell.timed for cell in chosen):
+    parser.error(
+      '--busy is set, but these runs only measure seconds, for which the '
+      'machine must do nothing else: leave it out.'
+    )
   logging.set_verbosity(logging.WARNING)  # orbax reports every step it takes.
   scale = options.scale
   results = Results(experiment.name, scale, options.results)

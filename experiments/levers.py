@@ -32,7 +32,6 @@ from experiments.table2 import NAMES
 
 WORKERS = (4, 8)
 PROTOCOLS = ('resist', 'local_sgd')
-IMAGE, CLASSES = (32, 32, 3), 10
 # A quarter of the epochs of cpu90, in a network of half the width, without the
 # two parts of its recipe that are levers here.
 SHORT = {

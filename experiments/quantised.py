@@ -11,7 +11,7 @@ changes in 8 bits with error feedback, and blocks that change their worker in
 from collections.abc import Mapping
 import statistics
 
-from experiments import paper, pictures, table2
+from experiments import costs, paper, pictures, table2
 from experiments.experiment import (
   Cell,
   Drawn,
@@ -69,21 +69,25 @@ def tables(results: Results) -> list[Table]:
     for protocol, wire_format in KINDS:
       run = cell(data, protocol, wire_format)
       records = results.of(run)
-      # On one device nothing is on the wire, in whatever format.
-      if not records or not records[0]['summary']['wire_bytes_per_round']:
+      if not records:
         continue
       found += records
       accuracies = _accuracies(results, data, protocol, wire_format)
       lost = [v - exact[k] for k, v in accuracies.items() if k in exact]
       summary = records[0]['summary']
-      sent = summary['wire_bytes_per_round']
+      sent = costs.sent_in_a_round(records[0])
+      exactly = summary['wire_bytes_per_round_local_sgd']
+      if summary['num_devices'] != summary['num_workers']:
+        config = {**records[0]['config'], 'wire_format': 'float32'}
+        row = {**records[0]['curve'][0], 'protocol': 'local_sgd'}
+        exactly = costs.sent({**records[0], 'config': config, 'curve': [row]})
       bits = 8 if wire_format == 'int8' and protocol == 'resist' else 0
       theirs = paper.QUANTISED.get(data, {}).get(bits)
       rows.append(
         [title, table2.NAMES[protocol], wire_format, results.percent(run)]
         + [f'{statistics.mean(lost):+.2f}' if lost else '']
         + [f'{sent / 1e6:.2f} MB']
-        + [f'{sent / summary["wire_bytes_per_round_local_sgd"]:.3f}']
+        + [f'{sent / exactly:.3f}']
         + [f'{theirs:.2f}' if theirs else '']
       )
   if not rows:

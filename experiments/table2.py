@@ -28,7 +28,7 @@ NAMES = {protocol: name for protocol, (name, *_) in PROTOCOLS.items()}
 WORKERS = (2, 4, 8)
 # Other initial values than the card's, and what rows and lines say of them. At
 # the paper's scale, the first runs were made before its cards took PyTorch's.
-INITIAL = {'': '', 'he': ", He's values"}
+INITIAL = {'': '', 'he': ', initial values of He et al.'}
 
 
 def cell(data: str, protocol: str, workers: int, initial: str = '') -> Cell:

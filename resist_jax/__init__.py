@@ -24,8 +24,8 @@ Blocks of any network will do, stacked on the leading axis of their arrays:
 ((6, 8, 8), (2,))
 
 `python -m resist_jax --workdir=DIR` trains residual networks on images from a
-config. The rooms: `decomposition` (what is cut and who holds what), `exchange`
-(how parts travel), `rounds` (local training and exchange on a mesh),
+config. The packages: `decomposition` (what is cut and who holds what),
+`exchange` (how parts travel), `rounds` (local training and exchange on a mesh),
 `Trainer`, `models`, `data`, `accounting` (bytes, memory, FLOPs), `report`, and
 `run` (a training from a config).
 

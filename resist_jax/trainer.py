@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from resist_jax import accounting, folders
-from resist_jax.decomposition import Assignment, join
+from resist_jax.decomposition import Assignment, join, split
 from resist_jax.errors import is_whole
 from resist_jax.exchange import DATA, WORKER, Exchange, hand_over
 from resist_jax.rounds import (
@@ -326,14 +326,20 @@ class Trainer:
 
   def _reformed(self, state: State) -> State:
     """Returns a state from files with the nodes of the optimiser's state."""
-    if state.carried is None:
-      return state
     params = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
       (state.shared, state.chain),
     )
-    first = first_halves(self.optimizer, params)
-    return state._replace(carried=reformed(first.moments, state.carried))
+
+    def in_nodes_of(optimizer, parts):
+      if parts is None:
+        return None
+      return reformed(first_halves(optimizer, params).moments, parts)
+
+    return state._replace(
+      carried=in_nodes_of(self.optimizer, state.carried),
+      outer=in_nodes_of(self.outer, state.outer),
+    )
 
   @property
   def _steps(self) -> int:
@@ -445,14 +451,20 @@ class Trainer:
       Wire bytes, the mean over all assignments.
 
     Raises:
-      ValueError: If it is no state.
+      ValueError: If it is no state, or there are more devices than workers.
     """
     _check_is_state(state)
     sizes = _sizes(state.shared, state.chain, state.num_blocks)
     moments = _moment_sizes(state.carried, state.num_blocks)
     outer = _moment_sizes(state.outer, state.num_blocks)
     D, G = mesh_sizes(self.devices)
-    D = D if num_devices is None else num_devices
+    if num_devices is not None:
+      if not is_whole(num_devices) or not 0 < num_devices <= self.num_workers:
+        raise ValueError(
+          f'num_devices is {num_devices!r}; it must be an integer from 1 to '
+          f'num_workers, {self.num_workers}.'
+        )
+      D = num_devices
     protocol = self._protocol(state.num_blocks)
     return round(
       accounting.wire_bytes(sizes, protocol, D, None, G, moments, outer)
@@ -476,8 +488,8 @@ class Trainer:
     name = f'round_{int(state.round)}'
     if storage.pointed_at(folder / _POINTER)[0] == name:
       name = f'{name}_again'  # The one that is there stays whole meanwhile.
-    plain = nodes.are_in_files((state.shared, state.chain))
-    storage.write(folder / name, state, {'nodes_are_in_files': plain})
+    described = nodes.described([state.shared, state.chain])
+    storage.write(folder / name, state, {'nodes': described})
     if jax.process_index() == 0:
       storage.point_to(folder / _POINTER, folder / name)
 
@@ -494,15 +506,16 @@ class Trainer:
     Args:
       folder: As for `save`.
       params: Parameters, or their shapes, as `init` took them. They say which
-        nodes the pytree has, and may be left out if these are dictionaries by
-        name, lists and tuples.
+        nodes the pytree has, and may be left out if these are dictionaries,
+        lists and tuples.
 
     Returns:
       The state. With the settings it was saved with, training repeats to the
       bit.
 
     Raises:
-      ValueError: If there is no state, or if it is damaged.
+      ValueError: If there is no state, or if it is damaged, or if it is that of
+        other parameters than `params`.
     """
     folder = folders.resolve(folder, 'folder').absolute()
     name, digest = storage.pointed_at(folder / _POINTER)
@@ -519,15 +532,7 @@ class Trainer:
         'that were saved. Restore another folder.'
       )
     stored = storage.read(folder / name, self.devices)
-    if params is not None:
-      stored = storage.in_form_of(params, stored)
-    elif not stored.record.get('nodes_are_in_files', True):
-      raise ValueError(
-        'params is missing: the parameters have nodes that files do not have, '
-        'such as NamedTuples, so give the parameters that init took, or their '
-        'shapes: restore(folder, params).'
-      )
-    return self.resume(stored)
+    return self.resume(_in_their_nodes(stored, params))
 
   def resume(self, stored: storage.Stored) -> State:
     """Continues from what the files of a state hold.
@@ -553,6 +558,44 @@ class Trainer:
     state = self.distribute(storage.as_whole(stored), done)
     _check_state(self, state)
     return state
+
+
+def _in_their_nodes(
+  stored: storage.Stored, params: Mapping[str, PyTree] | None
+) -> storage.Stored:
+  """Returns what files hold in the nodes that it had, or raises."""
+  if params is not None:
+    _check_same_leaves(stored.state, params)
+    return storage.in_form_of(params, stored)
+  described = stored.record.get('nodes', 0)  # Older versions saved none.
+  if described is None:
+    raise ValueError(
+      'params is missing: the parameters have nodes that files do not have, '
+      'such as NamedTuples, so give the parameters that init took, or their '
+      'shapes: restore(folder, params).'
+    )
+  if described:
+    shared, chain = nodes.form_of(described)
+    return storage.in_form_of_halves((shared, chain), stored)
+  return stored
+
+
+def _check_same_leaves(state: State, params: Mapping[str, PyTree]) -> None:
+  """Refuses parameters of other names or shapes than files hold."""
+  names = list(state.num_blocks)
+  checks.chain_lengths(params, names)
+  shared, chain = split(params, names)
+  shapes = nodes.shapes_by_name
+  differ = nodes.first_difference(
+    {**shapes(shared), **shapes(chain, 1)},
+    {**shapes(state.shared), **shapes(state.chain, 2)},
+  )
+  if differ:
+    name, ours, theirs = differ
+    raise ValueError(
+      f'params has {name!r} with the shape {ours}, but in the files it is '
+      f'{theirs}: give the parameters of that training.'
+    )
 
 
 def _exactly(batches: Iterable[PyTree], steps: int) -> Iterator[PyTree]:
@@ -609,7 +652,9 @@ def _make_round(trainer, structure, shapes, lengths, streamed) -> Round:
     )
 
   worker = one_worker(shared), one_worker(chain)
-  checks.check_optimizer(trainer.optimizer, join(*worker), trainer.carry)
+  checks.check_optimizer(
+    trainer.optimizer, join(*worker), trainer.carry, trainer.devices
+  )
   names = checks.metric_names(
     trainer.loss_fn,
     *worker,
@@ -825,7 +870,7 @@ def _check_batch(trainer: Trainer, batch: PyTree, streamed: bool) -> None:
 def _check_compiled(programs: Round, batch: PyTree) -> None:
   """Refuses batches of another form than those that were compiled for."""
   found = form_of_step(batch, programs.streamed)
-  if found != programs.compiled_for:
+  if jax.tree.flatten(found) != jax.tree.flatten(programs.compiled_for):
     raise ValueError(
       f'batches give a worker {found} at a step, but the programs were '
       f'compiled for {programs.compiled_for}: give those, or compile again.'

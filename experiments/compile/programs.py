@@ -17,7 +17,13 @@ from experiments.runs import load_card
 from resist_jax import accounting, data
 from resist_jax.rounds import LossFn, Protocol, make_round
 from resist_jax.rounds.mesh import SHARDED, spread
-from resist_jax.run import block_walk, evaluate, phases, resnet_task
+from resist_jax.run import (
+  block_walk,
+  evaluate,
+  optimizer,
+  phases,
+  resnet_task,
+)
 from resist_jax.run.cards import cifar10
 from resist_jax.run.config import EXCHANGES
 from resist_jax.run.resnet_task import ResNetTask
@@ -89,7 +95,7 @@ def _images(case: Case, mesh: Mesh, scale: str) -> Problem:
   return Problem(
     task.make_loss(scales, axis),
     task.metrics,
-    task.make_optimizer(phases.schedule(config)),
+    task.make_optimizer(optimizer.schedule(config)),
     traffic.protocol,
     task.shapes(),
     traffic.sizes,

@@ -10,7 +10,7 @@ import zipfile
 import numpy as np
 
 from resist_jax import folders
-from resist_jax.data.prepared import Prepared, opener
+from resist_jax.data.prepared import Prepared, opener, used
 from resist_jax.data.streaming import MODES
 from resist_jax.errors import ConfigError, one_line
 
@@ -156,7 +156,9 @@ def names_of(class_names: Sequence[Any]) -> tuple[str, ...]:
   return names
 
 
-def find(name: str, class_names: Sequence[str] = ()) -> Prepared:
+def find(
+  name: str, class_names: Sequence[str] = (), wanted: Sequence[str] = ()
+) -> Prepared:
   """Opens a file of arrays.
 
   Args:
@@ -164,6 +166,8 @@ def find(name: str, class_names: Sequence[str] = ()) -> Prepared:
       `test_images` and `test_labels`, other splits, and `class_names`.
     class_names: The classes of the set that this one is a test for; empty for
       a set to train on.
+    wanted: Splits, or parts of some, that are asked for by name. What is in
+      others decides nothing.
 
   Returns:
     The data set.
@@ -185,7 +189,8 @@ def find(name: str, class_names: Sequence[str] = ()) -> Prepared:
     # NumPy would leave a damaged file open.
     with path.open('rb') as raw, np.load(raw, allow_pickle=False) as file:
       arrays = {key: _array(file, key) for key in file.files}
-    splits = _splits(arrays)
+    every = _splits(arrays)
+    splits = {split: every[split] for split in used(every, wanted)}
     names = named(splits, arrays.get('class_names', class_names or None))
     if 'class_names' not in arrays:
       splits = _by_number(splits, names)
@@ -200,7 +205,7 @@ def find(name: str, class_names: Sequence[str] = ()) -> Prepared:
     )
   remedy = 'write the file again'
   return Prepared(
-    name, path.stem, shapes.pop(), names, tuple(splits),
+    name, path.stem, shapes.pop(), names, tuple(every),
     opener(name, splits, remedy), fitted=True,
   )  # fmt: skip
 

@@ -87,11 +87,12 @@ def find(
     )
   places = _splits(root)
   names = tuple(class_names) or _classes(name, places['train'])
+  read = used(places, wanted)
   splits = {
-    split: _files(name, split, place, names) for split, place in places.items()
+    split: _files(name, split, place, names, split in read)
+    for split, place in places.items()
   }
-  shown = used(splits, wanted)
-  forms = [form for split in shown for form in _headers(splits[split])]
+  forms = [form for split in read for form in _headers(splits[split])]
   return Prepared(
     name,
     root.resolve().name,
@@ -130,7 +131,7 @@ def _splits(root: pathlib.Path) -> dict[str, pathlib.Path]:
   found: dict[str, pathlib.Path] = {}
   for path, split in inside.items():
     usual = split in _USUAL
-    if not usual and not any((path / name).is_dir() for name in classes):
+    if not usual and not any(os.path.isdir(path / name) for name in classes):
       continue
     if split in found:
       raise ConfigError(
@@ -162,9 +163,16 @@ def _classes(name: str, train: pathlib.Path) -> tuple[str, ...]:
 
 
 def _files(
-  name: str, split: str, place: pathlib.Path, names: tuple[str, ...]
+  name: str,
+  split: str,
+  place: pathlib.Path,
+  names: tuple[str, ...],
+  used: bool,
 ) -> Files:
-  """Lists the files of a split, those of all classes mixed."""
+  """Lists the files of a split, those of all classes mixed.
+
+  Other classes are an error where the split is used, and left out elsewhere.
+  """
   inside = _folders_in(place)
   unknown = [path.name for path in inside if path.name not in names]
   found = {
@@ -173,7 +181,7 @@ def _files(
     if label.name in names
     for path in _below(label)
   }
-  if any(any(_below(place / label)) for label in unknown):
+  if used and any(any(_below(place / label)) for label in unknown):
     raise ConfigError(
       f'the data set is {name!r}, whose split {split} has the class '
       f'{unknown[0]!r}, which the training has not: rename '
@@ -205,12 +213,13 @@ def _below(
   above |= {os.path.realpath(place)}
   try:
     inside = [*place.iterdir()] if place.is_dir() else []
+    files = [path for path in inside if _shown(path, False)]
+    below = [path for path in inside if _shown(path, True)]
   except OSError as error:
     _refuse(error)
-  for path in inside:
-    if _shown(path, False):
-      yield path
-    elif _shown(path, True) and os.path.realpath(path) not in above:
+  yield from files
+  for path in below:
+    if os.path.realpath(path) not in above:
       yield from _below(path, above)
 
 

@@ -17,7 +17,7 @@ from resist_jax.data.array_source import checked, named, names_of
 from resist_jax.data.prepared import Prepared, Source, opener
 from resist_jax.data.sets import STREAMING, Dataset, Reading, assemble
 from resist_jax.data.streaming import MODES, as_image
-from resist_jax.errors import is_whole
+from resist_jax.errors import is_whole, one_line
 
 _AGAIN = 'mend what makes it'
 _LOOKED_AT = 32  # Examples of a split that show the shape of all.
@@ -107,7 +107,8 @@ def from_source(
   """
   _check_reading(image_size, streaming)
   ours, theirs = (getattr(source, 'classes', None) for source in (train, test))
-  if ours is not None and theirs is not None and [*ours] != [*theirs]:
+  both = isinstance(ours, list | tuple) and isinstance(theirs, list | tuple)
+  if both and [*ours] != [*theirs]:
     raise ValueError(
       'train.classes and test.classes differ, so that their labels have other '
       'meanings: make both with the same classes.'
@@ -215,8 +216,15 @@ def _shape(
       raise ValueError(f'{split} has no examples.')
     sample = np.linspace(0, len(examples) - 1, min(len(examples), _LOOKED_AT))
     for number in map(int, sample):
-      with as_image(examples[number]['image']) as image:
-        forms.append(headers.of(image))
+      given = examples[number]['image']
+      try:
+        with as_image(given) as image:
+          forms.append(headers.of(image))
+      except Exception as error:  # Each format raises types of its own.
+        raise ValueError(
+          f'the image of example {number} of {split} cannot be used '
+          f'({one_line(error)}): {_AGAIN}.'
+        ) from error
   height, width, channels = headers.common_shape(forms)
   if image_size is not None:
     return None, None, channels

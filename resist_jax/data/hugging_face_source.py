@@ -29,8 +29,7 @@ class Rows:
     table: Rows of the package, whose images are not decoded.
     image: Name of the column of images.
     label: Name of the column of labels.
-    numbers: The label among the classes of the training of each class here; -1
-      where it has no such class.
+    numbers: The label in the training of each class here.
   """
 
   table: Any
@@ -84,18 +83,21 @@ def find(name: str, wanted: Sequence[str] = ()) -> Prepared:
   image, label = _columns(name, some.features, column)
   classes = tuple(some.features[label].names)
   splits = {}
-  for split, table in tables.items():
+  for split in used(tables, wanted):
+    table, title = tables[split], f'{name}, split {split}'
     if image not in table.features:
-      continue
-    numbers = _numbers(f'{name}, split {split}', table.features, label, classes)
+      raise ConfigError(
+        f'{title} has no column {image!r} of images: name the columns of all '
+        'splits alike.'
+      )
+    numbers = _numbers(title, table.features, label, classes)
     splits[split] = Rows(_encoded(table, image), image, label, numbers)
-  shown = {split: splits[split] for split in used(splits, wanted)}
   return Prepared(
     name,
     where.rstrip('/').split('/')[-1],
-    headers.common_shape(_headers(name, shown)),
+    headers.common_shape(_headers(name, splits)),
     classes,
-    tuple(splits),
+    tuple(tables),
     opener(name, splits, _AGAIN),
     fitted=True,
   )
@@ -170,13 +172,13 @@ def _numbers(
   """Returns the label in the training of each class of a split, by its name."""
   names = getattr(features.get(label), 'names', None) or classes
   unknown = [name for name in names if name not in classes]
-  if unknown and title.endswith(('test', 'validation')):
+  if unknown:
     raise ConfigError(
       f'{title} has the class {unknown[0]!r}, which the training has not: name '
       'the classes of all splits alike, as by class_encode_column before the '
       'set is divided.'
     )
-  return tuple(classes.index(name) if name in classes else -1 for name in names)
+  return tuple(map(classes.index, names))
 
 
 def _encoded(table: Any, image: str) -> Any:

@@ -59,7 +59,7 @@ def find(
   if name.startswith(hugging_face_source.PREFIX):
     return hugging_face_source.find(name, wanted)
   if name.endswith('.npz'):
-    return array_source.find(name, class_names)
+    return array_source.find(name, class_names, wanted)
   if _PATH.match(name) or (
     os.path.isdir(name) and not tfds_source.knows(name, data_dir)
   ):

@@ -91,7 +91,11 @@ def metric_names(
 
 
 def check_optimizer(
-  optimizer: optax.GradientTransformation, params: PyTree, carry: bool
+  optimizer: optax.GradientTransformation,
+  params: PyTree,
+  carry: bool,
+  mesh: Mesh,
+  field: str = 'carry',
 ) -> None:
   """Calls an optimiser on shapes, as a local step will.
 
@@ -99,6 +103,8 @@ def check_optimizer(
     optimizer: The optimiser of local training.
     params: Shapes of one worker's parameters.
     carry: Whether its state lasts from round to round.
+    mesh: Where the workers live; the optimiser may name its axes.
+    field: What lets it last, in messages.
 
   Raises:
     ValueError: If it fails, or if it needs a state that restarts.
@@ -108,8 +114,16 @@ def check_optimizer(
     state = optimizer.init(params)
     return state, optimizer.update(params, state, params)
 
+  everywhere = PartitionSpec()
+  on_mesh = jax.shard_map(
+    step,
+    mesh=mesh,
+    in_specs=everywhere,
+    out_specs=everywhere,
+    check_vma=False,
+  )
   try:
-    state, _ = jax.eval_shape(step, params)
+    state, _ = jax.eval_shape(on_mesh, params)
   except FOREIGN as error:
     raise ValueError(
       f'optimizer cannot be used ({one_line(error)}): it gets gradients, its '
@@ -123,7 +137,7 @@ def check_optimizer(
   if not carry and any(map(gathers, jax.tree.leaves(state, is_leaf=gathers))):
     raise ValueError(
       'optimizer gathers the gradients of several steps (optax.MultiSteps), '
-      'but its state restarts in every round: set carry=True, or give it '
+      f'but its state restarts in every round: set {field}=True, or give it '
       'larger batches instead.'
     )
 

@@ -1,10 +1,11 @@
 """Nodes of a pytree that files do not have.
 
-Files have dictionaries, lists and tuples. A NamedTuple comes back as a
-dictionary, which sorts its fields; a number as a key comes back as text; and
+Files have dictionaries and lists. A tuple comes back as a list; a NamedTuple as
+a dictionary, which sorts its fields; a number as a key comes back as text; and
 empty nodes, such as those of `optax.masked`, do not come back.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,6 +19,32 @@ def names_of_leaves(tree: PyTree) -> list[str]:
     jax.tree_util.keystr(path, simple=True, separator='/')
     for path, _ in jax.tree_util.tree_leaves_with_path(tree)
   ]
+
+
+def shapes_by_name(tree: PyTree, axes: int = 0) -> dict[str, tuple[int, ...]]:
+  """Returns the shape of each leaf by its path.
+
+  Args:
+    tree: Pytree of arrays, or of shapes.
+    axes: How many leading axes to leave out.
+  """
+  shapes = [tuple(x.shape[axes:]) for x in jax.tree.leaves(tree)]
+  return dict(zip(names_of_leaves(tree), shapes, strict=True))
+
+
+def first_difference(
+  one: Mapping[str, Any], other: Mapping[str, Any]
+) -> tuple[str, Any, Any] | None:
+  """Returns the first name with another shape, and both; None without one.
+
+  Args:
+    one: See `shapes_by_name`.
+    other: What it is compared with; None stands for a name that is missing.
+  """
+  for name in sorted(one.keys() | other.keys()):
+    if one.get(name) != other.get(name):
+      return name, one.get(name), other.get(name)
+  return None
 
 
 def with_nodes_of(like: PyTree, found: PyTree) -> PyTree:
@@ -36,15 +63,43 @@ def with_nodes_of(like: PyTree, found: PyTree) -> PyTree:
   return jax.tree.structure(like).unflatten(by_name[name] for name in names)
 
 
-def are_in_files(tree: PyTree) -> bool:
-  """Returns whether files give back a pytree as it is."""
-  like = jax.tree.map(lambda _: 0, tree)
+def described(tree: PyTree) -> Any:
+  """Returns a description of the nodes as JSON values; see `form_of`.
 
-  def plain(node: Any) -> bool:
-    if type(node) is dict:
-      return all(type(k) is str and plain(v) for k, v in node.items())
+  Args:
+    tree: Any pytree.
+
+  Returns:
+    The description; None if there are other nodes than dictionaries, whose keys
+    are text or whole numbers, lists and tuples.
+  """
+
+  def describe(node: Any) -> Any:
+    if type(node) is dict and all(type(k) in (str, int) for k in node):
+      return ['dict', [[key, describe(node[key])] for key in node]]
     if type(node) in (list, tuple):
-      return all(map(plain, node))
-    return node == 0 and type(node) is int
+      return [type(node).__name__, [describe(inner) for inner in node]]
+    if node is not leaf:
+      raise TypeError
+    return 0
 
-  return plain(like)
+  leaf = object()
+  try:
+    return describe(jax.tree.map(lambda _: leaf, tree))
+  except TypeError:
+    return None
+
+
+def form_of(description: Any) -> PyTree:
+  """Returns a pytree of the form that was described, with 0 for each leaf.
+
+  >>> form_of(described({'a': (1, {2: 3})}))
+  {'a': (0, {2: 0})}
+  """
+  if description == 0:
+    return 0
+  kind, inside = description
+  if kind == 'dict':
+    return {key: form_of(inner) for key, inner in inside}
+  found = map(form_of, inside)
+  return tuple(found) if kind == 'tuple' else list(found)

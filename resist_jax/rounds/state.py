@@ -100,17 +100,24 @@ def with_carried(
   elif carried is None:
     carried = _first_parts(optimizer, whole.params, protocol, 'carry')
   else:
-    first = take_apart(optimizer, jax.eval_shape(optimizer.init, whole.params))
-    carried = reformed(first.moments, carried)
+    carried = _in_nodes_of(optimizer, whole.params, carried)
   if protocol.outer is None:
     outer = None
   elif outer is None:
     outer = _first_parts(protocol.outer, whole.params, protocol, 'outer')
+  else:
+    outer = _in_nodes_of(protocol.outer, whole.params, outer)
   if not protocol.average:
     average = None
   elif average is None:
     average = average_lib.first(whole.params)
   return whole._replace(carried=carried, outer=outer, average=average)
+
+
+def _in_nodes_of(optimizer, params: PyTree, parts: Parts) -> Parts:
+  """Returns parts with the nodes that the state of an optimiser has."""
+  first = take_apart(optimizer, jax.eval_shape(optimizer.init, params))
+  return reformed(first.moments, parts)
 
 
 def _first_parts(optimizer, params, protocol, field) -> Parts:

@@ -229,11 +229,20 @@ def in_form_of(params: PyTree, stored: Stored) -> Stored:
     params: Global parameters, or their shapes.
     stored: What the files hold; unchanged if it is that of another network.
   """
-  state = stored.state
   try:
-    halves = split(params, state.num_blocks)
+    return in_form_of_halves(split(params, stored.state.num_blocks), stored)
   except KeyError:
     return stored
+
+
+def in_form_of_halves(halves: tuple[PyTree, PyTree], stored: Stored) -> Stored:
+  """Returns what files hold in the nodes of the shared part and the chains.
+
+  Args:
+    halves: Both, as `decomposition.split` returns them.
+    stored: See `in_form_of`.
+  """
+  state = stored.state
 
   def in_parts(parts):
     if parts is None:

@@ -1,1 +1,1 @@
-"""A training from a config: the only room that reads a ConfigDict."""
+"""A training from a config: the only package that reads a ConfigDict."""

@@ -4,7 +4,6 @@ import dataclasses
 import sys
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
@@ -152,16 +151,13 @@ def _digests(task: ModuleTask) -> list[Any]:
 
 def _check_fits(task: ModuleTask, model: Parameters) -> None:
   """Raises a ConfigError if the module makes another network than it did."""
-
-  def form(tree):
-    shapes = [leaf.shape for leaf in jax.tree.leaves(tree)]
-    return dict(zip(nodes.names_of_leaves(tree), shapes, strict=True))
-
-  ours, theirs = form(model.params), form(task.shapes())
-  for name in sorted(ours.keys() | theirs.keys()):
-    if ours.get(name) != theirs.get(name):
-      raise ConfigError(
-        f'the parameter {name} of the run has the shape {ours.get(name)}, but '
-        f'network(config) of {task.config.model.module} makes '
-        f'{theirs.get(name)}: use the module with which it was trained.'
-      )
+  differ = nodes.first_difference(
+    nodes.shapes_by_name(model.params), nodes.shapes_by_name(task.shapes())
+  )
+  if differ:
+    name, ours, theirs = differ
+    raise ConfigError(
+      f'the parameter {name} of the run has the shape {ours}, but '
+      f'network(config) of {task.config.model.module} makes {theirs}: use the '
+      'module with which it was trained.'
+    )

@@ -48,11 +48,12 @@ AUGMENTATIONS = (
 )  # fmt: skip
 
 
-def validate(config: ml_collections.ConfigDict) -> None:
+def validate(config: ml_collections.ConfigDict, imports: bool = True) -> None:
   """Finds mistakes that need no data and no device.
 
   Args:
     config: As made by `get_config`.
+    imports: Whether the module that it may name has to be there.
 
   Raises:
     ConfigError: On the first mistake.
@@ -180,7 +181,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     )
   _check_devices(config)
   if config.model.module:
-    _check_module(config)
+    _check_module(config, imports)
   elif len(config.model.options):
     raise ConfigError(
       'model.options is set, but model.module names no module that reads it.'
@@ -189,7 +190,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     _check_model(config)
 
 
-def _check_module(config) -> None:
+def _check_module(config, imports: bool) -> None:
   """Whether a chain has enough blocks is found when data are there."""
   for field, off in (
     ('partition_strided', False), ('evaluation.stream_blocks', False),
@@ -203,12 +204,13 @@ def _check_module(config) -> None:
         f'model.module names {config.model.module!r}: leave it at {off}.'
       )
   _check_depths(config)
-  load(config.model.module)
+  if imports:
+    load(config.model.module)
 
 
 def _check_schedule(config) -> None:
   name = config.optimizer.schedule
-  if ':' in name:  # A card's function; `phases.schedule` calls it.
+  if ':' in name:  # A card's function; `optimizer.schedule` calls it.
     cards.function(name)
   elif name not in SCHEDULES:
     raise ConfigError(

@@ -1,7 +1,7 @@
 """The fields of a config: the default of each one, and the reason for it.
 
 `get_config` and the text of `--help` are both made from `FIELDS`. This module
-imports neither JAX nor the other rooms, so that `--help` answers at once.
+imports neither JAX nor the other packages, so that `--help` answers at once.
 """
 
 from collections.abc import Iterator
@@ -489,13 +489,13 @@ FIELDS = {
     Field(
       'faults.loss_factor',
       0.0,
-      'Also leave out a worker whose loss is more than this many times the '
+      'Also exclude a worker whose loss is more than this many times the '
       'median. 0: nobody, because the right limit depends on the task.',
     ),
     Field(
       'faults.update_factor',
       10.0,
-      'Also leave out a worker whose update is, by its norm, more than this '
+      'Also exclude a worker whose update is, by its norm, more than this '
       'many times as large as those of the others and of recent rounds. 0: '
       'nobody. In healthy runs no update came near it: see RESULTS.md.',
     ),

@@ -163,7 +163,7 @@ class Loop:
     self._interrupt = interrupt
     self.test = phases.make_test(setup)
     self._judged_by = stopping.judged_by(setup)
-    self._rate = phases.schedule(setup.config)
+    self._rate = setup.schedule
     self._lengths = lengths.make(setup.config, self._rate)
     self._clock = Clock(0.0)
     self._running: _Dispatched | None = None
@@ -355,7 +355,7 @@ class Loop:
     """Returns what is due where a test decides about it, too."""
     config, best = self.setup.config, self.progress.best
     stops = bool(stopping.reason(config, best))
-    keeps = config.keep_best and best['round'] == self.progress.round
+    keeps = config.keep_best and best.get('round') == self.progress.round
     return due._replace(
       last=due.last or stops,
       saves=due.saves or stops or keeps,

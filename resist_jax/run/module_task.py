@@ -31,7 +31,7 @@ import optax
 from resist_jax import data
 from resist_jax.decomposition import Division, join, split
 from resist_jax.errors import FOREIGN, ConfigError, message, one_line
-from resist_jax.rounds import LossFn, State, checks
+from resist_jax.rounds import LossFn, State, checks, make_mesh
 from resist_jax.rounds.arrays import to_host
 from resist_jax.run import export, optimizer
 from resist_jax.run.config import (
@@ -346,7 +346,13 @@ def _check(task: ModuleTask) -> None:
     checks.returned_metrics(jax.eval_shape(_train_once(task), shapes))
   with _told(f'optimizer(config, schedule) of {name}'):
     rate = optax.constant_schedule(config.lr)
-    jax.eval_shape(_first_step(task.make_optimizer(rate)), shapes)
+    made = task.make_optimizer(rate)
+    jax.eval_shape(_first_step(made), shapes)
+    field = 'optimizer.carry_momentum'
+    carry = config.optimizer.carry_momentum or (
+      config.protocol == 'data_parallel'
+    )
+    checks.check_optimizer(made, shapes, carry, make_mesh(1), field)
   if config.protocol == 'resist':
     _check_chains(config, name, lengths)
 

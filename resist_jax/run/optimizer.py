@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+import math
 import re
 
 import jax
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from resist_jax.errors import ConfigError
+from resist_jax.errors import FOREIGN, ConfigError, one_line
+from resist_jax.run import cards
 
 _NORM_BIAS = re.compile(r'norm\w*/bias$', re.IGNORECASE)
 
@@ -192,4 +194,39 @@ def with_warmup(schedule: optax.Schedule, warmup_steps: int) -> optax.Schedule:
     rise = warmup(step + 1) if warmup_steps else 1.0
     return jnp.asarray(schedule(step) * rise, jnp.float32)
 
+  return rate
+
+
+def schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
+  """Returns the learning rate at a step of the whole run.
+
+  Args:
+    config: Config of the run, whose schedule may be a function of a card.
+
+  Raises:
+    ConfigError: If that function fails.
+  """
+  name, steps = (
+    config.optimizer.schedule,
+    config.num_rounds * config.local_steps,
+  )
+  warmup = config.optimizer.warmup_rounds * config.local_steps
+  if ':' not in name:
+    drops = config.optimizer.drops
+    return make_schedule(name, config.lr, steps, warmup, drops)
+  try:
+    given = cards.function(name)(config.copy_and_resolve_references(), steps)
+    rate = with_warmup(given, warmup)
+    rates = [float(jax.jit(rate)(step)) for step in (0, steps - 1)]
+  except FOREIGN as error:  # A card is a program: it can raise anything.
+    raise ConfigError(
+      f'optimizer.schedule {name} cannot be used ({one_line(error)}): it takes '
+      'the config and the number of steps, and returns a function from a step '
+      'to a rate, made of jax.numpy or optax.'
+    ) from error
+  if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+    raise ConfigError(
+      f'optimizer.schedule {name} gives the rates {rates} at the first and the '
+      'last step: they must be finite and not negative.'
+    )
   return rate

@@ -5,7 +5,6 @@ A phase trains by a `Trainer`, made from the config of the run.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import math
 
 import jax
 from jax.sharding import Mesh
@@ -15,11 +14,10 @@ import optax
 
 from resist_jax import accounting
 from resist_jax.decomposition import Assignment
-from resist_jax.errors import FOREIGN, ConfigError, one_line
 from resist_jax.exchange import DATA
 from resist_jax.rounds import Protocol, mesh_sizes
 from resist_jax.rounds.moments import take_apart
-from resist_jax.run import cards, optimizer
+from resist_jax.run import optimizer
 from resist_jax.run.averaged import AveragedTest
 from resist_jax.run.config import make_exchange
 from resist_jax.run.setup import Setup
@@ -116,41 +114,6 @@ def typical_name(config: ml_collections.ConfigDict) -> str:
   return name_at(config, max(config.phases.full_before, last))
 
 
-def schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
-  """Returns the learning rate at a step of the whole run.
-
-  Args:
-    config: Config of the run, whose schedule may be a function of a card.
-
-  Raises:
-    ConfigError: If that function fails.
-  """
-  name, steps = (
-    config.optimizer.schedule,
-    config.num_rounds * config.local_steps,
-  )
-  warmup = config.optimizer.warmup_rounds * config.local_steps
-  if ':' not in name:
-    drops = config.optimizer.drops
-    return optimizer.make_schedule(name, config.lr, steps, warmup, drops)
-  try:
-    given = cards.function(name)(config.copy_and_resolve_references(), steps)
-    rate = optimizer.with_warmup(given, warmup)
-    rates = [float(jax.jit(rate)(step)) for step in (0, steps - 1)]
-  except FOREIGN as error:  # A card is a program: it can raise anything.
-    raise ConfigError(
-      f'optimizer.schedule {name} cannot be used ({one_line(error)}): it takes '
-      'the config and the number of steps, and returns a function from a step '
-      'to a rate, made of jax.numpy or optax.'
-    ) from error
-  if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
-    raise ConfigError(
-      f'optimizer.schedule {name} gives the rates {rates} at the first and the '
-      'last step: they must be finite and not negative.'
-    )
-  return rate
-
-
 def make_phase(setup: Setup, name: str) -> Phase:
   """Builds the rounds of a protocol; nothing is compiled yet.
 
@@ -166,7 +129,7 @@ def make_phase(setup: Setup, name: str) -> Phase:
   scale, axis = training_scale(setup, name), DATA if G > 1 else None
   trainer = Trainer(
     setup.task.make_loss(scale, axis),
-    setup.task.make_optimizer(schedule(config)),
+    setup.task.make_optimizer(setup.schedule),
     chains=tuple(setup.chains) if cuts else (),
     mesh=setup.mesh,
     seed=config.seed,
@@ -195,7 +158,8 @@ def describe(setup: Setup, name: str) -> Traffic:
 
 def _moments(setup: Setup, chains: Sequence[str]) -> list[accounting.Sizes]:
   """Counts the numbers of each moment of the optimiser."""
-  made = setup.task.make_optimizer(schedule(setup.config))
+  rate = optax.constant_schedule(setup.config.lr)  # It changes no shape.
+  made = setup.task.make_optimizer(rate)
   state = jax.eval_shape(made.init, setup.task.shapes())
   moments = take_apart(made, state).moments
   return [accounting.measure(moment, chains) for moment in moments]

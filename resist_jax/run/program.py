@@ -94,9 +94,9 @@ def main(options: Options) -> None:
     if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):
       _fail(
         f'the memory does not suffice ({one_line(error)[:200]}): go on with '
-        'more devices (num_devices), or with model.dtype=bfloat16 or a lower '
-        'batch_size or evaluation.batch_size in another workdir; see "When the '
-        'memory does not suffice" in docs/choosing.md.',
+        'more devices (num_devices), or take model.dtype=bfloat16 or lower '
+        'batch_size, local_steps or evaluation.batch_size in another workdir; '
+        'see "When the memory does not suffice" in docs/choosing.md.',
         code=1,
       )
     if jax.process_count() == 1:
@@ -144,6 +144,8 @@ def _start(options: Options) -> None:
   try:
     jax.devices()
   except RuntimeError as error:
+    if count > 1:  # Another process may be the cause.
+      raise
     raise ConfigError(
       f'JAX cannot use the devices of this host ({one_line(error)[:200]}): '
       'mend their driver, or set JAX_PLATFORMS=cpu.'

@@ -1,9 +1,6 @@
 """How a run gets its state: anew, from a checkpoint, or between phases."""
 
 import dataclasses
-from typing import Any
-
-import jax
 
 from resist_jax import data
 from resist_jax.decomposition import split
@@ -65,24 +62,22 @@ def _check_network(setup: Setup, state: State) -> None:
       f'{wanted_blocks} in the network: bring the network back as it was, or '
       'choose another workdir.'
     )
-
-  def shapes(tree: Any, axes: int) -> dict[str, tuple[int, ...]]:
-    shapes = [tuple(x.shape[axes:]) for x in jax.tree.leaves(tree)]
-    return dict(zip(nodes.names_of_leaves(tree), shapes, strict=True))
-
   try:
     shared, chain = split(params, names)
   except KeyError:
     shared, chain = params, {}
-  found = {**shapes(state.shared, 0), **shapes(state.chain, 2)}
-  wanted = {**shapes(shared, 0), **shapes(chain, 1)}
-  for path in sorted(found.keys() | wanted.keys()):
-    if found.get(path) != wanted.get(path):
-      raise ConfigError(
-        f'the parameters {path!r} are {found.get(path, "missing")} in the '
-        f'checkpoint, but {wanted.get(path, "missing")} in the network: bring '
-        'the network back as it was, or choose another workdir.'
-      )
+  shapes = nodes.shapes_by_name
+  differ = nodes.first_difference(
+    {**shapes(state.shared), **shapes(state.chain, 2)},
+    {**shapes(shared), **shapes(chain, 1)},
+  )
+  if differ:
+    name, found, wanted = ('missing' if x is None else x for x in differ)
+    raise ConfigError(
+      f'the parameters {name!r} are {found} in the checkpoint, but {wanted} in '
+      'the network: bring the network back as it was, or choose another '
+      'workdir.'
+    )
 
 
 def begin_phase(

@@ -11,13 +11,14 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding
 import ml_collections
 import numpy as np
+import optax
 
 from resist_jax import accounting, data
 from resist_jax.errors import ConfigError
 from resist_jax.rounds import loads_may_hang, make_mesh, storage
 from resist_jax.rounds.arrays import place
 from resist_jax.rounds.mesh import REPLICATED, workers_here
-from resist_jax.run import module_task, resnet_task
+from resist_jax.run import module_task, optimizer, resnet_task
 from resist_jax.run.config import augmentation, chosen_depths, get_config
 from resist_jax.run.task import Dataset, Task
 
@@ -53,6 +54,11 @@ class Setup:
   def dataset(self) -> Dataset:
     """The examples."""
     return self.task.dataset
+
+  @cached_property
+  def schedule(self) -> optax.Schedule:
+    """The learning rate at a step of the whole run, read once."""
+    return optimizer.schedule(self.config)
 
   @cached_property
   def pipeline(self) -> data.Resident | data.Stream:

@@ -10,6 +10,8 @@ import os
 import sys
 from typing import Any, TextIO
 
+from absl import logging
+
 
 class Forgiving:
   """A text stream that ignores when it cannot be written."""
@@ -55,3 +57,5 @@ def forgive() -> None:
       # Names of folders, which may be classes, need not be text.
       stream.reconfigure(errors='backslashreplace')
     setattr(sys, name, Forgiving(stream))
+  # It would print each line twice with --alsologtostderr, for another stream.
+  logging.get_absl_handler().python_handler.stream = sys.stderr

@@ -17,6 +17,7 @@ from resist_jax.errors import ConfigError, NonFiniteError
 from resist_jax.rounds import assemble, averaged
 from resist_jax.run import (
   metrics,
+  optimizer,
   phases,
   processes,
   same_data,
@@ -76,7 +77,7 @@ def train(
   first = jax.process_index() == 0
   called = Callbacks(callbacks, _own(config) if first else ())
   setup = prepare(config, dataset)
-  phases.schedule(config)  # If one fails, nothing is written yet.
+  optimizer.schedule(config)  # If one fails, nothing is written yet.
   stopping.judged_by(setup)
   if jax.process_count() > 1:
     processes.agree(

@@ -107,7 +107,7 @@ def test_the_sweep_of_l_keeps_the_steps():
       card = table2.cell('cifar100', 'resist', config.num_workers).config(scale)
       steps = card.num_rounds * card.local_steps
       trained = config.num_rounds * config.local_steps
-      assert steps - config.local_steps < trained <= steps
+      assert abs(trained - steps) <= config.local_steps / 2
 
 
 def test_the_ablation_adds_one_thing_a_row():

@@ -382,15 +382,6 @@ def test_settings_are_drawn_in_their_order(tmp_path):
   assert picture.charts[0].categories == ['96', '384', 'never']
 
 
-@pytest.mark.parametrize('steps', [50, 250, 1500, 2000, 4000, 6000, 0])
-def test_rounds_of_other_lengths_are_as_many_steps(steps):
-  config = local_iterations.cell('resist', 4, steps, 'paper').config('paper')
-  card = table2.cell('cifar100', 'resist', 4).config('paper')
-  total = card.num_rounds * card.local_steps
-  taken = config.num_rounds * config.local_steps
-  assert abs(taken - total) <= config.local_steps / 2
-
-
 def test_a_busy_machine_measures_no_pace(tmp_path):
   results = Results('to_accuracy', 'cpu90', tmp_path)
 

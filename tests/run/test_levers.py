@@ -9,7 +9,7 @@ from wire import train_and_compare
 
 from resist_jax.rounds import Whole
 from resist_jax.rounds.moments import Parts
-from resist_jax.run import export, lengths, phases, restore, train
+from resist_jax.run import export, lengths, optimizer, phases, restore, train
 from resist_jax.run.setup import prepare
 
 CHAIN = 'stage2_chain'
@@ -174,7 +174,7 @@ def test_local_sgd_and_streams_take_longer_rounds_too(tmp_path):
 def test_no_rise_of_the_rate_makes_rounds_long(schedule):
   config = tiny_config(num_rounds=32, local_steps_alpha=0.04)
   config.optimizer.schedule = schedule
-  found = lengths.make(config, phases.schedule(config))
+  found = lengths.make(config, optimizer.schedule(config))
   done, counts = 0, []
   while done < 32:
     counts.append(found.at(done))

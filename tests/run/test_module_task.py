@@ -538,6 +538,7 @@ def test_a_metric_that_is_not_finite_stops_nothing(
   )
   fields = {'log.report': True, 'checkpoint_every': 1, 'eval_every': 1}
   fields |= {'best_by': 'test_accuracy', 'early_stopping.patience': 1}
+  fields['keep_best'] = True
   summary = train.train(config(num_rounds=2, **fields), tmp_path)
   assert summary['rounds'] == 2
   assert summary['test_accuracy'] is None

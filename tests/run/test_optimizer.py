@@ -8,7 +8,7 @@ import pytest
 
 from resist_jax.errors import ConfigError
 from resist_jax.rounds.moments import take_apart
-from resist_jax.run import checks, optimizer, phases
+from resist_jax.run import checks, optimizer
 from resist_jax.run import config as config_lib
 
 
@@ -143,7 +143,7 @@ def configured(schedule, **fields):
 def test_a_function_of_a_card_is_a_schedule(card):
   config = configured(f'{card}:falling')
   checks.validate(config)
-  rate = phases.schedule(config)
+  rate = optimizer.schedule(config)
   got = [float(jax.jit(rate)(step)) for step in (0, 50, 100)]
   np.testing.assert_allclose(got, [0.4, 0.3, 0.2], rtol=1e-6)
   assert rate(jnp.int32(3)).dtype == jnp.float32
@@ -151,7 +151,7 @@ def test_a_function_of_a_card_is_a_schedule(card):
 
 def test_a_schedule_of_a_card_may_be_warmed_up(card):
   config = configured(f'{card}:by_hand', **{'optimizer.warmup_rounds': 1})
-  rate = phases.schedule(config)
+  rate = optimizer.schedule(config)
   got = [float(rate(step)) for step in (0, 4, 51)]
   want = [0.04, 0.2 * 0.96**0.5, 0.4 * 0.49**0.5]
   np.testing.assert_allclose(got, want, rtol=1e-5)
@@ -160,7 +160,7 @@ def test_a_schedule_of_a_card_may_be_warmed_up(card):
 def test_a_schedule_may_lie_in_a_module():
   config = configured('test_optimizer:of_this_module')
   checks.validate(config)
-  assert float(phases.schedule(config)(7)) == np.float32(0.1)
+  assert float(optimizer.schedule(config)(7)) == np.float32(0.1)
 
 
 def of_this_module(config, num_steps):
@@ -179,5 +179,5 @@ def of_this_module(config, num_steps):
 )
 def test_a_function_that_is_no_schedule_gets_one_line(name, says, card):
   with pytest.raises(ConfigError, match=says) as caught:
-    phases.schedule(configured(f'{card}:{name}'))
+    optimizer.schedule(configured(f'{card}:{name}'))
   assert '\n' not in str(caught.value)

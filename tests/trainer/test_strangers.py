@@ -132,12 +132,55 @@ def test_parameters_of_any_nodes_go_on_to_the_same_bits(tmp_path):
   with pytest.raises(ValueError, match=r'params is missing: .* NamedTuples'):
     trainer.restore(tmp_path / 'saved')
   shapes = jax.eval_shape(lambda: params)
+  fewer = {**shapes, 'out': {0: shapes['out'][0]}}
+  with pytest.raises(ValueError, match=r"params has 'out/1' with .* None"):
+    trainer.restore(tmp_path / 'saved', fewer)
   restored = trainer.restore(tmp_path / 'saved', shapes)
   ends = [
     trainer.params(trainer.round(one, given)[0]) for one in (state, restored)
   ]
   jax.tree.map(np.testing.assert_array_equal, *ends)
   assert isinstance(ends[1]['blocks'], Linear)
+
+
+def test_tuples_and_numbers_come_back_from_files(tmp_path):
+  def loss_fn(params, present, batch, key):
+    del key
+    x = batch
+    for k, here in enumerate(present['blocks']):
+      x = x + here * jnp.tanh(x @ params['blocks'][0][k])
+    first, second = params['out'][1]
+    return jnp.square(x @ first - second[None]).mean(), {}
+
+  draw = np.random.default_rng(1).normal
+  params = {
+    'blocks': (draw(size=(4, 3, 3)),),
+    'out': {1: (draw(size=(3, 3)), draw(size=3))},
+  }
+  params = jax.tree.map(np.float32, params)
+  kinds = {'m': optax.sgd(0.7, momentum=0.9), 's': optax.sgd(1.0)}
+  outer = optax.multi_transform(
+    kinds, lambda p: jax.tree.map(lambda x: 'ms'[jnp.ndim(x) < 2], p)
+  )
+  trainer = resist.Trainer(
+    loss_fn,
+    optax.adam(0.1),
+    chains=('blocks',),
+    num_workers=2,
+    local_steps=2,
+    outer=outer,
+  )
+  given = draw(size=(2, 2, 4, 3)).astype(np.float32)
+  state = trainer.init(params)
+  trainer = trainer.compile(state, given)
+  state, _ = trainer.round(state, given)
+  trainer.save(tmp_path, state)
+  restored = trainer.restore(tmp_path)
+  assert jax.tree.structure(restored) == jax.tree.structure(state)
+  ends = [
+    trainer.params(trainer.round(one, given)[0]) for one in (state, restored)
+  ]
+  jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
 def test_a_copied_state_is_a_state(tmp_path):
