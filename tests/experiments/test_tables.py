@@ -185,8 +185,9 @@ def test_table2_tells_other_initial_values_apart(tmp_path):
   put(results, table2.cell('cifar100', 'resist', 4, 'he'), record(0.6))
   (table,) = table2.tables(results)
   assert [row[1:4] for row in table.rows] == [
-    ['ResIST', '4', '70.0'], ['ResIST, initial values of He et al.', '4', '60.0'],
-  ]  # fmt: skip
+    ['ResIST', '4', '70.0'],
+    ['ResIST, initial values of He et al.', '4', '60.0'],
+  ]
   given = table2.cell('cifar100', 'resist', 4, 'he').config('paper').model.init
   assert given == 'he'
   assert table2.cell('cifar100', 'resist', 4).config('paper').model.init == (
