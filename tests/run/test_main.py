@@ -384,6 +384,7 @@ def test_a_run_loads_no_program_that_may_hang(tmp_path):
   """From JAX 0.11 on, a CPU mixes up the collectives of a loaded program."""
   environment = {
     **os.environ,
+    'JAX_ENABLE_COMPILATION_CACHE': 'true',
     'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache'),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
   }
