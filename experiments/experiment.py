@@ -327,15 +327,14 @@ def main(
   options = parser.parse_args(args)
   if options.seeds < 1:
     parser.error(f'--seeds is {options.seeds}; it must be at least 1.')
-  names = [cell.name for cell in experiment.cells(options.scale)]
-  if not any(options.only in name for name in names):
+  cells = experiment.cells(options.scale)
+  chosen = [cell for cell in cells if options.only in cell.name]
+  if not chosen:
+    names = ', '.join(cell.name for cell in cells)
     parser.error(
       f'--only is {options.only!r}, but no name at this scale contains it: '
-      f'{", ".join(names) or "there are no runs"}.'
+      f'{names or "there are no runs"}.'
     )
-  chosen = [
-    c for c in experiment.cells(options.scale) if options.only in c.name
-  ]
   if options.busy and all(cell.timed for cell in chosen):
     parser.error(
       '--busy is set, but these runs only measure seconds, for which the '

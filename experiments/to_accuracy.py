@@ -165,20 +165,16 @@ def round_at(record: Record, accuracy: float) -> Record | None:
   return next(found, None)
 
 
-def sent_until(record: Record, accuracy: float) -> float | None:
-  """Returns the bytes until the first test that reaches an accuracy.
+def sent_until(record: Record, end: Record) -> float:
+  """Returns the bytes that workers with a device each send up to a round.
 
   Args:
     record: Result of a run.
-    accuracy: See `round_at`.
+    end: The row of the round, see `round_at`.
 
   Returns:
-    Bytes that workers with a device each send: predicted where the run had
-    fewer devices; None if no test reaches it.
+    Bytes, predicted where the run had fewer devices.
   """
-  end = round_at(record, accuracy)
-  if end is None:
-    return None
   summary = record['summary']
   if summary['num_devices'] == summary['num_workers']:
     return end['wire_bytes_total']
@@ -250,23 +246,19 @@ class Trained(NamedTuple):
 
   def _to(self, target: float, seconds: float | None, sent: bool = True) -> str:
     """Returns means of the runs that reach a target, with bytes if `sent`."""
-    rows = [row for r in self.records if (row := round_at(r, target))]
-    if not rows:
+    found = [(r, row) for r in self.records if (row := round_at(r, target))]
+    if not found:
       return 'not reached'
     parts = []
     if seconds:
-      parts.append(f'{seconds * _mean(rows, "round"):.0f} s')
+      rounds = statistics.mean(row['round'] for _, row in found)
+      parts.append(f'{seconds * rounds:.0f} s')
     if sent:
-      found = [sent_until(r, target) for r in self.records]
-      some = [number for number in found if number is not None]
-      parts.append(f'{statistics.mean(some) / 1e9:.2f} GB')
-    if len(rows) < len(self.records):
-      parts.append(f'({len(rows)} of {len(self.records)} runs)')
+      mean = statistics.mean(sent_until(*pair) for pair in found)
+      parts.append(f'{mean / 1e9:.2f} GB')
+    if len(found) < len(self.records):
+      parts.append(f'({len(found)} of {len(self.records)} runs)')
     return ', '.join(parts)
-
-
-def _mean(rows: Sequence[Record], field: str) -> float:
-  return statistics.mean(row[field] for row in rows)
 
 
 def tables(results: Results) -> list[Table]:

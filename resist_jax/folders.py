@@ -209,7 +209,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     yield part
     if place.is_file() and part.is_file():
       shutil.copymode(place, part)
-    flush(part)  # After a power loss, the new name may not lead to nothing.
+    _flush_inside(part)  # A power loss must not leave the name of nothing.
     put(part, place)
     _flush_one(place.parent)
   finally:
@@ -222,10 +222,14 @@ def flush(path: pathlib.Path) -> None:
   Args:
     path: What must survive a power loss.
   """
+  _flush_inside(path)
+  _flush_one(path.parent)
+
+
+def _flush_inside(path: pathlib.Path) -> None:
   for inner in path.rglob('*') if path.is_dir() else ():
     _flush_one(inner)
   _flush_one(path)
-  _flush_one(path.parent)
 
 
 def _flush_one(path: pathlib.Path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from resist_jax import accounting, folders
-from resist_jax.decomposition import Assignment, join, split
+from resist_jax.decomposition import Assignment, join
 from resist_jax.errors import is_whole
 from resist_jax.exchange import DATA, WORKER, Exchange, hand_over
 from resist_jax.rounds import (
@@ -582,14 +582,8 @@ def _in_their_nodes(
 
 def _check_same_leaves(state: State, params: Mapping[str, PyTree]) -> None:
   """Refuses parameters of other names or shapes than files hold."""
-  names = list(state.num_blocks)
-  checks.chain_lengths(params, names)
-  shared, chain = split(params, names)
-  shapes = nodes.shapes_by_name
-  differ = nodes.first_difference(
-    {**shapes(shared), **shapes(chain, 1)},
-    {**shapes(state.shared), **shapes(state.chain, 2)},
-  )
+  checks.chain_lengths(params, list(state.num_blocks))
+  differ = storage.difference(params, state)
   if differ:
     name, ours, theirs = differ
     raise ValueError(

@@ -40,7 +40,7 @@ class Problem(NamedTuple):
   Attributes:
     loss_fn: See `rounds.LossFn`.
     metrics: Names of the metrics that it returns.
-    optimizer: Optimizer of local training.
+    optimizer: The optimiser of local training.
     protocol: Who holds what.
     params: Shapes of the global parameters.
     sizes: Their counts, as the protocol cuts the network.

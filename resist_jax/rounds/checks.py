@@ -3,7 +3,7 @@
 All of them are found from shapes, before anything is compiled.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import inspect
 from typing import Any
 
@@ -67,7 +67,6 @@ def metric_names(
   }
   extra = () if constants is None else (constants,)
   key = jax.eval_shape(lambda: jax.random.key(0))
-  everywhere = PartitionSpec()
 
   def called(params, *args):
     named = {'agreed': params} if give_agreed else {}
@@ -79,14 +78,8 @@ def metric_names(
     names.extend(returned_metrics(found))
     return jax.tree.map(jnp.asarray, found)
 
-  on_mesh = jax.shard_map(
-    called,
-    mesh=mesh,
-    in_specs=everywhere,
-    out_specs=everywhere,
-    check_vma=False,
-  )
-  jax.eval_shape(on_mesh, join(shared, chain), present, batch, key, *extra)
+  params = join(shared, chain)
+  _shapes_on(mesh, called, params, present, batch, key, *extra)
   return tuple(names)
 
 
@@ -114,16 +107,8 @@ def check_optimizer(
     state = optimizer.init(params)
     return state, optimizer.update(params, state, params)
 
-  everywhere = PartitionSpec()
-  on_mesh = jax.shard_map(
-    step,
-    mesh=mesh,
-    in_specs=everywhere,
-    out_specs=everywhere,
-    check_vma=False,
-  )
   try:
-    state, _ = jax.eval_shape(on_mesh, params)
+    state, _ = _shapes_on(mesh, step, params)
   except FOREIGN as error:
     raise ValueError(
       f'optimizer cannot be used ({one_line(error)}): it gets gradients, its '
@@ -140,6 +125,19 @@ def check_optimizer(
       f'but its state restarts in every round: set {field}=True, or give it '
       'larger batches instead.'
     )
+
+
+def _shapes_on(mesh: Mesh, function: Callable, *args: PyTree) -> Any:
+  """Returns shapes of what a function returns that may name axes of a mesh."""
+  everywhere = PartitionSpec()
+  on_mesh = jax.shard_map(
+    function,
+    mesh=mesh,
+    in_specs=everywhere,
+    out_specs=everywhere,
+    check_vma=False,
+  )
+  return jax.eval_shape(on_mesh, *args)
 
 
 def _check_signature(

@@ -23,7 +23,11 @@ from resist_jax.exchange import WORKER, Norms
 from resist_jax.rounds.arrays import first_copy
 from resist_jax.rounds.mesh import SHARDED
 from resist_jax.rounds.moments import Parts
-from resist_jax.rounds.nodes import with_nodes_of
+from resist_jax.rounds.nodes import (
+  first_difference,
+  shapes_by_name,
+  with_nodes_of,
+)
 from resist_jax.rounds.protocol import Protocol, hold_the_same
 from resist_jax.rounds.state import (
   State,
@@ -220,6 +224,27 @@ def _read(folder: pathlib.Path, target) -> Stored:
     np.int32(description.get('draw', description['round'])),
   )
   return Stored(state, description['record'])
+
+
+def difference(params: PyTree, state: State) -> tuple[str, Any, Any] | None:
+  """Returns where parameters are others than those of a state from files.
+
+  Args:
+    params: Global parameters, or their shapes.
+    state: State of a `Stored`.
+
+  Returns:
+    The name of a leaf, its shape in `params`, and that in the files, None where
+    it is missing; None if there is no difference.
+  """
+  try:
+    shared, chain = split(params, state.num_blocks)
+  except KeyError:
+    shared, chain = params, {}
+  return first_difference(
+    {**shapes_by_name(shared), **shapes_by_name(chain, 1)},
+    {**shapes_by_name(state.shared), **shapes_by_name(state.chain, 2)},
+  )
 
 
 def in_form_of(params: PyTree, stored: Stored) -> Stored:

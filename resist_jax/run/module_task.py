@@ -346,8 +346,11 @@ def _check(task: ModuleTask) -> None:
     checks.returned_metrics(jax.eval_shape(_train_once(task), shapes))
   with _told(f'optimizer(config, schedule) of {name}'):
     rate = optax.constant_schedule(config.lr)
-    made = task.make_optimizer(rate)
-    jax.eval_shape(_first_step(made), shapes)
+    made: Any = task.make_optimizer(rate)
+    if not isinstance(made, optax.GradientTransformation):
+      raise ValueError(
+        f'it returned {type(made).__name__}: return one of optax.'
+      )
     field = 'optimizer.carry_momentum'
     carry = config.optimizer.carry_momentum or (
       config.protocol == 'data_parallel'
@@ -367,13 +370,6 @@ def _train_once(task: ModuleTask) -> Callable:
     return loss_fn(params, scaled, task._normalised(batch), jax.random.key(0))
 
   return once
-
-
-def _first_step(made: Any) -> Callable:
-  """Returns an optimiser's first step, along the parameters themselves."""
-  if not isinstance(made, optax.GradientTransformation):
-    raise ValueError(f'it returned {type(made).__name__}: return one of optax.')
-  return lambda params: made.update(params, made.init(params), params)
 
 
 @contextlib.contextmanager

@@ -154,10 +154,15 @@ def _start(options: Options) -> None:
 
 def _seconds(config: Any, name: str, default: float) -> float:
   """Returns a field of `faults`; `validate` will report a mistake in it."""
-  faults = config.get('faults')
-  value = faults.get(name) if isinstance(faults, ConfigDict) else None
+  value = _value(config, 'faults', name)
   usable = isinstance(value, int | float) and 0 < value < 1e9
   return value if usable else default
+
+
+def _value(config: Any, section: str, name: str) -> Any:
+  """Returns a field of a section; None if a card has left either out."""
+  found = config.get(section)
+  return found.get(name) if isinstance(found, ConfigDict) else None
 
 
 def _description(config: Any) -> dict[str, Any]:
@@ -184,13 +189,8 @@ def _description(config: Any) -> dict[str, Any]:
 
 def _own_code(config: Any) -> dict[str, str]:
   """Returns digests of the modules and files that a config names."""
-  sections = config.get('model'), config.get('optimizer')
-  model, optimizer = (
-    section if isinstance(section, ConfigDict) else ConfigDict()
-    for section in sections
-  )
-  names = [model.get('module', '')]
-  schedule = optimizer.get('schedule', '')
+  names = [_value(config, 'model', 'module')]
+  schedule = _value(config, 'optimizer', 'schedule')
   if isinstance(schedule, str) and ':' in schedule:
     names.append(schedule.rpartition(':')[0])
   return {

@@ -3,9 +3,8 @@
 import dataclasses
 
 from resist_jax import data
-from resist_jax.decomposition import split
 from resist_jax.errors import ConfigError, message
-from resist_jax.rounds import State, Whole, nodes, storage
+from resist_jax.rounds import State, Whole, storage
 from resist_jax.rounds.moments import Parts
 from resist_jax.run import phases
 from resist_jax.run.checkpoint import Restored
@@ -51,8 +50,7 @@ def start(
 
 def _check_network(setup: Setup, state: State) -> None:
   """Refuses a checkpoint of other parameters, as of an edited module."""
-  params, names = setup.task.shapes(), list(state.num_blocks)
-  wanted_blocks = {k: setup.sizes.num_blocks.get(k) for k in names}
+  wanted_blocks = {k: setup.sizes.num_blocks.get(k) for k in state.num_blocks}
   saved = {k: int(n) for k, n in state.num_blocks.items()}
   if setup.chains and any(
     n is not None and n != saved[k] for k, n in wanted_blocks.items()
@@ -62,17 +60,9 @@ def _check_network(setup: Setup, state: State) -> None:
       f'{wanted_blocks} in the network: bring the network back as it was, or '
       'choose another workdir.'
     )
-  try:
-    shared, chain = split(params, names)
-  except KeyError:
-    shared, chain = params, {}
-  shapes = nodes.shapes_by_name
-  differ = nodes.first_difference(
-    {**shapes(state.shared), **shapes(state.chain, 2)},
-    {**shapes(shared), **shapes(chain, 1)},
-  )
+  differ = storage.difference(setup.task.shapes(), state)
   if differ:
-    name, found, wanted = ('missing' if x is None else x for x in differ)
+    name, wanted, found = ('missing' if x is None else x for x in differ)
     raise ConfigError(
       f'the parameters {name!r} are {found} in the checkpoint, but {wanted} in '
       'the network: bring the network back as it was, or choose another '

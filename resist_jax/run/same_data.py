@@ -21,7 +21,6 @@ from resist_jax.run import workdir as workdir_lib
 from resist_jax.run.task import Dataset
 from resist_jax.run.trained import Trained
 
-FILE = workdir_lib.DATA
 _SAMPLE = 256  # Examples of a split, evenly spaced.
 # Further tests may change.
 _LASTING = {
@@ -141,11 +140,12 @@ def write(folder: pathlib.Path, found: dict[str, Any]) -> None:
     folder: The workdir.
     found: See `describe`.
   """
-  workdir_lib.write_json(folder / FILE, {**_recorded(folder), **found})
+  path = folder / workdir_lib.DATA
+  workdir_lib.write_json(path, {**_recorded(folder), **found})
 
 
 def _recorded(folder: pathlib.Path) -> dict[str, Any]:
-  found = workdir_lib.json_object(folder / FILE)
+  found = workdir_lib.json_object(folder / workdir_lib.DATA)
   good = all(
     isinstance(value, dict if name.startswith('split ') else list)
     for name, value in found.items()

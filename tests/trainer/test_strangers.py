@@ -91,6 +91,15 @@ def test_a_loss_may_loop_from_a_constant(devices, group, fields):
   assert abs(found[0][0]['out'] - params['out']).max() > 1e-4
 
 
+def assert_ends_alike(trainer, given, state, restored):
+  """Another round gives the same bits; returns what the restored one gives."""
+  ends = [
+    trainer.params(trainer.round(one, given)[0]) for one in (state, restored)
+  ]
+  jax.tree.map(np.testing.assert_array_equal, *ends)
+  return ends[1]
+
+
 class Linear(NamedTuple):
   """Its fields are not in the order of the alphabet."""
 
@@ -136,11 +145,8 @@ def test_parameters_of_any_nodes_go_on_to_the_same_bits(tmp_path):
   with pytest.raises(ValueError, match=r"params has 'out/1' with .* None"):
     trainer.restore(tmp_path / 'saved', fewer)
   restored = trainer.restore(tmp_path / 'saved', shapes)
-  ends = [
-    trainer.params(trainer.round(one, given)[0]) for one in (state, restored)
-  ]
-  jax.tree.map(np.testing.assert_array_equal, *ends)
-  assert isinstance(ends[1]['blocks'], Linear)
+  end = assert_ends_alike(trainer, given, state, restored)
+  assert isinstance(end['blocks'], Linear)
 
 
 def test_tuples_and_numbers_come_back_from_files(tmp_path):
@@ -177,10 +183,7 @@ def test_tuples_and_numbers_come_back_from_files(tmp_path):
   trainer.save(tmp_path, state)
   restored = trainer.restore(tmp_path)
   assert jax.tree.structure(restored) == jax.tree.structure(state)
-  ends = [
-    trainer.params(trainer.round(one, given)[0]) for one in (state, restored)
-  ]
-  jax.tree.map(np.testing.assert_array_equal, *ends)
+  assert_ends_alike(trainer, given, state, restored)
 
 
 def test_a_copied_state_is_a_state(tmp_path):
@@ -322,11 +325,7 @@ def test_a_network_that_is_all_cut_is_saved(tmp_path):
   )
   state, _ = trainer.round(trainer.init(params), given)
   trainer.save(tmp_path, state)
-  ends = [
-    trainer.params(trainer.round(one, given)[0])
-    for one in (state, trainer.restore(tmp_path))
-  ]
-  jax.tree.map(np.testing.assert_array_equal, *ends)
+  assert_ends_alike(trainer, given, state, trainer.restore(tmp_path))
   with pytest.raises(ValueError, match=r"params\['empty'\] has the shape"):
     trainer.init({**params, 'empty': np.zeros((0, 3), np.float32)})
 
