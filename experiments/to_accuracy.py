@@ -6,10 +6,11 @@
 Trains at the scale `cpu90`, whose network and recipe reach an accuracy that
 people know: ResIST, local SGD and data parallel for as many steps. Because a
 round of local SGD computes and sends more than twice as much as one of ResIST,
-ResIST is also trained for twice as many rounds, and local SGD for half of them,
-each with a schedule that ends with the run. "Levers" are those of the card
-`resist_plus`. A run takes hours and may share the machine: kill it and give the
-same command again, and it goes on from its last checkpoint.
+ResIST is also trained for twice as many rounds, and local SGD and data parallel
+for half of them, each with a schedule that ends with the run. "Levers" are
+those of the card `resist_plus`. A run takes hours and may share the machine:
+kill it and give the same command again, and it goes on from its last
+checkpoint.
 
 Seconds are those of training alone, without compilation, tests and checkpoints.
 Where a machine did other work (`--busy`), they are the rounds of the run times
@@ -127,6 +128,7 @@ def cells(scale: str) -> list[Cell]:
   pairs += itertools.product(('resist', 'local_sgd'), (2, 8))
   others = [('resist', recipe) for recipe in (LESS, LEVERS, TWICE)]
   others += [('local_sgd', recipe) for recipe in (HALF, LEVERS)]
+  others += [('data_parallel', HALF)]
   return [
     *(cell('cifar10', *pair) for pair in pairs),
     *(cell('cifar10', name, 4, recipe, scale) for name, recipe in others),
