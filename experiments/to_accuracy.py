@@ -6,11 +6,11 @@
 Trains at the scale `cpu90`, whose network and recipe reach an accuracy that
 people know: ResIST, local SGD and data parallel for as many steps. Because a
 round of local SGD computes and sends more than twice as much as one of ResIST,
-ResIST is also trained for twice as many rounds, and local SGD and data parallel
-for half of them, each with a schedule that ends with the run. "Levers" are
-those of the card `resist_plus`. A run takes hours and may share the machine:
-kill it and give the same command again, and it goes on from its last
-checkpoint.
+ResIST is also trained for twice as many rounds, local SGD for half of them, and
+data parallel for half and a quarter of them, each with a schedule that ends
+with the run. "Levers" are those of the card `resist_plus`. A run takes hours
+and may share the machine: kill it and give the same command again, and it goes
+on from its last checkpoint.
 
 Seconds are those of training alone, without compilation, tests and checkpoints.
 Where a machine did other work (`--busy`), they are the rounds of the run times
@@ -51,20 +51,23 @@ from experiments.table2 import DATA, NAMES, WORKERS
 # What each run changes in the recipe of the scale, and its part of a file name.
 PLAIN, LEVERS = '', ', levers'
 LESS = ', without whitened stem and rate of biases'
-HALF, TWICE = ', half the rounds', ', levers, twice the rounds'
+HALF, QUARTER = ', half the rounds', ', a quarter of the rounds'
+TWICE = ', levers, twice the rounds'
 RECIPES = {
   PLAIN: '',
   LESS: '_less',
   HALF: '_half',
+  QUARTER: '_quarter',
   LEVERS: '_plus',
   TWICE: '_plus_twice',
 }
-TIMES = {HALF: 0.5, TWICE: 2}  # As many rounds, also those that warm up.
+TIMES = {HALF: 0.5, QUARTER: 0.25, TWICE: 2}  # As many rounds, also those that warm up.
 TARGETS = (0.80, 0.85, 0.88, 0.90)
 TO_TARGETS = [f'to {100 * target:.0f} %' for target in TARGETS]  # Columns.
 HEAD = ['data', 'protocol', 'workers']
 LINKS = {'100 Mbit/s': 1e8, '1 Gbit/s': 1e9}
 LATENCY = 1e-4  # Seconds.
+QUARTER_EVAL_EVERY = 6  # A test takes as long as most of a round.
 PACE_ROUNDS = 4  # The first of them also warms up the caches.
 
 
@@ -98,6 +101,8 @@ def cell(
     'num_rounds': int(times * config.num_rounds),
     'optimizer.warmup_rounds': int(times * config.optimizer.warmup_rounds),
   }
+  if recipe == QUARTER:
+    rounds['eval_every'] = QUARTER_EVAL_EVERY
   return dataclasses.replace(made, overrides={**fields, **rounds})
 
 
@@ -128,7 +133,7 @@ def cells(scale: str) -> list[Cell]:
   pairs += itertools.product(('resist', 'local_sgd'), (2, 8))
   others = [('resist', recipe) for recipe in (LESS, LEVERS, TWICE)]
   others += [('local_sgd', recipe) for recipe in (HALF, LEVERS)]
-  others += [('data_parallel', HALF)]
+  others += [('data_parallel', recipe) for recipe in (HALF, QUARTER)]
   return [
     *(cell('cifar10', *pair) for pair in pairs),
     *(cell('cifar10', name, 4, recipe, scale) for name, recipe in others),
