@@ -13,9 +13,10 @@ and may share the machine: kill it and give the same command again, and it goes
 on from its last checkpoint.
 
 Seconds are those of training alone, without compilation, tests and checkpoints.
-Where a machine did other work (`--busy`), they are the rounds of the run times
-the seconds of a round that another run took, the one named `pace`, when the
-machine did nothing else:
+A machine may do other work meanwhile (`--busy`), and runs may be trained on
+several machines. So seconds are the steps of a run times the seconds of a step
+on one machine that did nothing else, which short runs measure, those named
+`pace`:
 
   python -m experiments.to_accuracy --scale=cpu90 --data_dir=FOLDER --only=pace
 
@@ -26,6 +27,7 @@ Results and learning curves are written to
 experiments/results/to_accuracy/SCALE/.
 """
 
+import collections
 from collections.abc import Mapping, Sequence
 import dataclasses
 import itertools
@@ -61,14 +63,14 @@ RECIPES = {
   LEVERS: '_plus',
   TWICE: '_plus_twice',
 }
-TIMES = {HALF: 0.5, QUARTER: 0.25, TWICE: 2}  # As many rounds, also those that warm up.
+# As many rounds, also those that warm up.
+TIMES = {HALF: 0.5, QUARTER: 0.25, TWICE: 2}
 TARGETS = (0.80, 0.85, 0.88, 0.90)
 TO_TARGETS = [f'to {100 * target:.0f} %' for target in TARGETS]  # Columns.
 HEAD = ['data', 'protocol', 'workers']
 LINKS = {'100 Mbit/s': 1e8, '1 Gbit/s': 1e9}
 LATENCY = 1e-4  # Seconds.
-QUARTER_EVAL_EVERY = 6  # A test takes as long as most of a round.
-PACE_ROUNDS = 4  # The first of them also warms up the caches.
+PACE_ROUNDS, PACE_STEPS = 4, 6  # The first round also warms up the caches.
 
 
 def cell(
@@ -102,15 +104,15 @@ def cell(
     'optimizer.warmup_rounds': int(times * config.optimizer.warmup_rounds),
   }
   if recipe == QUARTER:
-    rounds['eval_every'] = QUARTER_EVAL_EVERY
+    rounds['eval_every'] = rounds['num_rounds'] // 4
   return dataclasses.replace(made, overrides={**fields, **rounds})
 
 
 def pace(protocol: str, workers: int, recipe: str = PLAIN) -> Cell:
-  """Returns the first rounds of CIFAR-10 alone; see `cell`.
+  """Returns a few short rounds of CIFAR-10; see `cell`.
 
-  Both sets have images of the same size, and their rounds take as long.
-  Rounds with levers are not timed by themselves, but as those without.
+  Both sets have images of the same size, and their steps take as long.
+  Steps with levers are not timed by themselves, but as those without.
 
   Args:
     protocol: See `cell`.
@@ -119,6 +121,7 @@ def pace(protocol: str, workers: int, recipe: str = PLAIN) -> Cell:
   """
   made = cell('cifar10', protocol, workers, LESS if recipe == LESS else PLAIN)
   few = {'num_rounds': PACE_ROUNDS, 'eval_every': PACE_ROUNDS}
+  few['local_steps'] = PACE_STEPS
   return dataclasses.replace(
     made,
     name=made.name.replace('cifar10', 'pace'),
@@ -143,18 +146,19 @@ def cells(scale: str) -> list[Cell]:
   ]
 
 
-def seconds_of_a_round(record: Record) -> float:
-  """Returns the median seconds of a round, the first one left out.
+def seconds_of_a_step(record: Record) -> float:
+  """Returns the median over rounds of their seconds for each local step.
 
   Args:
-    record: Result of a run.
+    record: Result of a run. Its first round is left out.
 
   >>> rows = [{'seconds_training': s} for s in (9.0, 11.0, 13.5, 15.5)]
-  >>> seconds_of_a_round({'curve': rows})
-  2.0
+  >>> seconds_of_a_step({'curve': rows, 'config': {'local_steps': 4}})
+  0.5
   """
   ends = [row['seconds_training'] for row in record['curve']]
-  return statistics.median(b - a for a, b in itertools.pairwise(ends))
+  rounds = [end - begin for begin, end in itertools.pairwise(ends)]
+  return statistics.median(rounds) / record['config']['local_steps']
 
 
 def round_at(record: Record, accuracy: float) -> Record | None:
@@ -195,13 +199,13 @@ class Trained(NamedTuple):
   Attributes:
     cell: The cell.
     records: Its results, one for each seed.
-    seconds: Seconds of a round on the machine of the runs, which all workers
-      share, when it did nothing else; None if nobody measured them.
+    seconds: Seconds of a round that all workers compute on one machine which
+      does nothing else, by machine; empty if nobody measured them.
   """
 
   cell: Cell
   records: Sequence[Record]
-  seconds: float | None
+  seconds: Mapping[str, float]
 
   @classmethod
   def find(
@@ -218,21 +222,29 @@ class Trained(NamedTuple):
     """
     made = cell(data, protocol, workers, recipe)
     records = results.of(made)
-    paced = results.of(pace(protocol, workers, recipe))
-    where = {machine(record['provenance']) for record in records}
-    timed = [
-      seconds_of_a_round(record)
-      for record in quiet([*paced, *records])
-      # A single round is that which warms up.
-      if {machine(record['provenance'])} == where and record['curve'][1:]
-    ]
-    return cls(made, records, statistics.median(timed) if timed else None)
+    steps: dict[str, list[float]] = {}
+    for timed in quiet(
+      [*results.of(pace(protocol, workers, recipe)), *records]
+    ):
+      if timed['curve'][1:]:  # A single round is that which warms up.
+        where = machine(timed['provenance'])
+        steps.setdefault(where, []).append(seconds_of_a_step(timed))
+    seconds = {
+      where: statistics.median(values) * records[0]['config']['local_steps']
+      for where, values in steps.items()
+      if records
+    }
+    return cls(made, records, seconds)
 
-  def to_targets(self) -> list[str]:
-    """Returns mean seconds and GB to each of `TARGETS`."""
-    return [self._to(target, self.seconds) for target in TARGETS]
+  def to_targets(self, where: str) -> list[str]:
+    """Returns mean seconds on a machine, and GB, to each of `TARGETS`.
 
-  def on_links(self, scale: str, bandwidth: float) -> list[str]:
+    Args:
+      where: The machine, a key of `seconds`; without it, there are only GB.
+    """
+    return [self._to(target, self.seconds.get(where)) for target in TARGETS]
+
+  def on_links(self, scale: str, where: str, bandwidth: float) -> list[str]:
     """Predicts mean seconds to each of `TARGETS`, with a machine each.
 
     A machine needs S times as long for S workers as for one, so only the
@@ -240,15 +252,15 @@ class Trained(NamedTuple):
 
     Args:
       scale: Scale of the results.
+      where: The machine, a key of `seconds`.
       bandwidth: Bits per second of the link of a machine.
     """
-    assert self.seconds is not None
     config, summary = self.cell.config(scale), self.records[0]['summary']
     S = config.num_workers
     plan = Plan(config, summary['image_shape'], len(summary['class_names']))
     cost = plan.cost(*plan.traffic(config.protocol, S))
-    machine = Machine(cost.flops / (self.seconds / S), bandwidth, LATENCY)
-    seconds = cost.seconds(machine)['round']
+    speed = cost.flops / (self.seconds[where] / S)
+    seconds = cost.seconds(Machine(speed, bandwidth, LATENCY))['round']
     return [self._to(target, seconds, sent=False) for target in TARGETS]
 
   def _to(self, target: float, seconds: float | None, sent: bool = True) -> str:
@@ -268,6 +280,23 @@ class Trained(NamedTuple):
     return ', '.join(parts)
 
 
+def timed_on(trained: Sequence[Trained]) -> str:
+  """Returns the machine that most of some cells were timed on.
+
+  The seconds of two machines are not compared.
+
+  Args:
+    trained: The cells.
+
+  Returns:
+    The machine, empty if none was timed.
+  """
+  count = collections.Counter(
+    where for some in trained for where in some.seconds
+  )
+  return max(count, key=lambda where: (count[where], where), default='')
+
+
 def tables(results: Results) -> list[Table]:
   """Returns what it took to reach each target here, and elsewhere."""
   found = []
@@ -277,22 +306,33 @@ def tables(results: Results) -> list[Table]:
     trained = Trained.find(results, data, protocol, workers, recipe)
     if trained.records:
       found.append(([title, name + recipe, str(workers)], trained))
-  made = [_measured(results, found), _predicted(results.scale, found)]
+  where = timed_on([trained for _, trained in found])
+  made = [
+    _measured(results, where, found),
+    _predicted(results.scale, where, found),
+  ]
   return [table for table in made if table.rows]
 
 
 Found = Sequence[tuple[list[str], Trained]]  # Each with its first columns.
 
 
+def on_a_quiet(where: str) -> str:
+  """Returns a sentence for readers of seconds; see `Trained.to_targets`."""
+  if not where:
+    return ''
+  return f' Seconds are those of {where}, which did nothing else.'
+
+
 def _records(found: Found) -> list[Record]:
   return [record for _, trained in found for record in trained.records]
 
 
-def _measured(results: Results, found: Found) -> Table:
+def _measured(results: Results, where: str, found: Found) -> Table:
   rows = [
     [*first, results.percent(trained.cell)]
     + [results.percent(trained.cell, 'test_accuracy_paper')]
-    + trained.to_targets()
+    + trained.to_targets(where)
     for first, trained in found
   ]
   records = _records(found)
@@ -300,21 +340,20 @@ def _measured(results: Results, found: Found) -> Table:
     'Seconds of training, and GB that all workers sent, until the first test '
     f'that reaches an accuracy, {results.scale} scale. "Deployed" and '
     '"test-batch statistics" are the test accuracies after the last round, in '
-    '%. All workers share one machine, and no link lies between them; seconds '
-    'are rounds times the seconds of a round on that machine when it did '
-    f'nothing else. {of_runs(records, "Mean")}'
+    '%. All workers share one machine, and no link lies between them. '
+    f'{of_runs(records, "Mean")}{on_a_quiet(where)}'
   )
   head = [*HEAD, 'deployed', 'test-batch statistics', *TO_TARGETS]
   command = EXPERIMENT.made_by(results.scale, records)
   return Table(caption, command, head, rows)
 
 
-def _predicted(scale: str, found: Found) -> Table:
+def _predicted(scale: str, where: str, found: Found) -> Table:
   rows = [
-    [*first, link, *trained.on_links(scale, bandwidth)]
+    [*first, link, *trained.on_links(scale, where, bandwidth)]
     for first, trained in found
     for link, bandwidth in LINKS.items()
-    if trained.seconds
+    if where in trained.seconds
   ]
   caption = (
     f'The same runs, {scale} scale, if each worker had such a machine and a '

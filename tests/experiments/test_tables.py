@@ -121,6 +121,7 @@ def test_seconds_to_an_accuracy_are_those_of_a_quiet_machine(tmp_path):
   results = Results('to_accuracy', 'cpu90', tmp_path)
   assert to_accuracy.tables(results) == []
   made = record(0.84)
+  made['config'] = {'local_steps': 6}
   made['curve'] = [
     {'round': r, 'test_accuracy': a, 'seconds_training': 90.0 * r,
      'wire_bytes_total': 1e9 * r}
@@ -138,7 +139,8 @@ def test_seconds_to_an_accuracy_are_those_of_a_quiet_machine(tmp_path):
   ((row,),) = (table.rows for table in to_accuracy.tables(results))
   assert row[5] == '2.00 GB'
   paced = record(0.1)
-  ends = (9.0, 11.0, 13.5, 15.5)
+  ends = (9.0, 10.0, 11.25, 12.25)  # A step takes 1 / 3 s, a round 2 s.
+  paced['config'] = {'local_steps': 3}
   paced['curve'] = [
     {'round': r, 'seconds_training': s} for r, s in enumerate(ends, start=1)
   ]
@@ -341,11 +343,23 @@ def test_seconds_of_two_machines_are_not_compared(tmp_path):
   (table,) = deeper.tables(results)
   assert table.rows[0][table.head.index('faster')] == ''
   results = Results('to_accuracy', 'cpu90', tmp_path)
-  put(results, to_accuracy.cell('cifar10', 'resist', 4), record(0.84))
-  mark_busy(results.target(to_accuracy.cell('cifar10', 'resist', 4), 0))
+  for protocol in ('resist', 'local_sgd'):
+    put(results, to_accuracy.cell('cifar10', protocol, 4), record(0.84))
+    mark_busy(results.target(to_accuracy.cell('cifar10', protocol, 4), 0))
+  # Where the rounds were trained does not matter, where they were timed does.
   put(results, to_accuracy.pace('resist', 4), on(7, record(0.1)))
-  (table,) = to_accuracy.tables(results)
-  assert ' s' not in table.rows[0][5]
+  put(results, to_accuracy.pace('local_sgd', 4), on(8, record(0.1)))
+  shown, predicted = to_accuracy.tables(results)
+  resist, local = (row[5] for row in shown.rows)
+  assert (resist, local) == ('0.00 GB', '10 s, 0.00 GB')
+  assert 'Seconds are those of 2 cores of P, JAX 8' in shown.caption
+  assert {row[1] for row in predicted.rows} == {'local SGD'}
+  both = [on(8, record(0.1)), on(7, record(0.1, seed=1, seconds=30.0))]
+  put(results, to_accuracy.pace('local_sgd', 4), *both)
+  shown, _ = to_accuracy.tables(results)
+  resist, local = (row[5] for row in shown.rows)
+  assert (resist, local) == ('10 s, 0.00 GB', '30 s, 0.00 GB')
+  assert 'Seconds are those of 2 cores of P, JAX 7' in shown.caption
 
 
 def test_a_run_of_one_round_has_no_pace(tmp_path):
