@@ -7,9 +7,10 @@ float64, because in float32 a ReLU that flips makes two exact implementations
 differ. Each platform runs in a process of its own.
 
   python -m experiments.accelerator
-  python -m experiments.accelerator --only='masked_psum, float64'
+  python -m experiments.accelerator --only='masked_psum, float64' --out=FILE
 
-The result is written to experiments/results/accelerator/ with its provenance.
+The result is written to experiments/results/accelerator/ with its provenance,
+that of some cases to a file of its own.
 """
 
 import argparse
@@ -29,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.runs import RESULTS, provenance, write_record
+from experiments.runs import RESULTS, need_out, provenance, write_record
 from resist_jax import Trainer, exchange, folders, make_mesh, models
 from resist_jax.errors import Parser
 from resist_jax.run import optimizer
@@ -247,6 +248,7 @@ def main() -> int:
   if args.platform:
     run_all(args.platform, args.only, args.folder)
     return 0
+  need_out(parser, args, free=['timeout'])
   if not chosen('accelerator', args.only):
     names = '; '.join(case.name for case in CASES['accelerator'])
     parser.error(f'--only is {args.only!r}; no case has it: {names}.')
@@ -261,7 +263,7 @@ def main() -> int:
       f'{row["largest"]:10.1e}{row["of_norm"]:10.1e}'
     )
   record = {
-    'command': 'python -m experiments.accelerator',
+    'command': ' '.join(['python -m experiments.accelerator', *sys.argv[1:]]),
     'provenance': provenance(about['accelerator']['device']),
     'seed': SEED,
     'config': {
@@ -276,14 +278,16 @@ def main() -> int:
     'results': results,
     'platforms': about,
   }
+  compared = [r for r in results if r['platform'] == 'accelerator']
+  failed = len(compared) < len(chosen('accelerator', args.only))
+  if failed and not args.out:
+    print('not written, because a case failed: name a file with --out')
+    return 1
   kind = about['accelerator']['device'].split(' x ')[1].replace(' ', '_')
   path = args.out or FOLDER / f'{kind}.json'
   write_record(path, record)
   print('written to', path)
-  compared = chosen('accelerator', args.only)
-  return len([r for r in results if r['platform'] == 'accelerator']) < len(
-    compared
-  )
+  return failed
 
 
 def _run_platforms(folder: pathlib.Path, only: str, timeout: float) -> None:

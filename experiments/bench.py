@@ -8,11 +8,12 @@ medians; what is compared is timed in turn. `--profile=FOLDER` then stores a
 round as JAX's profiler sees it.
 
   python -m experiments.bench                            # both networks
-  python -m experiments.bench --network=paper --batch_size=128 --dtype=bfloat16
+  python -m experiments.bench --network=paper --batch_size=128 --out=FILE
 
 On an accelerator, `--steps=20` hides the time that the host takes to dispatch
 one step; `--workers=1 --only_step` measures the full network. The result is
-written to experiments/results/bench/ with its provenance.
+written to experiments/results/bench/ with its provenance, or to `--out`, which
+other options need.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.runs import RESULTS, provenance, write_record
+from experiments.runs import RESULTS, need_out, provenance, write_record
 from resist_jax import Trainer, accounting, data, folders, models
 from resist_jax.decomposition import (
   Assignment,
@@ -137,7 +138,9 @@ def _arguments() -> argparse.Namespace:
   parser.add_argument(
     '--out', type=folders.output_file, help='JSON file to write'
   )
-  return parser.parse_args()
+  args = parser.parse_args()
+  need_out(parser, args, free=['network', 'dtype', 'profile'])
+  return args
 
 
 def measure(spec: Network, args: argparse.Namespace) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """An experiment of the paper as a value, and the command that runs it."""
 
+import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import json
@@ -12,11 +13,12 @@ from absl import logging
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
+from experiments import runs
 from experiments.pictures import Picture
-from experiments.runs import RESULTS, begin_busy, load_card, run
+from experiments.runs import RESULTS, load_card, run
 from experiments.table import Table
 from resist_jax import folders
-from resist_jax.errors import Parser
+from resist_jax.errors import NonFiniteError, Parser
 from resist_jax.run import program
 from resist_jax.run.interrupt import Interrupt, Interrupted
 
@@ -239,25 +241,64 @@ def on_each_machine(
   return {where: here for where, here in divided.items() if all(here.values())}
 
 
-def machine(provenance: Mapping[str, Any]) -> str:
-  """Describes the machine and the version of JAX for readers."""
-  device = provenance['device'].split(' x ')[1]
+def machine(provenance: Mapping[str, Any], count: bool = True) -> str:
+  """Describes the machine and the version of JAX for readers.
+
+  Args:
+    provenance: That of a result.
+    count: Whether to tell how many accelerators a run had, if several.
+  """
+  number, device = provenance['device'].split(' x ')
   if device == 'cpu':
     device = f'{provenance["cores"]} cores of {provenance["processor"]}'
+  elif count and number != '1':
+    device = f'{number} x {device}'
   return f'{device}, JAX {provenance["versions"]["jax"]}'
+
+
+def named(cells: Sequence[Cell], only: str) -> list[Cell]:
+  """Returns the cells whose name is or, if none is, contains a text.
+
+  Args:
+    cells: The cells.
+    only: The text.
+
+  >>> cells = [Cell(name, 'digits') for name in ('resist_s4', 'resist_s4_he')]
+  >>> [cell.name for cell in named(cells, 'resist_s4')]
+  ['resist_s4']
+  >>> [cell.name for cell in named(cells, 'resist')]
+  ['resist_s4', 'resist_s4_he']
+  """
+  exact = [cell for cell in cells if cell.name == only]
+  return exact or [cell for cell in cells if only in cell.name]
 
 
 def jobs(
   experiment: Experiment, results: Results, seeds: int, only: str, busy: bool
 ) -> Iterator[tuple[Cell, int, pathlib.Path]]:
   """Yields what has not been run, seed by seed: cell, seed and result file."""
-  for seed in range(seeds):
-    for cell in experiment.cells(results.scale):
-      target = results.target(cell, seed)
+  for number in range(seeds):
+    for cell in named(experiment.cells(results.scale), only):
       if busy and cell.timed:
         continue
-      if only in cell.name and not target.exists():
+      seed = _timing(results, cell, number) if cell.timed else number
+      target = results.target(cell, seed)
+      if not target.exists():
         yield cell, seed, target
+
+
+def _timing(results: Results, cell: Cell, number: int) -> int:
+  """Returns the seed of a timing, of which each machine makes its own."""
+  records = results.of(cell)
+  if not records:
+    return 0
+  here = machine(runs.here(), count=False)
+  seeds = [
+    record['summary']['seed']
+    for record in records
+    if machine(record['provenance'], count=False) == here
+  ]
+  return seeds[number] if number < len(seeds) else len(records)
 
 
 def show(experiment: Experiment, results: Results) -> None:
@@ -276,6 +317,93 @@ def show(experiment: Experiment, results: Results) -> None:
     print(table.caption, table.text(), sep='\n', end='\n\n')
 
 
+def _other_dtype(
+  results: Results, cells: Sequence[Cell], options: argparse.Namespace
+) -> str:
+  """Says which results would be compared with those of another dtype."""
+  for cell in cells:
+    for record in results.of(cell):
+      dtype = record.get('config', {}).get('model', {}).get('dtype')
+      if dtype not in (None, options.dtype):
+        return (
+          f'--dtype is {options.dtype}, but there are results of {cell.name} '
+          f'in {dtype}: set --dtype={dtype}, or name another folder with '
+          '--results.'
+        )
+  return ''
+
+
+def _parser(experiment: Experiment, doc: str | None) -> Parser:
+  parser = Parser(
+    prog=experiment.command, description=(doc or '').split('\n')[0]
+  )
+  add = parser.add_argument
+  add('--scale', choices=experiment.scales, default=experiment.default_scale)
+  add('--seeds', type=int, default=1, help='number of seeds, which start at 0')
+  add('--data_dir', default='', help='folder of prepared TFDS data sets')
+  add(
+    '--runs',
+    default='runs',
+    type=folders.argument,
+    help='folder for the workdirs of unfinished runs',
+  )
+  add(
+    '--results',
+    type=folders.argument,
+    default=RESULTS,
+    help='folder of results, where what has a result is not trained again',
+  )
+  add(
+    '--only',
+    default='',
+    help='train only the cell of this name, or those whose name contains it',
+  )
+  add('--dtype', choices=('float32', 'bfloat16'), default='float32')
+  add(
+    '--busy',
+    action='store_true',
+    help='other work runs on the machine, so no table shows these seconds',
+  )
+  add('--show', action='store_true', help='train nothing, show all results')
+  return parser
+
+
+def _refusal(
+  experiment: Experiment, results: Results, options: argparse.Namespace
+) -> str:
+  """Returns what is wrong with the options; empty if nothing is."""
+  if options.seeds < 1:
+    return f'--seeds is {options.seeds}; it must be at least 1.'
+  cells = experiment.cells(options.scale)
+  chosen = named(cells, options.only)
+  if not chosen:
+    names = ', '.join(cell.name for cell in cells)
+    return (
+      f'--only is {options.only!r}, but no name at this scale contains it: '
+      f'{names or "there are no runs"}.'
+    )
+  if options.busy and all(cell.timed for cell in chosen):
+    return (
+      '--busy is set, but these runs only measure seconds, for which the '
+      'machine must do nothing else: leave it out.'
+    )
+  return '' if options.show else _other_dtype(results, chosen, options.dtype)
+
+
+def _other_dtype(results: Results, cells: Sequence[Cell], dtype: str) -> str:
+  """Says which results would be compared with those of another dtype."""
+  for cell in cells:
+    for record in results.of(cell):
+      found = record.get('config', {}).get('model', {}).get('dtype', dtype)
+      if found != dtype:
+        return (
+          f'--dtype is {dtype}, but there are results of {cell.name} in '
+          f'{found}: set --dtype={found}, or name another folder with '
+          '--results.'
+        )
+  return ''
+
+
 def main(
   experiment: Experiment, doc: str | None, args: Sequence[str] | None = None
 ) -> None:
@@ -286,82 +414,48 @@ def main(
     doc: The docstring of its module, whose first line becomes the help.
     args: The command line; that of this process if None.
   """
-  parser = Parser(
-    prog=experiment.command, description=(doc or '').split('\n')[0]
-  )
-  parser.add_argument(
-    '--scale', choices=experiment.scales, default=experiment.default_scale
-  )
-  parser.add_argument(
-    '--seeds', type=int, default=1, help='number of seeds, which start at 0'
-  )
-  parser.add_argument(
-    '--data_dir', default='', help='folder of prepared TFDS data sets'
-  )
-  parser.add_argument(
-    '--runs',
-    default='runs',
-    type=folders.argument,
-    help='folder for the workdirs of unfinished runs',
-  )  # fmt: skip
-  parser.add_argument(
-    '--results',
-    type=folders.argument,
-    default=RESULTS,
-    help='folder of results',
-  )
-  parser.add_argument(
-    '--only', default='', help='train only cells whose name contains this'
-  )
-  parser.add_argument(
-    '--dtype', choices=('float32', 'bfloat16'), default='float32'
-  )
-  parser.add_argument(
-    '--busy',
-    action='store_true',
-    help='other work runs on the machine, so no table shows these seconds',
-  )
-  parser.add_argument(
-    '--show', action='store_true', help='train nothing, show all results'
-  )
+  parser = _parser(experiment, doc)
   options = parser.parse_args(args)
-  if options.seeds < 1:
-    parser.error(f'--seeds is {options.seeds}; it must be at least 1.')
-  cells = experiment.cells(options.scale)
-  chosen = [cell for cell in cells if options.only in cell.name]
-  if not chosen:
-    names = ', '.join(cell.name for cell in cells)
-    parser.error(
-      f'--only is {options.only!r}, but no name at this scale contains it: '
-      f'{names or "there are no runs"}.'
-    )
-  if options.busy and all(cell.timed for cell in chosen):
-    parser.error(
-      '--busy is set, but these runs only measure seconds, for which the '
-      'machine must do nothing else: leave it out.'
-    )
+  results = Results(experiment.name, options.scale, options.results)
+  if wrong := _refusal(experiment, results, options):
+    parser.error(wrong)
   logging.set_verbosity(logging.WARNING)  # orbax reports every step it takes.
-  scale = options.scale
-  results = Results(experiment.name, scale, options.results)
+  diverged = False
+  if not options.show:
+    diverged = _train_all(experiment, results, options)
+  show(experiment, results)
+  if diverged:
+    raise SystemExit(1)
+
+
+def _train_all(
+  experiment: Experiment, results: Results, options: argparse.Namespace
+) -> bool:
+  """Trains the cells without results; returns whether one has diverged."""
+  diverged, scale = False, options.scale
   todo = jobs(experiment, results, options.seeds, options.only, options.busy)
-  if options.show:
-    todo = iter(())
   with Interrupt() as interrupt:
     for cell, seed, target in todo:
       config = cell.config(scale)
       config.seed, config.data.dir = seed, options.data_dir
       config.model.dtype = options.dtype
-      folder = options.runs / experiment.name / scale / target.stem
+      # Experiments that share a run find what another one has begun.
+      home = cell.home or experiment.name
+      folder = options.runs / home / scale / target.stem
       try:
         if options.busy:
-          begin_busy(folder)
+          runs.begin_busy(folder)
         experiment.train(config, target, folder)
+      except NonFiniteError as error:  # It would diverge again; others may not.
+        print(f'error: {target.stem}: {error}', file=sys.stderr)
+        diverged = True
       except program.MENDABLE as error:
         line, code = program.explain(error, str(folder))
-        parser.exit(code, f'error: {target.stem}: {line}\n')
+        print(f'error: {target.stem}: {line}', file=sys.stderr)
+        raise SystemExit(code) from None
       except Interrupted as stop:
         print(f'{target.stem}: {stop}', file=sys.stderr)
       # A signal in the last round does not stop the run, but it stops here.
       if interrupt.signum:
         raise SystemExit(128 + interrupt.signum)
-  show(experiment, results)
+  return diverged

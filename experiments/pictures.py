@@ -137,9 +137,9 @@ def curves(
   Args:
     panels: For each panel by title, and each curve by label, the results of its
       seeds.
-    x: The horizontal axis, a key of `X_AXES`. Where all workers share a device,
-      nothing is on the wire, and the paper's count replaces it in all panels:
-      two counts never share a picture.
+    x: The horizontal axis, a key of `X_AXES`. Where workers share a device, not
+      all that they exchange is on the wire, and the paper's count replaces it
+      in all panels: two counts never share a picture.
     sharey: Whether the accuracies of different panels can be compared, so that
       the panels share an axis.
 
@@ -154,13 +154,10 @@ def curves(
   panels = {title: panel for title, panel in panels.items() if panel}
   if not panels:
     return None
-  last = [
-    rows[-1][x]
-    for panel in panels.values()
-    for runs in panel.values()
-    for rows in _curves(runs)
+  runs = [
+    r for panel in panels.values() for some in panel.values() for r in some
   ]
-  if x == 'wire_bytes_total' and not all(last):
+  if x == 'wire_bytes_total' and any(map(_workers_share_devices, runs)):
     x = 'bytes_total'
   style = looks(dict.fromkeys(name for p in panels.values() for name in p))
   ends = [_ends(panel, x) for panel in panels.values()]
@@ -204,6 +201,11 @@ def _lines(
 def _point(x: float, values: Sequence[float]) -> Point:
   mean = statistics.mean(values)
   return Point(x, mean, min(values), max(values), len(values))
+
+
+def _workers_share_devices(run: Record) -> bool:
+  summary = run.get('summary', {})
+  return summary.get('num_devices', 1) < summary.get('num_workers', 1)
 
 
 def _curves(runs: Sequence[Record]) -> list[list[Mapping[str, Any]]]:

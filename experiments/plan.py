@@ -77,8 +77,10 @@ PAPER = [f'--config={config_lib.__file__}']
 PAPER += ['--config.data.name=cifar100', '--config.min_depth=5']
 DIGITS = ['--config=digits']
 LADDER = tuple(10 ** (k / 4) for k in range(28, 45))  # 10 Mbit to 100 Gbit
-UNITS = {'': 1, 'kbit': 1e3, 'Mbit': 1e6, 'Gbit': 1e9, 'ms': 1e-3, 'us': 1e-6}
-UNITS |= {'GB': 1e9}
+PURE = {'': 1.0}
+BITS = {**PURE, 'kbit': 1e3, 'Mbit': 1e6, 'Gbit': 1e9}
+BYTES = {**PURE, 'GB': 1e9}
+SECONDS = {**PURE, 'ms': 1e-3, 'us': 1e-6}
 DATA = {'digits': ('8x8x1', 10), 'cifar10': ('32x32x3', 10)}
 DATA |= {'cifar100': ('32x32x3', 100), 'imagenet2012': ('224x224x3', 1000)}
 HEAD = ['S', 'blocks', 'exchange', 'compute s', 'exchange s', 'round s']
@@ -253,10 +255,15 @@ def _median_seconds(function: Callable[[], Any]) -> float:
   return statistics.median(found[1:])
 
 
-def _amount(flag: flags.FlagHolder, like: str, least: float = 1.0) -> float:
+def _amount(
+  flag: flags.FlagHolder,
+  units: Mapping[str, float],
+  like: str,
+  least: float = 1.0,
+) -> float:
   text = flag.value or ''
-  found = re.fullmatch(r'(\d+\.?\d*(?:e[+-]?\d\d?)?)([kMG]bit|GB|ms|us|)', text)
-  value = float(found[1]) * UNITS[found[2]] if found else -1.0
+  found = re.fullmatch(r'(\d+\.?\d*(?:e[+-]?\d\d?)?)([A-Za-z]*)', text)
+  value = float(found[1]) * units.get(found[2], -1.0) if found else -1.0
   if value < least:
     raise ValueError(f'--{flag.name} is {text!r}; write it like {like}.')
   return value
@@ -274,10 +281,11 @@ def _plan(config: Any) -> Plan:
 
 def _predict(plan: Plan, workers: Sequence[int], bandwidth: float) -> list:
   """Prints predictions for a bandwidth; returns those of other ones, too."""
-  flops, latency = _amount(FLOPS, '1e13'), _amount(LATENCY, '1ms', 0.0)
+  flops = _amount(FLOPS, PURE, '1e13')
+  latency = _amount(LATENCY, SECONDS, '1ms', 0.0)
   memory = None
   if MEMORY_BANDWIDTH.value is not None:
-    memory = _amount(MEMORY_BANDWIDTH, '3352GB')
+    memory = _amount(MEMORY_BANDWIDTH, BYTES, '3352GB')
   links = sorted({bandwidth, *LADDER})
   machines = [Machine(flops, link, latency, memory) for link in links]
   rows = [plan.predict(S, machine) for S in workers for machine in machines]
@@ -301,7 +309,7 @@ def main(given: list[str], options: Options) -> None:
       jax.config.update('jax_num_cpu_devices', max(workers))
       rows, picture = _check(config, workers), None
     else:
-      bandwidth = _amount(BANDWIDTH, '100Mbit or 1e9')
+      bandwidth = _amount(BANDWIDTH, BITS, '100Mbit or 1e9')
       rows = _predict(_plan(config), workers, bandwidth)
       picture = plots.render_png(_draw(rows, bandwidth))
   except ValueError as error:

@@ -1,5 +1,7 @@
 """Result files with their provenance, and the training runs that make them."""
 
+import argparse
+from collections.abc import Sequence
 import contextlib
 import functools
 import importlib.metadata
@@ -108,6 +110,29 @@ def load(pattern: str) -> list[dict[str, Any]]:
   ]
 
 
+def need_out(
+  parser: argparse.ArgumentParser, args: argparse.Namespace, free: Sequence[str]
+) -> None:
+  """Refuses to measure something else into the file of a committed result.
+
+  Args:
+    parser: The parser of a command with the option `--out`.
+    args: Its options.
+    free: Names of those that the name of the file tells, or that do not change
+      what is measured.
+  """
+  changed = [
+    name
+    for name, value in vars(args).items()
+    if name not in free and value != parser.get_default(name)
+  ]
+  if changed and not args.out:
+    parser.error(
+      f'--{changed[0]} measures something else than the result that is kept '
+      'with the code: name a file with --out.'
+    )
+
+
 def begin_busy(folder: pathlib.Path) -> None:
   """Notes that other work runs on the machine, so seconds do not count.
 
@@ -140,6 +165,12 @@ def begin(target: pathlib.Path) -> None:
   folders.check_writable(target.parent, 'results')
   _begin_process()
   print(f'{target.parent.name}/{target.name}', file=sys.stderr, flush=True)
+
+
+def here() -> dict[str, Any]:
+  """Returns the provenance of what this process would measure."""
+  _begin_process()
+  return provenance()
 
 
 @functools.cache

@@ -32,7 +32,7 @@ import psutil
 
 from experiments.experiment import machine
 from experiments.launch.local import free_port
-from experiments.runs import RESULTS, provenance, write_record
+from experiments.runs import RESULTS, need_out, provenance, write_record
 from experiments.table import Table
 from resist_jax import folders
 from resist_jax.errors import Parser
@@ -323,7 +323,11 @@ def main() -> int:
     type=folders.output_folder,
     help='where outputs stay; else they do not',
   )
+  parser.add_argument(
+    '--out', type=folders.output_file, help='JSON file to write'
+  )
   options = parser.parse_args()
+  need_out(parser, options, free=['seed', 'calm', 'folder'])
   args = [
     '--config=digits:smoke', '--config.model.name=PreActResNet18',
     '--config.model.stage_sizes=1,6', '--config.model.widths=8,8',
@@ -353,7 +357,7 @@ def main() -> int:
     finally:
       run.end()
   kind = 'calm' if options.calm else f'storm_seed{options.seed}'
-  write_record(FOLDER / f'{kind}.json', record)
+  write_record(options.out or FOLDER / f'{kind}.json', record)
   shown = {k: record[k] for k in record if k not in ('events', 'summary')}
   print(json.dumps(shown, indent=2))
   return 0

@@ -100,11 +100,11 @@ def cell(
     return made
   config, times = made.config(scale), TIMES[recipe]
   rounds = {
-    'num_rounds': int(times * config.num_rounds),
+    'num_rounds': max(1, int(times * config.num_rounds)),
     'optimizer.warmup_rounds': int(times * config.optimizer.warmup_rounds),
   }
   if recipe == QUARTER:
-    rounds['eval_every'] = rounds['num_rounds'] // 4
+    rounds['eval_every'] = max(1, rounds['num_rounds'] // 4)
   return dataclasses.replace(made, overrides={**fields, **rounds})
 
 

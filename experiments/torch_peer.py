@@ -6,7 +6,7 @@ counts.
 
   python -m experiments.torch_peer --torch=/path/to/python
   python -m experiments.torch_peer --torch=/path/to/python --workers=4 \
-    --batch_size=128 --dtype=bfloat16 --compile --steps=20 --runs=1
+    --batch_size=128 --dtype=bfloat16 --compile --steps=20 --runs=1 --out=FILE
 """
 
 import json
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 
-from experiments.runs import RESULTS, provenance, write_record
+from experiments.runs import RESULTS, need_out, provenance, write_record
 from resist_jax import folders
 from resist_jax.errors import Parser
 
@@ -121,6 +121,7 @@ def main() -> None:
   parser.add_argument('--compile', action='store_true', help='torch.compile')
   parser.add_argument('--out', type=folders.output_file)
   args = parser.parse_args()
+  need_out(parser, args, free=['torch'])
   blocks = -(-LENGTH // args.workers)
   ours, theirs, peer = [], [], {}
   for _ in range(args.runs):

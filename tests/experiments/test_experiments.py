@@ -184,7 +184,7 @@ def test_a_command_goes_on_and_skips_what_is_done(arguments, capsys):
   # As a stop after the first round leaves it.
   begun = small(digits.cell('resist')).config('smoke')
   begun.num_rounds = 1
-  folder = unfinished / 'digits/smoke' / target.stem
+  folder = unfinished / 'quantised/smoke' / target.stem
   runs.train.train(begun, str(folder))
   first = json.loads((folder / 'metrics.jsonl').read_text().splitlines()[0])
 
@@ -251,7 +251,6 @@ def test_a_stop_in_a_last_round_stops_the_experiment(tmp_path):
   [
     (OSError(errno.ENOSPC, 'No space left'), 1, 'make room in'),
     (WorkdirLostError('the workdir was moved.'), 1, 'was moved'),
-    (NonFiniteError('a loss is nan.'), 1, 'is nan'),
     (ConfigError('lr is -1; it must be more than 0.'), 2, 'lr is -1'),
   ],
 )
@@ -267,6 +266,48 @@ def test_what_ends_a_run_is_told_in_a_line(tmp_path, capsys, error, code, told):
   (line,) = capsys.readouterr().err.splitlines()
   assert line.startswith('error: digits_resist_float32_seed0: ')
   assert told in line
+
+
+def test_a_run_that_diverges_keeps_no_other_from_being_trained(
+  tmp_path, capsys
+):
+  trained = []
+
+  def train(config, target, folder):
+    trained.append(target.stem)
+    if len(trained) == 2:
+      raise NonFiniteError('a loss is nan.')
+
+  command = dataclasses.replace(digits.EXPERIMENT, train=train)
+  args = [f'--results={tmp_path}', f'--runs={tmp_path}', '--scale=smoke']
+  with pytest.raises(SystemExit) as stop:
+    experiment.main(command, 'What it does.', args)
+  assert stop.value.code == 1
+  assert len(trained) == len(digits.cells('smoke')) > 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line == f'error: {trained[1]}: a loss is nan.'
+
+
+def test_numbers_of_two_dtypes_are_not_compared(tmp_path, capsys):
+  cell, *_ = digits.cells('smoke')
+  target = Results('digits', 'smoke', tmp_path).target(cell, 0)
+  target.parent.mkdir(parents=True)
+  made = {'config': {'model': {'dtype': 'bfloat16'}}, 'summary': {'seed': 0}}
+  runs.write_record(target, made)
+  args = [f'--results={tmp_path}', '--scale=smoke', f'--only={cell.name}']
+  with pytest.raises(SystemExit) as stop:
+    experiment.main(digits.EXPERIMENT, 'What it does.', args)
+  assert stop.value.code == 2
+  told = capsys.readouterr().err
+  assert 'set --dtype=bfloat16' in told
+  assert json.loads(target.read_text()) == made
+
+
+@pytest.mark.parametrize(('name', 'scale'), GIVEN)
+def test_every_cell_can_be_trained_alone(name, scale):
+  cells = EXPERIMENTS[name].cells(scale)
+  for cell in cells:
+    assert experiment.named(cells, cell.name) == [cell]
 
 
 def test_results_that_cannot_be_written_cost_no_training(tmp_path, capsys):

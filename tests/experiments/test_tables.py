@@ -240,11 +240,16 @@ def test_curves_show_the_mean_of_the_seeds(tmp_path):
   assert pictures.curves({'title': {'ours': []}}, 'round') is None
 
 
-def test_runs_on_one_device_are_drawn_by_the_papers_count():
-  """All their workers share a device: nothing is on the wire."""
+@pytest.mark.parametrize('devices', [1, 2])
+def test_runs_whose_workers_share_devices_are_drawn_by_the_papers_count(
+  devices,
+):
+  """Not all that they exchange is on the wire."""
   alone = record(0.4)
+  alone['summary']['num_devices'] = devices
   for row in alone['curve']:
-    row |= {'wire_bytes_total': 0, 'bytes_total': 2e6 * row['round']}
+    row['wire_bytes_total'] = 1e5 * (devices - 1) * row['round']
+    row['bytes_total'] = 2e6 * row['round']
   figure = pictures.curves({'title': {'ours': [alone]}}, 'wire_bytes_total')
   (axes,) = figure.figure().axes
   assert axes.lines[0].get_xdata().tolist() == [2, 4]
@@ -395,6 +400,23 @@ def test_settings_are_drawn_in_their_order(tmp_path):
       put(results, cell, record(0.5))
   (picture,) = local_iterations.figures(results).values()
   assert picture.charts[0].categories == ['96', '384', 'never']
+
+
+def test_each_machine_measures_a_pace_of_its_own(tmp_path, monkeypatch):
+  results = Results('to_accuracy', 'cpu90', tmp_path)
+  here = record(0.1)['provenance']
+  monkeypatch.setattr(runs, 'here', lambda: here)
+
+  def left(seeds=1):
+    todo = jobs(to_accuracy.EXPERIMENT, results, seeds, 'pace_resist_s4', False)
+    return [seed for _, seed, _ in todo]
+
+  assert left() == [0]
+  put(results, to_accuracy.pace('resist', 4), on(7, record(0.1)))
+  assert left() == [1]
+  put(results, to_accuracy.pace('resist', 4), record(0.1, seed=1))
+  assert left() == []
+  assert left(2) == [2]
 
 
 def test_a_busy_machine_measures_no_pace(tmp_path):
