@@ -19,6 +19,7 @@ from resist_jax.run.config import (
   chosen_depths,
   differences,
   get_config,
+  protocols,
   value_of,
 )
 from resist_jax.run.fields import each
@@ -62,6 +63,7 @@ def validate(config: ml_collections.ConfigDict, imports: bool = True) -> None:
   _check_types(config)
   _check_finite(config)
   _one_of(config, 'protocol', PROTOCOLS)
+  _one_of(config, 'phases.protocol', PROTOCOLS[1:])
   _one_of(config, 'exchange', tuple(EXCHANGES))
   _one_of(config, 'wire_format', tuple(FORMATS))
   _one_of(config, 'dealing', ('random', 'spread'))
@@ -131,7 +133,8 @@ def validate(config: ml_collections.ConfigDict, imports: bool = True) -> None:
       f'optimizer.drops is {drops}; it must hold shares of the run, between 0 '
       'and 1, in order.'
     )
-  if config.protocol == 'data_parallel' and config.wire_format == 'int8':
+  parallel = 'data_parallel' in protocols(config)
+  if parallel and config.wire_format == 'int8':
     raise ConfigError(
       'wire_format int8 sends changes between rounds, and data_parallel has '
       'none: use bfloat16 or float32.'
@@ -144,7 +147,7 @@ def validate(config: ml_collections.ConfigDict, imports: bool = True) -> None:
       '2**31: lower one.'
     )
   _at_least('local_steps_alpha', config.local_steps_alpha, 0)
-  if config.local_steps_alpha and config.protocol == 'data_parallel':
+  if config.local_steps_alpha and parallel:
     raise ConfigError(
       f'local_steps_alpha is {config.local_steps_alpha}, but data_parallel '
       'exchanges at every step: set it to 0.'
@@ -163,17 +166,7 @@ def validate(config: ml_collections.ConfigDict, imports: bool = True) -> None:
     _check_shared_every(config)
   _check_faults(config)
   _check_outer_and_average(config)
-  full = sum(config.phases[field] for field in PHASE_FIELDS)
-  if full and config.protocol != 'resist':
-    raise ConfigError(
-      f'phases are full-model rounds of protocol resist, not of '
-      f'{config.protocol}: set them to 0.'
-    )
-  if full > config.num_rounds:
-    raise ConfigError(
-      f'phases ask for {full} full-model rounds of {config.num_rounds}: raise '
-      'num_rounds or lower phases.'
-    )
+  _check_phases(config)
   if config.depths and config.protocol != 'resist':
     raise ConfigError(
       f'depths is {config.depths}, but {config.protocol} gives each worker all '
@@ -317,10 +310,26 @@ def _check_faults(config) -> None:
       f'faults.loss_factor is {factor}, but faults.leave_out is off: turn it '
       'on, or set loss_factor to 0.'
     )
-  if factor and config.protocol == 'data_parallel':
+  if factor and 'data_parallel' in protocols(config):
     raise ConfigError(
       'faults.loss_factor compares losses at the end of a round, and '
       'data_parallel has averaged by then: set it to 0.'
+    )
+
+
+def _check_phases(config) -> None:
+  full = sum(config.phases[field] for field in PHASE_FIELDS)
+  protocol, between = config.phases.protocol, config.protocol
+  if full and PROTOCOLS.index(protocol) <= PROTOCOLS.index(between):
+    raise ConfigError(
+      f'phases are full-model rounds of {protocol} in a run of resist'
+      f'{" or local_sgd" if protocol == "data_parallel" else ""}, but protocol '
+      f'is {between}: set phases.full_before and phases.full_after to 0.'
+    )
+  if full > config.num_rounds:
+    raise ConfigError(
+      f'phases ask for {full} full-model rounds of {config.num_rounds}: raise '
+      'num_rounds or lower phases.'
     )
 
 
@@ -336,7 +345,7 @@ def _check_distillation(config) -> None:
     raise ConfigError(
       f'distillation.temperature is {temperature}; it must be greater than 0.'
     )
-  if weight and config.protocol == 'data_parallel':
+  if weight and 'data_parallel' in protocols(config):
     raise ConfigError(
       f'distillation.weight is {weight}, but all workers of data_parallel '
       'agree at every step: set it to 0.'

@@ -20,7 +20,7 @@ EXCHANGES = {
   'masked_psum': exchange.masked_psum,
 }
 
-PHASE_FIELDS = ('full_before', 'full_after')
+PHASE_FIELDS = ('full_before', 'full_after')  # How many rounds.
 
 # What may change between two runs in the same workdir: a checkpoint holds the
 # global model, so workers, devices and protocol are free (elastic resume). A
@@ -57,6 +57,16 @@ ELASTIC = frozenset(
     'log',
   }
 )
+
+
+def protocols(config: ml_collections.ConfigDict) -> set[str]:
+  """Returns the protocols of the rounds of a run.
+
+  Args:
+    config: A config.
+  """
+  full = any(config.phases[field] for field in PHASE_FIELDS)
+  return {config.protocol, *([config.phases.protocol] if full else [])}
 
 
 def value_of(config: ml_collections.ConfigDict, name: str) -> Any:

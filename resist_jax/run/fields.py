@@ -143,10 +143,16 @@ FIELDS = {
     Field(
       'phases.full_before',
       0,
-      'First rounds in which every worker trains the full network (local SGD). '
-      'The paper warms up this way on ImageNet.',
+      'First rounds in which every worker trains the full network. The paper '
+      'warms up this way on ImageNet.',
     ),
     Field('phases.full_after', 0, 'The same for the last rounds.'),
+    Field(
+      'phases.protocol',
+      'local_sgd',
+      'The protocol of these rounds: local_sgd, or data_parallel, which a run '
+      'of local_sgd may end with, too.',
+    ),
   ),
   'Optimiser': (
     Field(

@@ -38,6 +38,7 @@ from resist_jax.run.config import (
   augmentation,
   check_divisions,
   chosen_depths,
+  protocols,
 )
 from resist_jax.run.mean_loss import MeanLoss
 from resist_jax.run.task import Dataset
@@ -352,9 +353,8 @@ def _check(task: ModuleTask) -> None:
         f'it returned {type(made).__name__}: return one of optax.'
       )
     field = 'optimizer.carry_momentum'
-    carry = config.optimizer.carry_momentum or (
-      config.protocol == 'data_parallel'
-    )
+    parallel = 'data_parallel' in protocols(config)
+    carry = config.optimizer.carry_momentum or parallel
     checks.check_optimizer(made, shapes, carry, make_mesh(1), field)
   if config.protocol == 'resist':
     _check_chains(config, name, lengths)

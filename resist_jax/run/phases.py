@@ -1,4 +1,4 @@
-"""Phases, rounds of one protocol: resist may begin and end with local SGD.
+"""Phases, rounds of one protocol: resist may begin and end with another one.
 
 A phase trains by a `Trainer`, made from the config of the run.
 """
@@ -103,9 +103,7 @@ def name_at(config: ml_collections.ConfigDict, round_index: int) -> str:
   round_index = min(round_index, config.num_rounds - 1)
   before = round_index < config.phases.full_before
   after = round_index >= config.num_rounds - config.phases.full_after
-  if config.protocol == 'resist' and (before or after):
-    return 'local_sgd'
-  return config.protocol
+  return config.phases.protocol if before or after else config.protocol
 
 
 def typical_name(config: ml_collections.ConfigDict) -> str:

@@ -164,18 +164,18 @@ class ResNetTask:
   def flops(self, lengths: Mapping[str, int]) -> float:
     """See `task.Task`."""
     return models.predicted_flops(
-      self.network, self.image_shape, lengths, self._passes
+      self.network, self.image_shape, lengths, self.passes
     )
 
   @property
-  def _passes(self) -> int:
+  def passes(self) -> int:
     """Forward passes in a step: with distillation, one more."""
     return 2 if self.config.distillation.weight else 1
 
   def statistics(self, lengths: Mapping[str, int]) -> int:
     """See `task.Task`: what batch norm measures, and gradients of it."""
     measured = models.num_statistics(self.network, self.image_shape, lengths)
-    return (self._passes + 1) * measured
+    return (self.passes + 1) * measured
 
 
 def make(

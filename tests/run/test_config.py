@@ -148,6 +148,27 @@ def test_the_defaults_are_valid():
       'data_parallel has averaged by then',
     ),
     ({'protocol': 'local_sgd', 'phases.full_before': 1}, 'phases .* resist'),
+    ({'phases.protocol': 'resist'}, 'phases.protocol is .resist.'),
+    (
+      {
+        'protocol': 'data_parallel',
+        'phases.full_after': 1,
+        'phases.protocol': 'data_parallel',
+      },
+      'resist or local_sgd',
+    ),
+    *(
+      (
+        {'phases.full_after': 1, 'phases.protocol': 'data_parallel', **fields},
+        said,
+      )
+      for fields, said in (
+        ({'wire_format': 'int8'}, 'data_parallel has none'),
+        ({'local_steps_alpha': 1.0}, 'exchanges at every step'),
+        ({'distillation.weight': 0.5}, 'agree at every step'),
+        ({'faults.leave_out': True, 'faults.loss_factor': 3.0}, 'by then'),
+      )
+    ),
     ({'outer.lr': -1.0}, 'outer.lr is -1.0; it must be at least 0'),
     ({'outer.lr': 1.0, 'outer.momentum': 1.0}, 'outer.momentum is 1.0; .*than'),
     ({'outer.momentum': 0.5}, 'there is no outer optimiser: set outer.lr'),
