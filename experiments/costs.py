@@ -128,6 +128,7 @@ class Plan:
     self._compiled = known.steps(chip, records)
     none: Any = None  # Predictions need neither data nor devices.
     task = ResNetTask(network, none, config)
+    self._passes = task.passes
     self.setup = Setup(config, task, blocks, sizes, none)
 
   def traffic(self, name: str, num_workers: int) -> tuple[Traffic, str]:
@@ -163,6 +164,8 @@ class Plan:
 
   def step(self, traffic: Traffic) -> known.Step | None:
     """Returns what a compiler said of a worker's step; None if none did."""
+    if self._passes > 1:  # Steps were compiled without distillation.
+      return None
     network = self.network.with_chain_lengths(_lengths(traffic))
     batch_size = self.setup.config.batch_size
     description = known.described(network, self.image, batch_size)
@@ -218,7 +221,9 @@ class Plan:
 
   def _flops(self, lengths) -> float:
     """Predicts the operations of a step."""
-    per_image = models.predicted_flops(self.network, self.image, lengths)
+    per_image = models.predicted_flops(
+      self.network, self.image, lengths, self._passes
+    )
     return self.setup.config.batch_size * per_image
 
   def predict(self, num_workers: int, machine: Machine) -> dict[str, Any]:

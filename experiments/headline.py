@@ -23,8 +23,10 @@ LEARNED = (
   ('local SGD', 'local_sgd', to_accuracy.PLAIN),
   ('local SGD, half the steps', 'local_sgd', to_accuracy.HALF),
   ('local SGD, outer momentum', 'local_sgd', to_accuracy.LEVERS),
+  ('local SGD, outer momentum, half', 'local_sgd', to_accuracy.LEVERS_HALF),
   ('ResIST', 'resist', to_accuracy.PLAIN),
   ('ResIST, outer momentum', 'resist', to_accuracy.LEVERS),
+  ('ResIST, outer momentum, twice', 'resist', to_accuracy.TWICE),
 )
 COSTS = (
   ('data parallel', 'data_parallel', 'all_reduce', 'float32'),
@@ -47,7 +49,7 @@ def _learned() -> list[Table]:
     )
     for name, protocol, recipe in LEARNED
   }
-  where = to_accuracy.timed_on(list(found.values()))
+  where = to_accuracy.timed_on(results)
   rows = [
     [name, results.percent(trained.cell), *trained.to_targets(where)]
     for name, trained in found.items()
@@ -57,7 +59,7 @@ def _learned() -> list[Table]:
     return []
   runs = [record for trained in found.values() for record in trained.records]
   caption = (
-    'Four workers on two CPU cores, equally many steps where the name says '
+    'Four workers on one machine, equally many steps where the name says '
     'nothing else. *CIFAR-10* is the test accuracy in %; the columns behind it '
     'are the seconds of training, and the GB that all workers sent, until the '
     'first test that reaches an accuracy. '

@@ -4,7 +4,8 @@
 
 Each run adds levers to the recipe of the scale `cpu90` on CIFAR-10, which is
 shortened to some ten minutes of two cores for ResIST: a quarter of the epochs,
-half of the channels. Local SGD gets every lever that means something to it.
+half of the channels, without the whitened stem and the rate of biases. These
+are levers here. Local SGD gets every lever that means something to it.
 "Gain" is the mean difference from the run of the same seed without a lever.
 Bytes are what all workers would send if each had a device of its own.
 
@@ -81,6 +82,10 @@ def _finish(config: ConfigDict) -> Mapping[str, Any]:
   return {'phases.full_after': max(1, config.num_rounds * 15 // 100)}
 
 
+def _other_init(config: ConfigDict) -> Mapping[str, Any]:
+  return {'model.init': 'he' if config.model.init == 'torch' else 'torch'}
+
+
 def _growing(config: ConfigDict) -> Mapping[str, Any]:
   """Rounds are twice as long from half of the largest rate on."""
   return {'local_steps_alpha': config.lr / 2 * (2 * config.local_steps) ** 0.5}
@@ -121,7 +126,11 @@ def _longer(config: ConfigDict) -> Mapping[str, Any]:
 
 LEVERS = {
   'none': Lever('none', _set()),
-  'finish': Lever('full models at the end', _finish, alone=True),
+  'finish': Lever('local SGD at the end', _finish, alone=True),
+  'finish_parallel': Lever(
+    'data parallel at the end',
+    _all(_finish, _set(phases__protocol='data_parallel')),
+  ),
   'outer05': Lever('outer momentum 0.5', _outer(0.5)),
   'outer08': Lever('outer momentum 0.8', _outer(0.8)),
   'carry': Lever('momentum carried', _set(optimizer__carry_momentum=True)),
@@ -150,6 +159,10 @@ LEVERS = {
     'scaled in training', _set(residual_scale='training'), alone=True
   ),
   'gates': Lever('gates', _set(model__gates=True)),
+  'gates_zero': Lever(
+    'gates that begin at zero', _set(model__gates=True, model__gate_start=0.0)
+  ),
+  'init': Lever("He's initial values for PyTorch's, or reversed", _other_init),
   'average': Lever('average, decay 0.8', _set(average__decay=0.8)),
   'growing': Lever('rounds grow as the rate falls', _growing),
   'half': Lever('half the steps in a round', _times(0.5)),
@@ -237,7 +250,10 @@ def tables(results: Results) -> list[Table]:
     return []
   recipe = f'{results.scale} scale'
   if results.scale == 'cpu90':
-    recipe += ', a quarter of its epochs and half of its channels'
+    recipe += (
+      ', a quarter of its epochs and half of its channels, without the '
+      'whitened stem and the rate of biases'
+    )
   caption = (
     'Deployed test accuracy in % on CIFAR-10 after the last round, '
     f'{recipe}. Each row adds levers to the recipe. "Gain" is the mean '

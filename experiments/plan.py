@@ -263,7 +263,9 @@ def _amount(
 ) -> float:
   text = flag.value or ''
   found = re.fullmatch(r'(\d+\.?\d*(?:e[+-]?\d\d?)?)([A-Za-z]*)', text)
-  value = float(found[1]) * units.get(found[2], -1.0) if found else -1.0
+  value = -1.0
+  if found and found[2] in units:
+    value = float(found[1]) * units[found[2]]
   if value < least:
     raise ValueError(f'--{flag.name} is {text!r}; write it like {like}.')
   return value

@@ -59,7 +59,8 @@ INTRODUCTION = (
   'reports (C. Dun, C. R. Wolfe, C. M. Jermaine, A. Kyrillidis, UAI 2022). '
   'Every number comes from a result file that is kept with the code, together '
   'with its configuration, seed, commit, versions and machine. The command '
-  'above a table makes its result files again.',
+  'above a table makes its result files again, in a folder without results '
+  '(--results=FOLDER).',
   'At the cpu scale, a network with an eighth of the width trains for two '
   'epochs on two cores. Compare the protocols there with each other, but not '
   'with the paper.',

@@ -54,6 +54,7 @@ from experiments.table2 import DATA, NAMES, WORKERS
 PLAIN, LEVERS = '', ', levers'
 LESS = ', without whitened stem and rate of biases'
 HALF, QUARTER = ', half the rounds', ', a quarter of the rounds'
+LEVERS_HALF = ', levers, half the rounds'
 TWICE = ', levers, twice the rounds'
 RECIPES = {
   PLAIN: '',
@@ -61,10 +62,11 @@ RECIPES = {
   HALF: '_half',
   QUARTER: '_quarter',
   LEVERS: '_plus',
+  LEVERS_HALF: '_plus_half',
   TWICE: '_plus_twice',
 }
 # As many rounds, also those that warm up.
-TIMES = {HALF: 0.5, QUARTER: 0.25, TWICE: 2}
+TIMES = {HALF: 0.5, LEVERS_HALF: 0.5, QUARTER: 0.25, TWICE: 2}
 TARGETS = (0.80, 0.85, 0.88, 0.90)
 TO_TARGETS = [f'to {100 * target:.0f} %' for target in TARGETS]  # Columns.
 HEAD = ['data', 'protocol', 'workers']
@@ -94,7 +96,7 @@ def cell(
   if recipe == LESS:
     fields |= {'model.stem': 'strided', 'optimizer.bias_rate': 1.0}
   made = Cell(name, data, f's{workers}', fields)
-  if recipe in (LEVERS, TWICE):
+  if recipe in (LEVERS, LEVERS_HALF, TWICE):
     made = Cell(name, 'resist_plus', f's{workers},{data}', fields)
   if recipe not in TIMES:
     return made
@@ -135,7 +137,7 @@ def cells(scale: str) -> list[Cell]:
   pairs = [(name, 4) for name in NAMES]
   pairs += itertools.product(('resist', 'local_sgd'), (2, 8))
   others = [('resist', recipe) for recipe in (LESS, LEVERS, TWICE)]
-  others += [('local_sgd', recipe) for recipe in (HALF, LEVERS)]
+  others += [('local_sgd', recipe) for recipe in (HALF, LEVERS, LEVERS_HALF)]
   others += [('data_parallel', recipe) for recipe in (HALF, QUARTER)]
   return [
     *(cell('cifar10', *pair) for pair in pairs),
@@ -143,6 +145,7 @@ def cells(scale: str) -> list[Cell]:
     *(pace(*pair) for pair in pairs),
     pace('resist', 4, LESS),
     *(cell('cifar100', *pair) for pair in pairs),
+    *(cell('cifar100', name, 4, LEVERS) for name in ('resist', 'local_sgd')),
   ]
 
 
@@ -280,25 +283,10 @@ class Trained(NamedTuple):
     return ', '.join(parts)
 
 
-def timed_on(trained: Sequence[Trained]) -> str:
-  """Returns the machine that most of some cells were timed on.
-
-  The seconds of two machines are not compared.
-
-  Args:
-    trained: The cells.
-
-  Returns:
-    The machine, empty if none was timed.
-  """
-  count = collections.Counter(
-    where for some in trained for where in some.seconds
-  )
-  return max(count, key=lambda where: (count[where], where), default='')
+Found = Sequence[tuple[list[str], Trained]]  # Each with its first columns.
 
 
-def tables(results: Results) -> list[Table]:
-  """Returns what it took to reach each target here, and elsewhere."""
+def _find_all(results: Results) -> Found:
   found = []
   for (data, title), workers, (protocol, name), recipe in itertools.product(
     DATA.items(), WORKERS, NAMES.items(), RECIPES
@@ -306,15 +294,34 @@ def tables(results: Results) -> list[Table]:
     trained = Trained.find(results, data, protocol, workers, recipe)
     if trained.records:
       found.append(([title, name + recipe, str(workers)], trained))
-  where = timed_on([trained for _, trained in found])
+  return found
+
+
+def timed_on(results: Results) -> str:
+  """Returns the machine that most of the cells were timed on.
+
+  The seconds of two machines are not compared.
+
+  Args:
+    results: Where the results are.
+
+  Returns:
+    The machine, empty if none was timed.
+  """
+  count = collections.Counter(
+    where for _, trained in _find_all(results) for where in trained.seconds
+  )
+  return max(count, key=lambda where: (count[where], where), default='')
+
+
+def tables(results: Results) -> list[Table]:
+  """Returns what it took to reach each target here, and elsewhere."""
+  found, where = _find_all(results), timed_on(results)
   made = [
     _measured(results, where, found),
     _predicted(results.scale, where, found),
   ]
   return [table for table in made if table.rows]
-
-
-Found = Sequence[tuple[list[str], Trained]]  # Each with its first columns.
 
 
 def on_a_quiet(where: str) -> str:

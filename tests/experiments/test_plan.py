@@ -50,6 +50,17 @@ def test_a_fast_link_leaves_the_ratio_of_arithmetic(papers, S):
   assert speedup['data_parallel'] == pytest.approx(flops[0] / flops[1])
 
 
+def test_distillation_is_one_more_forward_pass(tmp_path):
+  flops = []
+  for weight in (0.0, 0.5):
+    config = config_lib.get_config()
+    config.distillation.weight = weight
+    plan = costs.Plan(config, (32, 32, 3), 100, records=tmp_path)
+    flops.append(plan.predict(4, machine(1e9))['resist']['flops'])
+  # Three passes, one forward and two backward, become four.
+  assert flops[1] / flops[0] == pytest.approx(4 / 3, rel=0.02)
+
+
 def test_the_papers_compute_ratios(papers):
   # The paper's 33 blocks cost nearly the same: 1.50 and 1.94.
   for S, ratio in ((2, 1.50), (4, 1.94)):
@@ -252,6 +263,11 @@ def papers_config():
     ({'flops': '1e999'}, "--flops is '1e999'"),
     ({'latency': '-1ms'}, "--latency is '-1ms'"),
     ({'memory_bandwidth': '3TB'}, 'write it like 3352GB'),
+    # Units of another quantity.
+    ({'bandwidth': '1GB'}, "--bandwidth is '1GB'; write it like 100Mbit"),
+    ({'memory_bandwidth': '3352Gbit'}, 'write it like 3352GB'),
+    ({'latency': '1Gbit'}, "--latency is '1Gbit'"),
+    ({'flops': '1e13ms'}, "--flops is '1e13ms'"),
     ({'workers': ['0']}, '--workers must be at least 1'),
     ({'workers': ['two']}, "'two'"),
     ({'image': '32x32'}, 'such as 32x32x3'),
@@ -272,9 +288,9 @@ def test_units():
   flags.FLAGS.mark_as_parsed()
   for text, value in (('100Mbit', 1e8), ('1.5Gbit', 1.5e9), ('1e9', 1e9)):
     with flagsaver.flagsaver(bandwidth=text):
-      assert plan_lib._amount(plan_lib.BANDWIDTH, '') == value
+      assert plan_lib._amount(plan_lib.BANDWIDTH, plan_lib.BITS, '') == value
   with flagsaver.flagsaver(latency='50us'):
-    latency = plan_lib._amount(plan_lib.LATENCY, '', 0.0)
+    latency = plan_lib._amount(plan_lib.LATENCY, plan_lib.SECONDS, '', 0.0)
   assert latency == pytest.approx(5e-5)
 
 
