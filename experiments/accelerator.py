@@ -18,6 +18,7 @@ from collections.abc import Mapping
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -263,7 +264,8 @@ def main() -> int:
       f'{row["largest"]:10.1e}{row["of_norm"]:10.1e}'
     )
   record = {
-    'command': ' '.join(['python -m experiments.accelerator', *sys.argv[1:]]),
+    'command': 'python -m experiments.accelerator'
+    + (f' --only={shlex.quote(args.only)}' if args.only else ''),
     'provenance': provenance(about['accelerator']['device']),
     'seed': SEED,
     'config': {

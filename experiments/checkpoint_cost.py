@@ -19,8 +19,15 @@ from typing import Any
 import jax
 
 from experiments.experiment import machine
-from experiments.runs import RESULTS, load_card, provenance, write_record
+from experiments.runs import (
+  RESULTS,
+  load_card,
+  need_out,
+  provenance,
+  write_record,
+)
 from experiments.table import Table
+from resist_jax import folders
 from resist_jax.errors import Parser
 from resist_jax.run import restore
 from resist_jax.run.checkpoint import Checkpoints
@@ -96,7 +103,11 @@ def main() -> int:
   parser.add_argument('--turns', type=int, default=5, help='of each kind')
   parser.add_argument('--rounds', type=int, default=3, help='in a turn')
   parser.add_argument('--local_steps', type=int, help='of a round')
+  parser.add_argument(
+    '--out', type=folders.output_file, help='JSON file to write'
+  )
   options = parser.parse_args()
+  need_out(parser, options)
   fields = dict(FIELDS)
   if options.local_steps:
     fields['local_steps'] = options.local_steps
@@ -135,7 +146,7 @@ def main() -> int:
     'ratio_least': min(ratios),
     'ratio_most': max(ratios),
   }
-  write_record(RESULT, record)
+  write_record(options.out or RESULT, record)
   del record['config']
   print(json.dumps(record, indent=2))
   return 0

@@ -32,6 +32,7 @@ from resist_jax.decomposition import Assigner
 from resist_jax.errors import ConfigError
 from resist_jax.exchange import compression, hand_over
 from resist_jax.exchange.hand_over import expected_messages
+from resist_jax.rounds import Protocol
 from resist_jax.run import checks, phases
 from resist_jax.run import config as config_lib
 from resist_jax.run.config import EXCHANGES, get_config
@@ -128,7 +129,7 @@ class Plan:
     self._compiled = known.steps(chip, records)
     none: Any = None  # Predictions need neither data nor devices.
     task = ResNetTask(network, none, config)
-    self._passes = task.passes
+    self._passes = task.passes  # Data parallel workers distil nothing.
     self.setup = Setup(config, task, blocks, sizes, none)
 
   def traffic(self, name: str, num_workers: int) -> tuple[Traffic, str]:
@@ -164,7 +165,7 @@ class Plan:
 
   def step(self, traffic: Traffic) -> known.Step | None:
     """Returns what a compiler said of a worker's step; None if none did."""
-    if self._passes > 1:  # Steps were compiled without distillation.
+    if self._passes_of(traffic.protocol) > 1:  # None was compiled with them.
       return None
     network = self.network.with_chain_lengths(_lengths(traffic))
     batch_size = self.setup.config.batch_size
@@ -199,7 +200,8 @@ class Plan:
     S, T = protocol.num_workers, protocol.local_steps
     lengths = _lengths(traffic)
     compiled = self.step(traffic)
-    flops = compiled.flops if compiled else self._flops(lengths)
+    passes = self._passes_of(protocol)
+    flops = compiled.flops if compiled else self._flops(lengths, passes)
     hbm_bytes = T * compiled.hbm_bytes if compiled else None
     without_losses = dataclasses.replace(protocol, exclude_faulty=False)
     sent = accounting.wire_bytes(sizes, without_losses, S) / S
@@ -219,10 +221,14 @@ class Plan:
       messages += moving * (assigns.num_columns + 2 * assigns.num_replicas)
     return Cost(T * flops, sent, messages, hbm_bytes)
 
-  def _flops(self, lengths) -> float:
+  def _passes_of(self, protocol: Protocol) -> int:
+    """Returns the forward passes of a step."""
+    return 1 if protocol.average_gradients else self._passes
+
+  def _flops(self, lengths, passes: int) -> float:
     """Predicts the operations of a step."""
     per_image = models.predicted_flops(
-      self.network, self.image, lengths, self._passes
+      self.network, self.image, lengths, passes
     )
     return self.setup.config.batch_size * per_image
 

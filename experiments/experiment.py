@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
+import itertools
 import json
 import pathlib
 import statistics
@@ -298,7 +299,10 @@ def _timing(results: Results, cell: Cell, number: int) -> int:
     for record in records
     if machine(record['provenance'], count=False) == here
   ]
-  return seeds[number] if number < len(seeds) else len(records)
+  if number < len(seeds):
+    return seeds[number]
+  taken = {record['summary']['seed'] for record in records}
+  return next(seed for seed in itertools.count() if seed not in taken)
 
 
 def show(experiment: Experiment, results: Results) -> None:
@@ -315,22 +319,6 @@ def show(experiment: Experiment, results: Results) -> None:
     figure.savefig(folder / f'{name}.png', dpi=150)
   for table in tables:
     print(table.caption, table.text(), sep='\n', end='\n\n')
-
-
-def _other_dtype(
-  results: Results, cells: Sequence[Cell], options: argparse.Namespace
-) -> str:
-  """Says which results would be compared with those of another dtype."""
-  for cell in cells:
-    for record in results.of(cell):
-      dtype = record.get('config', {}).get('model', {}).get('dtype')
-      if dtype not in (None, options.dtype):
-        return (
-          f'--dtype is {options.dtype}, but there are results of {cell.name} '
-          f'in {dtype}: set --dtype={dtype}, or name another folder with '
-          '--results.'
-        )
-  return ''
 
 
 def _parser(experiment: Experiment, doc: str | None) -> Parser:

@@ -83,6 +83,7 @@ def _finish(config: ConfigDict) -> Mapping[str, Any]:
 
 
 def _other_init(config: ConfigDict) -> Mapping[str, Any]:
+  # At the scale smoke they are He's already.
   return {'model.init': 'he' if config.model.init == 'torch' else 'torch'}
 
 
@@ -162,7 +163,7 @@ LEVERS = {
   'gates_zero': Lever(
     'gates that begin at zero', _set(model__gates=True, model__gate_start=0.0)
   ),
-  'init': Lever("He's initial values for PyTorch's, or reversed", _other_init),
+  'init': Lever('initial values of He et al.', _other_init),
   'average': Lever('average, decay 0.8', _set(average__decay=0.8)),
   'growing': Lever('rounds grow as the rate falls', _growing),
   'half': Lever('half the steps in a round', _times(0.5)),

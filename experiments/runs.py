@@ -111,7 +111,9 @@ def load(pattern: str) -> list[dict[str, Any]]:
 
 
 def need_out(
-  parser: argparse.ArgumentParser, args: argparse.Namespace, free: Sequence[str]
+  parser: argparse.ArgumentParser,
+  args: argparse.Namespace,
+  free: Sequence[str] = (),
 ) -> None:
   """Refuses to measure something else into the file of a committed result.
 

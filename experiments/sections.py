@@ -59,8 +59,9 @@ INTRODUCTION = (
   'reports (C. Dun, C. R. Wolfe, C. M. Jermaine, A. Kyrillidis, UAI 2022). '
   'Every number comes from a result file that is kept with the code, together '
   'with its configuration, seed, commit, versions and machine. The command '
-  'above a table makes its result files again, in a folder without results '
-  '(--results=FOLDER).',
+  'above a table makes its result files again. Where a command skips what has '
+  'a result, give it an empty folder (--results=FOLDER), or delete the result '
+  'file if it has no such option.',
   'At the cpu scale, a network with an eighth of the width trains for two '
   'epochs on two cores. Compare the protocols there with each other, but not '
   'with the paper.',
@@ -147,7 +148,7 @@ def sections(with_figures: bool = False) -> Iterator[Section]:
 def _accelerator() -> Iterator[Table]:
   """Rounds on an accelerator beside the same rounds on a CPU."""
   for record in load('accelerator/*.json'):
-    device = machine(record['provenance'])
+    device = machine(record['provenance'], count=False)
     names = {'cpu': 'CPU', 'accelerator': device.split(',')[0]}
     rows = [
       [names[r['platform']], r['case'].replace('_', ' ')]
@@ -199,7 +200,8 @@ def _accelerator_speed() -> Iterator[Table]:
     torch = r['versions']['torch']
     caption = (
       "A step of the paper's networks in bfloat16, batch size "
-      f'{r["batch_size"]}, {machine(r["provenance"])}, and of PyTorch {torch} '
+      f'{r["batch_size"]}, {machine(r["provenance"], count=False)}, and of '
+      f'PyTorch {torch} '
       'with automatic mixed precision. "Share of a product" is the rate '
       'divided by that of a large product of matrices on the same device. '
       'PyTorch compiled uses CUDA graphs; the full network was not compiled. '
@@ -210,7 +212,7 @@ def _accelerator_speed() -> Iterator[Table]:
     command = (
       'python -m experiments.torch_peer --torch=PYTHON --workers=4 '
       f'--batch_size={r["batch_size"]} --dtype={r["dtype"]} --steps=20 '
-      '--compile'
+      '--compile --out=FILE'
     )
     yield Table(caption, command, head, rows)
 
@@ -325,9 +327,9 @@ def _benches() -> Iterator[Table]:
     first = record['results'][0]
     caption = (
       f'{first["workers"]} workers on {first["devices"]} devices in '
-      f'{first["dtype"]}, {machine(record["provenance"])}. The second column '
-      'of numbers divides a step by a plain jitted step of the same '
-      'sub-network. Exchanges are shares of the time of a round of 50 steps.'
+      f'{first["dtype"]}, {machine(record["provenance"], count=False)}. The '
+      'second column of numbers divides a step by a plain jitted step of the '
+      'same sub-network. Exchanges are shares of the time of a round of 50 steps.'
     )
     yield Table(caption, record['command'], head, rows)
 
@@ -341,8 +343,8 @@ def _peer() -> Iterator[Table]:
     "One step of the paper's sub-ResNet (11 blocks, batch size "
     f'{first["batch_size"]}) here and in plain PyTorch. The goal was a ratio '
     f'of at most 1.2. Medians of {first["runs"]} alternating runs, '
-    f'{machine(first["provenance"])}. "Kept": the C library of both keeps the '
-    'memory of a step for the next one, as docs/running.md says.'
+    f'{machine(first["provenance"], count=False)}. "Kept": the C library of '
+    'both keeps the memory of a step for the next one, as docs/running.md says.'
   )
   rows = []
   for r in records:

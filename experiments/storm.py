@@ -316,7 +316,7 @@ def main() -> int:
   parser = Parser(description=(__doc__ or '').split('\n')[0])
   parser.add_argument('--seed', type=int, default=0, help='of the storm')
   parser.add_argument('--gap', type=float, default=40, help='mean seconds')
-  parser.add_argument('--rounds', type=int, default=150, help='of the run')
+  parser.add_argument('--rounds', type=int, default=110, help='of the run')
   parser.add_argument('--calm', action='store_true', help='without a storm')
   parser.add_argument(
     '--folder',

@@ -15,8 +15,8 @@ on from its last checkpoint.
 Seconds are those of training alone, without compilation, tests and checkpoints.
 A machine may do other work meanwhile (`--busy`), and runs may be trained on
 several machines. So seconds are the steps of a run times the seconds of a step
-on one machine that did nothing else, which short runs measure, those named
-`pace`:
+on one machine that did nothing else. Short runs measure it, those named `pace`,
+and runs without `--busy`:
 
   python -m experiments.to_accuracy --scale=cpu90 --data_dir=FOLDER --only=pace
 
@@ -202,8 +202,8 @@ class Trained(NamedTuple):
   Attributes:
     cell: The cell.
     records: Its results, one for each seed.
-    seconds: Seconds of a round that all workers compute on one machine which
-      does nothing else, by machine; empty if nobody measured them.
+    seconds: For each machine, the seconds of a round of all workers there while
+      it did nothing else; empty if nobody measured them.
   """
 
   cell: Cell

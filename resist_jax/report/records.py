@@ -27,6 +27,7 @@ NUMBERS = ('train_loss', 'test_loss', 'test_accuracy', 'test_accuracy_paper',
 ACCURACIES = ('_accuracy', '_accuracy_paper')
 _CUTS = ('slots', 'num_blocks')
 _FILES = ('config.json', 'metrics.jsonl')
+_COUNTS = 'bytes', 'wire_bytes'
 # No run has more than this, and what a report draws of it fits in memory.
 _MAX_ROWS, _MAX_LINE = 10**6, 2**20
 _MAX_ROUND, _MAX_BLOCKS, _MAX_WORKERS, _MAX_CHAINS = 10**9, 2048, 4096, 256
@@ -104,6 +105,8 @@ def _load_run(path: Path, label: str) -> Run:
         'least one round, or a folder of such workdirs.'
       )
   config = _flatten(_read_json(path / 'config.json'))
+  if 'phases.full_after' in config:  # Older runs had no choice.
+    config.setdefault('phases.protocol', 'local_sgd')
   rows = _drawn_rows(path / 'metrics.jsonl')
   summary = _summary_so_far(config, rows)
   if (path / 'summary.json').is_file():
@@ -112,11 +115,31 @@ def _load_run(path: Path, label: str) -> Run:
     rounds = written.get('rounds')
     if is_number(rounds) and rounds >= rows[-1]['round']:
       summary = written
+  summary |= _mean_bytes(summary, rows)
   counts = (row['workers'] for row in rows if row['workers'])
   changes = [str(count) for count, _ in itertools.groupby(counts)]
   if len(changes) > 1:  # The run was resumed with another number of workers.
     summary['num_workers'] = ', then '.join(changes)
   return Run(label, config, {**summary, 'directory': str(path)}, rows)
+
+
+def _mean_bytes(
+  summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+  """Returns bytes of a round where rounds differ in their protocol.
+
+  The summary has those of a typical round, and a few rounds of another protocol
+  may send more than all others.
+  """
+  trained = [row for row in rows if row['round'] > 0]
+  if len({row.get('protocol') for row in trained}) < 2:
+    return {}
+  totals = {name: summary.get(f'{name}_total') for name in _COUNTS}
+  return {
+    f'{name}_per_round': total / trained[-1]['round']
+    for name, total in totals.items()
+    if is_number(total)
+  }
 
 
 def _drawn_rows(path: Path) -> list[dict[str, Any]]:

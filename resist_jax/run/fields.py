@@ -150,8 +150,8 @@ FIELDS = {
     Field(
       'phases.protocol',
       'local_sgd',
-      'The protocol of these rounds: local_sgd, or data_parallel, which a run '
-      'of local_sgd may end with, too.',
+      'The protocol of these rounds: local_sgd or data_parallel. A run of '
+      'local_sgd may have such rounds of data_parallel, too.',
     ),
   ),
   'Optimiser': (

@@ -1,4 +1,4 @@
-"""Phases, rounds of one protocol: resist may begin and end with another one.
+"""Phases, rounds of one protocol: a run may begin and end with another one.
 
 A phase trains by a `Trainer`, made from the config of the run.
 """

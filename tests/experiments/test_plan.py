@@ -51,14 +51,17 @@ def test_a_fast_link_leaves_the_ratio_of_arithmetic(papers, S):
 
 
 def test_distillation_is_one_more_forward_pass(tmp_path):
-  flops = []
+  flops, parallel = [], []
   for weight in (0.0, 0.5):
     config = config_lib.get_config()
     config.distillation.weight = weight
     plan = costs.Plan(config, (32, 32, 3), 100, records=tmp_path)
-    flops.append(plan.predict(4, machine(1e9))['resist']['flops'])
+    found = plan.predict(4, machine(1e9))
+    flops.append(found['resist']['flops'])
+    parallel.append(found['data_parallel']['flops'])
   # Three passes, one forward and two backward, become four.
   assert flops[1] / flops[0] == pytest.approx(4 / 3, rel=0.02)
+  assert parallel[0] == parallel[1]  # It has nothing to distil.
 
 
 def test_the_papers_compute_ratios(papers):

@@ -71,6 +71,30 @@ def test_seconds_are_compared_on_equal_devices_only(tmp_path, fields):
   assert 'took' not in ' '.join(said(ours, other))
 
 
+def test_bytes_of_a_round_are_a_mean_where_phases_differ(tmp_path):
+  folder = put(tmp_path / 'ours', 0.8, bytes_total=123e6, wire_bytes_total=41e6)
+  plain = ' '.join(said(folder))
+  assert '1 MB in a round: 25% of what local SGD would send' in plain
+  rows = (folder / 'metrics.jsonl').read_text().splitlines()
+  last = {**json.loads(rows[-1]), 'protocol': 'data_parallel'}
+  lines = [*rows[:-1], json.dumps(last), '']
+  (folder / 'metrics.jsonl').write_text('\n'.join(lines))
+  cost = ' '.join(said(folder))
+  assert '20.5 MB in a round: 512% of what local SGD would send' in cost
+  assert '51% of what data parallel' in cost
+
+
+def test_a_run_from_before_phases_had_a_protocol_is_the_same(tmp_path):
+  folders = [put(tmp_path / f'seed{seed}', 0.8, seed=seed) for seed in (0, 1)]
+  for folder, more in zip(
+    folders, ({}, {'protocol': 'local_sgd'}), strict=True
+  ):
+    config = json.loads((folder / 'config.json').read_text())
+    config['phases'] = {'full_after': 1, 'full_before': 0, **more}
+    (folder / 'config.json').write_text(json.dumps(config))
+  assert len(groups.grouped(records.load_runs(folders))) == 1
+
+
 def test_a_seed_that_is_not_tested_yet_is_left_out_of_the_mean(tmp_path):
   runs = [
     put(tmp_path / f'cifar10_seed{seed}', accuracy, seed=seed)
