@@ -329,7 +329,8 @@ def _benches() -> Iterator[Table]:
       f'{first["workers"]} workers on {first["devices"]} devices in '
       f'{first["dtype"]}, {machine(record["provenance"], count=False)}. The '
       'second column of numbers divides a step by a plain jitted step of the '
-      'same sub-network. Exchanges are shares of the time of a round of 50 steps.'
+      'same sub-network. Exchanges are shares of the time of a round of 50 '
+      'steps.'
     )
     yield Table(caption, record['command'], head, rows)
 
