@@ -72,7 +72,7 @@ TO_TARGETS = [f'to {100 * target:.0f} %' for target in TARGETS]  # Columns.
 HEAD = ['data', 'protocol', 'workers']
 LINKS = {'100 Mbit/s': 1e8, '1 Gbit/s': 1e9}
 LATENCY = 1e-4  # Seconds.
-PACE_ROUNDS, PACE_STEPS = 4, 6  # The first round also warms up the caches.
+PACE_ROUNDS, PACE_STEPS = 4, 4  # The first round also warms up the caches.
 
 
 def cell(
