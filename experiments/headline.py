@@ -19,7 +19,11 @@ WORKERS = 4
 LEARNED = (
   ('data parallel', 'data_parallel', to_accuracy.PLAIN),
   ('data parallel, half the steps', 'data_parallel', to_accuracy.HALF),
-  ('data parallel, a quarter', 'data_parallel', to_accuracy.QUARTER),
+  (
+    'data parallel, a quarter of the steps',
+    'data_parallel',
+    to_accuracy.QUARTER,
+  ),
   ('local SGD', 'local_sgd', to_accuracy.PLAIN),
   ('local SGD, half the steps', 'local_sgd', to_accuracy.HALF),
   ('local SGD, outer momentum', 'local_sgd', to_accuracy.LEVERS),
