@@ -53,7 +53,7 @@ def _learned() -> list[Table]:
     )
     for name, protocol, recipe in LEARNED
   }
-  where = to_accuracy.timed_on(results)
+  where = to_accuracy.timed_on(to_accuracy.find_all(results))
   rows = [
     [name, results.percent(trained.cell), *trained.to_targets(where)]
     for name, trained in found.items()
@@ -63,7 +63,7 @@ def _learned() -> list[Table]:
     return []
   runs = [record for trained in found.values() for record in trained.records]
   caption = (
-    'Four workers on one machine, equally many steps where the name says '
+    'Four workers that share a machine, equally many steps where the name says '
     'nothing else. *CIFAR-10* is the test accuracy in %; the columns behind it '
     'are the seconds of training, and the GB that all workers sent, until the '
     'first test that reaches an accuracy. '

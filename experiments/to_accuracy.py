@@ -286,7 +286,12 @@ class Trained(NamedTuple):
 Found = Sequence[tuple[list[str], Trained]]  # Each with its first columns.
 
 
-def _find_all(results: Results) -> Found:
+def find_all(results: Results) -> Found:
+  """Reads the results of all cells that have some.
+
+  Args:
+    results: Where they are.
+  """
   found = []
   for (data, title), workers, (protocol, name), recipe in itertools.product(
     DATA.items(), WORKERS, NAMES.items(), RECIPES
@@ -297,26 +302,27 @@ def _find_all(results: Results) -> Found:
   return found
 
 
-def timed_on(results: Results) -> str:
+def timed_on(found: Found) -> str:
   """Returns the machine that most of the cells were timed on.
 
   The seconds of two machines are not compared.
 
   Args:
-    results: Where the results are.
+    found: See `find_all`.
 
   Returns:
     The machine, empty if none was timed.
   """
   count = collections.Counter(
-    where for _, trained in _find_all(results) for where in trained.seconds
+    where for _, trained in found for where in trained.seconds
   )
   return max(count, key=lambda where: (count[where], where), default='')
 
 
 def tables(results: Results) -> list[Table]:
   """Returns what it took to reach each target here, and elsewhere."""
-  found, where = _find_all(results), timed_on(results)
+  found = find_all(results)
+  where = timed_on(found)
   made = [
     _measured(results, where, found),
     _predicted(results.scale, where, found),
