@@ -19,7 +19,7 @@ from resist_jax.errors import ConfigError
 _VARIABLE = re.compile(r'\$(\w+|\{[^}]*\})', re.ASCII)  # As `expandvars` does.
 # A `Path` drops the second slash, and one at the end. A letter is no scheme.
 _URL = re.compile(r'[a-z][a-z0-9+.-]+:(/|$)', re.IGNORECASE)
-# Of Linux: paths begin in the working directory; two of them are swapped.
+# Linux constants: paths start in the working directory; swap two paths.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 

@@ -89,13 +89,14 @@ class Trainer:
     carry: Carry the optimiser's moments from round to round, exchanged as the
       parameters are; otherwise they restart (the paper).
     exclude_faulty: Exclude workers whose update is not finite from the round's
-      aggregate. Keeps a copy of the sub-network as the round began, in the
-      memory of its parameters.
-    loss_factor: Also exclude workers whose loss is more than so many times the
+      aggregate. Costs the memory of a second sub-network, the one with which
+      the round began.
+    loss_factor: Also exclude workers whose loss exceeds this many times the
       median; 0 for none.
-    update_factor: Also exclude workers whose update is more than so many times
-      as large as usual: the larger of the median of this round and that of
-      the last 8 rounds, times the usual spread between workers; 0 for none.
+    update_factor: Also exclude workers whose update norm exceeds this many
+      times the usual one: the larger of this round's median and that of the
+      last 8 rounds, times the usual ratio of the largest norm to the median; 0
+      for none.
     outer: An optax optimiser that takes the negative mean change of a round as
       its gradient, such as `optax.sgd(0.7, momentum=0.9, nesterov=True)`; its
       state stays with the block and is carried. None takes the mean itself (the
@@ -371,12 +372,12 @@ class Trainer:
     return lru_cache(maxsize=8)(partial(_fits, self))
 
   def at_once(self, count: int) -> 'Trainer':
-    """Returns a trainer of so many rounds as one.
+    """Returns a trainer that runs several rounds as one.
 
     Its `round` takes the batches of all of them, `[S, count * T, ...]`, and
-    leaves out the exchanges between them. The rounds that are done grow by
-    `count`, so schedules go on as if the rounds had been apart. Both trainers
-    take each other's states.
+    leaves out the exchanges between them. `State.round` grows by `count`, so
+    schedules advance as if the rounds had been separate. Each trainer can
+    continue from a state of the other.
 
     Args:
       count: How many rounds.
@@ -471,7 +472,9 @@ class Trainer:
     )
 
   def save(self, folder: str | os.PathLike[str], state: State) -> None:
-    """Saves a state; a kill leaves the one saved before, or this one.
+    """Saves a state atomically.
+
+    If the process is killed, the folder holds the earlier state or this one.
 
     Args:
       folder: Any folder, whose name may hold `~` and `$NAME`; it may hold an
@@ -901,8 +904,8 @@ def _check_state(trainer: Trainer, state: State) -> None:
     shapes = tuple(x.shape[1:] for x in leaves)
     if not trainer._fitting(field, structure, shapes):
       raise ValueError(
-        f'the state is of a trainer with another {field}, which keeps other '
-        'things: use that one, or begin with the parameters alone, '
+        f'the state is of a trainer with another {field}, whose state differs: '
+        f'use that {field}, or begin with the parameters alone, '
         'trainer.init(params).'
       )
   _check_usable(state)

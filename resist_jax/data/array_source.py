@@ -125,8 +125,9 @@ def named(
   names = names_of(class_names)
   if len(names) <= largest or len(names) < 2:
     raise ValueError(
-      f'there are {len(names)} classes, and a label is {largest}: name at '
-      f'least {max(largest + 1, 2)} in class_names, or number them from 0.'
+      f'labels go up to {largest}, and there are {len(names)} class names: '
+      f'give at least {max(largest + 1, 2)} class_names, or number the classes '
+      'from 0.'
     )
   return names
 
@@ -183,7 +184,8 @@ def find(
     )
   if not zipfile.is_zipfile(path):  # NumPy would take it for a pickle.
     raise ConfigError(
-      f'{path} is no file of arrays, or was cut: write it again by numpy.savez.'
+      f'{path} is not an npz file, or is truncated: write it again with '
+      'numpy.savez.'
     )
   try:
     # NumPy would leave a damaged file open.
@@ -260,7 +262,8 @@ def _splits(arrays: Mapping[str, np.ndarray]) -> dict[str, Arrays]:
     )
   if 'train' not in found:
     raise ValueError(
-      f'there are {", ".join(arrays) or "no arrays"}: call them images and '
-      'labels, and test_images and test_labels.'
+      'the arrays images and labels are missing; there are '
+      f'{", ".join(arrays) or "no arrays"}: rename them to images, labels, '
+      'test_images and test_labels.'
     )
   return found

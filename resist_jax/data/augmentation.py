@@ -71,14 +71,14 @@ def choose(
     dataset: The data set to augment.
     pad: Pixels on every side of padded crops; -1: an eighth of the shorter
       side, 4 of 32 (paper).
-    fill: What they show, one of `FILLS`.
-    flips: How images are mirrored where they are, one of `FLIPS`.
+    fill: Content of the added pixels, one of `FILLS`.
+    flips: How to flip images where `kind` includes flips, one of `FLIPS`.
 
   Returns:
     The augmentation of its training images.
 
   Raises:
-    ConfigError: If crops would show nothing of their image.
+    ConfigError: If `pad` is not smaller than the shorter side of the images.
   """
   images = dataset.train.images
   side = min(images.shape[1:3])

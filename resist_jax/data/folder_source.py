@@ -155,9 +155,9 @@ def _classes(name: str, train: pathlib.Path) -> tuple[str, ...]:
   if len(names) < 2:
     found = f'only {names[0]}' if names else 'none'
     raise ConfigError(
-      f'the data set is {name!r}, and such a folder has a folder for each '
-      f'class, of which {train} has {found}: move the images there, as '
-      'train/CLASS/* and test/CLASS/*, or as CLASS/* alone.'
+      f'the data set {name!r} needs a folder for each of at least two classes, '
+      f'but {train} has {found}: move the images to train/CLASS/* and '
+      'test/CLASS/*, or to CLASS/*.'
     )
   return tuple(names)
 
@@ -184,7 +184,7 @@ def _files(
   if used and any(any(_below(place / label)) for label in unknown):
     raise ConfigError(
       f'the data set is {name!r}, whose split {split} has the class '
-      f'{unknown[0]!r}, which the training has not: rename '
+      f'{unknown[0]!r}, which the training set does not have: rename '
       f'{place / unknown[0]}, or remove it.'
     )
   if not inside:  # As competitions give out their tests.

@@ -19,7 +19,7 @@ from resist_jax.data.sets import STREAMING, Dataset, Reading, assemble
 from resist_jax.data.streaming import MODES, as_image
 from resist_jax.errors import is_whole, one_line
 
-_AGAIN = 'mend what makes it'
+_AGAIN = 'correct the program that makes it'
 _LOOKED_AT = 32  # Examples of a split that show the shape of all.
 
 
@@ -48,7 +48,8 @@ def from_arrays(
     The data set, which `run.train` takes.
 
   Raises:
-    ValueError: If an array is another one; names it, and what to change.
+    ValueError: If an array has a wrong shape, dtype or label; the message says
+      which one, and what to change.
 
   >>> pixels = np.zeros((10, 4, 4), np.uint8)
   >>> made = from_arrays(pixels, np.arange(10) % 2, class_names=['ant', 'bee'])
@@ -103,7 +104,8 @@ def from_source(
     The data set, which `run.train` takes.
 
   Raises:
-    ValueError: If an example is another thing; names it, and what to change.
+    ValueError: If an example has another form; the message says which one, and
+      what to change.
   """
   _check_reading(image_size, streaming)
   ours, theirs = (getattr(source, 'classes', None) for source in (train, test))

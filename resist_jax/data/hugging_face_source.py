@@ -174,9 +174,9 @@ def _numbers(
   unknown = [name for name in names if name not in classes]
   if unknown:
     raise ConfigError(
-      f'{title} has the class {unknown[0]!r}, which the training has not: name '
-      'the classes of all splits alike, as by class_encode_column before the '
-      'set is divided.'
+      f'{title} has the class {unknown[0]!r}, which the training set does not '
+      'have: give all splits the same class names, such as by '
+      'class_encode_column before the set is split.'
     )
   return tuple(map(classes.index, names))
 

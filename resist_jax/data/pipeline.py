@@ -24,10 +24,10 @@ PREFETCHED = 3  # Steps read ahead, kept in host memory (B images per worker).
 
 
 def as_rows(images: np.ndarray) -> np.ndarray:
-  """Returns images as rows of bytes, from which `pick` picks some.
+  """Flattens each image to a row of bytes, the form that `pick` indexes.
 
-  To pick some from images of their own shape, a TPU would make a second copy of
-  all, with their width padded to 128 pixels.
+  If `pick` indexed `[N, H, W, C]`, a TPU would make a second copy of all images
+  with their width padded to 128 pixels.
 
   Args:
     images: `uint8[N, H, W, C]`.

@@ -178,8 +178,8 @@ def _load(name, data_dir, validation, splits, reading, extra_tests) -> Dataset:
   for other in extra_tests:
     if sources.same(other, name):
       raise ConfigError(
-        f'data.extra_tests names {other!r}, the set that is trained on; its '
-        'test is there without that: remove it.'
+        f'data.extra_tests names {other!r}, the training data set, whose own '
+        'test split is always tested: remove it.'
       )
     key = sources.key(other)
     if key in (*extra, 'train', 'test', 'validation'):
@@ -506,7 +506,7 @@ def batch_indices(
       not (the paper), each sees the whole set in an order of its own.
     mirrors: Whether a worker sees each image mirrored in every other of its
       epochs (K. Jordan, 94% on CIFAR-10 in 3.29 seconds on a single GPU, 2024).
-      In the first one a draw decides, and half of the workers see the opposite.
+      In the first epoch a draw per image decides; odd workers see the reverse.
 
   Returns:
     Indices of examples, `int32[S, T, B]`, `~n` for image n mirrored. No example

@@ -22,7 +22,7 @@ from resist_jax.data.prepared import Prepared, opener
 from resist_jax.errors import ConfigError, one_line
 
 GIVEN = 'given:'  # How a config names a data set that a program gave.
-# What begins as no name of a catalog does: a path, also one of Windows.
+# Beginnings of paths, on Windows too, that no name in a catalog has.
 _PATH = re.compile(r'[./~$\\]|[a-zA-Z]:[/\\]')
 
 

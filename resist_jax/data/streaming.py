@@ -319,8 +319,8 @@ def centre_box(
   Args:
     width: Width of the image in pixels.
     height: Height of the image in pixels.
-    ratio: How many times as wide as high the middle is.
-    kept: The part that it has of the side that limits it.
+    ratio: Width of the middle over its height.
+    kept: Share of the limiting side of the image that the middle covers.
 
   Returns:
     Left, top, right and bottom of the middle, in pixels.

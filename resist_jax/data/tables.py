@@ -83,7 +83,8 @@ def from_tables(
     The data set; numbers of 64 bits become numbers of 32.
 
   Raises:
-    ValueError: If an array is another one; names it, and what to change.
+    ValueError: If an array has a wrong shape, dtype or value; the message says
+      which one, and what to change.
 
   >>> test = {'x': np.ones((3, 2))}
   >>> made = from_tables({'x': np.zeros((6, 2))}, {'test': test})

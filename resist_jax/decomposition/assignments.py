@@ -80,8 +80,7 @@ class Assigner:
     min_depth: The least number of blocks that a worker runs.
     depths: See `slots.slots_per_worker`.
     spread: Whether each worker's blocks are spread over the chain. Where S does
-      not divide L, a worker with one block more than others has that one
-      anywhere, so parts are not kept exactly.
+      not divide L, the extra block that some workers own may be in any part.
 
   Raises:
     ValueError: If some worker would own no block, or would need more replicas

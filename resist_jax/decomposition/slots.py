@@ -230,7 +230,7 @@ def sample_slots(
     ascending order, then L in every empty slot.
 
   Raises:
-    ValueError: See `slots_per_worker`; or if `key` is none.
+    ValueError: See `slots_per_worker`; or if `key` is not a PRNG key.
 
   >>> slots = sample_slots(jax.random.key(0), num_blocks=5, num_workers=2)
   >>> slots.shape, sorted(slots.ravel().tolist())
@@ -286,8 +286,8 @@ def take(chain: PyTree, slots_s: jax.Array) -> PyTree:
 
   Args:
     chain: Pytree of arrays `[L, ...]`.
-    slots_s: `int32[K]`, the blocks of one worker; what is not in 0..L-1 is
-      empty, but for negative numbers, which count from the end.
+    slots_s: `int32[K]`, the blocks of one worker. L or more marks an empty
+      slot; a negative index counts from the end.
 
   Returns:
     Pytree of arrays `[K, ...]`, zeros in empty slots.

@@ -90,10 +90,10 @@ def zero_unhealthy(tree: PyTree, healthy: Healthy | None) -> PyTree:
 
 
 def with_zero(tree: PyTree) -> tuple[PyTree, jax.Array]:
-  """Returns a tree and a zero that XLA does not have before the tree.
+  """Returns a tree, and a zero that XLA cannot compute before the tree.
 
-  Arrays of zeros that depend on nothing are filled before workers train, and
-  stored as long as they do.
+  Otherwise XLA would fill arrays of zeros before local training, and keep them
+  in memory throughout it.
 
   Args:
     tree: Pytree of arrays.

@@ -86,8 +86,9 @@ def message_bytes(count: int, encoding: str) -> int:
 def encode(x: jax.Array, encoding: str) -> jax.Array:
   """Writes a vector for the wire.
 
-  Integers are fixed-point numbers: multiples of the largest magnitude among
-  `GROUP` neighbours, divided by the largest integer, to nearest.
+  Integers are fixed-point: `GROUP` neighbours share a scale, their largest
+  magnitude divided by the largest integer, and each number is rounded to the
+  nearest multiple of it.
 
   Args:
     x: `float32[n]`.

@@ -171,7 +171,7 @@ def healthy_updates(
 
 
 def usual_norm(norms: jax.Array, recent: Norms) -> jax.Array:
-  """Returns what no worker's norm usually exceeds by much.
+  """Returns the largest norm that is usual for an update in this round.
 
   It is the median of this round or that of recent rounds, whichever is larger,
   times the spread that was usual in recent rounds. When a learning rate rises,
@@ -183,7 +183,8 @@ def usual_norm(norms: jax.Array, recent: Norms) -> jax.Array:
     recent: Norms of the rounds before.
 
   Returns:
-    `float32[]`; infinite if nothing is known, as when the others stand still.
+    `float32[]`; infinite if there are no recent norms and the median of this
+    round is not positive.
   """
   known = recent.median > 0
   usual = _lower_median(jnp.where(known, recent.median, jnp.nan))

@@ -1,7 +1,7 @@
 """Forms of layers that move less between an accelerator and its memory.
 
-A training step of a residual network takes accelerators as long as they need to
-read and write its activations, not to compute. The results are those of the
+On accelerators, a training step of a residual network is bound by the memory
+traffic of its activations, not by arithmetic. The results are those of the
 plain forms, up to rounding.
 """
 
@@ -25,11 +25,11 @@ def widen(x: jax.Array) -> jax.Array:
 def computed_kernels(params: PyTree, dtype: Any) -> PyTree:
   """Casts the kernels of convolutions before a network is cut into blocks.
 
-  The gradient of a kernel comes out of a GPU's library in another order of
-  axes. Compilers would rather compute the whole update of the optimiser in that
-  order, in float32, and reorder parameters and moments there and back. Here the
-  gradient alone is put in order, as narrow as it came, and only once for all
-  blocks of a chain.
+  A GPU library returns the gradient of a kernel with its axes in another order.
+  By default the compiler then computes the optimiser's whole update in that
+  order, in float32, and reorders parameters and moments both ways. Here only
+  the gradient is reordered, in the compute dtype, and once for all blocks of a
+  chain.
 
   Args:
     params: Parameters of a network or sub-network.

@@ -223,7 +223,8 @@ class ResNet(nn.Module):
         **conv,
       )
     if name == 'classifier':
-      drawn: dict[str, Any] = {}  # Otherwise those of flax, and no bias.
+      # Otherwise flax's defaults, with a bias of zero.
+      drawn: dict[str, Any] = {}
       if self.initial != 'he':
         features = (4 if self.bottleneck else 1) * self.widths[-1]
         drawn = {

@@ -38,7 +38,7 @@ def step(
   """Returns the average with one more network.
 
   Args:
-    decay: What an earlier round counts, in units of the one after it.
+    decay: Weight of a round relative to that of the round after it.
     params: Parameters after the round, `[W, ...]`.
     parts: The average of the same parameters before it, see `State.average`.
     rounds: How many rounds were trained as one, `int32[]`. The network after

@@ -169,9 +169,9 @@ def _explain_key(error: KeyError, params: PyTree, chain: PyTree) -> None:
   key = error.args[0] if error.args else None
   if key in set(_paths(params)) and key not in chain:
     raise ValueError(
-      f'loss_fn looks for {key!r}, which chains does not name; it names '
-      f'{", ".join(map(repr, chain)) or "nothing"}: name that chain, or let '
-      f'loss_fn do without it, as by present.get({key!r}, 1).'
+      f'loss_fn looks up {key!r}, which is not in chains '
+      f'({", ".join(map(repr, chain)) or "empty"}): add it to chains, or write '
+      f'present.get({key!r}, 1) in loss_fn.'
     ) from error
 
 
@@ -348,9 +348,9 @@ def check_batch(
     if group_size > 1 and (not after or after[0] % group_size):
       where = jax.tree_util.keystr(path)
       raise ValueError(
-        f'batches{where} has the shape {np.shape(x)}, and each worker has '
-        f'{group_size} devices, which divide the axis B behind {list(want)} '
-        'between them: give a batch whose size is a multiple of that.'
+        f'batches{where} has the shape {np.shape(x)}; axis {len(want)}, the '
+        f'batch B, must be a multiple of {group_size}, the devices of each '
+        'worker.'
       )
     if not _is_numeric(x):
       where = jax.tree_util.keystr(path)

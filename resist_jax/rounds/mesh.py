@@ -96,10 +96,10 @@ def _has_library() -> bool:
 def loads_may_hang(mesh: Mesh) -> bool:
   """Returns whether programs that JAX loads from its cache may wait forever.
 
-  From JAX 0.11 on, two collectives of a program that a CPU loads from the cache
-  begin in any order, so that devices may wait for each other in different ones;
-  XLA ends the process after 40 seconds. A program that was compiled in this
-  process keeps their order.
+  From JAX 0.11 on, a CPU program that comes from the cache may begin its
+  collectives in another order on each device. Then devices wait for each other,
+  and XLA ends the process after 40 seconds. A program that was compiled in this
+  process keeps the order.
 
   Args:
     mesh: Where the workers live.

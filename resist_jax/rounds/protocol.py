@@ -118,7 +118,10 @@ class Protocol:
 
   @property
   def keeps_blocks(self) -> bool:
-    """Whether the blocks are, for those without a healthy holder or `outer`."""
+    """Whether the blocks before local training are needed after it.
+
+    A block without a healthy holder returns to them, and `outer` reads them.
+    """
     return bool(self.num_blocks) and (self.exclude_faulty or bool(self.outer))
 
   @property

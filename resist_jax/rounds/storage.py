@@ -195,7 +195,7 @@ def _read(folder: pathlib.Path, target) -> Stored:
   description = dict(saved.custom_metadata)
   digest = description.pop('digest', None)  # Older versions saved none.
   if digest not in (None, _digest_of_description(description)):
-    raise ValueError('what it says of itself is not as it was written')
+    raise ValueError('its description does not match its digest')
   targets = jax.tree_util.tree_map_with_path(target, saved.metadata)
   arrays: Any = ocp.load(str(folder), targets)
   shared, chain = _from_parts(arrays['params'])

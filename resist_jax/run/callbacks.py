@@ -35,9 +35,9 @@ class Callback:
   """A callback that also learns when a run begins and ends.
 
   Attributes:
-    reads_state: Whether it reads the state of a round. Then the next round of
-      an accelerator begins after the call; without, they run side by side, and
-      the callback gets None.
+    reads_state: Whether it reads the state of a round. If any callback does,
+      the next round begins after the calls. If none does, all get None for the
+      state, and an accelerator runs the next round meanwhile.
   """
 
   reads_state = True

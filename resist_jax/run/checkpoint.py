@@ -297,8 +297,8 @@ class Checkpoints:
       if listed is None:
         logging.warning(
           'the checkpoint of round %d has no manifest, because the run was '
-          'killed or the manifests were not copied: it is used if all of it '
-          'can be read and adds up',
+          'killed or the manifests were not copied: it is used if it can be '
+          'read and its checksums match',
           step,
         )
         return step, False

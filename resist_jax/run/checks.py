@@ -47,6 +47,55 @@ _NAMES = {
 AUGMENTATIONS = (
   'resized_crop_flip', 'resized_crop', 'crop_flip', 'crop', 'flip', 'none',
 )  # fmt: skip
+# Names that a field may have, by field.
+CHOICES: dict[str, tuple[str, ...]] = {
+  'protocol': PROTOCOLS,
+  'phases.protocol': PROTOCOLS[1:],
+  'exchange': tuple(EXCHANGES),
+  'wire_format': tuple(FORMATS),
+  'dealing': ('random', 'spread'),
+  'residual_scale': ('evaluation', 'training', 'none'),
+  'data.augment': ('auto', *AUGMENTATIONS),
+  'data.fill': tuple(data.FILLS),
+  'data.flips': tuple(data.FLIPS),
+  'data.streaming': tuple(data.STREAMING),
+  'model.name': tuple(models.FAMILY),
+  'model.norm': ('batch', 'group'),
+  'model.stem': tuple(models.STEMS),
+  'model.init': tuple(models.INITIAL),
+  'model.dtype': ('float32', 'bfloat16'),
+}
+# Fields by the least value that they may have.
+LEAST: dict[int, tuple[str, ...]] = {
+  1: (
+    'num_workers', 'num_rounds', 'local_steps', 'batch_size', 'eval_every',
+    'checkpoint_every', 'devices_per_worker', 'data.image_size',
+    'evaluation.batch_size', 'evaluation.statistics_images',
+    'evaluation.batches_at_once',
+  ),
+  0: (
+    'num_devices', 'min_depth', 'workers_per_process', 'keep_checkpoints',
+    'local_steps_alpha', 'outer.lr', 'optimizer.warmup_rounds',
+    'optimizer.weight_decay', 'optimizer.bias_rate', 'early_stopping.patience',
+    'early_stopping.min_gain', *(f'phases.{field}' for field in PHASE_FIELDS),
+  ),
+  -1: ('data.pad',),
+}  # fmt: skip
+# Fields that must be greater than 0, and the unit where there is one.
+POSITIVE = {
+  'lr': '',
+  'distillation.temperature': '',
+  'faults.timeout': ' seconds',
+  'faults.progress_timeout': ' seconds',
+}
+# Fields of at least 0 and less than 1, and of what they are a share.
+SHARES = {
+  'optimizer.momentum': '',
+  'outer.momentum': '',
+  'data.validation': 'the training set',
+  'label_smoothing': 'each label',
+  'distillation.weight': 'the loss',
+}
 
 
 def validate(config: ml_collections.ConfigDict, imports: bool = True) -> None:
@@ -62,65 +111,63 @@ def validate(config: ml_collections.ConfigDict, imports: bool = True) -> None:
   _check_fields(config)
   _check_types(config)
   _check_finite(config)
-  _one_of(config, 'protocol', PROTOCOLS)
-  _one_of(config, 'phases.protocol', PROTOCOLS[1:])
-  _one_of(config, 'exchange', tuple(EXCHANGES))
-  _one_of(config, 'wire_format', tuple(FORMATS))
-  _one_of(config, 'dealing', ('random', 'spread'))
-  _one_of(config, 'residual_scale', ('evaluation', 'training', 'none'))
-  _one_of(config, 'data.augment', ('auto', *AUGMENTATIONS))
-  _one_of(config, 'data.fill', data.FILLS)
-  _one_of(config, 'data.flips', data.FLIPS)
-  _one_of(config, 'data.streaming', data.STREAMING)
+  _check_choices(config)
+  _check_bounds(config)
   _check_schedule(config)
-  _one_of(config, 'model.name', tuple(models.FAMILY))
-  _one_of(config, 'model.norm', ('batch', 'group'))
-  _one_of(config, 'model.stem', models.STEMS)
-  _one_of(config, 'model.init', models.INITIAL)
-  _one_of(config, 'model.dtype', ('float32', 'bfloat16'))
-  for field in (
-    'num_workers', 'num_rounds', 'local_steps', 'batch_size', 'eval_every',
-    'checkpoint_every', 'devices_per_worker',
-  ):  # fmt: skip
-    _at_least(field, config[field], 1)
-  for field in (
-    'num_devices', 'min_depth', 'workers_per_process', 'keep_checkpoints',
-  ):  # fmt: skip
-    _at_least(field, config[field], 0)
-  for field in ('patience', 'min_gain'):
-    value = config.early_stopping[field]
-    _at_least(f'early_stopping.{field}', value, 0)
+  _check_lists(config)
+  _check_steps(config)
+  _check_dealing(config)
+  _check_shared_every(config)
+  _check_faults(config)
+  _check_distillation(config)
+  _check_outer_and_average(config)
+  _check_phases(config)
+  _check_devices(config)
+  if config.model.module:
+    _check_module(config, imports)
+  elif len(config.model.options):
+    raise ConfigError(
+      'model.options is set, but model.module names no module that reads it.'
+    )
+  else:
+    _check_model(config)
+
+
+def _check_choices(config) -> None:
+  for field, values in CHOICES.items():
+    value = value_of(config, field)
+    if value not in values:
+      raise ConfigError(
+        f'{field} is {value!r}. {did_you_mean(value, values)}Use one of '
+        f'{", ".join(values)}.'
+      )
+
+
+def _check_bounds(config) -> None:
+  for least, fields in LEAST.items():
+    for field in fields:
+      value = value_of(config, field)
+      if not value >= least:
+        raise ConfigError(f'{field} is {value}; it must be at least {least}.')
+  for field, what in POSITIVE.items():
+    value = value_of(config, field)
+    if not value > 0:
+      raise ConfigError(f'{field} is {value}; it must be greater than 0{what}.')
+  for field, of in SHARES.items():
+    value = value_of(config, field)
+    if not 0 <= value < 1:
+      must = f'is a share of {of},' if of else 'must be'
+      raise ConfigError(
+        f'{field} is {value}; it {must} at least 0 and less than 1.'
+      )
   if not 0 <= config.seed < 2**32:
     raise ConfigError(
       f'seed is {config.seed}; it must be at least 0 and less than 2**32, '
       'because larger ones repeat.'
     )
-  for field in PHASE_FIELDS:
-    _at_least(f'phases.{field}', config.phases[field], 0)
-  for field in ('warmup_rounds', 'weight_decay', 'bias_rate'):
-    _at_least(f'optimizer.{field}', config.optimizer[field], 0)
-  for field in ('batch_size', 'statistics_images', 'batches_at_once'):
-    _at_least(f'evaluation.{field}', config.evaluation[field], 1)
-  if not config.lr > 0:
-    raise ConfigError(f'lr is {config.lr}; it must be greater than 0.')
-  if not 0 <= config.optimizer.momentum < 1:
-    raise ConfigError(
-      f'optimizer.momentum is {config.optimizer.momentum}; it must be at least '
-      '0 and less than 1.'
-    )
-  if not 0 <= config.data.validation < 1:
-    raise ConfigError(
-      f'data.validation is {config.data.validation}; it is a share of the '
-      'training set, at least 0 and less than 1.'
-    )
-  if not 0 <= config.label_smoothing < 1:
-    raise ConfigError(
-      f'label_smoothing is {config.label_smoothing}; it is a share of each '
-      'label, at least 0 and less than 1.'
-    )
-  _check_distillation(config)
-  _at_least('data.image_size', config.data.image_size, 1)
-  _at_least('data.pad', config.data.pad, -1)
+
+
+def _check_lists(config) -> None:
   extra = config.data.extra_tests
   if len(set(extra)) < len(extra) or not all(isinstance(x, str) for x in extra):
     raise ConfigError(
@@ -133,12 +180,9 @@ def validate(config: ml_collections.ConfigDict, imports: bool = True) -> None:
       f'optimizer.drops is {drops}; it must hold shares of the run, between 0 '
       'and 1, in order.'
     )
-  parallel = 'data_parallel' in protocols(config)
-  if parallel and config.wire_format == 'int8':
-    raise ConfigError(
-      'wire_format int8 sends changes between rounds, and data_parallel has '
-      'none: use bfloat16 or float32.'
-    )
+
+
+def _check_steps(config) -> None:
   steps = config.num_rounds * config.local_steps
   if steps >= 2**31:
     raise ConfigError(
@@ -146,15 +190,24 @@ def validate(config: ml_collections.ConfigDict, imports: bool = True) -> None:
       f'{config.local_steps}, {steps} steps in all; steps must be fewer than '
       '2**31: lower one.'
     )
-  _at_least('local_steps_alpha', config.local_steps_alpha, 0)
-  if config.local_steps_alpha and parallel:
+  if 'data_parallel' not in protocols(config):
+    return
+  if config.wire_format == 'int8':
+    raise ConfigError(
+      'wire_format int8 sends changes between rounds, and data_parallel has '
+      'none: use bfloat16 or float32.'
+    )
+  if config.local_steps_alpha:
     raise ConfigError(
       f'local_steps_alpha is {config.local_steps_alpha}, but data_parallel '
       'exchanges at every step: set it to 0.'
     )
+
+
+def _check_dealing(config) -> None:
   if config.dealing == 'spread' and config.exchange != 'hand_over':
     raise ConfigError(
-      f'dealing spread is what hand_over can do, but exchange is '
+      f'dealing spread needs exchange hand_over, but exchange is '
       f'{config.exchange}: change one.'
     )
   if config.dealing == 'spread' and config.depths:
@@ -162,25 +215,11 @@ def validate(config: ml_collections.ConfigDict, imports: bool = True) -> None:
       f'dealing spread needs equal workers, but depths is {config.depths}: set '
       'it to (), or deal at random.'
     )
-  if config.shared_every:
-    _check_shared_every(config)
-  _check_faults(config)
-  _check_outer_and_average(config)
-  _check_phases(config)
   if config.depths and config.protocol != 'resist':
     raise ConfigError(
       f'depths is {config.depths}, but {config.protocol} gives each worker all '
       'blocks: set it to (), or use protocol resist.'
     )
-  _check_devices(config)
-  if config.model.module:
-    _check_module(config, imports)
-  elif len(config.model.options):
-    raise ConfigError(
-      'model.options is set, but model.module names no module that reads it.'
-    )
-  else:
-    _check_model(config)
 
 
 def _check_module(config, imports: bool) -> None:
@@ -291,12 +330,6 @@ def _names(config: dict) -> dict:
 
 
 def _check_faults(config) -> None:
-  for name in ('timeout', 'progress_timeout'):
-    if not config.faults[name] > 0:
-      raise ConfigError(
-        f'faults.{name} is {config.faults[name]}; it must be more than 0 '
-        'seconds.'
-      )
   for name, what in (('loss_factor', 'loss'), ('update_factor', 'update')):
     factor = config.faults[name]
     if not (factor == 0 or factor > 1):
@@ -335,16 +368,6 @@ def _check_phases(config) -> None:
 
 def _check_distillation(config) -> None:
   weight = config.distillation.weight
-  temperature = config.distillation.temperature
-  if not 0 <= weight < 1:
-    raise ConfigError(
-      f'distillation.weight is {weight}; it is a share of the loss, at least 0 '
-      'and less than 1.'
-    )
-  if not temperature > 0:
-    raise ConfigError(
-      f'distillation.temperature is {temperature}; it must be greater than 0.'
-    )
   if weight and 'data_parallel' in protocols(config):
     raise ConfigError(
       f'distillation.weight is {weight}, but all workers of data_parallel '
@@ -354,6 +377,8 @@ def _check_distillation(config) -> None:
 
 def _check_shared_every(config) -> None:
   every, steps = config.shared_every, config.local_steps
+  if not every:
+    return
   if every < 0 or steps % every:
     raise ConfigError(
       f'shared_every is {every}; it must be a divisor of local_steps, {steps}, '
@@ -373,12 +398,6 @@ def _check_shared_every(config) -> None:
 
 def _check_outer_and_average(config) -> None:
   outer = config.outer
-  _at_least('outer.lr', outer.lr, 0)
-  if not 0 <= outer.momentum < 1:
-    raise ConfigError(
-      f'outer.momentum is {outer.momentum}; it must be at least 0 and less '
-      'than 1.'
-    )
   if outer.momentum and not outer.lr:
     raise ConfigError(
       f'outer.momentum is {outer.momentum}, but there is no outer optimiser: '
@@ -466,26 +485,12 @@ def _check_depths(config) -> None:
     )
   if depths == 'by_speed' and config.min_depth:
     raise ConfigError(
-      f'depths by_speed leave min_depth {config.min_depth} nothing to say: set '
+      f'depths by_speed replaces min_depth, which is {config.min_depth}: set '
       'min_depth to 0.'
     )
   several = len(config.partition) > 1 and not config.model.module
   if several or config.partition_strided:
     raise ConfigError(
-      f'depths is {depths}, of one chain, but partition and partition_strided '
-      'cut several: let them cut one.'
+      f'depths is {depths}, which fits one chain only, but partition and '
+      'partition_strided cut several: cut one chain, or set depths to ().'
     )
-
-
-def _one_of(config, field: str, values: tuple[str, ...]) -> None:
-  value = value_of(config, field)
-  if value not in values:
-    raise ConfigError(
-      f'{field} is {value!r}. {did_you_mean(value, values)}Use one of '
-      f'{", ".join(values)}.'
-    )
-
-
-def _at_least(name: str, value: float, least: int) -> None:
-  if not value >= least:
-    raise ConfigError(f'{name} is {value}; it must be at least {least}.')

@@ -124,9 +124,9 @@ def keep(
 ) -> np.ndarray:
   """Returns the residual scales of a chain of which some blocks are kept.
 
-  The sum of the scales stays what it is in the whole chain, as far as none is
-  larger than in training or than it was: as many blocks as a worker trained
-  with run at the scale that they were trained at.
+  Each kept scale grows by L / len(blocks), so that equal scales keep their sum,
+  but not beyond `trained` or its old value, whichever is larger. With as many
+  blocks as a worker trained, they run at the scale of training.
 
   Args:
     scale: `float32[L]`, those of the whole chain.

@@ -20,10 +20,10 @@ PyTree = Any
 
 
 class Examined(NamedTuple):
-  """What a state's numbers say.
+  """The result of `examine`.
 
   Attributes:
-    finite: Whether all of them are that somebody reads.
+    finite: Whether all numbers outside of empty slots are finite.
     sums: Sums of the bits of each array, modulo 2**32; none of arrays of NumPy,
       which JAX might narrow.
   """

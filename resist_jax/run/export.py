@@ -214,8 +214,8 @@ def load(workdir: str | os.PathLike[str]) -> Predictor:
   found = read(workdir)
   if isinstance(found, Parameters):
     raise ValueError(
-      f'the network of {workdir} is that of the module {found.module}, whose '
-      'classes nobody knows here: read its parameters with '
+      f'the network of {workdir} comes from the module {found.module}, and '
+      'export.load reads ResNets only: read its parameters with '
       'resist_jax.run.export.load_parameters.'
     )
   return found
@@ -270,8 +270,8 @@ def _read(workdir: str | os.PathLike[str]) -> tuple[dict[str, Any], Any]:
   problem = _problem(folder)
   if problem:
     raise ValueError(
-      f'the model in {folder} cannot be used: {problem}. The same command as '
-      'that of its run writes it again.'
+      f'the model in {folder} cannot be used: {problem}. Run the command of '
+      'its run again to rewrite it.'
     )
   metadata = ocp.metadata(str(folder))
   record: Any = metadata.custom_metadata

@@ -166,8 +166,7 @@ FIELDS = {
     Field(
       'optimizer.nesterov',
       False,
-      'Step along the gradient and the momentum after it; in the paper, along '
-      'the momentum alone.',
+      'Use Nesterov momentum, as in PyTorch. The paper uses plain momentum.',
     ),
     Field(
       'optimizer.weight_decay',
@@ -245,9 +244,8 @@ FIELDS = {
       'average.decay',
       0.0,
       'If set, such as 0.9, the network that is tested and exported is an '
-      'average over rounds, in which a round counts so many times as much as '
-      'the one after it. It is sent with blocks that move. 0: the network of '
-      'the last round (paper).',
+      'exponential moving average over rounds with this decay. It is sent with '
+      'the blocks that move. 0: the network of the last round (paper).',
     ),
   ),
   'Data': (
@@ -375,11 +373,10 @@ FIELDS = {
     Field(
       'model.module',
       '',
-      'A module with a network of your own, by the name that Python imports it '
-      'by. partition and the other fields of model, but model.options, then '
-      'count for nothing; so do optimizer.momentum, nesterov, weight_decay and '
-      'bias_rate if it has an optimiser. See '
-      'help(resist_jax.run.module_task).',
+      'Import name of a Python module that defines a network of your own. Then '
+      'partition and all fields of model except model.options are ignored, and '
+      'so are optimizer.momentum, nesterov, weight_decay and bias_rate if the '
+      'module defines an optimiser. See help(resist_jax.run.module_task).',
     ),
     Field(
       'model.options',
@@ -437,7 +434,8 @@ FIELDS = {
     Field(
       'early_stopping.min_gain',
       0.0,
-      'Only more than this counts as a gain; a share of 1, such as 0.001.',
+      'A test counts as a gain only if it beats the last gain by more than '
+      'this; for accuracies a fraction, such as 0.001.',
     ),
     Field(
       'evaluation.batch_size',

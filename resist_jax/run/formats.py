@@ -66,9 +66,9 @@ def write(model: Predictor | Parameters, kind: str, path: pathlib.Path) -> None:
   """
   if isinstance(model, Parameters) and kind != 'safetensors':
     raise ConfigError(
-      f'--to={kind} knows the layers of ResNets alone, but the network of this '
-      f'run is that of the module {model.module}: use --to=safetensors, which '
-      'holds every array by its path.'
+      f'--to={kind} writes ResNets only, but the network of this run comes '
+      f'from the module {model.module}: use --to=safetensors, which holds '
+      'every array under its path.'
     )
   package = FORMATS[kind].package
   try:

@@ -192,8 +192,9 @@ def _visit(place: Place, hello: dict, deadline: float, timeout: float) -> None:
     # The port belongs to a process that is just ending, or to a stranger.
     if time.monotonic() > deadline:
       raise MeetingError(
-        f'what answers at {place.coordinator} is not process 0 of this run, or '
-        'it has stopped: look at what process 0 says, and check --coordinator.'
+        f'the program that answers at {place.coordinator} is not process 0 of '
+        'this run, or it has stopped: read the output of process 0, and check '
+        '--coordinator.'
       )
     time.sleep(0.5)
   if answer.get('absent'):

@@ -9,7 +9,7 @@ The module defines two functions, and may define three more:
                                   that `config.optimizer` describes
   rescale(config, params, factors) -> params; see `task.Task.rescale`
 
-`config.model.options` holds what a card wants to tell the module.
+`config.model.options` holds the settings that a card gives the module.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -32,10 +32,10 @@ def make_optimizer(
     schedule: Learning rate at a step of the whole run.
     momentum: Decay of the momentum; the paper's is 0.9.
     weight_decay: The paper's is 5e-4.
-    nesterov: Whether a step goes along the gradient and the momentum after it,
-      as PyTorch has it (Sutskever et al. 2013), or along the momentum (paper).
-    bias_rate: What the gradients of norms' biases are multiplied by; that is
-      their learning rate, relative to the others.
+    nesterov: Whether to use Nesterov momentum, as in PyTorch (Sutskever et al.
+      2013); the paper uses plain momentum.
+    bias_rate: Factor on the gradients of norm biases, that is, their learning
+      rate relative to that of the others.
 
   Returns:
     A complete optax transformation.
@@ -56,9 +56,8 @@ def _scale_biases(rate: float, grads, params):
   del params
   if not any(map(_is_norm_bias, dict(jax.tree.leaves_with_path(grads)))):
     raise ConfigError(
-      f'optimizer.bias_rate is {rate}, but the network has no biases of norms, '
-      'which are called `bias`, in a layer with `norm` in its name: set it to '
-      '1.'
+      f'optimizer.bias_rate is {rate}, but the network has no norm bias, that '
+      'is, no `bias` in a layer with `norm` in its name: set it to 1.'
     )
   return jax.tree.map_with_path(
     lambda path, g: g * rate if _is_norm_bias(path) else g, grads

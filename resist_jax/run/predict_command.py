@@ -68,7 +68,8 @@ def _top(asked: int | None, known: int) -> int:
   """Returns how many classes a row names."""
   if asked is not None and not 1 <= asked <= known:
     raise ConfigError(
-      f'--top is {asked}; the network knows {known} classes: name 1 to {known}.'
+      f'--top is {asked}, but the network has {known} classes: give a number '
+      f'from 1 to {known}.'
     )
   return min(asked or _USUAL, known)
 

@@ -3,9 +3,9 @@
 A name of a data set says little: a folder of the same name may hold other
 images by now. So a workdir has a file `data.json` beside the config. It holds
 what can be read quickly and is the same on every machine: classes, shapes,
-numbers of examples, and a digest of some labels, which their order changes. Of
-arrays, it holds a digest of some images, too; the pixels of files depend on the
-decoder.
+numbers of examples, and a digest of some labels, which depends on their order.
+For arrays it also holds a digest of some images. It holds none for image files,
+because their pixels depend on the decoder.
 """
 
 import pathlib
@@ -128,8 +128,8 @@ def changes(run: Trained, dataset: Dataset) -> str:
 def warning(said: str) -> str:
   """Returns what an evaluation prints; see `changes`."""
   return (
-    f'the data are not what they were in the training ({said}): a test may '
-    'hold examples that were trained on.'
+    f'the data have changed since the training ({said}): a test may hold '
+    'examples that were trained on.'
   )
 
 

@@ -60,8 +60,8 @@ def train(
     What `summary.json` holds.
 
   Raises:
-    ConfigError: On a mistake of the user's, before anything is written.
-    ValueError: If an argument is another thing.
+    ConfigError: If the user made a mistake, before anything is written.
+    ValueError: If an argument has a wrong type.
     NonFiniteError: If training diverges; the message says how to go on.
     WorkdirLostError: If the workdir is deleted or moved meanwhile.
     Interrupted: On SIGTERM or SIGINT, after a checkpoint.

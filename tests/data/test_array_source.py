@@ -74,7 +74,7 @@ def test_another_file_is_an_extra_test(tmp_path):
 @pytest.mark.parametrize(
   ('arrays', 'says'),
   [
-    ({'x': images(3)}, 'there are x: call them images and labels'),
+    ({'x': images(3)}, 'images and labels are missing; there are x: rename'),
     ({'images': images(3) / 255, 'labels': labels(3)},
      r'images are float64, .* \(255 \* images\)'),
     ({'images': images(3, 3, 8, 8), 'labels': labels(3)},
@@ -86,8 +86,8 @@ def test_another_file_is_an_extra_test(tmp_path):
     ({'images': images(3), 'labels': labels(3) - 1}, 'labels hold -1'),
     ({'images': images(3), 'labels': np.array(NAMES)}, 'number the classes'),
     ({'images': images(3), 'labels': labels(3), 'class_names': NAMES[:2]},
-     'there are 2 classes, and a label is 2'),
-    ({'images': images(3), 'labels': labels(3) * 0}, 'there are 1 classes'),
+     'labels go up to 2, and there are 2 class names'),
+    ({'images': images(3), 'labels': labels(3) * 0}, 'there are 1 class names'),
     ({'images': images(0), 'labels': labels(0)}, 'no images'),
     ({'images': images(3), 'labels': labels(3), 'test_images': images(3, 9, 9),
       'test_labels': labels(3)}, 'images have the shapes'),
@@ -119,8 +119,8 @@ def test_a_file_that_is_damaged_or_not_there_gets_a_clear_line(tmp_path):
   text = tmp_path / 'text.npz'
   text.write_text('no archive')
   for name, says in (
-    (path, 'own.npz is no file of arrays, or was cut'),
-    (str(text), 'text.npz is no file of arrays'),
+    (path, 'own.npz is not an npz file, or is truncated'),
+    (str(text), 'text.npz is not an npz file'),
     ('nowhere.npz', 'no such file'),
     (str(tmp_path / 'folder.npz'), 'no such file'),
   ):

@@ -248,7 +248,7 @@ def test_another_folder_is_an_extra_test(tmp_path):
   some(tmp_path / 'of a foe', ('cat', 'eel'))
   extra = str(tmp_path / 'of a foe')
   message = refusal(tmp_path / 'own', extra_tests=(extra,))
-  assert "the class 'eel', which the training has not" in message
+  assert "the class 'eel', which the training set does not have" in message
   some(tmp_path / 'of one class', ('dog',), count=3)
   extra = str(tmp_path / 'of one class')
   dataset = load(tmp_path / 'own', extra_tests=(extra,))
@@ -280,11 +280,11 @@ def test_a_folder_beside_is_found_unless_a_set_has_its_name(
   ('make', 'says'),
   [
     (lambda f: f.rmdir(), 'no such folder'),
-    (lambda f: None, 'a folder for each class, of which .* has none'),
+    (lambda f: None, 'a folder for each of at least two classes, but .* has none'),
     (lambda f: put(f / '1.png', COLOUR), 'has none: move'),
     (lambda f: some(f, ('cat',)), 'has only cat: move'),
     (lambda f: (some(f / 'train'), some(f / 'test', ('eel',))),
-     r"split test has the class 'eel', which the training has not: rename"),
+     "split test has the class 'eel', which the training set does not have: re"),
   ],
 )  # fmt: skip
 def test_a_wrong_folder_gets_a_clear_line(make, says, tmp_path):

@@ -302,7 +302,7 @@ def test_another_digit_in_the_description_shows_without_manifest(
   assert '[[0, 2], [1, 3]' in text
   path.write_text(text.replace('[[0, 2], [1, 3]', '[[0, 3], [1, 3]'))
   assert_is(restore(tmp_path), 1)
-  assert 'what it says of itself is not as it was written' in caplog.text
+  assert 'its description does not match its digest' in caplog.text
 
 
 def test_an_older_checkpoint_has_no_sums(tmp_path, monkeypatch):

@@ -85,14 +85,14 @@ def test_the_defaults_are_valid():
     ({'depths': 8}, 'depths is 8; use a whole number'),
     ({'depths': ''}, "depths is ''; use a whole number"),
     ({'depths': (8, 6, 4, 4.5)}, 'use a whole number'),
-    ({'depths': (8, 6, 4, 4), 'partition': (2, 3)}, 'let them cut one'),
+    ({'depths': (8, 6, 4, 4), 'partition': (2, 3)}, 'cut one chain'),
     (
       {
         'depths': (8, 6, 4, 4),
         'partition_strided': True,
         'exchange': 'masked_psum',
       },
-      'let them cut one',
+      'cut one chain',
     ),
     ({'depths': (8, 6, 4, 4), 'protocol': 'local_sgd'}, 'protocol resist'),
     ({'depths': (22, 22, 1, 1)}, 'needs 12 replicas.* at most 3.*masked_psum'),
@@ -195,7 +195,7 @@ def test_the_defaults_are_valid():
     ({'dealing': 'spred'}, 'Did you mean spread.* random, spread'),
     (
       {'dealing': 'spread', 'exchange': 'masked_psum'},
-      'what hand_over can do, but exchange is masked_psum',
+      'needs exchange hand_over, but exchange is masked_psum',
     ),
     (
       {'dealing': 'spread', 'depths': 'by_speed'},

@@ -118,7 +118,7 @@ def test_a_file_that_is_no_image_is_named(digits, capsys, tmp_path):
   assert '--top is 0' in err
   code, _, err = command(capsys, folder / 'run', folder / 'files', '--top=11')
   assert (code, len(err.splitlines())) == (2, 1)
-  assert '--top is 11; the network knows 10 classes' in err
+  assert '--top is 11, but the network has 10 classes' in err
 
 
 def test_a_file_written_before_stays_when_an_image_is_broken(

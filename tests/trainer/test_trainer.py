@@ -779,7 +779,7 @@ LOSSES = {
   ),
   'another chain': (
     lambda p, present, *_: (p['out'].sum() + present['out'], {}),
-    "looks for 'out', which chains does not name; it names 'inner/blocks'",
+    "looks up 'out', which is not in chains .'inner/blocks'.: add it",
   ),
 }  # fmt: skip
 

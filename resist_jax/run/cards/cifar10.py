@@ -8,6 +8,10 @@ Accuracy there: ResIST 91.95, 92.35, 91.45 % on 2, 4, 8 workers; local SGD
 Cost on 2, 4, 8 workers: 33, 51, 45 PFLOP over all of them (local SGD 50, 100,
 100) and 55, 145, 327 GB on the wire; 21 minutes on four devices that really do
 10 TFLOP/s, without the link. For yours: `python -m experiments.plan`.
+Difference from the paper's released scripts: a round is averaged before blocks
+are dealt again. The scripts also deal at the start of every epoch, even within
+a round. In rounds longer than an epoch (l above 391) they then take values that
+are out of date, and what the blocks have learned since is lost.
 
 Command: python -m resist_jax --config=cifar10:s4 --workdir=runs/cifar10 \
            --config.data.dir=FOLDER

@@ -1,4 +1,4 @@
-"""ResIST with what gains accuracy beside the paper: CIFAR-10's card and levers.
+"""ResIST with an outer optimiser, not in the paper: CIFAR-10's card and levers.
 
 Not in the paper. After each round the new global network is the old one plus a
 step of SGD with Nesterov momentum along the change of the round, as in DiLoCo.
