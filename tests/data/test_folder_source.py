@@ -280,11 +280,11 @@ def test_a_folder_beside_is_found_unless_a_set_has_its_name(
   ('make', 'says'),
   [
     (lambda f: f.rmdir(), 'no such folder'),
-    (lambda f: None, 'a folder for each of at least two classes, but .* has none'),
+    (lambda f: None, 'at least two classes, but .* has none'),
     (lambda f: put(f / '1.png', COLOUR), 'has none: move'),
     (lambda f: some(f, ('cat',)), 'has only cat: move'),
     (lambda f: (some(f / 'train'), some(f / 'test', ('eel',))),
-     "split test has the class 'eel', which the training set does not have: re"),
+     "split test has the class 'eel', which the training set does not have"),
   ],
 )  # fmt: skip
 def test_a_wrong_folder_gets_a_clear_line(make, says, tmp_path):

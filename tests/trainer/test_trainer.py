@@ -345,7 +345,7 @@ def test_the_state_of_another_optimiser_is_refused(
 ):
   other, trainer = make(carry=True, **theirs), make(carry=True, **ours)
   state = other.init(network())
-  says = f'a trainer with another {field}, which keeps other things'
+  says = f'a trainer with another {field}, whose state differs'
   with pytest.raises(ValueError, match=says):
     trainer.round(state, batches(0, 4))
   other.save(tmp_path, state)
