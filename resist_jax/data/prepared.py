@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
+import hashlib
 import types
 from typing import Any, NamedTuple, Protocol
 
@@ -11,6 +12,7 @@ from resist_jax.errors import ConfigError, one_line
 
 PREPARE_AGAIN = 'prepare the set again'  # TFDS then writes its files anew.
 _LOOKED_AT = 32  # Examples of a split that show whether it has labels.
+_DIGESTED = 256  # Those that show whether its images are the same.
 
 
 class Source(Protocol):
@@ -102,6 +104,20 @@ class Examples:
         f'as image {without[0]}: {remedy}.'
       )
     return not without
+
+  def digest(self) -> str:
+    """Returns a digest of the stored images of some examples, evenly spaced.
+
+    They are not decoded, so that it is the same on every machine.
+    """
+    sample = np.linspace(0, len(self) - 1, min(len(self), _DIGESTED))
+    found = hashlib.sha256()
+    for number in map(int, sample):
+      image = self[number]['image']
+      pixels = isinstance(image, np.ndarray)
+      found.update(f'{image.shape if pixels else len(image)}'.encode())
+      found.update(np.ascontiguousarray(image) if pixels else image)
+    return found.hexdigest()[:12]
 
   def overlap(self, other: 'Examples') -> bool:
     """Returns whether two splits share an example."""

@@ -36,10 +36,12 @@ class Split:
   Attributes:
     images: `uint8[N, H, W, C]`.
     labels: `int32[N]`.
+    content: See `Examples.digest`, for a person's own files; empty for others.
   """
 
   images: np.ndarray | StreamedImages
   labels: np.ndarray | StreamedLabels
+  content: str = ''
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -53,13 +55,12 @@ class Split:
     Returns:
       A split of n examples.
     """
-    return Split(
-      self.images.take(index, axis=0), self.labels.take(index, axis=0)
-    )
+    images = self.images.take(index, axis=0)
+    return Split(images, self.labels.take(index, axis=0), self.content)
 
   def in_memory(self) -> 'Split':
     """Returns the same examples as NumPy arrays."""
-    return Split(self.images[:], self.labels[:])
+    return Split(self.images[:], self.labels[:], self.content)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -396,11 +397,12 @@ def _split(
   kept = StreamedImages.kept if form.reason else 1.0
   shape = height, width, channels
   images = StreamedImages(records, numbers, shape, resized, kept)
+  content = examples.digest() if source.fitted else ''
   arrays = examples.source
   ready = not (resized or streamed) and isinstance(arrays, Arrays)
   if ready and arrays.images.shape[1:] == form.shape:
-    return Split(arrays.images, arrays.labels)
-  split = Split(images, StreamedLabels(records, numbers))
+    return Split(arrays.images, arrays.labels, content)
+  split = Split(images, StreamedLabels(records, numbers), content)
   return split if streamed else split.in_memory()
 
 

@@ -420,9 +420,10 @@ FIELDS = {
     Field(
       'best_by',
       'auto',
-      'The accuracy that says which test is the best: a name in metrics.jsonl, '
+      'The measure that says which test is the best: a name in metrics.jsonl, '
       'such as validation_accuracy, or test_accuracy_paper with test-batch '
-      'statistics. auto: validation_accuracy if data.validation holds images '
+      'statistics. A metric of your own needs a sign: -test_error if low values '
+      'are better. auto: validation_accuracy if data.validation holds images '
       'out, otherwise test_accuracy.',
     ),
     Field(

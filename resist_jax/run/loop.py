@@ -24,6 +24,7 @@ from resist_jax.run import (
   phases,
   processes,
   restore,
+  same_data,
   stopping,
 )
 from resist_jax.run.callbacks import Callbacks
@@ -55,6 +56,7 @@ class Progress:
       does not ask for them.
     best: What `stopping` remembers of the tests.
     last: The newest row of the log.
+    tests: What the tests of the newest row were made on, see `same_data.tests`.
   """
 
   round: int = 0
@@ -70,6 +72,7 @@ class Progress:
   depths_by_speed: list[int] = dataclasses.field(default_factory=list)
   best: dict[str, Any] = dataclasses.field(default_factory=dict)
   last: dict[str, Any] = dataclasses.field(default_factory=dict)
+  tests: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Clock:
@@ -208,12 +211,13 @@ class Loop:
     setup = self.setup
     progress = Progress(**restored.progress) if restored else Progress()
     by_speed = setup.config.depths == 'by_speed'
-    remembers = progress.best.get('by') == self._judged_by
+    tests = same_data.tests(setup.dataset, setup.config.data.name)
     self.progress = dataclasses.replace(
       progress,
       residual_scale=phases.global_scale(setup),
       depths_by_speed=list(setup.depths) if by_speed else [],
-      best=progress.best if remembers else {},
+      last=_without_others(progress, tests),
+      tests=tests,
     )
     self._before = progress.seconds_total - started
     self._clock = Clock(progress.seconds_training)
@@ -507,6 +511,20 @@ def _excluded(
         'round %d goes on without worker %s: %s', done, workers, reason
       )
   return np.flatnonzero(~healthy).tolist()
+
+
+def _without_others(
+  progress: Progress, tests: dict[str, Any]
+) -> dict[str, Any]:
+  """Returns the newest row without tests on what is other data now."""
+  others = {
+    test for test, then in progress.tests.items() if tests.get(test) != then
+  }
+  return {
+    name: value
+    for name, value in progress.last.items()
+    if not any(name.startswith(f'{test}_') for test in others)
+  }
 
 
 def _tested(progress: Progress, test: Test, state: State) -> Progress:

@@ -4,8 +4,8 @@ A name of a data set says little: a folder of the same name may hold other
 images by now. So a workdir has a file `data.json` beside the config. It holds
 what can be read quickly and is the same on every machine: classes, shapes,
 numbers of examples, and a digest of some labels, which depends on their order.
-For arrays it also holds a digest of some images. It holds none for image files,
-because their pixels depend on the decoder.
+For a person's own files it also holds a digest of some images, as they are
+stored: their pixels depend on the decoder.
 """
 
 import pathlib
@@ -51,8 +51,24 @@ def describe(dataset: Dataset, name: str) -> dict[str, Any]:
     index = np.linspace(0, len(split) - 1, min(len(split), _SAMPLE))
     sample = _sample(split, index.astype(int), arrays)
     digests = {k: storage.digest_of_arrays(x)[:12] for k, x in sample.items()}
+    if isinstance(split, data.Split) and split.content:
+      digests['content'] = split.content
     found[f'split {name}'] = {'examples': len(split), **digests}
   return found
+
+
+def tests(dataset: Dataset, name: str) -> dict[str, Any]:
+  """Describes what a run tests on.
+
+  Args:
+    dataset: Any data set.
+    name: How the config calls it, see `data.load`.
+
+  Returns:
+    JSON values by the name of the test.
+  """
+  found = describe(dataset, name)
+  return {test: found[f'split {test}'] for test in dataset.tests}
 
 
 def _sample(

@@ -1,6 +1,6 @@
 """A run from a config: build, restore, loop over rounds, evaluate, save."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import contextlib
 import dataclasses
 import os
@@ -80,9 +80,9 @@ def train(
   optimizer.schedule(config)  # If one fails, nothing is written yet.
   stopping.judged_by(setup)
   if jax.process_count() > 1:
-    processes.agree(
-      describe_data(setup.dataset), 'give each host the same data.'
-    )
+    described = describe_data(setup.dataset)
+    described |= {'records': same_data.describe(setup.dataset, '')}
+    processes.agree(described, 'give each host the same data.')
   with locked(folder) if first else contextlib.nullcontext():
     if first:  # While data were read, another run may have begun and ended.
       workdir_lib.check(folder, config.to_dict())
@@ -134,6 +134,7 @@ def _rounds(
 ) -> Loop:
   """Trains all rounds; callbacks learn of the end when `after` closes."""
   config, writes = setup.config, jax.process_index() == 0
+  judged_by = stopping.judged_by(setup)
   _check_not_lost(folder)
   described = {}
   if writes:
@@ -143,6 +144,9 @@ def _rounds(
   with Interrupt() as interrupt:
     processes.doing('the start')
     restored = _restore(checkpoints, setup)
+    if restored:
+      best = _best_so_far(folder, setup.config, restored.progress, judged_by)
+      restored = restored._replace(progress={**restored.progress, 'best': best})
     measured = restored.progress.get('depths_by_speed') if restored else None
     setup = speed.with_depths(setup, measured or ())
     done = restored.progress['round'] if restored else 0
@@ -221,6 +225,28 @@ def _remedy(
     f'command goes on from round {good}, the last one whose test was finite. '
     f'If it ends here again, lower lr (now {config.lr}) in another workdir.'
   )
+
+
+def _best_so_far(
+  folder: pathlib.Path,
+  config: ml_collections.ConfigDict,
+  progress: Mapping[str, Any],
+  by: str,
+) -> dict[str, Any]:
+  """Returns the best test so far, by the log where another measure decided."""
+  if progress['best'].get('by') == by:
+    return progress['best']
+  rows = report.read_rows(folder / 'metrics.jsonl')
+  done = (row for row in rows if row['round'] <= progress['round'])
+  best = stopping.replayed(done, by, config.early_stopping.min_gain)
+  saved = workdir_lib.saved_rounds(folder / 'checkpoints')
+  if config.keep_best and best and best['round'] not in saved:
+    logging.warning(
+      'by %s, round %d is the best so far; it has no checkpoint any more',
+      by,
+      best['round'],
+    )
+  return best
 
 
 def _restore(checkpoints: Checkpoints, setup: Setup) -> Restored | None:

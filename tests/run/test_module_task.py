@@ -554,6 +554,22 @@ def test_a_metric_that_is_not_finite_stops_nothing(
   assert 'nan' in out
 
 
+def test_a_metric_says_by_its_sign_which_value_is_better(tmp_path, monkeypatch):
+  with_metrics(
+    monkeypatch,
+    lambda loss, metrics, _: (loss, {'error': 1 - metrics['accuracy']}),
+  )
+  fields = {'eval_every': 1, 'best_by': 'test_error'}
+  with pytest.raises(ConfigError, match='write -test_error if low ones are'):
+    train.train(config(num_rounds=2, **fields), tmp_path)
+  assert not list(tmp_path.iterdir())
+  for sign, better in (('-', min), ('+', max)):
+    fields['best_by'] = f'{sign}test_error'
+    summary = train.train(config(num_rounds=2, **fields), tmp_path)
+    errors = [row['test_error'] for row in rows(tmp_path)]
+    assert summary['best']['value'] == better(errors)
+
+
 def test_a_metric_may_be_any_number(tmp_path, monkeypatch):
   """As its check says: a number of Python, and fewer bits than 32."""
   with_metrics(

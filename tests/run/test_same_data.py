@@ -122,7 +122,7 @@ def test_the_set_that_is_trained_on_is_no_extra_test(tmp_path):
   put(tmp_path / 'own.npz')
   made = config(tmp_path / 'own.npz', 1)
   made.data.extra_tests = (str(tmp_path / 'own.npz'),)
-  with pytest.raises(ConfigError, match='the set that is trained on'):
+  with pytest.raises(ConfigError, match='the training data set'):
     train.train(made, tmp_path / 'run')
 
 
@@ -144,6 +144,27 @@ def test_a_folder_of_a_plain_name_may_be_moved(tmp_path, monkeypatch):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(images(1)[0][..., 0]).save(path)
   train.train(config('photos', 1), tmp_path / 'run')
-  (tmp_path / 'photos').rename(tmp_path / 'moved')
-  made = config(tmp_path / 'moved', 2)
+  moved = (tmp_path / 'photos').rename(tmp_path / 'moved')
+  made = config(moved, 2)
   assert train.train(made, tmp_path / 'run')['rounds'] == 2
+  for path in moved.glob('*/*.png'):
+    Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+  with pytest.raises(ConfigError, match='split train: other examples'):
+    train.train(config(moved, 3), tmp_path / 'run')
+
+
+def test_a_finished_run_is_tested_again_on_another_set_of_the_same_name(
+  tmp_path,
+):
+  put(tmp_path / 'own.npz', names=NAMES[:2])
+  made, accuracies = config(tmp_path / 'own.npz', 1), []
+  photos = images(9)
+  for month, label in (('march', 0), ('april', 1)):
+    path = tmp_path / month / 'photos.npz'
+    path.parent.mkdir()
+    some = {'images': photos, 'labels': np.full(9, label)}
+    np.savez(path, **some, class_names=NAMES[:2])
+    made.data.extra_tests = (str(path),)
+    summary = train.train(made, tmp_path / 'run')
+    accuracies.append(summary['photos_accuracy'])
+  assert sum(accuracies) == pytest.approx(1)  # The network is the same.

@@ -21,7 +21,7 @@ def remembered(accuracies, min_gain):
   best = {}
   for done, accuracy in enumerate(accuracies, start=1):
     row = {'round': done, 'x': accuracy}
-    best = stopping.updated(best, 'x', row, min_gain)
+    best = stopping.updated(best, '+x', row, min_gain)
   return best
 
 
@@ -140,6 +140,21 @@ def test_a_resumed_run_stops_at_the_same_round(at, stopped, tmp_path):
   again = train.train(least_config(**STOPS), tmp_path)
   for name in ('params_hash', 'stopped_early', 'best', 'rounds'):
     assert again[name] == stopped[1][name], name
+
+
+def test_another_measure_judges_all_tests_so_far(stopped, tmp_path, caplog):
+  folder, _ = stopped
+  shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+  fields = {**STOPS, 'early_stopping.patience': 0, 'num_rounds': 6}
+  fields |= {'best_by': 'test_accuracy', 'keep_best': True}
+  summary = train.train(least_config(**fields), tmp_path)
+  tests = {row['round']: row['test_accuracy'] for row in rows(folder)[1::2]}
+  best = max(tests, key=lambda done: (tests[done], -done))
+  assert summary['best'] == {
+    'by': 'test_accuracy', 'value': tests[best], 'round': best
+  }  # fmt: skip
+  saved = (tmp_path / 'checkpoints' / str(best)).exists()
+  assert saved or f'round {best} is the best so far' in caplog.text
 
 
 @pytest.mark.slow
