@@ -85,8 +85,10 @@ def from_source(
   Map-style data sets of PyTorch and torchvision, random-access sources of
   grain, and lists are such things. An example is `(image, label)`, or a
   dictionary of `image` and `label`. An image is one of Pillow's, an array
-  `uint8[H, W]` or `uint8[H, W, C]`, or the content of an image file. A label is
-  a whole number from 0. Examples are read in threads.
+  `uint8[H, W]` or `uint8[H, W, C]`, or the content of an image file. Four
+  channels are kept if all images are arrays that have them; transparency of
+  other images is ignored. A label is a whole number from 0. Examples are read
+  in threads.
 
   Args:
     train: Examples to train on.
@@ -115,7 +117,7 @@ def from_source(
       'train.classes and test.classes differ, so that their labels have other '
       'meanings: make both with the same classes.'
     )
-  class_names = class_names or ours
+  class_names = ours if class_names is None else class_names
   if class_names is None or len(class_names) < 2:
     raise ValueError(
       'class_names is missing: name each class, in the order of the labels.'
@@ -212,7 +214,7 @@ def _shape(
   splits: Mapping[str, Source], image_size: int | None
 ) -> tuple[int | None, ...]:
   """Finds the shape of images by some of them."""
-  forms = []
+  forms, fourth = [], []
   for split, examples in splits.items():
     if not len(examples):
       raise ValueError(f'{split} has no examples.')
@@ -222,12 +224,15 @@ def _shape(
       try:
         with as_image(given) as image:
           forms.append(headers.of(image))
+          array = isinstance(given, np.ndarray)
+          fourth.append(array and image.mode == 'RGBA')
       except Exception as error:  # Each format raises types of its own.
         raise ValueError(
           f'the image of example {number} of {split} cannot be used '
           f'({one_line(error)}): {_AGAIN}.'
         ) from error
   height, width, channels = headers.common_shape(forms)
+  channels = 4 if all(fourth) else channels
   if image_size is not None:
     return None, None, channels
   if height is None:

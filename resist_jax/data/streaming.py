@@ -197,6 +197,7 @@ class StreamedImages:
     mode = MODES[self.image_shape[2]]
     try:
       with as_image(record['image']) as image:
+        _check_fourth(image, isinstance(record['image'], np.ndarray), mode)
         ImageOps.exif_transpose(image, in_place=True)
         return _eight_bits(image).convert(mode)
     except Exception as error:  # Each format raises types of its own.
@@ -208,6 +209,18 @@ class StreamedImages:
         f'image {number} of {self.records.name}{file and f" ({file})"} cannot '
         f'be decoded ({reason}): mend or remove it, and {self.records.remedy}.'
       ) from error
+
+
+def _check_fourth(image: Image.Image, array: bool, mode: str) -> None:
+  """Refuses to drop a fourth channel, or to make one up.
+
+  The transparency of an image may be dropped, but in an array a fourth channel
+  may be anything, such as near infrared.
+  """
+  if mode == 'RGBA' and image.mode != mode:
+    raise ValueError('it has no fourth channel, and four are used')
+  if array and image.mode == 'RGBA' and mode != image.mode:
+    raise ValueError(f'it has four channels, and {len(mode)} are used')
 
 
 def _resize(image: Image.Image, size: tuple[int, int], box: Box) -> Image.Image:

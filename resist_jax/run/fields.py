@@ -422,9 +422,9 @@ FIELDS = {
       'auto',
       'The measure that says which test is the best: a name in metrics.jsonl, '
       'such as validation_accuracy, or test_accuracy_paper with test-batch '
-      'statistics. A metric of your own needs a sign: -test_error if low values '
-      'are better. auto: validation_accuracy if data.validation holds images '
-      'out, otherwise test_accuracy.',
+      'statistics. A metric of your own needs a sign, such as -test_error if '
+      'low values are better. auto: validation_accuracy if data.validation '
+      'holds images out, otherwise test_accuracy.',
     ),
     Field(
       'early_stopping.patience',

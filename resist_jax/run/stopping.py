@@ -136,6 +136,6 @@ def reason(config: ml_collections.ConfigDict, best: Mapping[str, Any]) -> str:
     return ''
   return (
     f'{best["tests_since"]} tests in a row had no gain of more than {least:g} '
-    f'in {_measure(best["by"])}, which was {best["gained"]:.4f} before, and at best '
-    f'{best["value"]:.4f} after round {best["round"]}'
+    f'in {_measure(best["by"])}, which was {best["gained"]:.4f} before, and at '
+    f'best {best["value"]:.4f} after round {best["round"]}'
   )

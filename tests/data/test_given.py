@@ -9,6 +9,7 @@ import tfds_sets
 from tiny_images import NAMES, images, labels
 
 from resist_jax import data
+from resist_jax.data import folder_source
 from resist_jax.errors import ConfigError
 from resist_jax.run import config as config_lib
 from resist_jax.run import export, setup, train
@@ -38,7 +39,7 @@ def test_other_arrays_are_refused_by_name():
      'test_images are float64'),
     ({'test_images': images(3, 9, 9), 'test_labels': labels(3)},
      r'and test_images \(9, 9, 1\)'),
-    ({'class_names': NAMES[:2]}, 'at least 3 in class_names'),
+    ({'class_names': NAMES[:2]}, 'at least 3 class_names'),
     ({'class_names': 'abc'}, "class_names is 'abc'; it must hold a name for"),
     ({'class_names': ['a', 'b', 'a']}, "class_names hold 'a' twice"),
   ):  # fmt: skip
@@ -295,3 +296,32 @@ def test_a_test_of_tables_has_a_name_that_files_can_have(name):
   table = {'x': np.zeros((4, 2))}
   with pytest.raises(ValueError, match=r'tests has the key .* rename it'):
     data.from_tables(table, {'test': table, name: table})
+
+
+# Fourth channels.
+
+
+def test_a_fourth_channel_of_arrays_is_kept():
+  tiles = images(10, 8, 8, 4)
+  pairs = [*zip(tiles, labels(10), strict=True)]
+  made = data.from_source(pairs, pairs[:4], class_names=np.array(NAMES))
+  np.testing.assert_array_equal(made.train.images[:], tiles)
+
+
+def test_a_fourth_channel_is_neither_dropped_nor_made_up(tmp_path):
+  tiles, some = images(10, 8, 8, 4), images(10, 8, 8, 3)
+  mixed = [(some[0], 0), *zip(tiles[1:], labels(9), strict=True)]
+  with pytest.raises(ConfigError, match='has four channels, and 3 are used'):
+    data.from_source(mixed, mixed[:4], class_names=NAMES)
+  late = [*zip(tiles, labels(10), strict=True)] * 10
+  late[1] = (some[1], 1)  # It is not among those that are looked at.
+  with pytest.raises(ConfigError, match='no fourth channel, and four are used'):
+    data.from_source(late, late[2:6], class_names=NAMES)
+  Image.fromarray(some[0]).save(tmp_path / 'a.jpg')
+  with pytest.raises(ConfigError, match='no fourth channel'):
+    folder_source.read([str(tmp_path / 'a.jpg')], (8, 8, 4), False)
+  for channels, used in ((3, 4), (4, 3)):
+    path = tmp_path / f'{channels}.npz'
+    np.savez(path, images=images(9, 8, 8, channels), labels=labels(9))
+    with pytest.raises(ConfigError, match=r'channel|shape'):
+      data.load_test(str(path), NAMES, (8, 8, used), False).in_memory()
