@@ -128,6 +128,21 @@ def test_flags_in_a_file(tmp_path):
   assert (config.data.name, config.partition) == ('cifar100', (3,))
 
 
+def test_the_last_flag_of_an_option_that_is_a_tuple_counts(tmp_path):
+  card = tmp_path / 'card.py'
+  card.write_text(
+    'from resist_jax.run import fields\n'
+    'def get_config():\n'
+    '  config = fields.get_config()\n'
+    "  config.model.options = {'widths': (8, 16), 'deep': {'sizes': (1,)}}\n"
+    '  return config\n'
+  )
+  names = ('model.options.widths', 'model.options.deep.sizes')
+  words = [f'--config.{n}={v}' for v in ('1,2', '3,4') for n in names]
+  options = parse(f'--config={card}', *words).config.model.options
+  assert options.widths == options.deep.sizes == (3, 4)
+
+
 def test_each_field_has_a_reason():
   flat = {}
 

@@ -1,5 +1,6 @@
 """How good a trained network of somebody else's is, by its own loss."""
 
+import contextlib
 import dataclasses
 import sys
 from typing import Any
@@ -112,8 +113,10 @@ def _read(config: ml_collections.ConfigDict) -> data.Dataset:
 
 def _on_own_data(config: ml_collections.ConfigDict, name: str) -> ModuleTask:
   """Lets the module make its data again, by another name."""
-  given = config.data.name.startswith(data.GIVEN)
-  before = None if given else _made(config)
+  before = None
+  if not config.data.name.startswith(data.GIVEN):
+    with contextlib.suppress(ConfigError):  # They may be gone.
+      before = _made(config)
   config = config.copy_and_resolve_references()
   config.data.name = name
   task = _made(config)

@@ -4,7 +4,7 @@
 process. Nothing here imports JAX, so that `--help` answers at once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 import re
 import textwrap
 from typing import Any, NamedTuple
@@ -41,13 +41,14 @@ _FLAGS = {
   'version': 'Prints the version.',
 }
 _OPTIONS = 'model.options.'
-_HELP = ('-h', '-?', '-help', '-helpshort', '-helpfull')
-# `config_flags` joins the values of all flags of a tuple; see `_arrange`.
+# `config_flags` would join the values of all flags of a tuple. The last one
+# counts, as for other fields.
 _TUPLES = {
   f'config.{field.name}'
   for field in fields.each()
   if isinstance(field.default, tuple)
 }
+_HELP = ('-h', '-?', '-help', '-helpshort', '-helpfull')
 
 
 class Options(NamedTuple):
@@ -99,8 +100,11 @@ def parse(argv: Sequence[str], values: flags.FlagValues) -> Options:
   config, words = None, []
   try:
     argv = values.read_flags_from_files(argv, force_gnu=False)
-    card, words = _arrange(argv)
-    config = cards.load(card)
+    program, *words = argv
+    found, words = _last_of({'config'}, words)
+    config = cards.load(found.get('config', cards.DEFAULT))
+    found, words = _last_of({*_TUPLES, *_tuples(config.to_dict())}, words)
+    words = [program, *(f'--{n}={v}' for n, v in found.items()), *words]
     config_flags.DEFINE_config_dict(
       'config', config, _FLAGS['config=CARD'], flag_values=values,
       sys_argv=words, allow_override=True,
@@ -217,28 +221,33 @@ def _before_dashes(argv: Sequence[str]) -> list[str]:
   return words[: words.index('--')] if '--' in words else words
 
 
-def _arrange(argv: Sequence[str]) -> tuple[str, list[str]]:
-  """Returns the card, and the words without it.
+def _tuples(config: Mapping[str, Any], above: str = 'config.') -> Iterator[str]:
+  """Yields the flags of the fields that hold tuples in a card."""
+  for name, value in config.items():
+    if isinstance(value, Mapping):
+      yield from _tuples(value, f'{above}{name}.')
+    elif isinstance(value, tuple | list):
+      yield above + name
 
-  For a tuple only its last flag remains, as for all other fields:
-  `config_flags` would join the values of all its flags.
-  """
-  program, *words = argv
-  last, others = {'config': cards.DEFAULT}, []
+
+def _last_of(
+  names: Set[str], argv: Sequence[str]
+) -> tuple[dict[str, str], list[str]]:
+  """Returns the last value of each of some flags, and the other words."""
+  words, last, others = [*argv], {}, []
   while words:
     word = words.pop(0)
     if word == '--':
       others += [word, *words]
       break
     name, equals, value = re.sub('^--?', '', word, count=1).partition('=')
-    if not word.startswith('-') or name not in _TUPLES | {'config'}:
+    if not word.startswith('-') or name not in names:
       others.append(word)
     elif equals or words:
       last[name] = value if equals else words.pop(0)
     else:
       raise ConfigError(f'--{name} has no value.')
-  card = last.pop('config')
-  return card, [program, *(f'--{n}={v}' for n, v in last.items()), *others]
+  return last, others
 
 
 def _check_processes(options: Options) -> None:

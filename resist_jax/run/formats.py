@@ -165,6 +165,12 @@ def from_torch(
       f'the state is a {type(state).__name__}, not a state dict: give what '
       'state_dict() of its modules returns.'
     )
+  for name, inner in state.items():
+    if isinstance(inner, Mapping):  # As checkpoints of scripts hold it.
+      raise ValueError(
+        f'the state holds a dictionary under {name!r}: if that is the state '
+        f'dict, give state[{name!r}].'
+      )
   given = {name: _as_array(tensor) for name, tensor in state.items()}
   if given and all(name.startswith('module.') for name in given):
     given = {k.removeprefix('module.'): v for k, v in given.items()}

@@ -73,7 +73,12 @@ def write_together(out: pathlib.Path, found: Sequence[Measured]) -> None:
     name: {'mean': mean, 'deviation': deviation}
     for name, (mean, deviation) in _spread(found).items()
   }
-  together = {'runs': [one['run'] for one in found], 'measures': spread}
+  _remove_earlier(out)
+  together = {
+    'runs': [one['run'] for one in found],
+    'examples': found[0]['examples'],
+    'measures': spread,
+  }
   workdir.write_json(out / 'evaluation.json', _finite(together))
   rows = [row for measured in found for row in measured['depth']]
   if rows:

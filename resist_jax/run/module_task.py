@@ -309,6 +309,30 @@ def make(
   return task
 
 
+def check_tests(config: ml_collections.ConfigDict, dataset: Dataset) -> None:
+  """Refuses a config with tests that a module's own data do not have.
+
+  Args:
+    config: Config of the run.
+    dataset: Its data.
+
+  Raises:
+    ConfigError: If a test is missing.
+  """
+  wanted = {data.test_key(name): name for name in config.data.extra_tests}
+  field = dict.fromkeys(wanted, 'extra_tests')
+  if config.data.validation:
+    wanted['validation'] = config.data.validation
+    field['validation'] = 'validation'
+  for test, value in wanted.items():
+    if test not in dataset.tests:
+      raise ConfigError(
+        f'data.{field[test]} names {value!r}, but data(config) of '
+        f'{config.model.module} makes no test {test!r}: let it make one, or '
+        f'leave data.{field[test]} at its default.'
+      )
+
+
 def _with_tuples(
   config: ml_collections.ConfigDict,
 ) -> ml_collections.ConfigDict:

@@ -1,5 +1,6 @@
 """From a config to what a run is made of; nothing here writes anything."""
 
+from collections import Counter
 import dataclasses
 from functools import cached_property, partial
 import hashlib
@@ -188,7 +189,9 @@ def _make_task(
     return load_data(config, _copies(mesh))
 
   if config.model.module:
-    return module_task.make(config, dataset, read)
+    task = module_task.make(config, dataset, read)
+    module_task.check_tests(config, task.dataset)
+    return task
   images = dataset or read()
   if not isinstance(images, data.Dataset):
     raise ConfigError(
@@ -261,7 +264,8 @@ def _digest(split: data.Split | data.Table) -> str:
 def _num_devices(config) -> int:
   """Chooses D * G, so that each process has equally many whole groups."""
   processes, G = jax.process_count(), config.devices_per_worker
-  here = len(jax.local_devices())
+  # Hosts may have unequal numbers, and all of them must decide alike.
+  here = min(Counter(d.process_index for d in jax.devices()).values())
   if config.num_workers % processes:
     raise ConfigError(
       f'num_workers is {config.num_workers}, but there are {processes} '
@@ -275,13 +279,13 @@ def _num_devices(config) -> int:
     )
   if here < G:
     raise ConfigError(
-      f'devices_per_worker is {G}, but there are {here} here: lower it, or '
-      'leave it at 1.'
+      f'devices_per_worker is {G}, but there are {here} on a host: lower it, '
+      'or leave it at 1.'
     )
   if config.num_devices > processes * here:
     raise ConfigError(
       f'num_devices is {config.num_devices}, but there are {processes * here} '
-      'here: lower it, or leave it at 0.'
+      'here, as many on each host: lower it, or leave it at 0.'
     )
   if config.num_devices:
     return config.num_devices

@@ -2,7 +2,7 @@
 """A network that resist_jax trained, in plain PyTorch: this file is all of it.
 
 network = load('FOLDER')
-logits = network(pixels)  # [B, C, H, W], numbers from 0 to 255
+logits = network(pixels)  # uint8 [B, C, H, W], numbers from 0 to 255
 names = [network.class_names[i] for i in logits.argmax(1)]
 
 The folder holds this file, `network.pt` (a state dict) and `network.json`.
@@ -52,7 +52,12 @@ class Network(nn.Module):
     self.classifier = nn.Linear(before, len(class_names))
 
   def forward(self, pixels):
-    """Maps pixels from 0 to 255, [B, C, H, W], to logits, [B, n]."""
+    """Maps uint8 pixels from 0 to 255, [B, C, H, W], to logits, [B, n]."""
+    if pixels.is_floating_point():  # Numbers from 0 to 1 would look black.
+      raise ValueError(
+        f'pixels are {pixels.dtype}; give uint8 numbers from 0 to 255: leave '
+        'out transforms such as ToTensor, which divide them by 255.'
+      )
     x = (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
     x = self.stages(self.stem(x))
     return self.classifier(x.mean(dim=(2, 3)))

@@ -5,6 +5,7 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
+from absl import logging
 import ml_collections
 
 from resist_jax import folders
@@ -85,7 +86,7 @@ def _model(
       f'such as {runs[0]}.'
     )
   try:
-    return folder, export.read(folder)
+    model = export.read(folder)
   except FileNotFoundError as error:
     raise ConfigError(
       f'{folder} holds no finished run, whose network would lie in '
@@ -93,6 +94,15 @@ def _model(
     ) from error
   except (OSError, ValueError) as error:
     raise ConfigError(message(error)) from error
+  if (folder / 'metrics.jsonl').exists() and not (
+    folder / 'summary.json'
+  ).exists():
+    logging.warning(
+      '%s has trained on since it wrote this network, and has not ended: the '
+      'same command as that of its run goes on, and then writes it again',
+      folder,
+    )
+  return folder, model
 
 
 def _config(path: pathlib.Path) -> ml_collections.ConfigDict:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -147,6 +148,31 @@ def test_nothing_of_an_earlier_evaluation_stays(finished, capsys, tmp_path):
     'evaluation.json', 'confusion_other.csv', 'confusion_other.png',
     'depth_mine.png', 'other.npz',
   }  # fmt: skip
+
+
+def test_a_run_that_goes_on_says_that_its_network_is_an_earlier_one(
+  finished, capsys, tmp_path, caplog
+):
+  shutil.copytree(finished[0], tmp_path / 'run')
+  words = (f'--out={tmp_path / "out"}', '--depths=none')
+  command(capsys, tmp_path / 'run', *words)
+  assert not caplog.text
+  (tmp_path / 'run' / 'summary.json').unlink()  # As by more rounds, stopped.
+  command(capsys, tmp_path / 'run', *words)
+  assert 'has trained on since it wrote this network' in caplog.text
+
+
+def test_nothing_of_an_earlier_evaluation_of_several_runs_stays(
+  finished, capsys, tmp_path
+):
+  for name in ('seed0', 'seed1'):
+    (tmp_path / 'runs' / name).parent.mkdir(exist_ok=True)
+    (tmp_path / 'runs' / name).symlink_to(finished[0])
+  out = tmp_path / 'out'
+  command(capsys, tmp_path / 'runs', f'--out={out}', '--depths=5')
+  assert (out / 'depth_test.png').exists()
+  command(capsys, tmp_path / 'runs', f'--out={out}', '--depths=none')
+  assert not (out / 'depth_test.png').exists()
 
 
 def test_without_the_training_images_the_whole_network_is_tested(

@@ -124,6 +124,8 @@ def test_pytorch_reads_a_state_dict(model, tmp_path):
   pixels = torch.from_numpy(images(5).transpose(0, 3, 1, 2).copy())
   with torch.no_grad():
     close(network(pixels).numpy(), model)
+  with pytest.raises(ValueError, match=r'give uint8 .* such as ToTensor'):
+    network(pixels / 255)
   assert network.class_names == list(NAMES)
 
 
@@ -132,7 +134,7 @@ def test_pytorch_needs_nothing_else(tmp_path):
   formats.write(made(), 'torch', tmp_path / 'net')
   code = (
     'import sys, network, torch; net = network.load("."); '
-    'print(tuple(net(torch.zeros(2, 3, 12, 12)).shape)); '
+    'print(tuple(net(torch.zeros(2, 3, 12, 12).byte()).shape)); '
     'assert not {"jax", "resist_jax"} & set(sys.modules)'
   )
   ran = subprocess.run(

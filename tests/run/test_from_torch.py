@@ -124,6 +124,9 @@ def test_the_state_of_another_network_is_refused(fields, says):
 def test_a_module_is_no_state_dict():
   with pytest.raises(ValueError, match=r'not a state dict: give what state_di'):
     formats.from_torch(object(), ResNet(**SMALL))
+  saved = {'epoch': 3, 'net': plain.arrays(made())}
+  with pytest.raises(ValueError, match=r"under 'net': .* give state\['net'\]"):
+    formats.from_torch(saved, ResNet(**SMALL))
 
 
 @functools.cache

@@ -554,6 +554,33 @@ def test_a_metric_that_is_not_finite_stops_nothing(
   assert 'nan' in out
 
 
+def test_tests_that_its_data_do_not_have_are_refused(tmp_path):
+  for fields, says in (
+    ({'data.validation': 0.1}, "validation names 0.1, .*no test 'validation'"),
+    ({'data.extra_tests': ('More',)}, "names 'More', .* makes no test 'more'"),
+  ):
+    with pytest.raises(ConfigError, match=says):
+      train.train(config(num_rounds=1, **fields), tmp_path)
+    assert not list(tmp_path.iterdir())
+  setup.prepare(config(**{'data.extra_tests': ('other',)}))
+
+
+def test_another_set_is_evaluated_without_the_data_of_the_training(
+  finished, capsys, tmp_path, monkeypatch
+):
+  make = own_network.data
+
+  def data(made):
+    if made.data.name == config().data.name:
+      raise FileNotFoundError('the text of the training is gone')
+    return make(made)
+
+  monkeypatch.setattr(own_network, 'data', data)
+  words = ('--data=another text', '--depths=none')
+  found, _ = evaluated(capsys, finished[0], tmp_path, *words)
+  assert found['measures']['test_loss'] > 0
+
+
 def test_a_metric_says_by_its_sign_which_value_is_better(tmp_path, monkeypatch):
   with_metrics(
     monkeypatch,

@@ -50,6 +50,35 @@ def trained(tmp_path_factory, request):
   return folder
 
 
+UNEQUAL = """
+import sys
+import jax
+process = int(sys.argv[2])
+jax.config.update('jax_num_cpu_devices', (4, 2)[process])
+jax.distributed.initialize(sys.argv[1], 2, process)
+from resist_jax.run import config, setup
+made = config.get_config()
+made.num_workers = 8
+print(setup.prepare(made).mesh.devices.size)
+jax.distributed.shutdown()
+"""
+
+
+@pytest.mark.faults
+def test_hosts_with_unequal_numbers_of_devices_agree(tmp_path):
+  coordinator = f'127.0.0.1:{local.free_port()}'
+  started = [
+    subprocess.Popen(
+      [sys.executable, '-c', UNEQUAL, coordinator, str(process)],
+      cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )
+    for process in range(2)
+  ]  # fmt: skip
+  assert [p.communicate(timeout=LIMIT)[0].split() for p in started] == [
+    ['4']
+  ] * 2
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize(
   'name',
