@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from resist_jax.report.records import Run, load_runs, read_rows
+from resist_jax.report.records import Run, each_row, load_runs, read_rows
 from resist_jax.report.tables import html_table, markdown_table, text_table
 from resist_jax.report.units import byte_text
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 __all__ = [
   'Run',
   'byte_text',
+  'each_row',
   'html_table',
   'load_runs',
   'main',

@@ -8,7 +8,7 @@ from resist_jax.report import chart
 from resist_jax.report.chart import Chart, Line, Point
 from resist_jax.report.colours import styles
 from resist_jax.report.groups import Group
-from resist_jax.report.sentence import further_tests
+from resist_jax.report.sentence import further_tests_of
 from resist_jax.report.units import byte_unit
 
 ACCURACY = 'test accuracy, as deployed (%)'
@@ -119,7 +119,7 @@ def _mapped(
 def _others(groups: Sequence[Group]) -> Iterator[Chart]:
   """Yields the paper's accuracy, further tests and the training loss."""
   ends = '_accuracy', '_accuracy_paper'
-  tests = sorted({test for group in groups for test in further_tests(group)})
+  tests = sorted({test for group in groups for test in further_tests_of(group)})
   wanted = [
     ("With each test batch's own statistics", 'test_accuracy_paper',
      'test accuracy, as in the paper (%)', 100),

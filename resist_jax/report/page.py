@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 from pathlib import Path
-import re
 import sys
 from typing import Any
 
@@ -23,6 +22,7 @@ from resist_jax.report.records import (
   ACCURACIES,
   DASH,
   Summary,
+  further_tests,
   is_number,
   load_runs,
 )
@@ -158,11 +158,9 @@ def _cell(form: str, fields: Summary) -> str:
 def _table(summaries: Sequence[Summary]) -> list[tuple[str, str]]:
   """Returns the rows of the summary table, those of further tests included."""
   fields = set(itertools.chain.from_iterable(summaries))
-  found = [re.fullmatch(r'(\w+?)_accuracy(_paper)?', name) for name in fields]
-  names = {match[1] for match in found if match}
   rows = [
     (f'{name}, {how}', f'{{{name}{ending}:.2%}}')
-    for name in sorted(names - {'test', 'best_test', 'train'})
+    for name in further_tests(fields)
     for how, ending in zip(_HOW, ACCURACIES, strict=True)
   ]
   end = [name for name, _ in TABLE].index('best, as in paper') + 1

@@ -1,6 +1,6 @@
 """Readers of a run's workdir: its config, its rounds and its summary."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import itertools
@@ -28,8 +28,8 @@ ACCURACIES = ('_accuracy', '_accuracy_paper')
 _CUTS = ('slots', 'num_blocks')
 _FILES = ('config.json', 'metrics.jsonl')
 _COUNTS = 'bytes', 'wire_bytes'
-# No run has more than this, and what a report draws of it fits in memory.
-_MAX_ROWS, _MAX_LINE = 10**6, 2**20
+_MAX_ROWS = 10**6  # That a report reads: what it keeps of them fits in memory.
+_MAX_LINE = 2**20  # No run has more than this, and what follows.
 _MAX_ROUND, _MAX_BLOCKS, _MAX_WORKERS, _MAX_CHAINS = 10**9, 2048, 4096, 256
 _MAX_NUMBER = 3.5e38  # That of 32 bits.
 
@@ -50,6 +50,21 @@ class Run:
   config: Mapping[str, Any]
   summary: Summary
   rows: Rows
+
+
+def further_tests(fields: Iterable[str]) -> list[str]:
+  """Returns the tests that the fields of a summary name, but `test`.
+
+  An accuracy may also be a metric of somebody's own network, such as
+  `test_token_accuracy`: a test has a loss or the paper's accuracy beside it.
+  """
+  names, end = set(fields), '_accuracy'
+  found = {name.removesuffix(end) for name in names if name.endswith(end)}
+  return sorted(
+    test
+    for test in found - {'test', 'best_test', 'train'}
+    if {f'{test}_loss', f'{test}_accuracy_paper'} & names
+  )
 
 
 def load_runs(run_dirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
@@ -149,7 +164,12 @@ def _drawn_rows(path: Path) -> list[dict[str, Any]]:
   a picture may show keep them.
   """
   by_round, first, first_cut = {}, math.inf, math.inf
-  for row in each_row(path):
+  for line, row in enumerate(each_row(path), 1):
+    if line > _MAX_ROWS:
+      raise ConfigError(
+        f'{path} has more than {_MAX_ROWS} lines, too many for a report: omit '
+        'this run, or copy its workdir and shorten the copy of that file.'
+      )
     number, chains = row['round'], list(row['slots'].values())
     begun = number - row.get('rounds', 1) + 1
     first = min(first, begun)
@@ -225,13 +245,11 @@ def each_row(path: Path) -> Iterator[dict[str, Any]]:
       with contextlib.suppress(ValueError, RecursionError):
         row = json.loads(line)
       if not (
-        _is_round(row)
-        and len(chains | row['slots'].keys()) <= _MAX_CHAINS
-        and number <= _MAX_ROWS
+        _is_round(row) and len(chains | row['slots'].keys()) <= _MAX_CHAINS
       ):
         raise ConfigError(
           f'{path}, line {number}, is not the record of a round: delete that '
-          f'line{" and those after it" if number > _MAX_ROWS else ""}.'
+          'line.'
         )
       chains |= row['slots'].keys()
       yield row

@@ -12,6 +12,7 @@ from resist_jax.report.compare import (
   compare,
 )
 from resist_jax.report.groups import Group
+from resist_jax.report.records import further_tests
 from resist_jax.report.units import byte_unit
 
 # Settings in which runs of different protocols may differ and be compared.
@@ -129,7 +130,7 @@ def _result(groups: Sequence[Group]) -> str:
       verb = '' if number else ' classifies'
       rest = '' if number else f' of the test {_examples(group)} correctly'
       text = f'{_name(group)}{own}{verb} {_percent_of(group, "test")}{rest}'
-    for test in further_tests(group):
+    for test in further_tests_of(group):
       if group.values(f'{test}_accuracy'):
         text += f' ({_percent_of(group, test)} on the test {test})'
     parts.append(text)
@@ -167,11 +168,9 @@ def _percent_of(group: Group, test: str) -> str:
   return f'{statistics.mean(found):.1f}{deviation}%'
 
 
-def further_tests(group: Group) -> list[str]:
+def further_tests_of(group: Group) -> list[str]:
   """Returns the names of a group's tests other than `test`."""
-  ends, usual = '_accuracy', ('test', 'best_test', 'train')
-  names = {n for run in group.runs for n in run.summary if n.endswith(ends)}
-  return sorted({n.removesuffix(ends) for n in names} - set(usual))
+  return further_tests(n for run in group.runs for n in run.summary)
 
 
 def _name(group: Group) -> str:

@@ -19,6 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from resist_jax import data, folders
 from resist_jax.models.resnet import ResNet
+from resist_jax.rounds import nodes
 from resist_jax.run.manifest import check, manifest
 from resist_jax.run.workdir import json_object, write_json
 
@@ -242,11 +243,16 @@ def read(workdir: str | os.PathLike[str]) -> Predictor | Parameters:
   )
 
 
-def load_parameters(workdir: str | os.PathLike[str]) -> tuple[PyTree, PyTree]:
+def load_parameters(
+  workdir: str | os.PathLike[str], like: PyTree | None = None
+) -> tuple[PyTree, PyTree]:
   """Reads the parameters of a finished run, whatever its network is.
 
   Args:
     workdir: Workdir of the run.
+    like: Parameters, or their shapes, as `init` of the network makes them. They
+      say which nodes the pytree has, and may be left out if these are
+      dictionaries, lists and tuples.
 
   Returns:
     `(params, scales)`: the global parameters, and the residual scale of each
@@ -254,10 +260,24 @@ def load_parameters(workdir: str | os.PathLike[str]) -> tuple[PyTree, PyTree]:
 
   Raises:
     FileNotFoundError: If the run has not finished.
-    ValueError: If a file of the model is missing or damaged.
+    ValueError: If a file of the model is missing or damaged, or if it is that
+      of other parameters than `like`.
   """
-  _, state = _read(workdir)
-  return state.get('variables', state)['params'], state.get('scales', {})
+  record, state = _read(workdir)
+  params = state.get('variables', state)['params']
+  if like is not None:
+    names = [nodes.shapes_by_name(tree) for tree in (like, params)]
+    differ = nodes.first_difference(*names)
+    if differ:
+      raise ValueError(
+        f'like has {differ[0]} of the shape {differ[1]}, and the run in '
+        f'{workdir} {differ[2]}: give the parameters of its network.'
+      )
+  elif record.get('nodes') is not None:  # Older models do not say.
+    like = nodes.form_of(record['nodes'])
+  if like is not None:
+    params = nodes.with_nodes_of(like, params)
+  return params, state.get('scales', {})
 
 
 def _read(workdir: str | os.PathLike[str]) -> tuple[dict[str, Any], Any]:

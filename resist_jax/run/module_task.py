@@ -31,7 +31,7 @@ import optax
 from resist_jax import data
 from resist_jax.decomposition import Division, join, split
 from resist_jax.errors import FOREIGN, ConfigError, message, one_line
-from resist_jax.rounds import LossFn, State, checks, make_mesh
+from resist_jax.rounds import LossFn, State, checks, make_mesh, nodes
 from resist_jax.rounds.arrays import to_host
 from resist_jax.run import export, optimizer
 from resist_jax.run.config import (
@@ -261,7 +261,8 @@ class ModuleTask:
   ) -> None:
     """See `task.Task`."""
     del state, test
-    record = {'module': self.config.model.module}
+    form = nodes.described(params)
+    record = {'module': self.config.model.module, 'nodes': form}
     export.write(workdir, {'params': params, 'scales': dict(scales)}, record)
 
   def flops(self, lengths: Mapping[str, int]) -> None:

@@ -46,13 +46,18 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
   defaults = {
     field.name: json.loads(json.dumps(field.default)) for field in each()
   }
-  # A folder or a file may lie elsewhere now; `data.json` says what it held.
   moved = set()
+  # The file of a schedule may lie elsewhere, or be named by another path.
+  schedules = changed.get('optimizer.schedule', ())
+  files = {pathlib.PurePath(str(path)).name for path in schedules}
+  if len(files) == 1 and '.py:' in files.pop():
+    moved |= {'optimizer.schedule'}
+  # A folder or a file, too; `data.json` says what it held.
   if (workdir / DATA).exists():
     own = json_object(workdir / DATA).get(OWN_FILES) or []
     names = changed.get('data.name', ())
     if all(isinstance(n, str) and (n in own or data.is_own(n)) for n in names):
-      moved = {'data.name'}
+      moved |= {'data.name'}
   fixed = {
     name: (old, new)
     for name, (old, new) in changed.items()

@@ -385,7 +385,7 @@ def test_a_log_without_end_is_not_read_to_its_end(tmp_path, monkeypatch):
   with (run / 'metrics.jsonl').open('a') as file:
     file.writelines(f'{row}\n' for _ in range(10**5))
   tracemalloc.start()
-  with pytest.raises(ConfigError, match=r'line 10001, .*and those after it'):
+  with pytest.raises(ConfigError, match='has more than 10000 lines, too'):
     records.load_runs([run])
   _, peak = tracemalloc.get_traced_memory()
   tracemalloc.stop()
@@ -441,7 +441,8 @@ def test_further_tests_have_rows_of_their_own(tmp_path):
   assert '12.50%' in report.write_report([run], run).read_text()
   # A run that has not finished knows them from its log.
   (run / 'summary.json').unlink()
-  break_with(cifar10_1_v6_accuracy=0.375)(run)
+  fields = {'cifar10_1_v6_accuracy': 0.375, 'cifar10_1_v6_accuracy_paper': 0}
+  break_with(**fields)(run)
   text = report.summary_table([records.load_runs([run])[0].summary])
   assert 'cifar10_1_v6, as deployed   37.50%' in text
   assert 'best' not in text.replace('best, as in paper', '')

@@ -233,6 +233,17 @@ def test_further_tests_are_named(tmp_path):
   )
 
 
+def test_a_metric_that_ends_as_an_accuracy_does_is_no_test(tmp_path):
+  run = put(tmp_path / 'run', 0.9, test_loss=0.5, test_token_accuracy=0.25)
+  assert 'token' not in said(run)[0]
+  assert 'token, as' not in report.summary_table(
+    [records.load_runs([run])[0].summary]
+  )
+  assert 'Test test_token' not in curves.html(
+    groups.grouped(records.load_runs([run]))
+  )
+
+
 def test_seeds_become_one_column_with_mean_and_deviation(tmp_path):
   for seed in range(3):
     put(tmp_path / 'some' / f'{seed}', 0.5 + 0.1 * seed, seed=seed)

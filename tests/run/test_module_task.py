@@ -10,6 +10,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+from typing import Any, NamedTuple
 
 from covering import rest_is_slow
 import jax
@@ -184,6 +185,30 @@ def test_safetensors_hold_its_parameters(finished, capsys, tmp_path):
     np.testing.assert_array_equal(
       file.get_tensor('scales/blocks'), scales['blocks']
     )
+
+
+class Pair(NamedTuple):
+  one: Any
+  other: Any
+
+
+@pytest.mark.parametrize('node', [lambda *both: both, Pair])
+def test_its_parameters_are_read_in_their_nodes(node, tmp_path, monkeypatch):
+  make = own_network.network
+
+  def network(made):
+    init, chains = make(made)
+    more = {3: jnp.zeros(2), 12: node(jnp.zeros(1), jnp.zeros(1))}
+    return module_task.Network(lambda s: {**init(s), 'more': more}, chains)
+
+  monkeypatch.setattr(own_network, 'network', network)
+  train.train(config(num_rounds=1), tmp_path)
+  begun = network(config()).init(0)
+  like = begun if node is Pair else None
+  params, _ = export.load_parameters(tmp_path, like)
+  assert jax.tree.structure(params) == jax.tree.structure(begun)
+  with pytest.raises(ValueError, match=r'like has blocks.in of the shape None'):
+    export.load_parameters(tmp_path, {'more': begun['more']})
 
 
 def test_it_goes_on_to_the_same_end(finished, tmp_path, monkeypatch):

@@ -64,6 +64,21 @@ def test_fields_younger_than_a_run_had_what_is_now_their_default(tmp_path):
     workdir.check(tmp_path, config.to_dict())
 
 
+def test_the_file_of_a_schedule_may_lie_elsewhere(tmp_path):
+  config = get_config().to_dict()
+
+  def check(schedule):
+    config['optimizer']['schedule'] = schedule
+    workdir.check(tmp_path, config)
+
+  config['optimizer']['schedule'] = 'card.py:rate'
+  workdir.write_json(tmp_path / 'config.json', config)
+  check('/home/me/card.py:rate')
+  for other in ('other.py:rate', 'card.py:another', 'cosine'):
+    with pytest.raises(ConfigError, match=r'another config .*schedule'):
+      check(other)
+
+
 def test_a_second_run_is_refused_until_the_first_one_dies(holder, tmp_path):
   folder = tmp_path / 'run'
   with pytest.raises(ConfigError, match='is in use by') as caught:
