@@ -193,9 +193,11 @@ def find(
       arrays = {key: _array(file, key) for key in file.files}
     every = _splits(arrays)
     splits = {split: every[split] for split in used(every, wanted)}
-    names = named(splits, arrays.get('class_names', class_names or None))
-    if 'class_names' not in arrays:
-      splits = _by_number(splits, names)
+    own = arrays.get('class_names')
+    names = named(splits, class_names or None if own is None else own)
+    if class_names:
+      own = map(str, range(len(names))) if own is None else names
+      splits, names = _by_name(splits, tuple(own), tuple(class_names), names)
   except Exception as error:  # A damaged archive raises many types.
     reason = str(error) if type(error) is ValueError else one_line(error)
     raise ConfigError(f'in {path}, {" ".join(reason.split())}') from error
@@ -212,21 +214,31 @@ def find(
   )  # fmt: skip
 
 
-def _by_number(
-  splits: Mapping[str, Arrays], names: tuple[str, ...]
-) -> dict[str, Arrays]:
-  """Returns examples whose labels are the places of their classes' names.
+def _by_name(
+  splits: Mapping[str, Arrays],
+  own: tuple[str, ...],
+  wanted: tuple[str, ...],
+  otherwise: tuple[str, ...],
+) -> tuple[dict[str, Arrays], tuple[str, ...]]:
+  """Numbers the classes of a test as those of the training.
 
-  Folders that numbers name are sorted as text: 0, 1, 10, 2.
+  Args:
+    splits: The examples.
+    own: What they call their classes; their numbers if they have no names.
+      Folders that numbers name are sorted as text: 0, 1, 10, 2.
+    wanted: The classes of the training.
+    otherwise: Names of classes where `own` has others than these.
+
+  Returns:
+    The examples, and the names of their classes.
   """
-  numbers = [*map(str, range(len(names)))]
-  if sorted(names) != sorted(numbers):
-    return dict(splits)
-  places = np.array([names.index(number) for number in numbers], np.int32)
+  if not {*own} <= {*wanted}:
+    return dict(splits), otherwise
+  places = np.array([wanted.index(name) for name in own], np.int32)
   return {
     split: Arrays(part.images, places[part.labels])
     for split, part in splits.items()
-  }
+  }, wanted
 
 
 def _array(file: Mapping[str, np.ndarray], key: str) -> Any:

@@ -69,12 +69,13 @@ class ResNetTask:
     """See `task.Task`."""
     params = models.initial_params(self.network, self.image_shape, seed)
     if self.network.stem == 'whitened':
-      dataset = self.dataset
+      dataset, images = self.dataset, self.dataset.train.images
       height, width, _ = self.image_shape
       count = max(1, WHITENING_PIXELS // (height * width))
-      sample = jnp.asarray(dataset.train.images[:count])
-      images = data.normalise(sample, dataset.mean, dataset.std)
-      kernel = models.whitening(np.asarray(images))
+      # Sets may be sorted by class.
+      some = jnp.asarray(images[data.sample(len(images), count)])
+      pixels = data.normalise(some, dataset.mean, dataset.std)
+      kernel = models.whitening(np.asarray(pixels))
       params['stem'] = {**params['stem'], 'whitening': kernel}
     return params
 

@@ -153,3 +153,15 @@ def test_a_set_that_is_loaded_again_is_what_it_was():
   found = data.load('digits')
   with pytest.raises(ValueError, match='read-only'):
     found.train.images[:] = 0
+
+
+def test_classes_of_a_test_are_matched_by_their_names(tmp_path):
+  some = images(6)
+  for own in (NAMES[::-1], NAMES[1:]):
+    path, numbers = tmp_path / 'test.npz', labels(6) % len(own)
+    np.savez(path, images=some, labels=numbers, class_names=own)
+    found = data.load_test(str(path), NAMES, some.shape[1:], False).in_memory()
+    assert [NAMES[i] for i in found.labels] == [own[i] for i in numbers]
+  np.savez(path, images=some, labels=labels(6), class_names=['eel', *NAMES[:2]])
+  with pytest.raises(ConfigError, match='are not the 3 classes'):
+    data.load_test(str(path), NAMES, some.shape[1:], False)

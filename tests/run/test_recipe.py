@@ -1,5 +1,7 @@
 """What a recipe may add: smooth labels, and flips that alternate."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -169,6 +171,22 @@ def test_whitened_patches_are_uncorrelated():
   np.testing.assert_allclose(
     found.T @ found / len(found), np.eye(12), atol=0.01
   )
+
+
+def test_whitening_is_measured_on_images_of_all_classes(monkeypatch):
+  """Also if they are sorted by class."""
+  monkeypatch.setattr(resnet_task, 'WHITENING_PIXELS', 8 * 64)
+  grey = np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8)
+  grey[20:] = grey[20:, :1, :1]  # The images of class 1 are plain.
+  config = tiny_config(**{'model.stem': 'whitened'})
+  kernels = []
+  for images in (grey, grey[::-1]):
+    given = data.from_arrays(images, np.arange(40) // 20)
+    given = dataclasses.replace(given, mean=np.zeros(1), std=np.ones(1))
+    task = setup.prepare(setup.naming(config, given), given).task
+    kernels.append(np.asarray(task.init(0)['stem']['whitening']))
+  spread = [np.abs(kernel).max() for kernel in kernels]
+  assert 0.5 < spread[0] / spread[1] < 2
 
 
 @pytest.mark.parametrize('protocol', ['resist', 'data_parallel'])
