@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.runs import RESULTS, need_out, provenance, write_record
+from experiments.runs import RESULTS, parsed, provenance, write_record
 from resist_jax import Trainer, exchange, folders, make_mesh, models
 from resist_jax.errors import Parser
 from resist_jax.run import optimizer
@@ -242,14 +242,12 @@ def main() -> int:
   parser = Parser(description=__doc__.split('\n')[0])
   parser.add_argument('--timeout', type=float, default=600, help='seconds')
   parser.add_argument('--only', default='', help='part of the names of cases')
-  parser.add_argument('--out', type=folders.output_file)
   parser.add_argument('--platform', choices=[*CASES], help=argparse.SUPPRESS)
   parser.add_argument('--folder', type=folders.argument, help=argparse.SUPPRESS)
-  args = parser.parse_args()
+  args = parsed(parser, free=['timeout', 'platform', 'folder'])
   if args.platform:
     run_all(args.platform, args.only, args.folder)
     return 0
-  need_out(parser, args, free=['timeout'])
   if not chosen('accelerator', args.only):
     names = '; '.join(case.name for case in CASES['accelerator'])
     parser.error(f'--only is {args.only!r}; no case has it: {names}.')

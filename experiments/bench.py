@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.runs import RESULTS, need_out, provenance, write_record
+from experiments.runs import RESULTS, command, parsed, provenance, write_record
 from resist_jax import Trainer, accounting, data, folders, models
 from resist_jax.decomposition import (
   Assignment,
@@ -98,7 +98,7 @@ def main() -> None:
   name = f'{kind}_{args.dtype}_{args.network}.json'
   path = args.out or RESULTS / 'bench' / name
   record = {
-    'command': ' '.join(['python -m experiments.bench', *sys.argv[1:]]),
+    'command': command('experiments.bench'),
     'provenance': provenance(),
     'seed': 0,
     'results': results,
@@ -135,12 +135,7 @@ def _arguments() -> argparse.Namespace:
     type=folders.output_folder,
     help='folder for the profile of a round',
   )
-  parser.add_argument(
-    '--out', type=folders.output_file, help='JSON file to write'
-  )
-  args = parser.parse_args()
-  need_out(parser, args, free=['network', 'dtype', 'profile'])
-  return args
+  return parsed(parser, free=['network', 'dtype', 'profile'])
 
 
 def measure(spec: Network, args: argparse.Namespace) -> dict[str, Any]:

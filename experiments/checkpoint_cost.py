@@ -21,13 +21,13 @@ import jax
 from experiments.experiment import machine
 from experiments.runs import (
   RESULTS,
+  command,
   load_card,
-  need_out,
+  parsed,
   provenance,
   write_record,
 )
 from experiments.table import Table
-from resist_jax import folders
 from resist_jax.errors import Parser
 from resist_jax.run import restore
 from resist_jax.run.checkpoint import Checkpoints
@@ -103,11 +103,7 @@ def main() -> int:
   parser.add_argument('--turns', type=int, default=5, help='of each kind')
   parser.add_argument('--rounds', type=int, default=3, help='in a turn')
   parser.add_argument('--local_steps', type=int, help='of a round')
-  parser.add_argument(
-    '--out', type=folders.output_file, help='JSON file to write'
-  )
-  options = parser.parse_args()
-  need_out(parser, options)
+  options = parsed(parser)
   fields = dict(FIELDS)
   if options.local_steps:
     fields['local_steps'] = options.local_steps
@@ -136,7 +132,7 @@ def main() -> int:
   ratios = [turn['with'] / turn['without'] for turn in turns]
   record = {
     'provenance': provenance(),
-    'command': 'python -m experiments.checkpoint_cost',
+    'command': command('experiments.checkpoint_cost'),
     'config': config.to_dict(),
     'checkpoint_bytes': size,
     'turns': turns,

@@ -18,8 +18,8 @@ from typing import Any
 
 import jax
 
-from experiments.runs import RESULTS, need_out, provenance, write_record
-from resist_jax import accounting, folders
+from experiments.runs import RESULTS, parsed, provenance, write_record
+from resist_jax import accounting
 from resist_jax.errors import Parser
 from resist_jax.run import config as config_lib
 from resist_jax.run import train
@@ -95,11 +95,7 @@ def main() -> int:
   """Runs the experiment; returns 1 if a device exceeded the budget."""
   parser = Parser(description=__doc__.split('\n')[0])
   parser.add_argument('--budget', type=float, default=64, help='MiB a device')
-  parser.add_argument(
-    '--out', type=folders.output_file, help='JSON file to write'
-  )
-  args = parser.parse_args()
-  need_out(parser, args)
+  args = parsed(parser)
   jax.config.update('jax_num_cpu_devices', WORKERS)
   live = LiveArrays()
   live.start()

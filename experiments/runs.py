@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -110,19 +111,26 @@ def load(pattern: str) -> list[dict[str, Any]]:
   ]
 
 
-def need_out(
-  parser: argparse.ArgumentParser,
-  args: argparse.Namespace,
-  free: Sequence[str] = (),
-) -> None:
-  """Refuses to measure something else into the file of a committed result.
+def parsed(
+  parser: argparse.ArgumentParser, free: Sequence[str] = ()
+) -> argparse.Namespace:
+  """Reads the options of a command that measures, and adds `--out` to them.
+
+  Without that option the result is the one that is kept with the code, so
+  nothing else may be measured then.
 
   Args:
-    parser: The parser of a command with the option `--out`.
-    args: Its options.
+    parser: The parser, with all other options.
     free: Names of those that the name of the file tells, or that do not change
       what is measured.
+
+  Returns:
+    The options; `out` is None or a path.
   """
+  parser.add_argument(
+    '--out', type=folders.output_file, help='JSON file to write'
+  )
+  args = parser.parse_args()
   changed = [
     name
     for name, value in vars(args).items()
@@ -133,6 +141,22 @@ def need_out(
       f'--{changed[0]} measures something else than the result that is kept '
       'with the code: name a file with --out.'
     )
+  return args
+
+
+def command(name: str) -> str:
+  """Returns the command that is running, without the place of its result.
+
+  Args:
+    name: Its module.
+  """
+  words, kept = iter(sys.argv[1:]), []
+  for word in words:
+    if word == '--out':
+      next(words, None)
+    elif not word.startswith('--out='):
+      kept.append(word)
+  return f'python -m {name} {shlex.join(kept)}'.strip()
 
 
 def begin_busy(folder: pathlib.Path) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from experiments import shapes
-from experiments.runs import provenance, write_record
+from experiments.runs import command, provenance, write_record
 from resist_jax import accounting, folders, models, report
 from resist_jax.accounting import Sizes
 from resist_jax.decomposition import Assigner, Assignment
@@ -96,8 +96,8 @@ def main() -> None:
   if args.compiled:
     result['compiled'] = list(compiled_rows(params, sizes))
   if args.out:
-    command = ' '.join(['python -m experiments.table1', *sys.argv[1:]])
-    record = {'command': command, 'provenance': provenance(), **result}
+    about = command('experiments.table1')
+    record = {'command': about, 'provenance': provenance(), **result}
     write_record(args.out, record)
   print(json.dumps(result, indent=2) if args.json else text(result))
   rows = result.get('compiled', [])

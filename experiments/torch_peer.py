@@ -16,8 +16,7 @@ import subprocess
 import sys
 import tempfile
 
-from experiments.runs import RESULTS, need_out, provenance, write_record
-from resist_jax import folders
+from experiments.runs import RESULTS, parsed, provenance, write_record
 from resist_jax.errors import Parser
 
 FOLDER = RESULTS / 'bench'
@@ -119,9 +118,7 @@ def main() -> None:
   )
   parser.add_argument('--precision', help='of float32: see experiments.bench')
   parser.add_argument('--compile', action='store_true', help='torch.compile')
-  parser.add_argument('--out', type=folders.output_file)
-  args = parser.parse_args()
-  need_out(parser, args, free=['torch'])
+  args = parsed(parser, free=['torch'])
   blocks = -(-LENGTH // args.workers)
   ours, theirs, peer = [], [], {}
   for _ in range(args.runs):
