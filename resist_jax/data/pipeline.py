@@ -219,7 +219,12 @@ class Stream:
       yield images.reshape(S, B, *images.shape[1:]), labels.reshape(S, B)
 
   def batch_shapes(self) -> PyTree:
-    """Returns the shapes and dtypes of what `batches` yields."""
+    """Returns the shapes and dtypes of what `batches` yields.
+
+    Returns:
+      For each of T steps a pair: `uint8[S, B, H, W, C]` and `int32[S, B]`, of
+      the S workers of this process.
+    """
     _, T, B = self._shape
     S = len(self._workers)
     images = jax.ShapeDtypeStruct((S, B, *self._images.image_shape), jnp.uint8)

@@ -119,7 +119,15 @@ class BatchNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, relu: bool = False) -> jax.Array:
-    """Maps `[..., C]` to the same shape, and clips it at 0 where asked."""
+    """Normalises each channel over all other axes.
+
+    Args:
+      x: `[..., C]`.
+      relu: Whether to apply a ReLU afterwards.
+
+    Returns:
+      The same shape, of `dtype`.
+    """
     channels = (x.shape[-1],)
     scale = self.param('scale', nn.initializers.ones, channels, jnp.float32)
     bias = self.param('bias', nn.initializers.zeros, channels, jnp.float32)
@@ -156,7 +164,15 @@ class GroupNorm16(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, relu: bool = False) -> jax.Array:
-    """Maps `[..., C]` to the same shape, and clips it at 0 where asked."""
+    """Normalises each group of channels of an image.
+
+    Args:
+      x: `[..., C]`.
+      relu: Whether to apply a ReLU afterwards.
+
+    Returns:
+      The same shape, of `dtype`.
+    """
     size = math.gcd(16, x.shape[-1])
     norm = nn.GroupNorm(num_groups=None, group_size=size, dtype=self.dtype)
     return nn.relu(norm(x)) if relu else norm(x)

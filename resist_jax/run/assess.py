@@ -90,6 +90,9 @@ def evaluator(
     dataset: The sets to test on, and the training images.
     batch_size: See `Evaluator`.
     statistics_images: See `Evaluator`; 0 keeps the statistics of the model.
+
+  Returns:
+    What to call with None in the place of a state.
   """
   fixed = None if statistics_images else model.variables['batch_stats']
   forward = Exported(model, model.scales)

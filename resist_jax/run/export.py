@@ -223,7 +223,18 @@ def load(workdir: str | os.PathLike[str]) -> Predictor:
 
 
 def read(workdir: str | os.PathLike[str]) -> Predictor | Parameters:
-  """Reads what a finished run has trained; see `load`."""
+  """Reads what a finished run has trained.
+
+  Args:
+    workdir: Workdir of the run.
+
+  Returns:
+    The model of a ResNet, or the parameters of another network.
+
+  Raises:
+    FileNotFoundError: If the run has not finished.
+    ValueError: If a file of the model is missing or damaged.
+  """
   record, state = _read(workdir)
   if 'module' in record:
     scales = state.get('scales', {})

@@ -9,6 +9,15 @@ The module defines two functions, and may define three more:
                                   that `config.optimizer` describes
   rescale(config, params, factors) -> params; see `task.Task.rescale`
 
+`loss_fn` returns `(loss, {'name': number})`, scalars of this batch:
+
+  params    what `Network.init` makes; its chains are `[L, ...]`, or `[K, ...]`
+            in the sub-network of a worker
+  present   by chain, `float32[K]`: 0 for an empty slot, and the residual scale
+            of the block otherwise
+  batch     the arrays of `data`, each `[B, ...]`, or images and labels
+  key       for what is random; None in a test
+
 `config.model.options` holds the settings that a card gives the module.
 """
 

@@ -207,6 +207,12 @@ def load_data(config: ml_collections.ConfigDict, copies: int) -> data.Dataset:
   Args:
     config: A valid one.
     copies: Copies of images in memory that this host keeps; see `data.load`.
+
+  Returns:
+    The data set.
+
+  Raises:
+    ConfigError: See `data.load`.
   """
   return data.load(
     config.data.name,

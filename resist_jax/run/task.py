@@ -76,11 +76,18 @@ class Task(Protocol):
     ...
 
   def init(self, seed: int) -> PyTree:
-    """Draws the initial parameters of the global network."""
+    """Draws the initial parameters of the global network.
+
+    Args:
+      seed: Seed of the run.
+
+    Returns:
+      Pytree of arrays; its chains stack their blocks, `[L, ...]`.
+    """
     ...
 
   def shapes(self) -> PyTree:
-    """Returns the shapes and dtypes of the global parameters."""
+    """Returns what `init` returns, as `jax.ShapeDtypeStruct`s."""
     ...
 
   def make_loss(
@@ -101,7 +108,14 @@ class Task(Protocol):
   def make_optimizer(
     self, schedule: optax.Schedule
   ) -> optax.GradientTransformation:
-    """Returns what turns gradients into updates."""
+    """Returns what turns gradients into updates.
+
+    Args:
+      schedule: The learning rate, by the step of a worker.
+
+    Returns:
+      An optax transformation; it applies the rate and the sign, too.
+    """
     ...
 
   def make_test(
@@ -116,6 +130,9 @@ class Task(Protocol):
       scales: Residual scale of each chain that ResIST cuts, `float32[L]`.
       mesh: Where the workers live.
       options: The section `evaluation` of the config.
+
+    Returns:
+      A `Test`: a function of the state.
     """
     ...
 
@@ -125,6 +142,9 @@ class Task(Protocol):
     Args:
       params: Global parameters, or a moment of them.
       factors: The factor of each chain to scale, by name.
+
+    Returns:
+      The parameters, scaled.
     """
     ...
 
@@ -152,6 +172,9 @@ class Task(Protocol):
 
     Args:
       lengths: Blocks that a worker runs, of each chain that is cut.
+
+    Returns:
+      Floating-point operations, a multiply-add counted as two.
     """
     ...
 
@@ -160,5 +183,8 @@ class Task(Protocol):
 
     Args:
       lengths: See `flops`.
+
+    Returns:
+      How many numbers, those of the backward pass included.
     """
     ...

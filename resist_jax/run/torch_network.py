@@ -17,7 +17,14 @@ from torch.nn import functional as F  # noqa: N812
 
 
 def load(folder):
-  """Returns the network of a folder, ready to classify."""
+  """Reads the network of a folder.
+
+  Args:
+    folder: Path of the folder with this file's network.pt and network.json.
+
+  Returns:
+    The network, in the mode of evaluation.
+  """
   folder = pathlib.Path(folder)
   network = Network(**json.loads((folder / 'network.json').read_text('utf-8')))
   network.load_state_dict(torch.load(folder / 'network.pt', weights_only=True))

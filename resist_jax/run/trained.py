@@ -64,6 +64,9 @@ def load(workdir: str | os.PathLike[str]) -> Trained:
   Args:
     workdir: Its workdir.
 
+  Returns:
+    Its folder, network and config.
+
   Raises:
     ConfigError: If there is no finished run, or it is damaged, or the folder
       holds several runs.

@@ -45,6 +45,9 @@ def load(card: str) -> ml_collections.ConfigDict:
   Args:
     card: `NAME`, `NAME:WORDS`, `FILE.py` or `FILE.py:WORDS`.
 
+  Returns:
+    The config, which `checks.validate` has not seen yet.
+
   Raises:
     ConfigError: If there is no such card, or it fails.
 
