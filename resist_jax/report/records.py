@@ -28,7 +28,7 @@ ACCURACIES = ('_accuracy', '_accuracy_paper')
 _CUTS = ('slots', 'num_blocks')
 _FILES = ('config.json', 'metrics.jsonl')
 _COUNTS = 'bytes', 'wire_bytes'
-_MAX_ROWS = 10**6  # That a report reads: what it keeps of them fits in memory.
+MAX_ROWS = 10**6  # That a report reads: what it keeps of them fits in memory.
 _MAX_LINE = 2**20  # No run has more than this, and what follows.
 _MAX_ROUND, _MAX_BLOCKS, _MAX_WORKERS, _MAX_CHAINS = 10**9, 2048, 4096, 256
 _MAX_NUMBER = 3.5e38  # That of 32 bits.
@@ -165,9 +165,9 @@ def _drawn_rows(path: Path) -> list[dict[str, Any]]:
   """
   by_round, first, first_cut = {}, math.inf, math.inf
   for line, row in enumerate(each_row(path), 1):
-    if line > _MAX_ROWS:
+    if line > MAX_ROWS:
       raise ConfigError(
-        f'{path} has more than {_MAX_ROWS} lines, too many for a report: omit '
+        f'{path} has more than {MAX_ROWS} lines, too many for a report: omit '
         'this run, or copy its workdir and shorten the copy of that file.'
       )
     number, chains = row['round'], list(row['slots'].values())

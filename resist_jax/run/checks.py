@@ -9,6 +9,7 @@ from resist_jax import data, models
 from resist_jax.decomposition import Division
 from resist_jax.errors import ConfigError, did_you_mean
 from resist_jax.exchange import FORMATS
+from resist_jax.report.records import MAX_ROWS
 from resist_jax.rounds import average
 from resist_jax.run import cards
 from resist_jax.run.config import (
@@ -189,6 +190,12 @@ def _check_steps(config) -> None:
       f'num_rounds is {config.num_rounds} and local_steps '
       f'{config.local_steps}, {steps} steps in all; steps must be fewer than '
       '2**31: lower one.'
+    )
+  if config.log.report and config.num_rounds > MAX_ROWS:
+    raise ConfigError(
+      f'num_rounds is {config.num_rounds}, and a report shows at most '
+      f'{MAX_ROWS} rounds: set log.report to False, or let rounds have more '
+      'local_steps.'
     )
   if 'data_parallel' not in protocols(config):
     return

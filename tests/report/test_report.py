@@ -379,7 +379,7 @@ def test_a_line_that_is_no_row_is_named(text, tmp_path):
 
 
 def test_a_log_without_end_is_not_read_to_its_end(tmp_path, monkeypatch):
-  monkeypatch.setattr(records, '_MAX_ROWS', 10**4)
+  monkeypatch.setattr(records, 'MAX_ROWS', 10**4)
   run = make_run(tmp_path / 'run')
   row = (run / 'metrics.jsonl').read_text().splitlines()[-1]
   with (run / 'metrics.jsonl').open('a') as file:

@@ -97,6 +97,10 @@ def test_the_defaults_are_valid():
     ({'depths': (8, 6, 4, 4), 'protocol': 'local_sgd'}, 'protocol resist'),
     ({'depths': (22, 22, 1, 1)}, 'needs 12 replicas.* at most 3.*masked_psum'),
     ({'evaluation.batches_at_once': 0}, 'batches_at_once'),
+    (
+      {'num_rounds': 10**6 + 1, 'local_steps': 1},
+      'at most 1000000 rounds: set log.report to False',
+    ),
     ({'residual_scale': 'test'}, 'residual_scale'),
     ({'data.augment': 'mixup'}, 'augment'),
     ({'data.pad': -2}, 'data.pad is -2; it must be at least -1'),
