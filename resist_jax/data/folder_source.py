@@ -272,7 +272,9 @@ def read(
     fits = _header(pathlib.Path(path)).size == (width, height)
     shape = height, width, channels
     kept = StreamedImages.kept if resized else 1.0
-    reader = StreamedImages(records, numbers, shape, resized or not fits, kept)
+    reader = StreamedImages(
+      records, numbers, shape, resized or not fits, kept, channels == 4
+    )
     images[i], _ = reader.example(i)
   return images
 

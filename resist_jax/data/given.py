@@ -127,11 +127,10 @@ def from_source(
   if test is not None:
     splits['test'] = Pairs(test)
   shape = _shape(splits, image_size)
-  if shape[2] == 1:
-    splits = {
-      split: dataclasses.replace(pairs, grey=True)
-      for split, pairs in splits.items()
-    }
+  splits = {
+    split: dataclasses.replace(pairs, channels=shape[2] or 0)
+    for split, pairs in splits.items()
+  }
   reading = Reading(streaming, image_size or 0)
   return _made(name, splits, shape, names, reading)
 
@@ -154,12 +153,12 @@ class Pairs:
 
   Attributes:
     source: The source, see `from_source`.
-    grey: Whether no image may have colours, as those that were looked at have
-      none.
+    channels: How many those images have that were looked at. If it is 1, none
+      may have colours; if it is 4, all are arrays that have as many.
   """
 
   source: Source
-  grey: bool = False
+  channels: int = 3
 
   def __len__(self) -> int:
     return len(self.source)
@@ -178,6 +177,7 @@ class Pairs:
         f'example {number} is {_described(example)}: give (image, label), or a '
         'dictionary of image and label, where label is a whole number.'
       ) from error
+    form = image.shape[2:] if isinstance(image, np.ndarray) else None
     pixels = isinstance(image, np.ndarray) and (
       image.dtype == np.uint8
       and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in MODES))
@@ -188,7 +188,12 @@ class Pairs:
         '[height, width, channels], an image of Pillow, or the content of an '
         'image file; leave out transforms such as ToTensor.'
       )
-    if self.grey:
+    if self.channels == 4 and form != (4,):
+      raise ValueError(
+        f'the image of example {number} is {_described(image)}, and others are '
+        'arrays of four channels: give all of them as such arrays.'
+      )
+    if self.channels == 1:
       with as_image(image) as opened:
         if not headers.of(opened).grey:
           raise ValueError(

@@ -114,9 +114,12 @@ class Examples:
     found = hashlib.sha256()
     for number in map(int, sample):
       image = self[number]['image']
-      pixels = isinstance(image, np.ndarray)
-      found.update(f'{image.shape if pixels else len(image)}'.encode())
-      found.update(np.ascontiguousarray(image) if pixels else image)
+      content = image
+      if isinstance(image, np.ndarray):
+        found.update(f'{image.shape}'.encode())
+        content = image.tobytes()
+      found.update(f'{len(content)}'.encode())
+      found.update(content)
     return found.hexdigest()[:12]
 
   def overlap(self, other: 'Examples') -> bool:

@@ -396,7 +396,8 @@ def _split(
   # Images that were not cut in training are not cut in another set either.
   kept = StreamedImages.kept if form.reason else 1.0
   shape = height, width, channels
-  images = StreamedImages(records, numbers, shape, resized, kept)
+  more = channels == 4 and source.image_shape[2] != 4
+  images = StreamedImages(records, numbers, shape, resized, kept, more)
   content = examples.digest() if source.fitted else ''
   arrays = examples.source
   ready = not (resized or streamed) and isinstance(arrays, Arrays)

@@ -107,6 +107,10 @@ class StreamedImages:
       not, all images must have the size H x W already.
     kept: What the central crop keeps of each side: a shorter side of `8/7 H`
       pixels is cropped to H (256 and 224 on ImageNet).
+    needs_fourth: Whether an image file without a fourth channel is refused
+      where there are four. Otherwise it gets an opaque one, as from TFDS. In
+      arrays, a fourth channel may be anything, such as near infrared: it is
+      neither made up nor dropped.
   """
 
   records: Records
@@ -114,6 +118,7 @@ class StreamedImages:
   image_shape: tuple[int, int, int]
   resized: bool
   kept: float = 7 / 8
+  needs_fourth: bool = False
 
   dtype = np.dtype(np.uint8)
 
@@ -197,7 +202,11 @@ class StreamedImages:
     mode = MODES[self.image_shape[2]]
     try:
       with as_image(record['image']) as image:
-        _check_fourth(image, isinstance(record['image'], np.ndarray), mode)
+        array = isinstance(record['image'], np.ndarray)
+        if array and image.mode == 'RGBA' and mode != 'RGBA':
+          raise ValueError(f'it has four channels, and {len(mode)} are used')
+        if (array or self.needs_fourth) and mode == 'RGBA' != image.mode:
+          raise ValueError('it has no fourth channel, and four are used')
         ImageOps.exif_transpose(image, in_place=True)
         return _eight_bits(image).convert(mode)
     except Exception as error:  # Each format raises types of its own.
@@ -209,18 +218,6 @@ class StreamedImages:
         f'image {number} of {self.records.name}{file and f" ({file})"} cannot '
         f'be decoded ({reason}): mend or remove it, and {self.records.remedy}.'
       ) from error
-
-
-def _check_fourth(image: Image.Image, array: bool, mode: str) -> None:
-  """Refuses to drop a fourth channel, or to make one up.
-
-  The transparency of an image may be dropped, but in an array a fourth channel
-  may be anything, such as near infrared.
-  """
-  if mode == 'RGBA' and image.mode != mode:
-    raise ValueError('it has no fourth channel, and four are used')
-  if array and image.mode == 'RGBA' and mode != image.mode:
-    raise ValueError(f'it has four channels, and {len(mode)} are used')
 
 
 def _resize(image: Image.Image, size: tuple[int, int], box: Box) -> Image.Image:

@@ -315,7 +315,7 @@ def test_a_fourth_channel_is_neither_dropped_nor_made_up(tmp_path):
     data.from_source(mixed, mixed[:4], class_names=NAMES)
   late = [*zip(tiles, labels(10), strict=True)] * 10
   late[1] = (some[1], 1)  # It is not among those that are looked at.
-  with pytest.raises(ConfigError, match='no fourth channel, and four are used'):
+  with pytest.raises(ConfigError, match='arrays of four channels: give'):
     data.from_source(late, late[2:6], class_names=NAMES)
   Image.fromarray(some[0]).save(tmp_path / 'a.jpg')
   with pytest.raises(ConfigError, match='no fourth channel'):
