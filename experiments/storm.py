@@ -32,7 +32,7 @@ import psutil
 
 from experiments.experiment import machine
 from experiments.launch.local import free_port
-from experiments.runs import RESULTS, need_out, provenance, write_record
+from experiments.runs import RESULTS, command, parsed, provenance, write_record
 from experiments.table import Table
 from resist_jax import folders
 from resist_jax.errors import Parser
@@ -134,7 +134,9 @@ class Run:
       [*launcher, meet, '--only_meet'], stdout=subprocess.PIPE
     )
     assert self._place.stdout
-    self._place.stdout.readline()  # Otherwise a host would take the place.
+    # Otherwise a host would take the place.
+    if not self._place.stdout.readline():
+      sys.exit(self._place.wait())  # It has said why.
     words = [f'--hosts=1:{HOSTS}', meet, '--address=127.0.0.1', '--']
     self._begun = time.monotonic()
     self.hosts = [
@@ -171,6 +173,13 @@ class Run:
   def ended(self) -> bool:
     """Whether the run is complete."""
     return (self.folder / 'run' / 'summary.json').exists()
+
+  def lost(self) -> bool:
+    """Whether all launchers have ended, and none is to come back."""
+    return all(
+      host.back_at is None and host.launcher.poll() is not None
+      for host in self.hosts
+    )
 
   def strike(self, random_numbers: random.Random) -> None:
     """Lets something happen to a host."""
@@ -312,7 +321,7 @@ def _recoveries(record: dict[str, Any]) -> list[str]:
 
 
 def main() -> int:
-  """Runs the experiment; returns 1 if the run has not ended in time."""
+  """Runs the experiment; returns 1 if the run has not ended, or not in time."""
   parser = Parser(description=(__doc__ or '').split('\n')[0])
   parser.add_argument('--seed', type=int, default=0, help='of the storm')
   parser.add_argument('--gap', type=float, default=40, help='mean seconds')
@@ -323,11 +332,7 @@ def main() -> int:
     type=folders.output_folder,
     help='where outputs stay; else they do not',
   )
-  parser.add_argument(
-    '--out', type=folders.output_file, help='JSON file to write'
-  )
-  options = parser.parse_args()
-  need_out(parser, options, free=['seed', 'calm', 'folder'])
+  options = parsed(parser, free=['seed', 'calm', 'folder'])
   args = [
     '--config=digits:smoke', '--config.model.name=PreActResNet18',
     '--config.model.stage_sizes=1,6', '--config.model.widths=8,8',
@@ -350,7 +355,9 @@ def main() -> int:
     try:
       _weather(run, options)
       if not run.ended():
-        print('the run has not ended in time')
+        why = 'its hosts have all ended' if run.lost() else 'time is over'
+        print(f'the run is not complete, but {why}; host 0 said last:')
+        print(*(folder / 'host0.txt').read_text().splitlines()[-5:], sep='\n')
         return 1
       run.watch()
       record = _record(run, options, args)
@@ -366,7 +373,7 @@ def main() -> int:
 def _weather(run: Run, options: argparse.Namespace) -> None:
   """Watches the run to its end, and lets the storm rage."""
   random_numbers, strike = random.Random(options.seed), 0.0
-  while not run.ended() and run.now() < _LIMIT:
+  while not (run.ended() or run.lost()) and run.now() < _LIMIT:
     time.sleep(0.2)
     run.watch()
     run.bring_back()
@@ -398,7 +405,7 @@ def _record(
   every = [s for kind in KINDS for s in times[kind]]
   return {
     'provenance': provenance('4 x cpu'),
-    'command': ' '.join(['python -m experiments.storm', *sys.argv[1:]]),
+    'command': command('experiments.storm'),
     'arguments': args,
     'seed': options.seed,
     'mean_gap': options.gap,

@@ -85,6 +85,10 @@ class Several:
     """Waits until some are listed; on a busy machine that takes many rounds."""
     self._wait_until(lambda: len(self.checkpoints()) >= count)
 
+  def wait_for_output(self, number, text):
+    """Waits until a process has printed a text; all must be alive."""
+    self._wait_until(lambda: text in self.output(number))
+
   def _wait_until(self, reached):
     deadline = time.monotonic() + LIMIT
     while not reached():

@@ -29,13 +29,15 @@ import importlib.util
 import logging
 import os
 import pathlib
+import re
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from typing import NoReturn
 
-from resist_jax.errors import ConfigError, Parser, refused
+from resist_jax.errors import ConfigError, Parser, one_line, refused
 from resist_jax.run.processes import TRY_AGAIN
 
 # Seconds. The defaults wait 30 for the last host and 15 for a lost one.
@@ -53,6 +55,8 @@ _DEFAULTS = ('--config.checkpoint_every=1', '--config.faults.timeout=20')
 def main() -> None:
   """Reads the command line, and runs the agent of this host."""
   options = _parse()
+  if not options.only_meet:
+    _check(options)
   if not importlib.util.find_spec('torch'):
     raise SystemExit(
       refused(ConfigError('PyTorch is missing: pip install ".[elastic]".'))
@@ -99,9 +103,17 @@ def _parse() -> argparse.Namespace:
     'args', nargs='*', metavar='-- ARG', help='arguments of resist_jax'
   )
   options = parser.parse_args()
-  _, colon, port = options.meet.rpartition(':')
-  if not (colon and port.isdecimal()):
-    parser.error(f'--meet is {options.meet!r}; it must be HOST:PORT.')
+  found = re.fullmatch(r'\[?[\w.:-]+\]?:(\d{1,5})', options.meet)
+  if not found or not 0 < int(found[1]) < 2**16:
+    parser.error(
+      f'--meet is {options.meet!r}; it must be HOST:PORT, with a port below '
+      '65536.'
+    )
+  if options.processes_per_host < 1 or options.restarts < 0:
+    parser.error(
+      f'--processes_per_host is {options.processes_per_host} and --restarts '
+      f'{options.restarts}; they must be at least 1 and 0.'
+    )
   if not (options.only_meet or options.args):
     parser.error('the arguments of resist_jax are missing: give them after --.')
   return options
@@ -119,12 +131,30 @@ def _hosts(text: str) -> tuple[int, int]:
   return found
 
 
+def _check(options: argparse.Namespace) -> None:
+  """Ends this process if the config does not fit each number of hosts."""
+  numbers = map(str, (*options.hosts, options.processes_per_host))
+  command = [sys.executable, '-m', 'experiments.launch.elastic_check']
+  code = subprocess.call([*command, *numbers, *_DEFAULTS, *options.args])
+  if code:
+    sys.exit(code)
+
+
 def _only_meet(address: str) -> NoReturn:
   """Holds the store by which the agents find each other, until it is killed."""
   from torch.distributed import TCPStore
 
   host, _, port = address.rpartition(':')
-  store = TCPStore(host, int(port), is_master=True, wait_for_workers=False)
+  try:
+    store = TCPStore(
+      host.strip('[]'), int(port), is_master=True, wait_for_workers=False
+    )
+  except RuntimeError as error:  # PyTorch's errors of the network are such.
+    problem = (
+      f'nobody can meet at {address} here ({one_line(error)}): stop what uses '
+      'this port, or choose another one in the --meet of all hosts.'
+    )
+    raise SystemExit(refused(ConfigError(problem))) from error
   print(f'the agents can meet at {store.host}:{store.port}', flush=True)
   while True:
     signal.pause()
@@ -139,9 +169,12 @@ def _watch(options: argparse.Namespace, wrong: pathlib.Path) -> int:
   from torch.distributed.launcher.api import elastic_launch
 
   logging.getLogger('torch').setLevel(logging.ERROR)
-  launch = elastic_launch(_config(options), sys.executable)
   child = ('-m', 'experiments.launch.elastic_worker', str(wrong))
+  # Meetings that are over. The errors keep the store of the first agent alive,
+  # which tells all hosts the same.
+  over: list[Exception] = []
   while True:
+    launch = elastic_launch(_config(options, len(over)), sys.executable)
     try:
       launch(*child, *_DEFAULTS, *options.args)
     except errors.ChildFailedError:
@@ -154,10 +187,16 @@ def _watch(options: argparse.Namespace, wrong: pathlib.Path) -> int:
       return TRY_AGAIN
     except SignalException as stop:
       return 128 + stop.sigval
-    except rendezvous.RendezvousClosedError:
-      print('the other hosts have ended this run.', file=sys.stderr)
-      return 0
+    except rendezvous.RendezvousClosedError as error:
+      # PyTorch closes a meeting when a run ends, also when that failed. The
+      # next one of this name ends at once if the run is complete.
+      over.append(error)
+      print(
+        f'this run has ended before: its hosts meet again ({len(over) + 1}).',
+        file=sys.stderr,
+      )
     except (rendezvous.RendezvousError, DistError) as error:
+      over.clear()  # The store may be another one now.
       _say_waiting(options.meet, error)
       time.sleep(_RETRY)
     else:
@@ -170,17 +209,19 @@ def _say_waiting(address: str, error: Exception) -> None:
   print(f'{now} waiting for {address} ({reason})', file=sys.stderr, flush=True)
 
 
-def _config(options: argparse.Namespace):
+def _config(options: argparse.Namespace, number: int):
+  """Returns how to launch, for the meeting of a number from 0."""
   from torch.distributed.launcher.api import LaunchConfig
 
   # The same words on all hosts are the same run.
   digest = hashlib.sha256('\n'.join(options.args).encode()).hexdigest()[:12]
+  name = options.name or digest
   least, most = options.hosts
   return LaunchConfig(
     min_nodes=least,
     max_nodes=most,
     nproc_per_node=options.processes_per_host,
-    run_id=options.name or digest,
+    run_id=f'{name}-{number}' if number else name,
     rdzv_backend='c10d',
     rdzv_endpoint=options.meet,
     rdzv_configs=dict(_MEETING),

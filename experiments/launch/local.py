@@ -4,9 +4,10 @@
     --config=digits --workdir=runs/four
 
 The arguments after `--` are those of `python -m resist_jax` in each process.
-The exit code is 0 if all processes succeed, 2 if the input is wrong, and 75 if
-a process was lost, after which the same command resumes the run. This loop
-resumes it until it is done:
+The exit code is 0 if all processes succeed, 2 if the input is wrong, 1 if a
+person must mend something else, such as a full disk, and 75 if a process was
+lost, after which the same command resumes the run. This loop resumes it until
+it is done:
 
   until python -m experiments.launch.local ...; do
     [ $? = 75 ] || break
@@ -57,13 +58,13 @@ def exit_code(codes: Sequence[int]) -> int:
     codes: Exit codes, negative for a process that a signal ended.
 
   Returns:
-    2 if the input is wrong; else `TRY_AGAIN` if a process was lost; else the
-    first failure, or 0.
+    2 if the input is wrong; else 1 if a person must mend something; else
+    `TRY_AGAIN` if a process was lost; else the first failure, or 0.
 
-  >>> exit_code([0, 0]), exit_code([75, -9]), exit_code([2, 75])
-  (0, 75, 2)
+  >>> exit_code([0, 0]), exit_code([75, -9]), exit_code([1, 75])
+  (0, 75, 1)
   """
-  for code in (2, TRY_AGAIN):
+  for code in (2, 1, TRY_AGAIN):
     if code in codes:
       return code
   failed = [code for code in codes if code]

@@ -49,12 +49,12 @@ def find(name: str, data_dir: str = '') -> Prepared:
     ConfigError: If the data set is unknown, does not hold labelled images, is
       damaged, or is not prepared and cannot be prepared here.
   """
-  where = _where(data_dir)
-  builder = _builder(name, _given(data_dir), where)
+  given, where = _given(data_dir), _where(data_dir)
+  builder = _builder(name, given, where)
   features = builder.info.features
   _check_features(name, features)
   if not builder.is_prepared():
-    _prepare(name, builder, where)
+    builder = _prepare(name, builder, given, where)
   return Prepared(
     name,
     builder.name,
@@ -295,8 +295,12 @@ def _check_features(name: str, features: Any) -> None:
     )
 
 
-def _prepare(name: str, builder: Any, where: str) -> None:
-  """Downloads and prepares a data set, or raises with the command to run."""
+def _prepare(name: str, builder: Any, given: str, where: str) -> Any:
+  """Downloads and prepares a data set, or raises with the command to run.
+
+  Returns:
+    What reads the prepared set.
+  """
   by_hand = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
   arguments = ', '.join((
     json.dumps(name), f'data_dir={json.dumps(where)}',
@@ -329,7 +333,12 @@ def _prepare(name: str, builder: Any, where: str) -> None:
     )
   try:
     builder.download_and_prepare()
+    return builder
   except Exception as error:  # TFDS and its downloaders raise many types.
+    # Of several processes that prepare the same set, one is the first.
+    again = _builder(name, given, where)
+    if again.is_prepared():
+      return again
     raise ConfigError(
       f'{missing} and could not be prepared ({one_line(error)}): {advice}'
     ) from error

@@ -23,6 +23,7 @@ from resist_jax.run.config import differences
 
 _HELLO = 'resist_jax'
 _MAX_BYTES = 2**20
+_HELLO_WAIT = 5  # Seconds that a process may take to say who it is.
 _PORT_WAIT = 10  # Seconds that the process before may take to leave the port.
 
 
@@ -71,8 +72,11 @@ def meet(place: Place, description: Mapping[str, Any], timeout: float) -> None:
     'num_processes': place.count,
     'description': description,
   }
-  # As JSON makes it: tuples are lists.
-  hello = json.loads(json.dumps(hello))
+  # As JSON makes it: tuples are lists. What is no JSON is named by its type,
+  # and NaN by text, which equals itself: if all processes have it, `train`
+  # says in each what is wrong.
+  text = json.dumps(hello, skipkeys=True, default=lambda x: type(x).__name__)
+  hello = json.loads(text, parse_constant=str)
   if place.me == 0:
     _host(place, hello, deadline, timeout)
   else:
@@ -132,6 +136,7 @@ def _host(place: Place, hello: dict, deadline: float, timeout: float) -> None:
   """Process 0: hears all others, and tells them what it concludes."""
   descriptions = {0: hello['description']}
   connections: list[socket.socket] = []
+  newest: dict[int, socket.socket] = {}  # By process.
   problem = ''
   with contextlib.ExitStack() as stack:
     server = stack.enter_context(_listen(place, min(timeout, _PORT_WAIT)))
@@ -149,13 +154,17 @@ def _host(place: Place, hello: dict, deadline: float, timeout: float) -> None:
         _answer(connections, {'absent': problem})
         raise MeetingError(problem) from None
       stack.enter_context(connection)
-      message = _receive(connection, 5)
+      message = _receive(connection, _HELLO_WAIT)
       if message is None:  # A stranger, or a process that only looks.
         connection.close()
         continue
       connections.append(connection)
+      number = message['process_id']
+      if number in newest and _has_gone(newest[number]):
+        del descriptions[number]  # It was killed, and started again.
       problem = _conflict(place, descriptions, message)
-      descriptions[message['process_id']] = message['description']
+      descriptions[number] = message['description']
+      newest[number] = connection
     problem = problem or difference(
       descriptions, 'start all processes of a run alike.'
     )
@@ -184,9 +193,12 @@ def _visit(place: Place, hello: dict, deadline: float, timeout: float) -> None:
   """Another process: tells process 0 about itself, and hears the answer."""
   while True:
     with _connect(place, deadline, timeout) as connection:
-      _send(connection, hello)
-      # Process 0 may wait for others from its own start on.
-      answer = _receive(connection, 2 * timeout + _PORT_WAIT, any_message=True)
+      answer = None
+      with contextlib.suppress(OSError):  # Whoever answered hangs up at once.
+        _send(connection, hello)
+        # Process 0 may wait for others from its own start on.
+        wait = 2 * timeout + _PORT_WAIT
+        answer = _receive(connection, wait, any_message=True)
     if answer is not None:
       break
     # The port belongs to a process that is just ending, or to a stranger.
@@ -208,8 +220,9 @@ def _connect(place: Place, deadline: float, timeout: float) -> socket.socket:
     left = deadline - time.monotonic()
     try:
       # A name may be unknown until the host of process 0 has started.
-      _, address = _resolve(place)
-      return socket.create_connection(address[:2], max(min(left, 10), 0.1))
+      _resolve(place)
+      # It tries all addresses of the name.
+      return socket.create_connection(place.address, max(min(left, 10), 0.1))
     except ConfigError:
       if left <= 0:
         raise
@@ -258,6 +271,19 @@ def _listen(place: Place, wait: float) -> socket.socket:
           'port, or choose another one for all processes.'
         ) from error
     time.sleep(0.2)
+
+
+def _has_gone(connection: socket.socket) -> bool:
+  """Returns whether the other end, which has nothing to say, was closed."""
+  connection.setblocking(False)
+  try:
+    return not connection.recv(1, socket.MSG_PEEK)
+  except BlockingIOError:
+    return False
+  except OSError:
+    return True
+  finally:
+    connection.settimeout(_HELLO_WAIT)
 
 
 def _answer(connections: Iterable[socket.socket], message: dict) -> None:

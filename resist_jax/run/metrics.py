@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from absl import logging
 import tqdm
 
-from resist_jax import report
+from resist_jax import folders, report
 from resist_jax.errors import WorkdirLostError
 from resist_jax.run.streams import Forgiving
-from resist_jax.run.workdir import is_at, replace_text
+from resist_jax.run.workdir import is_at
 
 
 class Log(NamedTuple):
@@ -83,10 +83,18 @@ class MetricsLog:
     self._path = path = workdir / 'metrics.jsonl'
     self._config = workdir / 'config.json'
     self._kept, self._unit = start_round, unit
-    rows = report.read_rows(path)
-    # A run that begins anew logs round 0, a test before the first one, again.
-    rows = [row for row in rows if row['round'] <= start_round > 0]
-    logged = {row['round']: row.get('rounds', 1) for row in rows}
+    logged: dict[int, int] = {}  # How many rounds each row stands for.
+    self._shown_test = '-'
+    # A long log does not fit in memory.
+    with folders.replacing(path) as part, part.open('w') as kept:
+      for row in report.each_row(path):
+        # A run that begins anew logs round 0, a test before the first one,
+        # again.
+        if row['round'] <= start_round > 0:
+          kept.write(json.dumps(row) + '\n')
+          logged[row['round']] = row.get('rounds', 1)
+          if 'test_accuracy' in row:
+            self._shown_test = _percent(row['test_accuracy'])
     missing = start_round - sum(n for done, n in logged.items() if done)
     if missing > 0:
       logging.warning(
@@ -96,11 +104,7 @@ class MetricsLog:
         missing,
         start_round,
       )
-    lines = ''.join(json.dumps(row) + '\n' for row in rows)
-    replace_text(path, lines)
     self._file = path.open('a')
-    tests = [row['test_accuracy'] for row in rows if 'test_accuracy' in row]
-    self._shown_test = _percent(tests[-1]) if tests else '-'
     # Rounds that follow fast ones may be slow, and each is to be shown.
     self._bar = tqdm.tqdm(
       total=num_rounds, initial=start_round, unit='round', dynamic_ncols=True,

@@ -1,5 +1,6 @@
 """Sets on disk: what is there is used, and each fault in it is one line."""
 
+import importlib.util
 import io
 import pathlib
 import re
@@ -245,6 +246,50 @@ def test_a_list_of_labels_is_no_label(tmp_path):
   examples = [{'image': io.BytesIO(file), 'label': [0, 1]}]
   tfds_sets.prepare(tmp_path, 'own', features, {'train': examples})
   assert 'label Sequence' in refusal('own', tmp_path)
+
+
+class TwiceAtOnce(tfds.core.GeneratorBasedBuilder):
+  """A set of the catalog that another process prepares at the same time."""
+
+  VERSION = tfds.core.Version('1.0.0')
+  times = 0
+
+  def _info(self):
+    features = {
+      'image': tfds.features.Image(shape=(8, 8, 3)),
+      'label': tfds.features.ClassLabel(names=NAMES),
+    }
+    return tfds.core.DatasetInfo(
+      builder=self, features=tfds.features.FeaturesDict(features)
+    )
+
+  def _split_generators(self, dl_manager):
+    TwiceAtOnce.times += 1
+    if self.times == 1:
+      another = tfds.builder(
+        self.name, data_dir=self._data_dir_root, file_format='array_record'
+      )
+      another.download_and_prepare()
+    return {split: self._generate_examples() for split in ('train', 'test')}
+
+  def _generate_examples(self):
+    for i, (file, label) in enumerate(some(np.arange(9) % 3)):
+      yield i, {'image': io.BytesIO(file), 'label': label}
+
+
+def test_the_second_to_prepare_a_set_uses_that_of_the_first(
+  tmp_path, monkeypatch
+):
+  """TFDS refuses to put the second one in its place."""
+  find_spec = importlib.util.find_spec
+  monkeypatch.setattr(
+    importlib.util,
+    'find_spec',
+    lambda name, *package: name == 'tensorflow' or find_spec(name, *package),
+  )
+  train = data.load(TwiceAtOnce.name, str(tmp_path)).train.in_memory()
+  assert np.bincount(train.labels).tolist() == [3, 3, 3]
+  assert TwiceAtOnce.times == 2
 
 
 # Splits.

@@ -1,9 +1,12 @@
 """Hosts that come and go: who starts the processes, and how many workers."""
 
+import argparse
 import importlib.util
 import os
 import pathlib
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,10 +15,11 @@ import pytest
 from several import LIMIT, ROOT, TINY
 
 from experiments import storm
+from experiments.launch import elastic_check
 from experiments.launch.local import free_port
 from resist_jax import report
 from resist_jax.errors import ConfigError
-from resist_jax.run import places
+from resist_jax.run import cards, places
 from resist_jax.run.config import for_processes, get_config
 
 torch = pytest.mark.skipif(
@@ -108,6 +112,109 @@ def test_a_mistake_is_not_started_again(tmp_path):
   assert 'lr is -1' in line
 
 
+def launcher(*words, meet='127.0.0.1:29400'):
+  command = [sys.executable, '-m', 'experiments.launch.elastic']
+  return subprocess.run(
+    [*command, f'--meet={meet}', *words],
+    cwd=ROOT, capture_output=True, text=True, timeout=LIMIT,
+  )  # fmt: skip
+
+
+def assert_refused(done, says):
+  (line,) = done.stderr.splitlines()
+  assert line.startswith('error: ')
+  assert says in line
+  assert done.returncode == 2
+
+
+@pytest.mark.parametrize('meet', [':29400', 'HOST:294000', 'HOST:0', 'HOST'])
+def test_a_place_to_meet_that_is_none(meet):
+  assert_refused(launcher('--only_meet', meet=meet), 'it must be HOST:PORT')
+
+
+@torch
+def test_a_place_to_meet_that_is_taken():
+  with socket.create_server(('127.0.0.1', 0)) as server:
+    meet = f'127.0.0.1:{server.getsockname()[1]}'
+    assert_refused(launcher('--only_meet', meet=meet), 'stop what uses this')
+
+
+def test_a_config_that_does_not_fit_all_numbers_of_hosts(tmp_path):
+  """The launcher says so before anybody meets."""
+  words = ('--hosts=1:3', '--', '--config=digits', f'--workdir={tmp_path}/run')
+  says = '--hosts allows 3, but then num_workers is 4, no multiple of 3 proces'
+  assert_refused(launcher(*words), says)
+
+
+EACH = {'workers_per_process': 1}
+UNFIT = [
+  ({**EACH, 'depths': (4, 4, 4, 4)}, 4, 4, None),
+  ({**EACH, 'depths': (4, 4, 4, 4)}, 3, 4, 'allows 3, but then stage 3: '),
+  (EACH, 1, 12, None),
+  (EACH, 1, 13, 'allows 13, but then stage 3: 13 workers cannot share 12'),
+  ({**EACH, 'num_devices': 4}, 1, 4, 'allows 1, but then num_workers is 1, no'),
+  ({'num_workers': 12, 'num_devices': 4}, 1, 3, 'allows 3, but then num_dev'),
+  ({**EACH, 'lr': -1.0}, 1, 4, 'lr is -1.0; it must be greater than 0'),
+  ({**EACH, 'model.module': 'own_network'}, 2, 2, None),
+  (
+    {**EACH, 'model.module': 'own_network'}, 1, 2,
+    'own_network defines no function rescale',
+  ),
+  (
+    {**EACH, 'model.module': 'own_network', 'residual_scale': 'none'}, 1, 2,
+    None,
+  ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('fields', 'least', 'most', 'says'), UNFIT)
+def test_what_fits_only_some_numbers_of_hosts(fields, least, most, says):
+  config = cards.load('digits')
+  config.update_from_flattened_dict(fields)
+  hosts = range(least, most + 1)
+  if says is None:
+    elastic_check.check(config, hosts, 1)
+    return
+  with pytest.raises(ConfigError) as caught:
+    elastic_check.check(config, hosts, 1)
+  assert says in str(caught.value)
+  assert ('allows' in str(caught.value)) == ('allows' in says)
+
+
+class Started(storm.Run):
+  """A run of one host, whose launcher is any command."""
+
+  def __init__(self, folder, *command):
+    self.folder, self._begun = folder, time.monotonic()
+    self.hosts = [storm.Host(list(command), folder / 'host0.txt')]
+    self.faults, self.logged = [], []
+    self._turns = 0
+
+  def watch(self):
+    self._turns += 1
+    assert self._turns < 100
+
+
+def test_a_storm_ends_when_no_host_is_left(tmp_path):
+  run = Started(tmp_path, 'sleep', '1000')
+  assert not run.lost()
+  run.hosts[0].launcher.terminate()
+  storm._weather(run, argparse.Namespace(seed=0, calm=True))
+  assert run.lost()
+  run.hosts[0].back_at = 0.0
+  assert not run.lost()
+
+
+@pytest.mark.skipif(not torch.args[0], reason='PyTorch is here')
+def test_a_storm_without_pytorch_is_refused(tmp_path):
+  command = [sys.executable, '-m', 'experiments.storm', '--rounds=1']
+  done = subprocess.run(
+    [*command, f'--out={tmp_path}/x.json'],
+    cwd=ROOT, capture_output=True, text=True, timeout=LIMIT,
+  )  # fmt: skip
+  assert_refused(done, 'PyTorch is missing: pip install')
+
+
 @pytest.mark.faults
 def test_a_process_dies_with_its_agent(tmp_path):
   command = worker_command(
@@ -183,3 +290,30 @@ def test_a_stop_of_the_launcher_saves_the_round(tmp_path):
   assert launcher.wait(LIMIT) == 128 + signal.SIGTERM
   (saved,) = (folder / 'digests').glob('[0-9]*.json')
   assert int(saved.stem) == report.read_rows(log)[-1]['round']
+
+
+@torch
+@pytest.mark.faults
+def test_the_command_of_a_run_that_has_ended_runs_again(tmp_path):
+  """PyTorch closes the meeting of a run for good, also when it failed."""
+  meet = f'--meet=127.0.0.1:{free_port()}'
+  command = [sys.executable, '-m', 'experiments.launch.elastic', meet]
+  place = subprocess.Popen(
+    [*command, '--only_meet'], cwd=ROOT, stdout=subprocess.PIPE
+  )
+  assert place.stdout.readline()
+  folder = tmp_path / 'run'
+  words = ['--', *TINY, f'--workdir={folder}', '--config.num_rounds=1']
+  try:
+    for again in range(3):
+      done = subprocess.run(
+        [*command, '--address=127.0.0.1', *words],
+        cwd=ROOT, capture_output=True, text=True, timeout=LIMIT,
+      )  # fmt: skip
+      assert done.returncode == 0, done.stderr
+      assert (folder / 'summary.json').exists()
+      if again == 1:
+        shutil.rmtree(folder)
+  finally:
+    with place:
+      place.kill()

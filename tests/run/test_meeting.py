@@ -3,14 +3,17 @@
 from concurrent import futures
 import contextlib
 import json
+import math
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 
+import numpy as np
 import pytest
-from several import LIMIT, TINY, Several
+from several import LIMIT, ROOT, TINY, Several
 
 from experiments.launch import local
 from resist_jax.errors import ConfigError
@@ -102,6 +105,37 @@ def test_a_number_that_two_processes_have():
   assert_all_say(errors, ConfigError, 'process_id 1 was given to two')
 
 
+def said_to(port, me, count):
+  """The connection of a process that has said who it is, and waits."""
+  hello = {
+    'program': 'resist_jax', 'process_id': me, 'num_processes': count,
+    'description': {},
+  }  # fmt: skip
+  for _ in range(100):
+    with contextlib.suppress(OSError):
+      connection = socket.create_connection(('127.0.0.1', port))
+      connection.sendall(json.dumps(hello).encode() + b'\n')
+      return connection
+    time.sleep(0.05)
+  raise AssertionError('process 0 does not listen')
+
+
+@pytest.mark.parametrize('reset', [False, True])
+def test_a_process_that_was_killed_and_started_again_is_one(reset):
+  port = local.free_port()
+
+  def killed():
+    connection = said_to(port, 1, 3)
+    time.sleep(0.5)  # Until process 0 has read it.
+    if reset:
+      now = struct.pack('ii', 1, 0)
+      connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
+    connection.close()
+
+  calls = [coming(i, port, count=3, late=i) for i in range(3)]
+  assert together(*calls, killed) == [None] * 4
+
+
 def test_only_one_process_can_be_process_0():
   port = local.free_port()
   first, second = together(
@@ -156,6 +190,54 @@ def test_somebody_else_at_the_port(answer):
     (error,) = together(coming(1, server.getsockname()[1], timeout=1))
     server.shutdown(socket.SHUT_RDWR)
   assert_all_say([error], MeetingError, 'is not process 0 of this run')
+
+
+def test_a_connection_that_is_reset_is_no_answer():
+  """Whoever uses the port hangs up before a long description is sent."""
+  with socket.create_server(('127.0.0.1', 0)) as server:
+
+    def serve():
+      with contextlib.suppress(OSError):
+        while True:
+          connection, _ = server.accept()
+          connection.recv(1)
+          now = struct.pack('ii', 1, 0)
+          connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
+          connection.close()
+
+    threading.Thread(target=serve, daemon=True).start()
+    port = server.getsockname()[1]
+    (error,) = together(coming(1, port, timeout=1, long='x' * 10**7))
+    server.shutdown(socket.SHUT_RDWR)
+  assert_all_say([error], MeetingError, 'is not process 0 of this run')
+
+
+def test_all_addresses_of_a_name_are_tried(monkeypatch):
+  """As of a host with IPv6 whose process 0 listens on IPv4."""
+  port, resolve = local.free_port(), socket.getaddrinfo
+
+  def two(host, *args, **kwargs):
+    if host != 'two.example':
+      return resolve(host, *args, **kwargs)
+    return [
+      found
+      for address in ('127.0.0.2', '127.0.0.1')
+      for found in resolve(address, *args, **kwargs)
+    ]
+
+  monkeypatch.setattr(socket, 'getaddrinfo', two)
+  calls = [coming(0, port), coming(1, port, timeout=5, host='two.example')]
+  assert together(*calls) == [None, None]
+
+
+def test_what_is_no_json_and_nan_are_equal_in_all_processes():
+  """`train` then says in each what is wrong."""
+  port = local.free_port()
+  said = {'lr': math.nan, 'a': np.int64(3), 'b': {'x'}, 'c': {(1, 2): np.ones}}
+  calls = [coming(i, port, count=2, config=dict(said)) for i in range(2)]
+  assert together(*calls) == [None, None]
+  errors = together(coming(0, port, lr=0.1), coming(1, port, lr=math.nan))
+  assert_all_say(errors, ConfigError, "lr is 'NaN' in process 1, but 0.1 in")
 
 
 STRANGERS = [
@@ -232,6 +314,37 @@ def test_processes_that_were_started_differently_end_with_2(
       assert says in line
       assert run.output(number).strip() == line
   assert not folder.exists()
+
+
+BAD_CARDS = [
+  ("config.lr = float('nan')", 'lr is nan; it must be finite'),
+  (
+    "config.model.module = 'own_network'\n"
+    "  config.model.options = {'width': np.int64(8)}",
+    'the config cannot be written as JSON',
+  ),
+]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(('line', 'says'), BAD_CARDS)
+def test_a_card_that_is_bad_in_all_processes_is_refused_as_alone(
+  line, says, tmp_path
+):
+  card = tmp_path / 'card.py'
+  card.write_text(
+    'import numpy as np\n'
+    'from resist_jax.run.cards.digits import get_config as digits\n'
+    f'def get_config():\n  config = digits()\n  {line}\n  return config\n'
+  )
+  env = {'PYTHONPATH': str(ROOT / 'tests/run')}
+  with Several(tmp_path / 'run', f'--config={card}', env=env) as run:
+    assert [run.wait(i) for i in (0, 1)] == [2, 2], run.output(0)
+    for number in (0, 1):
+      (error,) = run.errors(number)
+      assert says in error
+      assert run.output(number).strip() == error
+  assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.faults

@@ -1,0 +1,94 @@
+"""Refuses a config that does not fit every number of hosts of an elastic run.
+
+  python -m experiments.launch.elastic_check LEAST MOST PROCESSES ARG ...
+
+LEAST and MOST are those of --hosts, and PROCESSES those of each host. Without
+this check, a host that goes or comes could end the run. The launcher starts it
+in a process of its own: a module that the config names may take a device.
+"""
+
+import sys
+
+from ml_collections import ConfigDict
+
+from resist_jax.__main__ import parse
+from resist_jax.errors import ConfigError, refused
+from resist_jax.run.checks import validate
+from resist_jax.run.config import for_processes
+from resist_jax.run.module_task import load
+
+
+def check(config: ConfigDict, hosts: range, processes_per_host: int) -> None:
+  """Checks a config for each number of hosts.
+
+  Args:
+    config: As the command line gives it.
+    hosts: How many hosts there may be.
+    processes_per_host: How many processes each of them has.
+
+  Raises:
+    ConfigError: On the first mistake; names the number of hosts if it fits
+      another one.
+  """
+  wrong = {}
+  for count in hosts:
+    processes = count * processes_per_host
+    own = for_processes(config, processes)
+    try:
+      validate(own)
+      _check_division(own, processes)
+    except ConfigError as error:
+      wrong[count] = str(error)
+  if not wrong:
+    if len(hosts) > 1:
+      _check_rescale(config)
+    return
+  count, problem = next(iter(wrong.items()))
+  if list(wrong.values()) != [problem] * len(hosts):
+    problem = f'--hosts allows {count}, but then {problem}'
+  raise ConfigError(problem)
+
+
+def _check_division(config: ConfigDict, processes: int) -> None:
+  """Checks what `setup` finds later, among the devices of all hosts."""
+  if config.num_workers % processes:
+    raise ConfigError(
+      f'num_workers is {config.num_workers}, no multiple of {processes} '
+      'processes: set workers_per_process, such as to 1.'
+    )
+  least = processes * config.devices_per_worker
+  if config.num_devices % least:
+    raise ConfigError(
+      f'num_devices is {config.num_devices}, no multiple of {least}, the '
+      'processes times devices_per_worker: leave it at 0.'
+    )
+
+
+def _check_rescale(config: ConfigDict) -> None:
+  """Checks that a network can follow a residual scale that changes."""
+  name = config.model.module
+  changes = config.workers_per_process and config.protocol == 'resist'
+  if (
+    name and changes and config.residual_scale == 'evaluation'
+    and not hasattr(load(name), 'rescale')
+  ):  # fmt: skip
+    raise ConfigError(
+      f'residual_scale evaluation changes with the number of hosts, and {name} '
+      'defines no function rescale(config, params, factors): add it, or set '
+      'residual_scale to none.'
+    )
+
+
+def main() -> int:
+  """Returns 2 if the config does not fit, after a line that says why."""
+  least, most, each = map(int, sys.argv[1:4])
+  options = parse(['resist_jax', *sys.argv[4:]], answers=False)
+  try:
+    check(options.config, range(least, most + 1), each)
+  except ConfigError as error:
+    return refused(error)
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
