@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import math
+import modulefinder
 import pathlib
 import re
 import signal
@@ -204,28 +205,40 @@ def _digest_of(name: str) -> str:
   """Returns some digits of a digest of a module's code.
 
   Args:
-    name: The name of a module, whose whole package counts, or `FILE.py`.
+    name: The name of a module, whose whole package counts, or `FILE.py`. A
+      module that is a file counts with those beside it that it imports.
 
   Returns:
     The digits; nothing where it is not found, which `validate` will report.
   """
   try:
     if name.endswith('.py'):
-      path = folders.resolve(name, 'the file')
-      return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-    spec = importlib.util.find_spec(name.partition('.')[0])
-    assert spec
-    roots = [*map(pathlib.Path, spec.submodule_search_locations or ())]
-    files = [(p, r) for r in roots for p in sorted(r.rglob('*.py'))]
-    if not roots:
-      alone = pathlib.Path(spec.origin or '')
-      files = [(alone, alone.parent)]
+      files = _with_imports(folders.resolve(name, 'the file'))
+    else:
+      spec = importlib.util.find_spec(name.partition('.')[0])
+      assert spec
+      roots = [*map(pathlib.Path, spec.submodule_search_locations or ())]
+      files = [(p, r) for r in roots for p in sorted(r.rglob('*.py'))]
+      if not roots:
+        files = _with_imports(pathlib.Path(spec.origin or ''))
     sha = hashlib.sha256()
     for path, root in files:
       sha.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return sha.hexdigest()[:12]
   except FOREIGN:
     return ''
+
+
+def _with_imports(
+  file: pathlib.Path,
+) -> list[tuple[pathlib.Path, pathlib.Path]]:
+  """Returns a file and those beside it that it imports, with their folder."""
+  folder = file.parent
+  finder = modulefinder.ModuleFinder([str(folder)])
+  finder.run_script(str(file))  # It reads the file, and runs nothing.
+  modules = finder.modules.values()
+  found = {getattr(module, '__file__', None) for module in modules}
+  return [(path, folder) for path in sorted(map(pathlib.Path, found - {None}))]
 
 
 def _fail(error: object, code: int) -> NoReturn:
