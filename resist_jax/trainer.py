@@ -44,6 +44,7 @@ from resist_jax.rounds.arrays import place
 from resist_jax.rounds.compiled import form_of_step
 from resist_jax.rounds.mesh import REPLICATED, workers_here
 from resist_jax.rounds.moments import first_halves, fits, reformed
+from resist_jax.rounds.protocol import hold_the_same
 from resist_jax.rounds.state import assignments_on_host
 
 PyTree = Any
@@ -285,9 +286,11 @@ class Trainer:
         f'batches are {kinds[streamed]}, but the programs were compiled for '
         f'{kinds[not streamed]}: give those, or compile for the others.'
       )
+    checks.check_assignments(assignments, self.chains)
     if self.programs:
       _check_compiled(self.programs, first)
-    checks.check_assignments(assignments, self.chains)
+      _check_slots(self.programs, state.assignments)
+      _check_slots(self.programs, assignments or {})
     run = self.programs or self._round(state, first, streamed)
     return run(state, self._placed, batches, assignments)
 
@@ -318,10 +321,22 @@ class Trainer:
     run = run.compile(state, self._placed, batches)
     return _with_programs(self, run)
 
+  def _has_chosen_slots(self, state: State) -> bool:
+    """Returns whether a person chose the slots, where these are all there is.
+
+    Nothing says so but that they are not those that the exchange assigns.
+    """
+    found = assignments_on_host(state)
+    slots_alone = all(a.owned is None for a in found.values())
+    if not slots_alone or found.keys() != set(self.chains):
+      return False
+    protocol = self._protocol(dict(_lengths(self, state)))
+    return not hold_the_same(found, protocol.assign(self.seed, int(state.draw)))
+
   def _round(self, state: State, batch: PyTree, streamed: bool) -> Round:
     held = (state.shared, state.chain)
     leaves, structure = jax.tree.flatten((held, batch))
-    shapes = tuple((x.shape, jnp.dtype(x.dtype)) for x in leaves)
+    shapes = tuple((x.shape, x.dtype) for x in leaves)
     lengths = _lengths(self, state)
     return self._rounds(structure, shapes, lengths, streamed)
 
@@ -415,7 +430,12 @@ class Trainer:
     Raises:
       ValueError: See `whole`.
     """
-    return self.whole(state).params
+    _check_is_state(state)
+    # A round that failed may have consumed the rest and left these.
+    alone = state._replace(
+      carried=None, error=None, norms=None, outer=None, average=None
+    )
+    return self.whole(alone).params
 
   def averaged(self, state: State) -> dict[str, PyTree]:
     """Returns the average of the global network over rounds.
@@ -445,14 +465,15 @@ class Trainer:
 
     Args:
       state: A state of this trainer; only shapes are used.
-      num_devices: D, such as `num_workers` for a device each; None for the
-        devices, or groups of them, that this trainer has.
+      num_devices: D, a divisor of `num_workers`; None for the devices, or
+        groups of them, that this trainer has.
 
     Returns:
-      Wire bytes, the mean over all assignments.
+      Wire bytes, the mean over all assignments. Numbers of 64 bits are counted
+      as if they had 32.
 
     Raises:
-      ValueError: If it is no state, or there are more devices than workers.
+      ValueError: If it is no state, or the devices do not divide the workers.
     """
     _check_is_state(state)
     sizes = _sizes(state.shared, state.chain, state.num_blocks)
@@ -460,12 +481,11 @@ class Trainer:
     outer = _moment_sizes(state.outer, state.num_blocks)
     D, G = mesh_sizes(self.devices)
     if num_devices is not None:
-      if not is_whole(num_devices) or not 0 < num_devices <= self.num_workers:
+      S, D = self.num_workers, num_devices
+      if not is_whole(D) or D < 1 or S % D:
         raise ValueError(
-          f'num_devices is {num_devices!r}; it must be an integer from 1 to '
-          f'num_workers, {self.num_workers}.'
+          f'num_devices is {D!r}; it must be a divisor of num_workers, {S}.'
         )
-      D = num_devices
     protocol = self._protocol(state.num_blocks)
     return round(
       accounting.wire_bytes(sizes, protocol, D, None, G, moments, outer)
@@ -492,7 +512,8 @@ class Trainer:
     if storage.pointed_at(folder / _POINTER)[0] == name:
       name = f'{name}_again'  # The one that is there stays whole meanwhile.
     described = nodes.described([state.shared, state.chain])
-    storage.write(folder / name, state, {'nodes': described})
+    record = {'nodes': described, 'chosen': self._has_chosen_slots(state)}
+    storage.write(folder / name, state, record)
     if jax.process_index() == 0:
       storage.point_to(folder / _POINTER, folder / name)
 
@@ -553,6 +574,8 @@ class Trainer:
     if set(stored.state.num_blocks) == set(self.chains):
       protocol = self._protocol(dict(_lengths(self, stored.state)))
       assignments = protocol.assign(self.seed, draw)
+      if stored.record.get('chosen') and _can_go_on(protocol, stored.state):
+        assignments = stored.state.assignments
       state = storage.as_state(stored, protocol, self.devices, assignments)
       if state is not None:
         state = self._reformed(state)
@@ -620,6 +643,8 @@ def _alike(
         f'is {structure}; give all steps the same pytree.'
       )
     _check_batch(trainer, batch, streamed=True)
+    if trainer.programs:
+      _check_compiled(trainer.programs, batch)
     yield batch
 
 
@@ -650,7 +675,11 @@ def _make_round(trainer, structure, shapes, lengths, streamed) -> Round:
 
   worker = one_worker(shared), one_worker(chain)
   checks.check_optimizer(
-    trainer.optimizer, join(*worker), trainer.carry, trainer.devices
+    trainer.optimizer,
+    join(*worker),
+    trainer.carry,
+    trainer.devices,
+    averaged=trainer.average_gradients,
   )
   names = checks.metric_names(
     trainer.loss_fn,
@@ -874,6 +903,28 @@ def _check_compiled(programs: Round, batch: PyTree) -> None:
     )
 
 
+def _check_slots(
+  programs: Round, assignments: Mapping[str, Assignment]
+) -> None:
+  """Refuses so many slots that the programs were not compiled for."""
+  for name, assignment in assignments.items():
+    found, ours = np.shape(assignment.slots), programs.slots[name]
+    if found != ours:
+      raise ValueError(
+        f'the slots of {name} have the shape {found}, but the programs were '
+        f'compiled for {ours}: give so many, or compile again.'
+      )
+
+
+def _can_go_on(protocol: Protocol, state: State) -> bool:
+  """Returns whether workers can go on with the slots of files."""
+  try:
+    protocol.check_moves(state.assignments, state.assignments)
+  except ValueError:
+    return False
+  return True
+
+
 def _lengths(trainer: Trainer, state: State) -> tuple[tuple[str, int], ...]:
   """Returns L of each chain, in the trainer's order: `jax.tree.map` sorts."""
   return tuple((name, int(state.num_blocks[name])) for name in trainer.chains)
@@ -966,7 +1017,7 @@ def _check_is_state(state: State) -> None:
 def _check_usable(state: State) -> None:
   """Refuses what is no state, or was given to a round before."""
   _check_is_state(state)
-  for leaf in jax.tree.leaves((state.shared, state.chain)):
+  for leaf in jax.tree.leaves(state):
     if isinstance(leaf, jax.Array) and leaf.is_deleted():
       raise ValueError(
         'the state was given to round before, which consumed it: use the state '

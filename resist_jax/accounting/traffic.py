@@ -224,7 +224,8 @@ def wire_bytes(
   total: float = judging + protocol.num_shared * shared
   total += all_reduce_bytes(parts[0].shared, S, D, form.changes)
   moved = sum(part.shared for part in parts[1:])  # Moments travel together.
-  total += all_reduce_bytes(moved, S, D, form.values)
+  of_moments = protocol.exchange.of_moments
+  total += all_reduce_bytes(moved, S, D, of_moments.format.values)
   for name in protocol.num_blocks:
     load = Load(
       protocol.division(name),
@@ -233,13 +234,29 @@ def wire_bytes(
     )
     pair = moves[name] if moves else (None, None)
     if protocol.outer is None:
-      total += protocol.exchange.bytes(load, D, *pair)
+      total += _carried_bytes(protocol.exchange, load, D, pair)
     else:
       kept = [sizes] * num_moments(protocol.outer) if outer is None else outer
       total += _outer_bytes(protocol, load, name, D, pair, kept)
     if protocol.average:
       total += _average_bytes(protocol, load, D, pair)
   return devices_per_worker * total
+
+
+def _carried_bytes(exchange, load, num_devices, pair) -> float:
+  """Returns the bytes of a chain and its carried moments."""
+  if exchange.moments is None or len(load.block_sizes) == 1:
+    return exchange.bytes(load, num_devices, *pair)
+  block, *moments = load.block_sizes
+  # What is sent besides the blocks is the same, and XLA sends it once.
+  alone, carried, besides = (
+    load._replace(block_sizes=sizes) for sizes in ((block,), (*moments,), ())
+  )
+  return (
+    exchange.bytes(alone, num_devices, *pair)
+    + exchange.moments.bytes(carried, num_devices, *pair)
+    - exchange.moments.bytes(besides, num_devices, *pair)
+  )
 
 
 def _average_bytes(protocol, load, num_devices, pair) -> float:

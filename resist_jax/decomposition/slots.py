@@ -407,7 +407,8 @@ def split(
   Args:
     params: Parameters, a dictionary; dictionaries inside it may hold chains.
     chains: The names of the partitioned chains. `decoder/blocks` names a chain
-      inside the dictionary `decoder`.
+      inside the dictionary `decoder`. A key on the way may be a whole number,
+      as in `stages/0/blocks`; the last one is text.
 
   Returns:
     `(shared, chain)`: the parameters without these chains, and each chain by
@@ -428,7 +429,10 @@ def split(
   for name in chains:
     *path, last = name.split('/')
     parent = shared
-    for key in path:
+    for text in path:
+      key = _key_in(parent, text)
+      if not isinstance(parent[key], Mapping):
+        raise KeyError(name)
       parent[key] = dict(parent[key])  # Leaves the caller's own as it is.
       parent = parent[key]
     chain[name] = parent.pop(last)
@@ -456,8 +460,16 @@ def join(
   for name, blocks in chain.items():
     *path, last = name.split('/')
     parent = params
-    for key in path:
+    for text in path:
+      key = _key_in(parent, text)
       parent[key] = dict(parent.get(key, {}))
       parent = parent[key]
     parent[last] = blocks
   return params
+
+
+def _key_in(parent: Mapping[Any, PyTree], text: str) -> Any:
+  """Returns the key that a part of a name means: text, or a whole number."""
+  if text not in parent and text.isdecimal() and int(text) in parent:
+    return int(text)
+  return text

@@ -3,7 +3,9 @@
 All workers agree on the shared part after every exchange, so only its changes
 travel. What rounding removes from a change stays with its sender and is added
 to the next change (error feedback). A block goes to a worker that has nothing
-to add a change to, so it travels whole, in more bits.
+to add a change to, so it travels whole, in more bits. Moments of the optimiser
+travel as floating point: Adam divides by the root of one, which must not round
+to 0 beside a larger one.
 """
 
 from typing import NamedTuple
@@ -20,13 +22,16 @@ class Format(NamedTuple):
 
   Attributes:
     changes: Encoding of changes of the shared part.
-    values: Encoding of blocks, moments and gradients, which travel whole.
+    values: Encoding of blocks and gradients, which travel whole.
     feedback: Whether senders keep what rounding removes from a change.
+    moments: The name of the format in which moments travel whole; '' for this
+      one.
   """
 
   changes: str
   values: str
   feedback: bool = False
+  moments: str = ''
 
   @property
   def exact(self) -> bool:
@@ -38,7 +43,7 @@ FORMATS = {
   'float32': Format('float32', 'float32'),
   'bfloat16': Format('bfloat16', 'bfloat16'),
   # Eight bits are too few for a weight: its updates are much smaller than it.
-  'int8': Format('int8', 'int16', feedback=True),
+  'int8': Format('int8', 'int16', feedback=True, moments='bfloat16'),
 }
 
 

@@ -35,7 +35,7 @@ def hand_over(wire_format: str = 'float32', spread: bool = False) -> Exchange:
 
   Args:
     wire_format: float32 (exact), bfloat16 or int8, in which blocks travel in 16
-      bits.
+      bits, and moments as bfloat16.
     spread: Whether each worker gets blocks from all parts of the chain, see
       `decomposition.Assigner`, instead of any blocks (the paper).
 
@@ -55,6 +55,7 @@ def hand_over(wire_format: str = 'float32', spread: bool = False) -> Exchange:
     partial(exchange, encoding=form.values),
     partial(wire_bytes, encoding=form.values),
     branches,
+    hand_over(form.moments, spread) if form.moments else None,
   )
 
 

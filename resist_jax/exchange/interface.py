@@ -59,6 +59,8 @@ class Exchange(NamedTuple):
     branches: `branches(before, after)` returns, for each `jax.named_scope`
       around a `lax.switch`, the branch that is taken: what the reader of
       compiled programs needs to know.
+    moments: The exchange that hands over moments that are carried, with the
+      same assignments; None for this one.
   """
 
   format: Format
@@ -77,3 +79,9 @@ class Exchange(NamedTuple):
   ]
   bytes: Callable[..., float]
   branches: Callable[[Assignment, Assignment], dict[str, int]] = no_branches
+  moments: 'Exchange | None' = None
+
+  @property
+  def of_moments(self) -> 'Exchange':
+    """The exchange that hands over carried moments."""
+    return self.moments or self

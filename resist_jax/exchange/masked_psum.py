@@ -34,7 +34,7 @@ def masked_psum(wire_format: str = 'float32') -> Exchange:
   a temporary of that size.
 
   Args:
-    wire_format: float32 (exact), bfloat16 or int8.
+    wire_format: float32 (exact), bfloat16 or int8; see `hand_over`.
 
   Returns:
     The exchange.
@@ -49,6 +49,7 @@ def masked_psum(wire_format: str = 'float32') -> Exchange:
     assign,
     partial(exchange, encoding=form.values),
     partial(wire_bytes, encoding=form.values),
+    moments=masked_psum(form.moments) if form.moments else None,
   )
 
 

@@ -16,6 +16,8 @@ import optax
 from resist_jax.decomposition import Assignment, join, split
 from resist_jax.errors import FOREIGN, did_you_mean, one_line
 from resist_jax.rounds.local_training import LossFn
+from resist_jax.rounds.moments import floats_of, take_apart
+from resist_jax.rounds.nodes import names_of_leaves
 
 PyTree = Any
 
@@ -89,6 +91,7 @@ def check_optimizer(
   carry: bool,
   mesh: Mesh,
   field: str = 'carry',
+  averaged: bool = True,
 ) -> None:
   """Calls an optimiser on shapes, as a local step will.
 
@@ -98,32 +101,104 @@ def check_optimizer(
     carry: Whether its state lasts from round to round.
     mesh: Where the workers live; the optimiser may name its axes.
     field: What lets it last, in messages.
+    averaged: Whether all workers get the same gradients.
 
   Raises:
-    ValueError: If it fails, or if it needs a state that restarts.
+    ValueError: If it fails, if its state changes its form, if it needs a state
+      that restarts, or if workers could not agree on a state that lasts.
   """
 
   def step(params):
     state = optimizer.init(params)
-    return state, optimizer.update(params, state, params)
+    return state, optimizer.update(params, state, params)[1]
 
   try:
-    state, _ = _shapes_on(mesh, step, params)
+    state, after = _shapes_on(mesh, step, params)
   except FOREIGN as error:
     raise ValueError(
       f'optimizer cannot be used ({one_line(error)}): it gets gradients, its '
       'state and parameters, and nothing else; use one that needs no more, '
       'such as optax.adamw(1e-3).'
     ) from error
-
-  def gathers(node):
-    return isinstance(node, optax.MultiStepsState)
-
-  if not carry and any(map(gathers, jax.tree.leaves(state, is_leaf=gathers))):
+  _check_same_form(state, after)
+  found = set(map(type, jax.tree.leaves(state, is_leaf=_is_periodic)))
+  for kind in () if carry else found & _PERIODIC.keys():
     raise ValueError(
-      'optimizer gathers the gradients of several steps (optax.MultiSteps), '
-      f'but its state restarts in every round: set {field}=True, or give it '
-      'larger batches instead.'
+      f'optimizer counts steps of its own ({_PERIODIC[kind]}), but its state '
+      f'restarts in every round: set {field}=True, or use another optimiser.'
+    )
+  if carry and not averaged and floats_of(take_apart(optimizer, state).rest):
+    _check_no_estimates(optimizer, params, field)
+
+
+# Optimisers that do something else at every k-th step.
+_PERIODIC = {
+  optax.MultiStepsState: 'optax.MultiSteps',
+  optax.ApplyEvery: 'optax.apply_every',
+  optax.contrib.SAMState: 'optax.contrib.sam',
+}
+
+
+def _is_periodic(node: Any) -> bool:
+  return type(node) in _PERIODIC
+
+
+def _check_same_form(before: PyTree, after: PyTree) -> None:
+  """Refuses an optimiser whose state cannot go through a compiled loop."""
+  one, other = (
+    dict(jax.tree_util.tree_leaves_with_path(x)) for x in (before, after)
+  )
+  differ = [k for k in one | other if _form(one, k) != _form(other, k)]
+  if differ:
+    where = jax.tree_util.keystr(differ[0])
+    raise ValueError(
+      f'optimizer has a state whose leaf {where} is {_form(one, differ[0])} '
+      f'after init and {_form(other, differ[0])} after update: let update '
+      'return a state of the same form.'
+    )
+  if jax.tree.structure(before) != jax.tree.structure(after):
+    raise ValueError(
+      'optimizer has a state with other nodes after update than after init: '
+      'let both return the same ones.'
+    )
+
+
+def _form(leaves: Mapping[Any, Any], path: Any) -> str:
+  return _kind(leaves[path]) if path in leaves else 'missing'
+
+
+def _check_no_estimates(
+  optimizer: optax.GradientTransformation, params: PyTree, field: str
+) -> None:
+  """Refuses an optimiser that estimates a number from all gradients.
+
+  Nobody averages such a number, so each worker would go on with its own.
+  """
+
+  def filled(value):
+    # Fewer bits would hide the first, small changes of an estimate.
+    return jax.tree.map(
+      lambda x: jnp.full([min(n, 2) for n in x.shape], value, jnp.float32),
+      params,
+    )
+
+  def estimates(gradient):
+    params = filled(0.5)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    for _ in range(3):
+      updates, state = update(filled(gradient), state, params)
+      params = optax.apply_updates(params, updates)
+    return floats_of(take_apart(optimizer, state).rest)
+
+  try:
+    pairs = zip(estimates(0.1), estimates(0.9), strict=True)
+  except FOREIGN:  # Such as one that names an axis of the mesh.
+    return
+  if not all(np.array_equal(*pair, equal_nan=True) for pair in pairs):
+    raise ValueError(
+      f'{field} is set, but optimizer estimates a number from all gradients, '
+      'and each worker would go on with its own: leave it out, or use an '
+      'optimiser without such numbers, such as optax.adamw(1e-3).'
     )
 
 
@@ -239,8 +314,14 @@ def _is_numeric(value: Any) -> bool:
   dtype = getattr(value, 'dtype', None)
   if dtype is None:
     return False
-  kinds = jnp.number, jnp.bool_, jax.dtypes.extended
-  return any(jnp.issubdtype(dtype, kind) for kind in kinds)
+  return _is_kind(dtype, jnp.number, jnp.bool_, jax.dtypes.extended)
+
+
+def _is_kind(dtype: Any, *kinds: Any) -> bool:
+  try:
+    return any(jnp.issubdtype(dtype, kind) for kind in kinds)
+  except TypeError:  # That of another library.
+    return False
 
 
 def chain_lengths(
@@ -265,11 +346,12 @@ def chain_lengths(
     )
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     dtype = getattr(leaf, 'dtype', None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    if dtype is None or not _is_kind(dtype, jnp.floating):
       where = jax.tree_util.keystr(path)
       raise ValueError(
         f'params{where} is {dtype or type(leaf).__name__}; parameters must be '
-        'arrays of floating-point numbers. Pass other values as constants.'
+        'arrays of floating-point numbers, of NumPy or JAX. Pass other values '
+        'as constants.'
       )
     if 0 in leaf.shape:
       where = jax.tree_util.keystr(path)
@@ -298,8 +380,14 @@ def chain_lengths(
 def _chain_at(params: Mapping[str, PyTree], name: str) -> PyTree:
   try:
     return split(params, [name])[1][name]
-  except (KeyError, TypeError, AttributeError):
+  except KeyError:
     pass
+  if any(f'{path}/'.startswith(f'{name}/') for path in names_of_leaves(params)):
+    raise ValueError(
+      f'chains names {name!r}, but a name is made of the keys of dictionaries: '
+      'no places in lists or fields of tuples, no key that holds a /, and the '
+      'last key is text. Rearrange params.'
+    )
   names = list(_paths(params))
   hint = did_you_mean(name, names, "'{}'")
   raise ValueError(
@@ -311,7 +399,8 @@ def _chain_at(params: Mapping[str, PyTree], name: str) -> PyTree:
 def _paths(params: Mapping[str, PyTree], prefix: str = '') -> Iterator[str]:
   """Yields the names that `split` understands."""
   for key, value in params.items():
-    yield f'{prefix}{key}'
+    if isinstance(key, str):
+      yield f'{prefix}{key}'
     if isinstance(value, Mapping):
       yield from _paths(value, f'{prefix}{key}/')
 
@@ -356,7 +445,7 @@ def check_batch(
       where = jax.tree_util.keystr(path)
       raise ValueError(
         f'batches{where} holds {getattr(x, "dtype", type(x).__name__)}; it '
-        'must be an array of numbers.'
+        'must be an array of numbers, of NumPy or JAX.'
       )
 
 

@@ -60,6 +60,8 @@ class Round:
     metrics: Names of the metrics of the loss function.
     compiled_for: Shapes and dtypes of what the programs were compiled for, see
       `form_of_step`; None if they are compiled in the first call.
+    slots: For each partitioned chain, the shape `(S, K)` that the programs were
+      compiled for; empty if they are compiled in the first call.
   """
 
   protocol: Protocol
@@ -71,6 +73,7 @@ class Round:
   streamed: bool
   metrics: tuple[str, ...] = ()
   compiled_for: PyTree = None
+  slots: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
   @property
   def group_size(self) -> int:
@@ -107,7 +110,10 @@ class Round:
     }
     first = next(iter(batches)) if self.streamed else batches
     form = form_of_step(first, self.streamed)
-    return dataclasses.replace(self, programs=compiled, compiled_for=form)
+    slots = {name: a.slots.shape for name, a in state.assignments.items()}
+    return dataclasses.replace(
+      self, programs=compiled, compiled_for=form, slots=slots
+    )
 
   def arguments(
     self, state: State, constants: PyTree, batches: PyTree

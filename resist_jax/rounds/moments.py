@@ -18,6 +18,12 @@ from resist_jax.rounds.nodes import with_nodes_of
 
 PyTree = Any
 
+# Their `step` counts the steps that a function of the user decides by.
+_CONDITIONAL = (
+  optax.ConditionallyMaskState,
+  optax.ConditionallyTransformState,
+)
+
 
 class _Moment:
   """Wraps a moment, so that `jax.tree` sees one leaf."""
@@ -137,13 +143,25 @@ def put_together(
   )
 
 
+def floats_of(rest: list[Any]) -> list[Any]:
+  """Returns the floating-point numbers among the rest of a state.
+
+  Args:
+    rest: See `Parts`.
+  """
+  kinds = (getattr(x, 'dtype', type(x)) for x in rest)
+  floating = [jnp.issubdtype(kind, jnp.floating) for kind in kinds]
+  return [x for x, keep in zip(rest, floating, strict=True) if keep]
+
+
 def set_schedule_counts(
   optimizer: optax.GradientTransformation, state: PyTree, count: jax.Array
 ) -> PyTree:
   """Sets the counts of an optimiser's schedules, and no others.
 
   A count beside a moment, as in Adam, corrects the bias of that moment and
-  restarts with it. A `count` without a moment beside it belongs to a schedule.
+  restarts with it. A `count` without a moment beside it belongs to a schedule,
+  as does the `step` of `optax.conditionally_mask` and its like.
 
   Args:
     optimizer: Made the state.
@@ -182,22 +200,23 @@ def _map_schedule_counts(
   marked = _marked(optimizer, state)
 
   def walk(node, mark):
-    if isinstance(mark, _Moment):
+    # The inner optimiser of MultiSteps counts updates; it is carried.
+    if isinstance(mark, _Moment) or isinstance(node, optax.MultiStepsState):
       return node
-    if isinstance(node, optax.MultiStepsState):
-      return node  # Its inner optimiser counts updates; it is carried.
-    if isinstance(node, dict):
-      return {key: walk(node[key], mark[key]) for key in node}
-    if not isinstance(node, tuple | list):
+    inner, structure = jax.tree.flatten(node, is_leaf=lambda x: x is not node)
+    if jax.tree_util.treedef_is_leaf(structure):
       return node
-    walked = [walk(*pair) for pair in zip(node, mark, strict=True)]
-    if not hasattr(node, '_fields'):
-      return type(node)(walked)
-    new: Any = type(node)(*walked)
-    moments = any(isinstance(field, _Moment) for field in mark)
-    if 'count' not in new._fields or moments:
+    marks = structure.flatten_up_to(mark)
+    new = structure.unflatten(map(walk, inner, marks))
+    if isinstance(node, _CONDITIONAL):
+      name = 'step'
+    elif any(isinstance(field, _Moment) for field in marks):
       return new
-    count = function(new.count).astype(new.count.dtype)
-    return new._replace(count=count)
+    else:
+      name = 'count'
+    if name not in getattr(new, '_fields', ()):
+      return new
+    old = jnp.asarray(getattr(new, name))
+    return new._replace(**{name: function(old).astype(old.dtype)})
 
   return walk(state, marked)

@@ -19,6 +19,7 @@ from resist_jax.errors import one_line
 from resist_jax.rounds.moments import (
   Parts,
   add_to_schedule_counts,
+  floats_of,
   put_together,
   take_apart,
 )
@@ -78,26 +79,50 @@ def check(outer: Any) -> None:
     raise ValueError(
       f'outer is {outer!r}; it must be an optax optimiser, {remedy}.'
     )
-  first = np.array([1.0, -2.0], np.float32)
-
-  def updated(others: float) -> np.ndarray:
-    rest = np.float32(others)
-    params = {'a': np.append(first, rest), 'b': rest}
-    updates, _ = outer.update(params, outer.init(params), params)
-    return np.asarray(updates['a'][:2])
-
   try:
-    # The norm of the larger one exceeds any threshold that somebody clips at.
-    found, other = updated(1.0), updated(1e18)
+    # The norm of the second one exceeds any threshold that somebody clips at.
+    cases = [(1.0, 1.0), (1e18, 1.0), (0.0, 1e18)]
+    found, *others = [_probe(outer, *case) for case in cases]
   except Exception as error:  # It is anybody's program.
     raise ValueError(
       f'outer cannot be used ({one_line(error)}): it gets changes and '
       'parameters, of any structure, and nothing else; use an optimiser that '
       f'needs no more, {remedy}.'
     ) from error
-  if not np.allclose(found, other):
+  if not all(np.allclose(found, x, atol=0) for x in others):
     raise ValueError(
       'outer treats the parameters together, as by their norm, but a worker '
       'holds only some of them: use an optimiser that treats each number '
       'alone, such as optax.sgd with momentum, or optax.adam.'
     )
+
+
+def _probe(
+  outer: optax.GradientTransformation, gradient: float, parameter: float
+) -> np.ndarray:
+  """Returns how an optimiser moves some numbers, and what it estimates.
+
+  Args:
+    outer: The optimiser.
+    gradient: The gradient of all other numbers.
+    parameter: Their value before the first step.
+  """
+
+  def params_of(first: float, second: float, rest: float) -> PyTree:
+    rows = np.array([[first, second], [rest, rest]], np.float32)
+    leaves = {'a': rows, 'b': rows[:, 0], 'c': rows[1, 0]}
+    return jax.tree.map(jnp.asarray, leaves)
+
+  params = params_of(1.0, -2.0, parameter)
+  state, update = outer.init(params), jax.jit(outer.update)
+  found = []
+  # Schedules may warm up from 0, and fall to 0 at the end.
+  for skipped in (1, 10, 100, 1000, 10_000, 0):
+    change = params_of(0.3, 0.5 / (1 + skipped), gradient)
+    updates, state = update(change, state, params)
+    params = optax.apply_updates(params, updates)
+    found += [*updates['a'][0], updates['b'][0]]
+    # An estimate from all gradients may show in the updates much later.
+    found += floats_of(take_apart(outer, state).rest)
+    state = add_to_schedule_counts(outer, state, jnp.int32(skipped))
+  return np.concatenate([np.ravel(x) for x in found])

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from resist_jax.decomposition import Assignment, join, split
+from resist_jax.errors import FOREIGN, one_line
 from resist_jax.exchange import Norms, collectives, participation
 from resist_jax.rounds import average as average_lib
 from resist_jax.rounds.arrays import first_copy, place, rows
@@ -100,13 +101,13 @@ def with_carried(
   elif carried is None:
     carried = _first_parts(optimizer, whole.params, protocol, 'carry')
   else:
-    carried = _in_nodes_of(optimizer, whole.params, carried)
+    carried = _in_nodes_of(optimizer, whole.params, carried, 'carry')
   if protocol.outer is None:
     outer = None
   elif outer is None:
     outer = _first_parts(protocol.outer, whole.params, protocol, 'outer')
   else:
-    outer = _in_nodes_of(protocol.outer, whole.params, outer)
+    outer = _in_nodes_of(protocol.outer, whole.params, outer, 'outer')
   if not protocol.average:
     average = None
   elif average is None:
@@ -114,9 +115,10 @@ def with_carried(
   return whole._replace(carried=carried, outer=outer, average=average)
 
 
-def _in_nodes_of(optimizer, params: PyTree, parts: Parts) -> Parts:
+def _in_nodes_of(optimizer, params: PyTree, parts: Parts, field: str) -> Parts:
   """Returns parts with the nodes that the state of an optimiser has."""
-  first = take_apart(optimizer, jax.eval_shape(optimizer.init, params))
+  state = jax.eval_shape(lambda p: _init(optimizer, p, field), params)
+  first = take_apart(optimizer, state)
   return reformed(first.moments, parts)
 
 
@@ -124,7 +126,7 @@ def _first_parts(optimizer, params, protocol, field) -> Parts:
   """Returns the first state of an optimiser, in parts."""
   # On a CPU where there is one: an accelerator may not hold the whole network.
   with jax.default_device(_host_device()):
-    opt_state = jax.device_get(optimizer.init(params))
+    opt_state = jax.device_get(_init(optimizer, params, field))
   parts = take_apart(optimizer, opt_state)
   if any(map(_is_key, parts.rest)):
     raise ValueError(
@@ -150,6 +152,18 @@ def _first_parts(optimizer, params, protocol, field) -> Parts:
             f'without {field}.'
           )
   return parts
+
+
+def _init(optimizer, params, field):
+  """Calls the `init` of an optimiser that may be anybody's program."""
+  try:
+    return optimizer.init(params)
+  except FOREIGN as error:
+    name = 'outer' if field == 'outer' else 'optimizer'
+    raise ValueError(
+      f'{name} cannot be used ({one_line(error)}): its init gets the '
+      'parameters; use one that takes them, such as optax.adamw(1e-3).'
+    ) from error
 
 
 def _is_key(x) -> bool:

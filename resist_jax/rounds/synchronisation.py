@@ -9,6 +9,7 @@ import optax
 
 from resist_jax.decomposition import Assignment, join, split
 from resist_jax.exchange import (
+  Exchange,
   Healthy,
   Limits,
   Norms,
@@ -101,7 +102,7 @@ def synchronise(
 
   carried = None
   if protocol.carry:
-    carried = _exchange_moments(protocol, optimizer, local.opt_state, *moves)
+    carried = _exchange_moments(protocol, optimizer, local, agreed, *moves)
   shared, chain = collectives.narrow(
     (shared, chain), split(local.params, protocol.num_blocks)
   )
@@ -177,29 +178,47 @@ def _judge(
 def _exchange_moments(
   protocol: Protocol,
   optimizer: optax.GradientTransformation,
-  opt_state: PyTree,
+  local: Local,
+  agreed: tuple[PyTree | None, PyTree | None],
   before: Mapping[str, Assignment],
   after: Mapping[str, Assignment],
   healthy: Healthy | None,
 ) -> Parts:
   """Averages and hands over moments as the parameters that they belong to."""
-  moments, rest = take_apart(optimizer, opt_state)
+  moments, rest = take_apart(optimizer, local.opt_state)
+  exchange = protocol.exchange.of_moments
   halves = [split(moment, protocol.num_blocks) for moment in moments]
-  shared = [collectives.widen(half[0]) for half in halves]
+  shared, chains = collectives.widen(
+    ([half[0] for half in halves], [half[1] for half in halves])
+  )
+  first_shared, first_chains = None, len(halves) * [None]
+  if healthy is not None:
+    # The moments of what has no healthy holder restart.
+    first_shared, first_chains = _first_moments(protocol, optimizer, agreed)
   if not protocol.average_gradients:
-    encoding = protocol.exchange.format.values
-    shared = collectives.mean_over_workers(
-      shared, protocol.num_workers, encoding, healthy
+    mean = collectives.mean_over_workers(
+      shared, protocol.num_workers, exchange.format.values, healthy
     )
+    shared = _if_anybody(healthy, mean, first_shared)
   exchanged = []
-  for new, (old, chain) in zip(shared, halves, strict=True):
-    # The moments of a block without a healthy holder restart from zero.
+  for new, old, chain, first in zip(
+    shared, halves, chains, first_chains, strict=True
+  ):
     moved = _exchange_chains(
-      protocol, collectives.widen(chain), before, after, healthy, None
+      protocol, chain, before, after, healthy, first, exchange=exchange
     )
-    pair = collectives.narrow((new, moved), (old, chain))
+    pair = collectives.narrow((new, moved), old)
     exchanged.append(dict(zip(('shared', 'chain'), pair, strict=True)))
   return Parts(exchanged, rest)
+
+
+def _first_moments(protocol, optimizer, agreed) -> tuple[list, list]:
+  """Returns the moments of the parameters as last agreed, in halves."""
+  shared, chain = agreed
+  state = jax.vmap(optimizer.init)(join(shared, chain or {}))
+  moments = collectives.widen(take_apart(optimizer, state).moments)
+  halves = [split(moment, protocol.num_blocks) for moment in moments]
+  return [half[0] for half in halves], [half[1] for half in halves]
 
 
 def _settle(protocol, chains, before, healthy, agreed):
@@ -263,16 +282,24 @@ def _average(
 
 
 def _exchange_chains(
-  protocol, chains, before, after, healthy, agreed, scope='{}'
+  protocol,
+  chains,
+  before,
+  after,
+  healthy,
+  agreed,
+  scope='{}',
+  exchange: Exchange | None = None,
 ):
   """Exchanges every chain; `agreed` are their blocks before, or None."""
+  exchange = exchange or protocol.exchange
   agreed = agreed or dict.fromkeys(chains)
   exchanged = dict(chains)
   for name, blocks in chains.items():
     if not jax.tree.leaves(blocks):  # Another optimiser has these parameters.
       continue
     with jax.named_scope(scope.format(name)):
-      exchanged[name] = protocol.exchange.exchange(
+      exchanged[name] = exchange.exchange(
         protocol.division(name),
         blocks,
         before[name],

@@ -388,8 +388,11 @@ def _check(task: ModuleTask) -> None:
       )
     field = 'optimizer.carry_momentum'
     parallel = 'data_parallel' in protocols(config)
-    carry = config.optimizer.carry_momentum or parallel
-    checks.check_optimizer(made, shapes, carry, make_mesh(1), field)
+    carries = config.optimizer.carry_momentum
+    averaged = not carries or config.protocol == 'data_parallel'
+    checks.check_optimizer(
+      made, shapes, carries or parallel, make_mesh(1), field, averaged
+    )
   if config.protocol == 'resist':
     _check_chains(config, name, lengths)
 

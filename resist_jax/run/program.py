@@ -237,8 +237,10 @@ def _with_imports(
   finder = modulefinder.ModuleFinder([str(folder)])
   finder.run_script(str(file))  # It reads the file, and runs nothing.
   modules = finder.modules.values()
-  found = {getattr(module, '__file__', None) for module in modules}
-  return [(path, folder) for path in sorted(map(pathlib.Path, found - {None}))]
+  found = [getattr(module, '__file__', None) for module in modules]
+  return [
+    (path, folder) for path in sorted(pathlib.Path(x) for x in found if x)
+  ]
 
 
 def _fail(error: object, code: int) -> NoReturn:

@@ -295,7 +295,7 @@ def test_devices_are_shared_out_among_workers():
     ),
     (
       {'num_devices': 0, 'devices_per_worker': 8},
-      'devices_per_worker is 8, but there are 4 here: .* at 1',
+      'devices_per_worker is 8, but there are 4 on a host: .* at 1',
     ),
   ],
 )

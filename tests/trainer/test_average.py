@@ -119,7 +119,7 @@ AVERAGED = {
 )
 def test_bytes_are_those_of_the_compiled_program(form):
   fields, devices = AVERAGED[form]
-  trainer = make(devices=devices, average=DECAY, **fields)
+  trainer = make(devices=devices, **{'average': DECAY, **fields})
   predicted, read = predicted_and_read(trainer, trainer.init(network()))
   assert predicted == read > 0
 

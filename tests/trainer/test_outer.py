@@ -225,6 +225,24 @@ def moment_sizes(state, field):
       {'outer': optax.chain(optax.clip_by_global_norm(1e4), optax.sgd(0.7))},
       'outer treats the parameters together',
     ),
+    (
+      {
+        'outer': optax.chain(
+          optax.clip_by_global_norm(1.0),
+          optax.sgd(optax.linear_schedule(0.0, 0.7, 10), 0.9, nesterov=True),
+        )
+      },
+      'outer treats the parameters together',
+    ),
+    (
+      {'outer': optax.contrib.prodigy(0.1)},
+      'outer treats the parameters together',
+    ),
+    ({'outer': optax.lars(0.1)}, 'outer treats the parameters together'),
+    (
+      {'outer': optax.chain(optax.adaptive_grad_clip(0.1), optax.sgd(0.7))},
+      'outer treats the parameters together',
+    ),
     ({'outer': optax.polyak_sgd()}, r'outer cannot be used \(TypeError'),
     (
       {'outer': optax.multi_transform({'a': optax.sgd(1.0)}, {'blocks': 'a'})},
@@ -244,6 +262,22 @@ def test_a_mistake_is_one_line(fields, says):
   with pytest.raises(ValueError, match=says) as caught:
     make(chains=(CHAIN,), **fields)
   assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  'outer',
+  [
+    optax.adagrad(0.1),
+    optax.rmsprop(0.1, momentum=0.9),
+    optax.chain(optax.clip(0.1), optax.adamw(0.1)),
+    optax.sgd(optax.warmup_cosine_decay_schedule(0.0, 0.7, 10, 1000), 0.9),
+    optax.inject_hyperparams(optax.sgd)(optax.linear_schedule(0.0, 0.7, 10)),
+    optax.MultiSteps(optax.sgd(0.7), 2).gradient_transformation(),
+    optax.contrib.schedule_free_sgd(0.5),
+  ],
+)
+def test_an_optimiser_that_treats_each_number_alone_is_taken(outer):
+  make(outer=outer)
 
 
 def test_a_state_of_another_trainer_is_refused():

@@ -1,5 +1,6 @@
 """Losses, parameters, states and optimisers as strangers write them."""
 
+import dataclasses
 import gc
 from typing import NamedTuple
 import weakref
@@ -147,6 +148,84 @@ def test_parameters_of_any_nodes_go_on_to_the_same_bits(tmp_path):
   restored = trainer.restore(tmp_path / 'saved', shapes)
   end = assert_ends_alike(trainer, given, state, restored)
   assert isinstance(end['blocks'], Linear)
+
+
+def test_a_chain_lies_under_numbers_too(tmp_path):
+  """As where `nnx.to_pure_dict` makes a dictionary of a list."""
+
+  def loss_fn(params, present, batch, key):
+    del key
+    x = batch
+    for stage in (0, 1):
+      blocks = params['stages'][stage]['blocks']
+      for k, here in enumerate(present[f'stages/{stage}/blocks']):
+        x = x + here * jnp.tanh(x @ blocks[k])
+    return jnp.square(x @ params['out']).mean(), {}
+
+  draw = np.random.default_rng(2).normal
+  params = {
+    'stages': {
+      0: {'blocks': draw(size=(2, 3, 3))},
+      1: {'blocks': draw(size=(3, 3, 3)), 'head': draw(size=3)},
+    },
+    'out': draw(size=3),
+  }
+  params = jax.tree.map(np.float32, params)
+  trainer = resist.Trainer(
+    loss_fn,
+    optax.adam(0.1),
+    chains=('stages/0/blocks', 'stages/1/blocks'),
+    num_workers=2,
+    local_steps=1,
+    carry=True,
+  )
+  given = draw(size=(2, 1, 4, 3)).astype(np.float32)
+  state, _ = trainer.round(trainer.init(params), given)
+  trainer.save(tmp_path, state)
+  end = assert_ends_alike(trainer, given, state, trainer.restore(tmp_path))
+  assert jax.tree.structure(end) == jax.tree.structure(params)
+
+
+BLOCKS = np.ones((4, 3, 3), np.float32)
+PLACES = {
+  'a list': ({'stages': [{'blocks': BLOCKS}]}, 'stages/0/blocks'),
+  'a tuple': ({'layer': Linear(BLOCKS, BLOCKS)}, 'layer/w'),
+  'a number at the end': ({'stages': {0: BLOCKS, 1: BLOCKS}}, 'stages/0'),
+  'a slash': ({'stages/0': BLOCKS}, 'stages/0'),
+}
+
+
+@pytest.mark.parametrize('place', PLACES)
+def test_a_chain_where_no_name_leads_is_refused_in_a_line(place):
+  params, name = PLACES[place]
+  trainer = dataclasses.replace(make(), chains=(name,))
+  says = f"chains names '{name}', but a name is made of .* keys of dictionaries"
+  with pytest.raises(ValueError, match=says) as caught:
+    trainer.init(params)
+  assert '\n' not in str(caught.value)
+
+
+class Foreign:
+  """As a tensor of PyTorch: an array whose dtype NumPy does not know."""
+
+  class Kind:
+    def __repr__(self):
+      return 'torch.float32'
+
+  dtype = Kind()
+
+  def __init__(self, shape):
+    self.shape = shape
+
+
+def test_arrays_of_another_library_are_refused_in_a_line():
+  trainer = make()
+  odd = {**network(), 'out': Foreign((6,))}
+  with pytest.raises(ValueError, match=r"params\['out'\] is torch.float32; p"):
+    trainer.init(odd)
+  given = {**batches(0, 4), 'y': Foreign((4, T, 4))}
+  with pytest.raises(ValueError, match=r"batches\['y'\] holds torch.float32"):
+    trainer.round(trainer.init(network()), given)
 
 
 def test_tuples_and_numbers_come_back_from_files(tmp_path):

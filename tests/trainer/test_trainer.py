@@ -454,7 +454,7 @@ def test_the_devices_of_a_worker_divide_its_batch():
   state = trainer.init(network())
   odd = jax.tree.map(lambda x: x[:, :, :3], batches(0, 2))
   for wrong in (odd, {**batches(0, 2), 'weight': np.ones((2, T), np.float32)}):
-    with pytest.raises(ValueError, match=r'has 2 devices, .* a multiple'):
+    with pytest.raises(ValueError, match='must be a multiple of 2, the'):
       trainer.round(state, wrong)
 
 
@@ -532,6 +532,38 @@ def test_a_restored_training_repeats_to_the_bit(fields, tmp_path):
     state, _ = trainer.round(state, batches(r, 4))
   jax.tree.map(np.testing.assert_array_equal, trainer.params(state), want)
   assert len(list(tmp_path.iterdir())) == 2  # The newest, and what names it.
+
+
+@pytest.mark.parametrize('seed', [0, 1])
+def test_slots_that_a_person_chose_are_restored(seed, tmp_path):
+  """With what each worker keeps for them, such as rounding errors."""
+  fields = {'S': 2, 'exchange': PSUM('int8'), 'seed': seed}
+  trainer = make(optax.sgd(RATE), **fields)
+  chosen = {CHAIN: Assignment(np.int32([[0, 1, 3, 4], [1, 2, 3, 5]]))}
+  state, _ = trainer.round(trainer.init(network()), batches(0, 2), chosen)
+  trainer.save(tmp_path, state)
+  restored = trainer.restore(tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, restored, state)
+  ends = [trainer.round(x, batches(1, 2))[0] for x in (restored, state)]
+  jax.tree.map(np.testing.assert_array_equal, *ends)
+  more = make(optax.sgd(RATE), **{**fields, 'S': 4}).restore(tmp_path)
+  other = make(optax.sgd(RATE), S=2, exchange=HAND_OVER('int8'))
+  for state in (more, other.restore(tmp_path)):
+    slots = assignments_on_host(state)[CHAIN].slots
+    assert slots.shape != (2, 4)
+
+
+def test_slots_that_nobody_chose_are_assigned_anew_for_another_seed(tmp_path):
+  trainers = [make(S=2, exchange=PSUM(), seed=seed) for seed in (0, 3)]
+  first, wanted = (
+    assignments_on_host(x.init(network()))[CHAIN].slots for x in trainers
+  )
+  assert (first != wanted).any()
+  trainers[0].save(tmp_path, trainers[0].init(network()))
+  restored = trainers[1].restore(tmp_path)
+  np.testing.assert_array_equal(
+    assignments_on_host(restored)[CHAIN].slots, wanted
+  )
 
 
 def test_the_state_of_an_older_version_is_restored(tmp_path):
@@ -843,6 +875,74 @@ def test_all_batches_of_an_iterator_are_alike():
   ):
     with pytest.raises(ValueError, match=says):
       trainer.round(trainer.init(network()), iter([first, bad, second]))
+
+
+def steps_of(data):
+  return [jax.tree.map(lambda x, t=t: x[:, t], data) for t in range(T)]
+
+
+@pytest.mark.parametrize('exclude_faulty', [True, False])
+def test_a_round_that_fails_tells_what_is_left(exclude_faulty, tmp_path):
+  """The parameters, where they are kept for blocks that nobody has trained."""
+  trainer = make(carry=True, exclude_faulty=exclude_faulty, update_factor=0.0)
+  state = trainer.init(network())
+  with pytest.raises(ValueError, match='batches ended after 2 of 3 local'):
+    trainer.round(state, iter(steps_of(batches(0, 4))[:2]))
+  uses = {
+    'round': lambda: trainer.round(state, batches(0, 4)),
+    'save': lambda: trainer.save(tmp_path / 'state', state),
+    'whole': lambda: trainer.whole(state),
+    'params': lambda: trainer.params(state),
+  }
+  if exclude_faulty:
+    jax.tree.map(np.testing.assert_array_equal, uses.pop('params')(), network())
+  for use in uses.values():
+    with pytest.raises(ValueError, match='which consumed it'):
+      use()
+
+
+def test_compiled_programs_check_every_batch_and_all_slots():
+  trainer = make(S=2, exchange=PSUM())
+  state = trainer.init(network())
+  given = steps_of(batches(0, 2))
+  streaming = trainer.compile(state, given)
+  smaller = jax.tree.map(lambda x: x[:, :2], given[-1])
+  with pytest.raises(ValueError, match=r'batches give a worker .* at a'):
+    streaming.round(state, iter([*given[:-1], smaller]))
+  wide = {CHAIN: Assignment(np.int32([[0, 1, 3, 4], [1, 2, 3, 5]]))}
+  says = r'slots of inner/blocks have the shape \(2, 4\), .* for \(2, 3\)'
+  state = trainer.init(network())
+  compiled = trainer.compile(state, batches(0, 2))
+  with pytest.raises(ValueError, match=says):
+    compiled.round(state, batches(0, 2), wide)
+  state, _ = trainer.round(state, batches(0, 2), wide)
+  with pytest.raises(ValueError, match=says):
+    compiled.round(state, batches(0, 2))
+  trainer.round(state, batches(0, 2))
+
+
+def test_batches_may_hold_keys():
+  def noisy(params, present, batch, key):
+    loss, measured = loss_fn(params, present, batch, key)
+    return loss + jax.random.normal(batch['key']), measured
+
+  trainer = dataclasses.replace(make(), loss_fn=noisy)
+  keys = jax.random.split(jax.random.key(0), (4, T))
+  given = {**batches(0, 4), 'key': keys}
+  _, metrics = trainer.round(trainer.init(network()), given)
+  _, plain = make().round(make().init(network()), batches(0, 4))
+  noise = jax.vmap(jax.vmap(jax.random.normal))(keys).mean(axis=1)
+  np.testing.assert_allclose(
+    metrics['loss'][:1] - plain['loss'][:1], noise[:1], atol=3e-5
+  )
+
+
+def test_devices_must_divide_the_workers():
+  trainer, state = make(), make().init(network())
+  assert trainer.bytes_per_round(state, 4) > trainer.bytes_per_round(state, 2)
+  for count in (3, 8, 0, 2.0):
+    with pytest.raises(ValueError, match=f'{count}; it must be a divisor of'):
+      trainer.bytes_per_round(state, count)
 
 
 def test_metrics_may_be_numbers_of_python():
