@@ -266,7 +266,12 @@ class Trainer:
         assign the blocks.
 
     Returns:
-      `(state, metrics)`, see `rounds.Round`.
+      `(state, metrics)`. Metrics are `float32[S]` for `loss` and each metric of
+      the loss, means over the T steps; `bool[S]` for `finite`, whether a
+      worker's update is free of NaN and infinity, and for `healthy`, whether
+      the aggregate includes it; with `update_factor`, `float32[S]` for
+      `update_norm`. Where the host dispatches the steps, `seconds_local` is the
+      time of local training in this process, in seconds.
 
     Raises:
       ValueError: If the state is another trainer's, if batches have other

@@ -378,6 +378,17 @@ def doing(name: str, times: int = 1) -> None:
     _Monitor.current.begin_task(name, times)
 
 
+def told_by_first(text: str) -> str:
+  """Returns what process 0 says, after all processes have reached this call.
+
+  Args:
+    text: What this process says, which counts in process 0 alone.
+  """
+  if not _Monitor.current:
+    return text
+  return _Monitor.current.tell_all(text)[0]
+
+
 def agree(description: Mapping[str, Any], remedy: str) -> None:
   """Checks that something is equal in all processes.
 

@@ -202,11 +202,10 @@ def _check_shared(folder: pathlib.Path) -> None:
   """Checks that all processes have the same workdir, by a file in it."""
   if jax.process_count() == 1:
     return
-  if jax.process_index() == 0:
-    workdir_lib.mark(folder)
-  processes.barrier()
+  first = jax.process_index() == 0
+  token = processes.told_by_first(workdir_lib.mark(folder) if first else '')
   processes.agree(
-    {'workdir': {'run_id': workdir_lib.marked(folder)}},
+    {'workdir': {'run_id': workdir_lib.await_mark(folder, token)}},
     'give all processes the same folder, on a file system that they share.',
   )
 

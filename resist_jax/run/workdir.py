@@ -1,12 +1,14 @@
 """The workdir of a run: whether the run may use it, and writing its files."""
 
 from collections.abc import Mapping
+import contextlib
 import errno
 import json
 import os
 import pathlib
 import re
 import secrets
+import time
 from typing import IO, Any
 
 from resist_jax import data, folders
@@ -188,6 +190,30 @@ def mark(folder: pathlib.Path) -> str:
   token = secrets.token_hex(16)
   replace_text(folder / 'run_id', token)
   return token
+
+
+def await_mark(
+  folder: pathlib.Path, token: str, patience: float = 60
+) -> str | None:
+  """Waits until a folder has a token that another host has given it.
+
+  A host may remember for up to a minute that a file of NFS is not there.
+
+  Args:
+    folder: Any path.
+    token: See `mark`.
+    patience: Seconds.
+
+  Returns:
+    The token that the folder has at last; None if it has none.
+  """
+  deadline = time.monotonic() + patience
+  while marked(folder) != token and time.monotonic() < deadline:
+    for place in (folder.parent, folder):  # A list asks the server again.
+      with contextlib.suppress(OSError):
+        os.listdir(place)
+    time.sleep(0.5)
+  return marked(folder)
 
 
 def marked(folder: pathlib.Path) -> str | None:

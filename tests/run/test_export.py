@@ -56,7 +56,7 @@ def refusal(folder):
     message = str(error)
     assert '\n' not in message
     assert str(folder / export.FOLDER) in message
-    assert 'The same command' in message
+    assert 'command of its run again' in message
     return message
   return None
 
