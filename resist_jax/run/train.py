@@ -204,8 +204,10 @@ def _check_shared(folder: pathlib.Path) -> None:
     return
   first = jax.process_index() == 0
   token = processes.told_by_first(workdir_lib.mark(folder) if first else '')
+  # Orbax wants one path in all processes.
+  seen = {'path': str(folder), 'run_id': workdir_lib.await_mark(folder, token)}
   processes.agree(
-    {'workdir': {'run_id': workdir_lib.await_mark(folder, token)}},
+    {'workdir': seen},
     'give all processes the same folder, on a file system that they share.',
   )
 

@@ -369,19 +369,17 @@ def test_other_data_in_a_folder_of_the_same_name(tmp_path):
 
 
 @pytest.mark.faults
-def test_a_workdir_that_a_host_sees_late_is_waited_for(tmp_path):
-  """As on NFS, which remembers for a while that a new folder is not there."""
-  folder, late = tmp_path / 'soon', tmp_path / 'late'
-  folder.mkdir()
-  words = (f'--workdir={late}/run', '--config.num_rounds=1')
-  with Several(folder / 'run', words[1], only_last=words) as run:
-    while not (folder / 'run/run_id').exists():
-      assert run.processes[0].poll() is None, run.output(0)
-      time.sleep(0.2)
-    time.sleep(2)
-    late.symlink_to(folder)
-    assert [run.wait(i) for i in (0, 1)] == [0, 0], run.output(1)
-  assert (folder / 'run/summary.json').exists()
+def test_a_workdir_of_another_path_is_refused(tmp_path):
+  """Orbax would notice when it saves the first checkpoint."""
+  (tmp_path / 'here').mkdir()
+  (tmp_path / 'there').symlink_to(tmp_path / 'here')
+  other = f'--workdir={tmp_path}/there/run'
+  with Several(tmp_path / 'here/run', only_last=(other,)) as run:
+    assert [run.wait(i) for i in (0, 1)] == [2, 2], run.output(0)
+    for number in (0, 1):
+      (line,) = run.errors(number)
+      assert 'workdir.path is' in line
+      assert 'give all processes the same folder' in line
 
 
 @pytest.mark.faults

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from test_train import least_config, rows
@@ -260,6 +261,19 @@ def test_a_mark_tells_folders_apart(tmp_path):
   assert workdir.mark(two) != token
   assert workdir.mark(one) != token
   assert not list(tmp_path.rglob('*.part'))
+
+
+def test_a_mark_that_is_seen_late_is_waited_for(tmp_path):
+  """As on NFS, which remembers for a while that a new folder is not there."""
+  (tmp_path / 'soon').mkdir()
+  token = workdir.mark(tmp_path / 'soon')
+  late = threading.Timer(1, (tmp_path / 'late').symlink_to, ('soon',))
+  late.start()
+  assert workdir.await_mark(tmp_path / 'late', token) == token
+  late.join()
+  other = workdir.await_mark(tmp_path / 'late', 'of another', patience=0.1)
+  assert other == token
+  assert workdir.await_mark(tmp_path / 'none', token, patience=0.1) is None
 
 
 def test_a_run_from_before_a_field_goes_on_with_its_default(tmp_path):
