@@ -86,8 +86,9 @@ def from_source(
   grain, and lists are such things. An example is `(image, label)`, or a
   dictionary of `image` and `label`. An image is one of Pillow's, an array
   `uint8[H, W]` or `uint8[H, W, C]`, or the content of an image file. Four
-  channels are kept if all images are arrays that have them; transparency of
-  other images is ignored. A label is a whole number from 0. Examples are read
+  channels are kept if all images are arrays that have them (an older version
+  kept three: for its runs give `image[..., :3]`); transparency of other images
+  is ignored. A label is a whole number from 0. Examples are read
   in threads.
 
   Args:

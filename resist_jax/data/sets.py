@@ -417,8 +417,10 @@ def _extra_test(source: Prepared, trained: Prepared, form: _Form) -> Examples:
       f'{remedy}.'
     )
   any_size = form.reason or None in source.image_shape
+  drops = source.image_shape[2] == 4 != form.shape[2]
   if source.image_shape != trained.image_shape and not (
-    source.fitted or (any_size and source.image_shape[2] == form.shape[2])
+    (source.fitted and not drops)
+    or (any_size and source.image_shape[2] == form.shape[2])
   ):
     raise ConfigError(
       f'the test is on {name!r}, whose images have the shape '

@@ -263,7 +263,8 @@ def is_number(value: Any) -> TypeGuard[int | float]:
 
 def _measures(row: Mapping[str, Any]) -> list[str]:
   """Returns which fields of a row are measured numbers, or missing."""
-  return [n for n in row if n in NUMBERS or n.endswith(ACCURACIES)]
+  ends = *ACCURACIES, '_loss'
+  return [n for n in row if n in NUMBERS or n.endswith(ends)]
 
 
 def _is_count(value: Any, end: int) -> bool:

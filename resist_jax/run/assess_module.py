@@ -104,7 +104,7 @@ def _check_same(run: Trained, task: ModuleTask) -> None:
 
 
 def _made(config: ml_collections.ConfigDict) -> ModuleTask:
-  return module_task.make(config, None, lambda: _read(config))
+  return module_task.make(config, None, lambda: _read(config), trains=False)
 
 
 def _read(config: ml_collections.ConfigDict) -> data.Dataset:

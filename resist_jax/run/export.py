@@ -280,9 +280,11 @@ def load_parameters(
     names = [nodes.shapes_by_name(tree) for tree in (like, params)]
     differ = nodes.first_difference(*names)
     if differ:
+      name, *shapes = differ
+      ours, theirs = ('missing' if x is None else x for x in shapes)
       raise ValueError(
-        f'like has {differ[0]} of the shape {differ[1]}, and the run in '
-        f'{workdir} {differ[2]}: give the parameters of its network.'
+        f'{name} is {ours} in like, and {theirs} in the run in {workdir}: give '
+        'the parameters of its network.'
       )
   elif record.get('nodes') is not None:  # Older models do not say.
     like = nodes.form_of(record['nodes'])

@@ -212,11 +212,17 @@ class Loop:
     progress = Progress(**restored.progress) if restored else Progress()
     by_speed = setup.config.depths == 'by_speed'
     tests = same_data.tests(setup.dataset, setup.config.data.name)
+    others = [t for t, then in progress.tests.items() if tests.get(t) != then]
+    changed = tuple(f'{test}_' for test in others)
+    judged = self._judged_by.lstrip('+-')
     self.progress = dataclasses.replace(
       progress,
       residual_scale=phases.global_scale(setup),
       depths_by_speed=list(setup.depths) if by_speed else [],
-      last=_without_others(progress, tests),
+      best={} if judged.startswith(changed) else progress.best,
+      last={
+        k: v for k, v in progress.last.items() if not k.startswith(changed)
+      },
       tests=tests,
     )
     self._before = progress.seconds_total - started
@@ -511,20 +517,6 @@ def _excluded(
         'round %d goes on without worker %s: %s', done, workers, reason
       )
   return np.flatnonzero(~healthy).tolist()
-
-
-def _without_others(
-  progress: Progress, tests: dict[str, Any]
-) -> dict[str, Any]:
-  """Returns the newest row without tests on what is other data now."""
-  others = {
-    test for test, then in progress.tests.items() if tests.get(test) != then
-  }
-  return {
-    name: value
-    for name, value in progress.last.items()
-    if not any(name.startswith(f'{test}_') for test in others)
-  }
 
 
 def _tested(progress: Progress, test: Test, state: State) -> Progress:

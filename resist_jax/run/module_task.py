@@ -287,6 +287,7 @@ def make(
   config: ml_collections.ConfigDict,
   dataset: Dataset | None,
   read: Callable[[], Dataset],
+  trains: bool = True,
 ) -> ModuleTask:
   """Returns the task that a config and its module describe.
 
@@ -294,6 +295,7 @@ def make(
     config: A valid one.
     dataset: The examples; None for those of the module.
     read: Reads the data set that the config names, if the module has none.
+    trains: Whether it is to be trained, which needs its optimiser.
 
   Raises:
     ConfigError: If the module returns something else.
@@ -316,6 +318,8 @@ def make(
     )
   task = ModuleTask(config, module, network, dataset)
   _check(task)
+  if trains:
+    _check_optimizer(task)
   return task
 
 
@@ -379,7 +383,13 @@ def _check(task: ModuleTask) -> None:
       )
   with _told(f'loss(config) of {name}'):
     checks.returned_metrics(jax.eval_shape(_train_once(task), shapes))
-  with _told(f'optimizer(config, schedule) of {name}'):
+  if config.protocol == 'resist':
+    _check_chains(config, name, lengths)
+
+
+def _check_optimizer(task: ModuleTask) -> None:
+  config, shapes = task.config, task.shapes()
+  with _told(f'optimizer(config, schedule) of {config.model.module}'):
     rate = optax.constant_schedule(config.lr)
     made: Any = task.make_optimizer(rate)
     if not isinstance(made, optax.GradientTransformation):
@@ -393,8 +403,6 @@ def _check(task: ModuleTask) -> None:
     checks.check_optimizer(
       made, shapes, carries or parallel, make_mesh(1), field, averaged
     )
-  if config.protocol == 'resist':
-    _check_chains(config, name, lengths)
 
 
 def _train_once(task: ModuleTask) -> Callable:

@@ -1,11 +1,12 @@
 """A run as a process: its devices, its exit code, its line on an error."""
 
+import ast
+from collections.abc import Iterator
 import errno
 import hashlib
 import importlib.metadata
 import importlib.util
 import math
-import modulefinder
 import pathlib
 import re
 import signal
@@ -232,15 +233,37 @@ def _digest_of(name: str) -> str:
 def _with_imports(
   file: pathlib.Path,
 ) -> list[tuple[pathlib.Path, pathlib.Path]]:
-  """Returns a file and those beside it that it imports, with their folder."""
-  folder = file.parent
-  finder = modulefinder.ModuleFinder([str(folder)])
-  finder.run_script(str(file))  # It reads the file, and runs nothing.
-  modules = finder.modules.values()
-  found = [getattr(module, '__file__', None) for module in modules]
-  return [
-    (path, folder) for path in sorted(pathlib.Path(x) for x in found if x)
-  ]
+  """Returns a file and those beside it that it imports, with their folder.
+
+  They are found by reading the files, without running them.
+  """
+  folder, found, new = file.parent, {file}, [file]
+  while new:
+    for place in _imported(new.pop(), folder):
+      for path in (place.with_suffix('.py'), place / '__init__.py'):
+        if path.is_file() and path not in found:
+          found.add(path)
+          new.append(path)
+  return [(path, folder) for path in sorted(found)]
+
+
+def _imported(
+  file: pathlib.Path, folder: pathlib.Path
+) -> Iterator[pathlib.Path]:
+  """Yields where modules would lie that a file imports, without ending."""
+  for node in ast.walk(ast.parse(file.read_bytes())):
+    above, names = folder, []
+    if isinstance(node, ast.Import):
+      names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      before = f'{node.module}.' if node.module else ''
+      names = [f'{before}{alias.name}' for alias in node.names]
+      above = file.parents[node.level - 1] if node.level else folder
+    for name in names:
+      place = above
+      for part in name.split('.'):  # Packages are imported with what they hold.
+        place = place / part
+        yield place
 
 
 def _fail(error: object, code: int) -> NoReturn:

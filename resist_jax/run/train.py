@@ -205,7 +205,8 @@ def _check_shared(folder: pathlib.Path) -> None:
   first = jax.process_index() == 0
   token = processes.told_by_first(workdir_lib.mark(folder) if first else '')
   # Orbax wants one path in all processes.
-  seen = {'path': str(folder), 'run_id': workdir_lib.await_mark(folder, token)}
+  path = str(folder.absolute())
+  seen = {'path': path, 'run_id': workdir_lib.await_mark(folder, token)}
   processes.agree(
     {'workdir': seen},
     'give all processes the same folder, on a file system that they share.',
@@ -235,10 +236,12 @@ def _best_so_far(
   by: str,
 ) -> dict[str, Any]:
   """Returns the best test so far, by the log where another measure decided."""
-  if progress['best'].get('by') == by:
-    return progress['best']
-  rows = report.read_rows(folder / 'metrics.jsonl')
-  done = (row for row in rows if row['round'] <= progress['round'])
+  remembered = progress.get('best', {})
+  if remembered.get('by') == by:
+    return remembered
+  rows = report.each_row(folder / 'metrics.jsonl')
+  # Round 0 is a test of the untrained network, which nothing judges.
+  done = (row for row in rows if 0 < row['round'] <= progress['round'])
   best = stopping.replayed(done, by, config.early_stopping.min_gain)
   saved = workdir_lib.saved_rounds(folder / 'checkpoints')
   if config.keep_best and best and best['round'] not in saved:

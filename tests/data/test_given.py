@@ -325,3 +325,6 @@ def test_a_fourth_channel_is_neither_dropped_nor_made_up(tmp_path):
     np.savez(path, images=images(9, 8, 8, channels), labels=labels(9))
     with pytest.raises(ConfigError, match=r'channel|shape'):
       data.load_test(str(path), NAMES, (8, 8, used), False).in_memory()
+  three, four = str(tmp_path / '3.npz'), str(tmp_path / '4.npz')
+  with pytest.raises(ConfigError, match=r'shape .8, 8, 4., but those of'):
+    data.load(three, streaming='always', extra_tests=(four,))

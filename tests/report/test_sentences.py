@@ -233,6 +233,17 @@ def test_further_tests_are_named(tmp_path):
   )
 
 
+def test_a_run_that_goes_on_names_its_further_tests(tmp_path):
+  """Those of a network of one's own have a loss, and not the paper's."""
+  run = put(tmp_path / 'run', 0.9)
+  (run / 'summary.json').unlink()
+  log = run / 'metrics.jsonl'
+  *lines, last = log.read_text().splitlines()
+  row = {**json.loads(last), 'photos_loss': 0.5, 'photos_accuracy': 0.25}
+  log.write_text('\n'.join([*lines, json.dumps(row), '']))
+  assert '25.0% on the test photos' in said(run)[0]
+
+
 def test_a_metric_that_ends_as_an_accuracy_does_is_no_test(tmp_path):
   run = put(tmp_path / 'run', 0.9, test_loss=0.5, test_token_accuracy=0.25)
   assert 'token' not in said(run)[0]

@@ -456,17 +456,23 @@ def test_code_of_ones_own_is_compared(tmp_path, monkeypatch):
 
 def test_files_that_a_module_imports_are_its_code(tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(tmp_path)
-  (tmp_path / 'ours.py').write_text('import os, jax, inner.layers\n')
+  (tmp_path / 'ours.py').write_text(
+    'import os, jax, inner.layers, plain\nfrom plain.more import *\n'
+  )
   (tmp_path / 'inner').mkdir()
-  for name in ('__init__', 'layers', 'others'):
-    (tmp_path / 'inner' / f'{name}.py').touch()
+  (tmp_path / 'plain').mkdir()  # A package without `__init__.py`.
+  for name in ('inner/layers', 'inner/others', 'inner/deep', 'plain/more'):
+    (tmp_path / f'{name}.py').touch()
+  (tmp_path / 'inner/__init__.py').write_text('from .deep import *')
   made = config_lib.get_config()
   made.model.module = 'ours'
   made.optimizer.schedule = f'{tmp_path}/ours.py:rate'
   found = [program._description(made)]
-  for name in ('others', 'layers'):
-    (tmp_path / 'inner' / f'{name}.py').write_text('WIDTH = 2')
+  for name in ('inner/others', 'inner/layers', 'inner/deep', 'plain/more'):
+    (tmp_path / f'{name}.py').write_text('WIDTH = 2')
     found.append(program._description(made))
   assert found[0] == found[1]  # It imports no others.
   for name in ('ours', f'{tmp_path}/ours.py'):
-    assert found[1][f'code of {name}'] != found[2][f'code of {name}']
+    digests = [one[f'code of {name}'] for one in found[1:]]
+    assert len(set(digests)) == 4
+    assert all(digests)

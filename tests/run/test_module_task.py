@@ -207,7 +207,7 @@ def test_its_parameters_are_read_in_their_nodes(node, tmp_path, monkeypatch):
   like = begun if node is Pair else None
   params, _ = export.load_parameters(tmp_path, like)
   assert jax.tree.structure(params) == jax.tree.structure(begun)
-  with pytest.raises(ValueError, match=r'like has blocks.in of the shape None'):
+  with pytest.raises(ValueError, match='blocks/in is missing in like'):
     export.load_parameters(tmp_path, {'more': begun['more']})
 
 
@@ -603,6 +603,20 @@ def test_another_set_is_evaluated_without_the_data_of_the_training(
   monkeypatch.setattr(own_network, 'data', data)
   words = ('--data=another text', '--depths=none')
   found, _ = evaluated(capsys, finished[0], tmp_path, *words)
+  assert found['measures']['test_loss'] > 0
+
+
+def test_an_evaluation_needs_no_optimizer(
+  finished, capsys, tmp_path, monkeypatch
+):
+  """It may be one that only an older version took."""
+  several = optax.MultiSteps(optax.sgd(0.1), 3).gradient_transformation()
+  monkeypatch.setattr(
+    own_network, 'optimizer', lambda *_: several, raising=False
+  )
+  with pytest.raises(ConfigError, match='MultiSteps'):
+    setup.prepare(config())
+  found, _ = evaluated(capsys, finished[0], tmp_path, '--depths=none')
   assert found['measures']['test_loss'] > 0
 
 

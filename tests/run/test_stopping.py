@@ -157,6 +157,16 @@ def test_another_measure_judges_all_tests_so_far(stopped, tmp_path, caplog):
   assert saved or f'round {best} is the best so far' in caplog.text
 
 
+def test_the_test_before_the_first_round_is_never_the_best(tmp_path):
+  fields = {'evaluation.at_start': True, 'local_steps': 1, 'num_rounds': 2}
+  fields |= {'eval_every': 1, 'lr': 1e-30}  # All tests are as good as any.
+  train.train(least_config(**fields), tmp_path)
+  summary = train.train(
+    least_config(**fields, best_by='test_accuracy_paper'), tmp_path
+  )
+  assert summary['best']['round'] == 1
+
+
 @pytest.mark.slow
 def test_more_patience_goes_on_where_a_run_stopped(stopped, tmp_path):
   shutil.copytree(stopped[0], tmp_path, dirs_exist_ok=True)
