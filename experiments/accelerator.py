@@ -299,6 +299,7 @@ def _run_platforms(folder: pathlib.Path, only: str, timeout: float) -> None:
     if platform == 'cpu':
       environment['JAX_PLATFORMS'] = 'cpu'
     args = [f'--platform={platform}', f'--folder={folder}', f'--only={only}']
+    args.append(f'--out={folder / "none.json"}')  # A part is no result.
     children.append(subprocess.Popen([*command, *args], env=environment))
   ends = time.monotonic() + timeout
   for child in children:

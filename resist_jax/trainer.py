@@ -322,6 +322,13 @@ class Trainer:
       )
     first = batches[0] if streamed else batches
     _check_inputs(self, state, first, streamed)
+    for name, wanted in self._division(_lengths(self, state))[1].items():
+      found, ours = state.assignments[name].slots.shape, wanted.slots.shape
+      if found != ours:  # A person has chosen other slots for this round.
+        raise ValueError(
+          f'the slots of {name} have the shape {found}, but the exchange '
+          f'assigns {ours}: run one round before you compile.'
+        )
     run = self._round(state, first, streamed)
     run = run.compile(state, self._placed, batches)
     return _with_programs(self, run)
@@ -684,7 +691,7 @@ def _make_round(trainer, structure, shapes, lengths, streamed) -> Round:
     join(*worker),
     trainer.carry,
     trainer.devices,
-    averaged=trainer.average_gradients,
+    averaged=trainer.average_gradients or trainer.num_workers == 1,
   )
   names = checks.metric_names(
     trainer.loss_fn,

@@ -131,11 +131,16 @@ def _hosts(text: str) -> tuple[int, int]:
   return found
 
 
+def _ask(*words: str) -> int:
+  """Returns the exit code of `elastic_check`."""
+  command = [sys.executable, '-m', 'experiments.launch.elastic_check']
+  return subprocess.call([*command, *words])
+
+
 def _check(options: argparse.Namespace) -> None:
   """Ends this process if the config does not fit each number of hosts."""
   numbers = map(str, (*options.hosts, options.processes_per_host))
-  command = [sys.executable, '-m', 'experiments.launch.elastic_check']
-  code = subprocess.call([*command, *numbers, *_DEFAULTS, *options.args])
+  code = _ask('fits', *numbers, *_DEFAULTS, *options.args)
   if code:
     sys.exit(code)
 
@@ -188,8 +193,10 @@ def _watch(options: argparse.Namespace, wrong: pathlib.Path) -> int:
     except SignalException as stop:
       return 128 + stop.sigval
     except rendezvous.RendezvousClosedError as error:
-      # PyTorch closes a meeting when a run ends, also when that failed. The
-      # next one of this name ends at once if the run is complete.
+      # PyTorch closes a meeting when a run ends, also when that failed.
+      if not _ask('complete', *_DEFAULTS, *options.args):
+        print('the other hosts have completed this run.', file=sys.stderr)
+        return 0
       over.append(error)
       print(
         f'this run has ended before: its hosts meet again ({len(over) + 1}).',

@@ -1,12 +1,16 @@
-"""Refuses a config that does not fit every number of hosts of an elastic run.
+"""What the launcher of an elastic run asks about its config and its workdir.
 
-  python -m experiments.launch.elastic_check LEAST MOST PROCESSES ARG ...
+  python -m experiments.launch.elastic_check fits LEAST MOST PROCESSES ARG ...
+  python -m experiments.launch.elastic_check complete ARG ...
 
-LEAST and MOST are those of --hosts, and PROCESSES those of each host. Without
-this check, a host that goes or comes could end the run. The launcher starts it
-in a process of its own: a module that the config names may take a device.
+The first refuses a config that does not fit every number of hosts: a host that
+goes or comes could end the run. LEAST and MOST are those of --hosts, and
+PROCESSES those of each host. The second ends with 0 if the run is complete, and
+with 1 if it is not. Both are processes of their own: a module that the config
+names may take a device.
 """
 
+import pathlib
 import sys
 
 from ml_collections import ConfigDict
@@ -14,8 +18,10 @@ from ml_collections import ConfigDict
 from resist_jax.__main__ import parse
 from resist_jax.errors import ConfigError, refused
 from resist_jax.run.checks import validate
+from resist_jax.run.command import Options
 from resist_jax.run.config import for_processes
 from resist_jax.run.module_task import load
+from resist_jax.run.workdir import json_object
 
 
 def check(config: ConfigDict, hosts: range, processes_per_host: int) -> None:
@@ -79,10 +85,21 @@ def _check_rescale(config: ConfigDict) -> None:
     )
 
 
+def is_complete(options: Options) -> bool:
+  """Returns whether a run has ended after its last round, or early."""
+  summary = json_object(pathlib.Path(options.workdir) / 'summary.json')
+  rounds = summary.get('rounds')
+  ended = isinstance(rounds, int) and rounds >= options.config.num_rounds
+  return ended or bool(summary.get('stopped_early'))
+
+
 def main() -> int:
   """Returns 2 if the config does not fit, after a line that says why."""
-  least, most, each = map(int, sys.argv[1:4])
-  options = parse(['resist_jax', *sys.argv[4:]], answers=False)
+  if sys.argv[1] == 'complete':
+    options = parse(['resist_jax', *sys.argv[2:]], answers=False)
+    return 0 if is_complete(options) else 1
+  least, most, each = map(int, sys.argv[2:5])
+  options = parse(['resist_jax', *sys.argv[5:]], answers=False)
   try:
     check(options.config, range(least, most + 1), each)
   except ConfigError as error:

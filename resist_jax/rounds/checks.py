@@ -16,7 +16,7 @@ import optax
 from resist_jax.decomposition import Assignment, join, split
 from resist_jax.errors import FOREIGN, did_you_mean, one_line
 from resist_jax.rounds.local_training import LossFn
-from resist_jax.rounds.moments import floats_of, take_apart
+from resist_jax.rounds.moments import floats_of, put_together, take_apart
 from resist_jax.rounds.nodes import names_of_leaves
 
 PyTree = Any
@@ -154,7 +154,8 @@ def _check_same_form(before: PyTree, after: PyTree) -> None:
     raise ValueError(
       f'optimizer has a state whose leaf {where} is {_form(one, differ[0])} '
       f'after init and {_form(other, differ[0])} after update: let update '
-      'return a state of the same form.'
+      'return a state of the same form, or leave out the transformation that '
+      'does not, such as optax.monitor.'
     )
   if jax.tree.structure(before) != jax.tree.structure(after):
     raise ValueError(
@@ -182,18 +183,31 @@ def _check_no_estimates(
       params,
     )
 
-  def estimates(gradient):
-    params = filled(0.5)
-    state, update = optimizer.init(params), jax.jit(optimizer.update)
+  update = jax.jit(optimizer.update)
+
+  def steps(state, gradient):
+    """Returns the state after three steps, and the updates."""
+    params, found = filled(0.5), []
     for _ in range(3):
       updates, state = update(filled(gradient), state, params)
       params = optax.apply_updates(params, updates)
-    return floats_of(take_apart(optimizer, state).rest)
+      found += jax.tree.leaves(updates)
+    return state, found
 
   try:
-    pairs = zip(estimates(0.1), estimates(0.9), strict=True)
+    begun = optimizer.init(filled(0.5))
+    ours, theirs = (
+      take_apart(optimizer, steps(begun, gradient)[0])
+      for gradient in (0.1, 0.9)
+    )
+    # A number that is only recorded changes no update.
+    found, other = (
+      steps(put_together(optimizer, begun, ours._replace(rest=rest)), 0.5)[1]
+      for rest in (ours.rest, theirs.rest)
+    )
   except FOREIGN:  # Such as one that names an axis of the mesh.
     return
+  pairs = zip(found, other, strict=True)
   if not all(np.array_equal(*pair, equal_nan=True) for pair in pairs):
     raise ValueError(
       f'{field} is set, but optimizer estimates a number from all gradients, '

@@ -25,6 +25,9 @@ _CONDITIONAL = (
 )
 
 
+_COUNTING = optax.MultiStepsState, optax.contrib.SAMState
+
+
 class _Moment:
   """Wraps a moment, so that `jax.tree` sees one leaf."""
 
@@ -200,8 +203,8 @@ def _map_schedule_counts(
   marked = _marked(optimizer, state)
 
   def walk(node, mark):
-    # The inner optimiser of MultiSteps counts updates; it is carried.
-    if isinstance(mark, _Moment) or isinstance(node, optax.MultiStepsState):
+    # Their inner optimisers count updates, not steps, and are carried.
+    if isinstance(mark, _Moment) or isinstance(node, _COUNTING):
       return node
     inner, structure = jax.tree.flatten(node, is_leaf=lambda x: x is not node)
     if jax.tree_util.treedef_is_leaf(structure):

@@ -399,7 +399,8 @@ def _check_optimizer(task: ModuleTask) -> None:
     field = 'optimizer.carry_momentum'
     parallel = 'data_parallel' in protocols(config)
     carries = config.optimizer.carry_momentum
-    averaged = not carries or config.protocol == 'data_parallel'
+    alone = config.protocol == 'data_parallel' or config.num_workers == 1
+    averaged = not carries or alone
     checks.check_optimizer(
       made, shapes, carries or parallel, make_mesh(1), field, averaged
     )

@@ -11,6 +11,7 @@ import pathlib
 import re
 import signal
 import sys
+import sysconfig
 import traceback
 from typing import Any, NoReturn
 
@@ -238,6 +239,11 @@ def _with_imports(
   They are found by reading the files, without running them.
   """
   folder, found, new = file.parent, {file}, [file]
+  if str(folder) in (
+    sysconfig.get_path('purelib'),
+    sysconfig.get_path('platlib'),
+  ):
+    return [(file, folder)]  # Beside it lies all that is installed.
   while new:
     for place in _imported(new.pop(), folder):
       for path in (place.with_suffix('.py'), place / '__init__.py'):

@@ -1,5 +1,7 @@
 """What any optimiser of optax keeps goes from round to round as it should."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from test_trainer import (
   batches,
   decays,
   falling,
+  loss_fn,
   make,
   network,
   run,
@@ -120,6 +123,32 @@ def test_estimates_from_all_gradients_are_not_carried_apart():
   run(make(prodigy, carry=True, **parallel), rounds=1)
   rate = optax.inject_hyperparams(optax.sgd)(falling(0), momentum=0.9)
   run(make(rate, carry=True), rounds=1)
+
+
+def test_numbers_that_change_nothing_may_be_carried():
+  """Nor may anything differ where there is one worker."""
+  skip = functools.partial(optax.skip_large_updates, max_squared_norm=1e9)
+  several = optax.MultiSteps(optax.sgd(RATE), 2, should_skip_update_fn=skip)
+  run(make(several.gradient_transformation(), carry=True), rounds=1)
+  alone = {'S': 1, 'devices': 1, 'carry': True}
+  run(make(optax.contrib.prodigy(1.0), **alone), rounds=1)
+
+
+def test_a_schedule_inside_of_sam_counts_its_updates():
+  """As in a plain loop of one worker that has the whole network."""
+  sam = optax.contrib.sam(optax.sgd(falling(0)), optax.sgd(0.01))
+  alone = {'S': 1, 'devices': 1, 'chains': (), 'carry': True}
+  found, *_ = run(make(sam, **alone), rounds=3)
+  params = jax.tree.map(jnp.asarray, network())
+  state = sam.init(params)
+  present = {CHAIN: jnp.ones(5)}
+  for r in range(3):
+    for t in range(T):
+      batch = jax.tree.map(lambda x, t=t: x[0, t], batches(r, 1))
+      grads = jax.grad(loss_fn, has_aux=True)(params, present, batch, None)[0]
+      updates, state = sam.update(grads, state, params)
+      params = optax.apply_updates(params, updates)
+  assert_close(found, params, 1e-5)
 
 
 @pytest.mark.parametrize('fields', [{}, {'on_device': True}, {'carry': True}])

@@ -274,6 +274,7 @@ def test_a_mistake_is_one_line(fields, says):
     optax.inject_hyperparams(optax.sgd)(optax.linear_schedule(0.0, 0.7, 10)),
     optax.MultiSteps(optax.sgd(0.7), 2).gradient_transformation(),
     optax.contrib.schedule_free_sgd(0.5),
+    optax.sgd(lambda count: 0.7 * (1 - count / 200) ** 0.9),  # NaN at last.
   ],
 )
 def test_an_optimiser_that_treats_each_number_alone_is_taken(outer):

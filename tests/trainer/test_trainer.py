@@ -546,6 +546,8 @@ def test_slots_that_a_person_chose_are_restored(seed, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, restored, state)
   ends = [trainer.round(x, batches(1, 2))[0] for x in (restored, state)]
   jax.tree.map(np.testing.assert_array_equal, *ends)
+  with pytest.raises(ValueError, match=r'assigns .2, 3.: run one round before'):
+    trainer.compile(trainer.restore(tmp_path), batches(2, 2))
   more = make(optax.sgd(RATE), **{**fields, 'S': 4}).restore(tmp_path)
   other = make(optax.sgd(RATE), S=2, exchange=HAND_OVER('int8'))
   for state in (more, other.restore(tmp_path)):
