@@ -1,5 +1,6 @@
-"""A run that is started again while the process before still has the lock."""
+"""One run at a time uses a workdir; some wait for the process before them."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -7,9 +8,10 @@ import threading
 
 import pytest
 from several import LIMIT, ROOT, Several
+from test_train import least_config
 
 from resist_jax.errors import ConfigError
-from resist_jax.run import lock, processes, program
+from resist_jax.run import lock, processes, program, train
 from resist_jax.run.meeting import MeetingError
 
 HOLD = """
@@ -32,6 +34,44 @@ def holder(tmp_path):
   yield process
   process.kill()
   process.communicate()
+
+
+def test_a_second_run_is_refused_until_the_first_one_dies(holder, tmp_path):
+  folder = tmp_path / 'run'
+  with pytest.raises(ConfigError, match='is in use by') as caught:
+    train.train(least_config(), folder)
+  line = str(caught.value)
+  assert '\n' not in line
+  assert f'process {holder.pid} on {os.uname().nodename}' in line
+  assert 'wait for its end, stop it, or choose another workdir' in line
+  assert [path.name for path in folder.iterdir()] == ['lock']
+  holder.send_signal(signal.SIGKILL)
+  holder.wait()
+  assert (folder / 'lock').exists()  # The file says nothing without a holder.
+  with lock.locked(folder):
+    assert str(holder.pid) not in (folder / 'lock').read_text().split()
+    with pytest.raises(ConfigError, match=f'process {os.getpid()} on'):
+      lock.locked(folder).__enter__()
+  assert not list(folder.iterdir())
+
+
+def test_a_lock_is_released_on_an_error_and_others_do_not_meet(tmp_path):
+  a, b = lock.locked(tmp_path / 'a' / 'run'), lock.locked(tmp_path / 'b')
+  with pytest.raises(ZeroDivisionError), a, b:
+    1 / 0  # noqa: B018
+  with lock.locked(tmp_path / 'a' / 'run'):
+    pass
+
+
+def test_the_lock_of_a_run_that_took_the_place_is_not_removed(tmp_path):
+  first, second = lock.locked(tmp_path / 'run'), lock.locked(tmp_path / 'run')
+  first.__enter__()
+  (tmp_path / 'run').rename(tmp_path / 'moved')
+  second.__enter__()
+  first.__exit__(None, None, None)
+  with pytest.raises(ConfigError, match='in use'):
+    lock.locked(tmp_path / 'run').__enter__()
+  second.__exit__(None, None, None)
 
 
 def test_a_lock_is_waited_for_and_taken_when_its_holder_dies(holder, tmp_path):

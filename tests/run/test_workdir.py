@@ -1,12 +1,7 @@
 """Who may use a workdir, and what a run does when somebody takes it away."""
 
 import json
-import os
-import pathlib
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -16,16 +11,6 @@ from resist_jax.errors import ConfigError, WorkdirLostError
 from resist_jax.rounds import storage
 from resist_jax.run import metrics, train, workdir
 from resist_jax.run.config import get_config
-from resist_jax.run.lock import locked
-
-ROOT = pathlib.Path(__file__).parents[2]
-HOLD = """
-import pathlib, sys, time
-from resist_jax.run.lock import locked
-with locked(pathlib.Path(sys.argv[1])):
-  print('held', flush=True)
-  time.sleep(1000)
-"""
 
 
 def row(number):
@@ -37,19 +22,6 @@ def row(number):
     'images_per_second': 1.0,
     'slots': {'chain': [[0], [1]]},
   }
-
-
-@pytest.fixture
-def holder(tmp_path):
-  """A process that holds the lock of `run`."""
-  command = [sys.executable, '-c', HOLD, str(tmp_path / 'run')]
-  process = subprocess.Popen(
-    command, cwd=ROOT, stdout=subprocess.PIPE, text=True
-  )
-  assert process.stdout.readline() == 'held\n'
-  yield process
-  process.kill()
-  process.communicate()
 
 
 def test_fields_younger_than_a_run_had_what_is_now_their_default(tmp_path):
@@ -78,44 +50,6 @@ def test_the_file_of_a_schedule_may_lie_elsewhere(tmp_path):
   for other in ('other.py:rate', 'card.py:another', 'cosine'):
     with pytest.raises(ConfigError, match=r'another config .*schedule'):
       check(other)
-
-
-def test_a_second_run_is_refused_until_the_first_one_dies(holder, tmp_path):
-  folder = tmp_path / 'run'
-  with pytest.raises(ConfigError, match='is in use by') as caught:
-    train.train(least_config(), folder)
-  line = str(caught.value)
-  assert '\n' not in line
-  assert f'process {holder.pid} on {os.uname().nodename}' in line
-  assert 'wait for its end, stop it, or choose another workdir' in line
-  assert [path.name for path in folder.iterdir()] == ['lock']
-  holder.send_signal(signal.SIGKILL)
-  holder.wait()
-  assert (folder / 'lock').exists()  # The file says nothing without a holder.
-  with locked(folder):
-    assert str(holder.pid) not in (folder / 'lock').read_text().split()
-    with pytest.raises(ConfigError, match=f'process {os.getpid()} on'):
-      locked(folder).__enter__()
-  assert not list(folder.iterdir())
-
-
-def test_a_lock_is_released_on_an_error_and_others_do_not_meet(tmp_path):
-  a, b = locked(tmp_path / 'a' / 'run'), locked(tmp_path / 'b')
-  with pytest.raises(ZeroDivisionError), a, b:
-    1 / 0  # noqa: B018
-  with locked(tmp_path / 'a' / 'run'):
-    pass
-
-
-def test_the_lock_of_a_run_that_took_the_place_is_not_removed(tmp_path):
-  first, second = locked(tmp_path / 'run'), locked(tmp_path / 'run')
-  first.__enter__()
-  (tmp_path / 'run').rename(tmp_path / 'moved')
-  second.__enter__()
-  first.__exit__(None, None, None)
-  with pytest.raises(ConfigError, match='in use'):
-    locked(tmp_path / 'run').__enter__()
-  second.__exit__(None, None, None)
 
 
 def move(folder):
