@@ -28,8 +28,9 @@ ACCURACIES = ('_accuracy', '_accuracy_paper')
 _CUTS = ('slots', 'num_blocks')
 _FILES = ('config.json', 'metrics.jsonl')
 _COUNTS = 'bytes', 'wire_bytes'
-MAX_ROWS = 10**6  # That a report reads: what it keeps of them fits in memory.
-_MAX_LINE = 2**20  # No run has more than this, and what follows.
+MAX_ROWS = 10**6  # A report keeps so many in memory.
+# The records of no run exceed these.
+_MAX_LINE = 2**20
 _MAX_ROUND, _MAX_BLOCKS, _MAX_WORKERS, _MAX_CHAINS = 10**9, 2048, 4096, 256
 _MAX_NUMBER = 3.5e38  # That of 32 bits.
 

@@ -24,7 +24,6 @@ from resist_jax.run import (
   phases,
   processes,
   restore,
-  same_data,
   stopping,
 )
 from resist_jax.run.callbacks import Callbacks
@@ -56,7 +55,8 @@ class Progress:
       does not ask for them.
     best: What `stopping` remembers of the tests.
     last: The newest row of the log.
-    tests: What the tests of the newest row were made on, see `same_data.tests`.
+    tests: The examples of the tests of the newest row, by name; see
+      `same_data.describe`.
   """
 
   round: int = 0
@@ -211,7 +211,7 @@ class Loop:
     setup = self.setup
     progress = Progress(**restored.progress) if restored else Progress()
     by_speed = setup.config.depths == 'by_speed'
-    tests = same_data.tests(setup.dataset, setup.config.data.name)
+    tests = {t: setup.described[f'split {t}'] for t in setup.dataset.tests}
     others = [t for t, then in progress.tests.items() if tests.get(t) != then]
     changed = tuple(f'{test}_' for test in others)
     judged = self._judged_by.lstrip('+-')

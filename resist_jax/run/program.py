@@ -256,7 +256,7 @@ def _with_imports(
 def _imported(
   file: pathlib.Path, folder: pathlib.Path
 ) -> Iterator[pathlib.Path]:
-  """Yields where modules would lie that a file imports, without ending."""
+  """Yields the paths of the modules that a file imports, without suffix."""
   for node in ast.walk(ast.parse(file.read_bytes())):
     above, names = folder, []
     if isinstance(node, ast.Import):

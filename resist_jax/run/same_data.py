@@ -57,20 +57,6 @@ def describe(dataset: Dataset, name: str) -> dict[str, Any]:
   return found
 
 
-def tests(dataset: Dataset, name: str) -> dict[str, Any]:
-  """Describes what a run tests on.
-
-  Args:
-    dataset: Any data set.
-    name: How the config calls it, see `data.load`.
-
-  Returns:
-    JSON values by the name of the test.
-  """
-  found = describe(dataset, name)
-  return {test: found[f'split {test}'] for test in dataset.tests}
-
-
 def _sample(
   split: data.Split | data.Table, index: np.ndarray, arrays: bool
 ) -> dict[str, list[Any]]:

@@ -19,7 +19,7 @@ from resist_jax.errors import ConfigError
 from resist_jax.rounds import loads_may_hang, make_mesh, storage
 from resist_jax.rounds.arrays import place
 from resist_jax.rounds.mesh import REPLICATED, workers_here
-from resist_jax.run import module_task, optimizer, resnet_task
+from resist_jax.run import module_task, optimizer, resnet_task, same_data
 from resist_jax.run.config import augmentation, chosen_depths, get_config
 from resist_jax.run.task import Dataset, Task
 
@@ -55,6 +55,11 @@ class Setup:
   def dataset(self) -> Dataset:
     """The examples."""
     return self.task.dataset
+
+  @cached_property
+  def described(self) -> dict[str, Any]:
+    """What the examples are, read once; see `same_data.describe`."""
+    return same_data.describe(self.dataset, self.config.data.name)
 
   @cached_property
   def schedule(self) -> optax.Schedule:

@@ -81,7 +81,9 @@ def train(
   stopping.judged_by(setup)
   if jax.process_count() > 1:
     described = describe_data(setup.dataset)
-    described |= {'records': same_data.describe(setup.dataset, '')}
+    # Each host may keep its files elsewhere.
+    records = {**setup.described, workdir_lib.OWN_FILES: None}
+    described |= {'records': records}
     processes.agree(described, 'give each host the same data.')
   with locked(folder) if first else contextlib.nullcontext():
     if first:  # While data were read, another run may have begun and ended.
@@ -136,9 +138,7 @@ def _rounds(
   config, writes = setup.config, jax.process_index() == 0
   judged_by = stopping.judged_by(setup)
   _check_not_lost(folder)
-  described = {}
-  if writes:
-    described = same_data.describe(setup.dataset, config.data.name)
+  described = setup.described if writes else {}
   same_data.check(folder, described)
   checkpoints = Checkpoints(folder, setup.mesh, config.keep_checkpoints)
   with Interrupt() as interrupt:
@@ -204,7 +204,7 @@ def _check_shared(folder: pathlib.Path) -> None:
     return
   first = jax.process_index() == 0
   token = processes.told_by_first(workdir_lib.mark(folder) if first else '')
-  # Orbax wants one path in all processes.
+  # Orbax requires the same path in all processes.
   path = str(folder.absolute())
   seen = {'path': path, 'run_id': workdir_lib.await_mark(folder, token)}
   processes.agree(

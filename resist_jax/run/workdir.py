@@ -209,7 +209,8 @@ def await_mark(
   """
   deadline = time.monotonic() + patience
   while marked(folder) != token and time.monotonic() < deadline:
-    for place in (folder.parent, folder):  # A list asks the server again.
+    # Listing a folder asks the server again.
+    for place in (folder.parent, folder):
       with contextlib.suppress(OSError):
         os.listdir(place)
     time.sleep(0.5)
