@@ -14,7 +14,7 @@ from test_trainer import T, batches, make, network, predicted_and_read, run
 
 import resist_jax as resist
 from resist_jax.exchange import hand_over
-from resist_jax.trainer import _moment_sizes
+from resist_jax.trainer.trainer import _moment_sizes
 
 WIDTH = 3
 

@@ -20,7 +20,7 @@ import optax
 from resist_jax import accounting, folders
 from resist_jax.decomposition import Assignment, join
 from resist_jax.errors import is_whole
-from resist_jax.exchange import DATA, WORKER, Exchange, hand_over
+from resist_jax.exchange import Exchange, hand_over
 from resist_jax.rounds import (
   LossFn,
   MinDepth,
@@ -29,23 +29,21 @@ from resist_jax.rounds import (
   State,
   Whole,
   assemble,
-  average,
   checks,
   distribute,
   make_mesh,
   make_round,
   mesh_sizes,
   nodes,
-  outer,
   storage,
 )
 from resist_jax.rounds import state as states
 from resist_jax.rounds.arrays import place
-from resist_jax.rounds.compiled import form_of_step
 from resist_jax.rounds.mesh import REPLICATED, workers_here
 from resist_jax.rounds.moments import first_halves, fits, reformed
 from resist_jax.rounds.protocol import hold_the_same
 from resist_jax.rounds.state import assignments_on_host
+from resist_jax.trainer import mistakes
 
 PyTree = Any
 
@@ -164,7 +162,7 @@ class Trainer:
   )
 
   def __post_init__(self):
-    _check_fields(self)
+    mistakes.check_fields(self)
     for name in ('chains', 'depths'):  # Any sequence, but a value is hashable.
       object.__setattr__(self, name, tuple(getattr(self, name)))
     if self.mesh is None:
@@ -293,9 +291,9 @@ class Trainer:
       )
     checks.check_assignments(assignments, self.chains)
     if self.programs:
-      _check_compiled(self.programs, first)
-      _check_slots(self.programs, state.assignments)
-      _check_slots(self.programs, assignments or {})
+      mistakes.check_compiled(self.programs, first)
+      mistakes.check_slots(self.programs, state.assignments)
+      mistakes.check_slots(self.programs, assignments or {})
     run = self.programs or self._round(state, first, streamed)
     return run(state, self._placed, batches, assignments)
 
@@ -427,7 +425,7 @@ class Trainer:
     Raises:
       ValueError: If it is no state, or if a round has consumed it.
     """
-    _check_usable(state)
+    mistakes.check_usable(state)
     return assemble(state)
 
   def params(self, state: State) -> dict[str, PyTree]:
@@ -442,7 +440,7 @@ class Trainer:
     Raises:
       ValueError: See `whole`.
     """
-    _check_is_state(state)
+    mistakes.check_is_state(state)
     # A round that failed may have consumed the rest and left these.
     alone = state._replace(
       carried=None, error=None, norms=None, outer=None, average=None
@@ -462,7 +460,7 @@ class Trainer:
     Raises:
       ValueError: If the state holds no average; see also `whole`.
     """
-    _check_usable(state)
+    mistakes.check_usable(state)
     if state.average is None:
       raise ValueError(
         'the state holds no average over rounds: use a Trainer with average, '
@@ -487,7 +485,7 @@ class Trainer:
     Raises:
       ValueError: If it is no state, or the devices do not divide the workers.
     """
-    _check_is_state(state)
+    mistakes.check_is_state(state)
     sizes = _sizes(state.shared, state.chain, state.num_blocks)
     moments = _moment_sizes(state.carried, state.num_blocks)
     outer = _moment_sizes(state.outer, state.num_blocks)
@@ -517,7 +515,7 @@ class Trainer:
       ValueError: If the folder cannot be one, or cannot be written to; see
         also `whole`.
     """
-    _check_usable(state)
+    mistakes.check_usable(state)
     folder = folders.resolve(folder, 'folder').absolute()
     folders.check_writable(folder, 'folder')
     name = f'round_{int(state.round)}'
@@ -603,7 +601,14 @@ def _in_their_nodes(
 ) -> storage.Stored:
   """Returns what files hold in the nodes that it had, or raises."""
   if params is not None:
-    _check_same_leaves(stored.state, params)
+    checks.chain_lengths(params, list(stored.state.num_blocks))
+    differ = storage.difference(params, stored.state)
+    if differ:
+      name, ours, theirs = differ
+      raise ValueError(
+        f'params has {name!r} with the shape {ours}, but in the files it is '
+        f'{theirs}: give the parameters of that training.'
+      )
     return storage.in_form_of(params, stored)
   described = stored.record.get('nodes', 0)  # Older versions saved none.
   if described is None:
@@ -616,18 +621,6 @@ def _in_their_nodes(
     shared, chain = nodes.form_of(described)
     return storage.in_form_of_halves((shared, chain), stored)
   return stored
-
-
-def _check_same_leaves(state: State, params: Mapping[str, PyTree]) -> None:
-  """Refuses parameters of other names or shapes than files hold."""
-  checks.chain_lengths(params, list(state.num_blocks))
-  differ = storage.difference(params, state)
-  if differ:
-    name, ours, theirs = differ
-    raise ValueError(
-      f'params has {name!r} with the shape {ours}, but in the files it is '
-      f'{theirs}: give the parameters of that training.'
-    )
 
 
 def _exactly(batches: Iterable[PyTree], steps: int) -> Iterator[PyTree]:
@@ -656,7 +649,7 @@ def _alike(
       )
     _check_batch(trainer, batch, streamed=True)
     if trainer.programs:
-      _check_compiled(trainer.programs, batch)
+      mistakes.check_compiled(trainer.programs, batch)
     yield batch
 
 
@@ -733,164 +726,6 @@ def _sizes(shared, chain, num_blocks) -> accounting.Sizes:
   return accounting.Sizes(outside + inside, outside, blocks, lengths)
 
 
-def _check_types(trainer: Trainer) -> None:
-  """Finds fields of another type, which would fail somewhere inside."""
-  mesh, chains, depths = trainer.mesh, trainer.chains, trainer.depths
-  if mesh is not None and not isinstance(mesh, Mesh):
-    raise ValueError(
-      f'mesh is {mesh!r}; it must be a value such as make_mesh(num_devices), '
-      'or None.'
-    )
-  if mesh is not None and (
-    WORKER not in mesh.axis_names or not {WORKER, DATA} >= {*mesh.axis_names}
-  ):
-    raise ValueError(
-      f'mesh has the axes {mesh.axis_names}; make it by '
-      'make_mesh(num_devices), which names them as rounds do.'
-    )
-  if isinstance(chains, str):
-    raise ValueError(
-      f'chains is the string {chains!r}; it must hold names: '
-      f'chains=({chains!r},).'
-    )
-  if not _holds(chains, str):
-    raise ValueError(f'chains is {chains!r}; it must hold names of chains.')
-  if not _holds(depths, int | np.integer):
-    raise ValueError(
-      f'depths is {depths!r}; it must hold a whole number for each worker, or '
-      'nothing.'
-    )
-  least = trainer.min_depth
-  least = list(least.values()) if isinstance(least, Mapping) else [least]
-  if not _holds(least, int | np.integer | None):
-    raise ValueError(
-      f'min_depth is {trainer.min_depth!r}; it must be a whole number, or one '
-      'for each chain.'
-    )
-  for name in ('loss_factor', 'update_factor', 'average'):
-    value = getattr(trainer, name)
-    if not isinstance(value, int | float | np.number):
-      raise ValueError(f'{name} is {value!r}; it must be a number.')
-  flags = 'average_gradients', 'carry', 'exclude_faulty', 'give_agreed'
-  for name in (*flags, 'on_device'):
-    value = getattr(trainer, name)
-    if not isinstance(value, bool) and (name in flags or value is not None):
-      raise ValueError(
-        f'{name} is {value!r}; it must be True or False'
-        f'{"" if name in flags else ", or None"}.'
-      )
-
-
-def _holds(values: Any, kind: Any) -> bool:
-  return isinstance(values, Sequence | np.ndarray) and all(
-    isinstance(value, kind) for value in values
-  )
-
-
-def _check_fields(trainer: Trainer) -> None:
-  """Finds mistakes that need no parameters."""
-  _check_types(trainer)
-  if not callable(trainer.loss_fn):
-    raise ValueError('loss_fn must be a function, see Trainer.')
-  for method in ('init', 'update'):
-    if not callable(getattr(trainer.optimizer, method, None)):
-      raise ValueError(
-        f'optimizer is {trainer.optimizer!r}; it must be an optax optimiser, '
-        'such as optax.sgd(0.1).'
-      )
-  if len(set(trainer.chains)) < len(trainer.chains):
-    raise ValueError(f'chains is {trainer.chains}; name each chain once.')
-  for inner, outside in itertools.permutations(trainer.chains, 2):
-    if inner.startswith(f'{outside}/'):
-      raise ValueError(
-        f'chains names {inner!r}, which lies in the chain {outside!r}: name '
-        'one of them.'
-      )
-  if not isinstance(trainer.exchange, Exchange):
-    raise ValueError(
-      f'exchange is {trainer.exchange!r}; it must be a value such as '
-      'exchange.hand_over() or exchange.masked_psum(wire_format="int8").'
-    )
-  for name in ('num_workers', 'local_steps', 'rounds_at_once'):
-    value = getattr(trainer, name)
-    if not is_whole(value) or value < 1:
-      raise ValueError(
-        f'{name} is {value!r}; it must be an integer of 1 or more.'
-      )
-  seed = trainer.seed
-  if not is_whole(seed) or not 0 <= seed < 2**32:
-    raise ValueError(
-      f'seed is {seed!r}; it must be an integer of 0 or more, less than 2**32.'
-    )
-  for name in ('loss_factor', 'update_factor'):
-    factor = getattr(trainer, name)
-    if not (factor == 0 or factor > 1):
-      raise ValueError(f'{name} is {factor}; it must be greater than 1, or 0.')
-  if trainer.loss_factor and not trainer.exclude_faulty:
-    raise ValueError(
-      'loss_factor excludes workers, but exclude_faulty is off: turn it on, or '
-      'set loss_factor to 0.'
-    )
-  if trainer.loss_factor and trainer.average_gradients:
-    raise ValueError(
-      'loss_factor compares losses at the end of a round, and '
-      'average_gradients has averaged by then: set it to 0.'
-    )
-  if trainer.average_gradients and trainer.chains:
-    raise ValueError(
-      'average_gradients averages whole networks, but chains cuts '
-      f'{tuple(trainer.chains)}: use chains=().'
-    )
-  if trainer.outer is not None:
-    outer.check(trainer.outer)
-    if not trainer.exchange.format.exact:
-      raise ValueError(
-        'outer takes small changes of the parameters, which a wire format with '
-        'fewer bits would round away: use wire_format float32.'
-      )
-  if not 0 <= trainer.average <= average.LARGEST_DECAY:
-    raise ValueError(
-      f'average is {trainer.average}; it must be at least 0 and less than 1, '
-      f'such as 0.9, and at most {average.LARGEST_DECAY}.'
-    )
-  if trainer.average and trainer.chains and not trainer.exchange.format.exact:
-    raise ValueError(
-      'average takes small steps in blocks that move, which a wire format with '
-      'fewer bits would round away: use wire_format float32.'
-    )
-  if trainer.shared_every:
-    _check_shared_every(trainer)
-  if trainer.give_agreed and trainer.average_gradients:
-    raise ValueError(
-      'give_agreed gives the network as last agreed, but with '
-      'average_gradients all workers agree at every step: leave one out.'
-    )
-  if trainer.average_gradients and trainer.exchange.format.feedback:
-    raise ValueError(
-      'wire_format int8 sends changes between rounds, and average_gradients '
-      'has none: use bfloat16 or float32.'
-    )
-
-
-def _check_shared_every(trainer: Trainer) -> None:
-  every, steps = trainer.shared_every, trainer.local_steps
-  if not is_whole(every) or every < 1 or steps % every:
-    raise ValueError(
-      f'shared_every is {every!r}; it must be a divisor of local_steps, '
-      f'{steps}, or 0.'
-    )
-  if not trainer.chains:
-    raise ValueError(
-      f'shared_every is {every}, but chains cuts nothing, so everything is '
-      'shared: set it to 0, and lower local_steps instead.'
-    )
-  if not trainer.exchange.format.exact:
-    raise ValueError(
-      f'shared_every is {every}, which sends values, and a wire format with '
-      'fewer bits sends changes: use wire_format float32, or set it to 0.'
-    )
-
-
 def _check_inputs(
   trainer: Trainer, state: State, batch: PyTree, streamed: bool
 ) -> None:
@@ -903,29 +738,6 @@ def _check_batch(trainer: Trainer, batch: PyTree, streamed: bool) -> None:
   here = len(workers_here(trainer.devices, S)) if streamed else S
   _, G = mesh_sizes(trainer.devices)
   checks.check_batch(batch, here, None if streamed else trainer._steps, G)
-
-
-def _check_compiled(programs: Round, batch: PyTree) -> None:
-  """Refuses batches of another form than those that were compiled for."""
-  found = form_of_step(batch, programs.streamed)
-  if jax.tree.flatten(found) != jax.tree.flatten(programs.compiled_for):
-    raise ValueError(
-      f'batches give a worker {found} at a step, but the programs were '
-      f'compiled for {programs.compiled_for}: give those, or compile again.'
-    )
-
-
-def _check_slots(
-  programs: Round, assignments: Mapping[str, Assignment]
-) -> None:
-  """Refuses so many slots that the programs were not compiled for."""
-  for name, assignment in assignments.items():
-    found, ours = np.shape(assignment.slots), programs.slots[name]
-    if found != ours:
-      raise ValueError(
-        f'the slots of {name} have the shape {found}, but the programs were '
-        f'compiled for {ours}: give so many, or compile again.'
-      )
 
 
 def _can_go_on(protocol: Protocol, state: State) -> bool:
@@ -944,22 +756,10 @@ def _lengths(trainer: Trainer, state: State) -> tuple[tuple[str, int], ...]:
 
 def _check_state(trainer: Trainer, state: State) -> None:
   """Refuses the state of another trainer."""
-  _check_is_state(state)
-  workers = {x.shape[0] for x in jax.tree.leaves((state.shared, state.chain))}
-  differ = {
-    'chains': (sorted(state.num_blocks), sorted(trainer.chains)),
-    'num_workers': (max(workers, default=None), trainer.num_workers),
-    'carry': (state.carried is not None, trainer.carry),
-    'outer': (state.outer is not None, trainer.outer is not None),
-    'average': (state.average is not None, bool(trainer.average)),
-  }
-  for name, (theirs, ours) in differ.items():
-    if theirs != ours:
-      raise ValueError(
-        f'the state is of a trainer with {name}={theirs!r}, but this one has '
-        f'{ours!r}: use that trainer, or save and restore the state.'
-      )
-  _check_division(trainer, state)
+  mistakes.check_is_state(state)
+  mistakes.check_settings(trainer, state)
+  protocol, wanted = trainer._division(_lengths(trainer, state))
+  mistakes.check_division(protocol, wanted, state)
   for field, parts in (('optimizer', state.carried), ('outer', state.outer)):
     if parts is None:
       continue
@@ -971,38 +771,7 @@ def _check_state(trainer: Trainer, state: State) -> None:
         f'use that {field}, or begin with the parameters alone, '
         'trainer.init(params).'
       )
-  _check_usable(state)
-
-
-def _check_division(trainer: Trainer, state: State) -> None:
-  """Refuses a state whose blocks are divided or exchanged in another way."""
-  protocol, wanted = trainer._division(_lengths(trainer, state))
-  same = {
-    'update_factor': (state.norms is not None) == protocol.judges_updates,
-    'wire_format': (state.error is not None) == protocol.keeps_error,
-  }
-  _refuse_others(same)
-  for name, found in state.assignments.items():
-    ours = wanted[name]
-    there = [field is not None for field in found]
-    same['exchange'] = there == [field is not None for field in ours]
-    # Slots that a person chose may be more than there have to be.
-    both = zip(found[1:], ours[1:], strict=True) if same['exchange'] else ()
-    same['min_depth'] = all(x is None or x.shape == y.shape for x, y in both)
-    if trainer.depths and not isinstance(found.slots, jax.ShapeDtypeStruct):
-      slots = assignments_on_host(state)[name].slots
-      counts = (slots < state.num_blocks[name]).sum(axis=1)
-      same['depths'] = tuple(counts.tolist()) == tuple(trainer.depths)
-    _refuse_others(same)
-
-
-def _refuse_others(same: Mapping[str, bool]) -> None:
-  for field, equal in same.items():
-    if not equal:
-      raise ValueError(
-        f'the state is of a trainer with another {field}: use that trainer, or '
-        'save the state and restore it with this one.'
-      )
+  mistakes.check_usable(state)
 
 
 def _first_division(trainer: Trainer, lengths: tuple[tuple[str, int], ...]):
@@ -1016,22 +785,3 @@ def _fits(trainer: Trainer, field: str, structure, shapes) -> bool:
   leaves = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
   shared, chain, parts = structure.unflatten(leaves)
   return fits(getattr(trainer, field), (shared, chain), parts)
-
-
-def _check_is_state(state: State) -> None:
-  if not isinstance(state, State):
-    raise ValueError(
-      f'state is a {type(state).__name__}; it must come from init, round or '
-      'restore of this trainer.'
-    )
-
-
-def _check_usable(state: State) -> None:
-  """Refuses what is no state, or was given to a round before."""
-  _check_is_state(state)
-  for leaf in jax.tree.leaves(state):
-    if isinstance(leaf, jax.Array) and leaf.is_deleted():
-      raise ValueError(
-        'the state was given to round before, which consumed it: use the state '
-        'that round returned.'
-      )
