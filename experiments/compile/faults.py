@@ -10,9 +10,9 @@ from resist_jax.accounting import hlo
 
 
 def _of_round(args: tuple[Any, ...]) -> Any:
-  (shared, chain, carried), error, outer = args[:3]
+  (shared, chain, carried), exchanged = args[:2]
   # The number of the round says what a schedule counts: nothing reads that.
-  return shared, chain, carried and carried.moments, error, outer
+  return shared, chain, carried and carried.moments, exchanged
 
 
 # The arguments that a program of a round replaces by new ones. `finish` gets
@@ -20,7 +20,7 @@ def _of_round(args: tuple[Any, ...]) -> Any:
 _REPLACED = {
   'round': _of_round,
   'step': lambda args: args[0],
-  'finish': lambda args: (args[0].params, args[2:4]),
+  'finish': lambda args: (args[0].params, args[2]),
 }
 
 

@@ -7,7 +7,12 @@ axis `data`, which share the work of a local step.
 
 from resist_jax.rounds.compiled import Round, make_round
 from resist_jax.rounds.local_training import LossFn
-from resist_jax.rounds.mesh import loads_may_hang, make_mesh, mesh_sizes
+from resist_jax.rounds.mesh import (
+  avoid_loads,
+  loads_may_hang,
+  make_mesh,
+  mesh_sizes,
+)
 from resist_jax.rounds.protocol import MinDepth, Protocol
 from resist_jax.rounds.state import (
   State,
@@ -26,6 +31,7 @@ __all__ = [
   'Whole',
   'assemble',
   'averaged',
+  'avoid_loads',
   'distribute',
   'loads_may_hang',
   'make_mesh',

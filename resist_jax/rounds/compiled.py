@@ -1,10 +1,10 @@
 """A compiled round: T local steps on every worker, then the exchange."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 from functools import partial
 import time
-from typing import Any
+from typing import Any, NamedTuple
 import warnings
 
 import jax
@@ -34,6 +34,7 @@ from resist_jax.rounds.state import (
   place_assignments,
 )
 from resist_jax.rounds.synchronisation import (
+  ExchangeState,
   Synchronised,
   share,
   synchronise,
@@ -135,7 +136,7 @@ class Round:
     moves = (state.assignments, state.assignments)
     if 'round' in self.programs:
       batches = _shapes(batches, self._batch_sharding)
-      inputs = (held, *_kept(state), *moves, constants, batches, index)
+      inputs = (held, _exchange_state(state), moves, constants, batches, index)
       return {'round': inputs}
     local = jax.eval_shape(self.programs['begin'], *held, index)
     local = _shapes(local, NamedSharding(self.mesh, SHARDED))
@@ -150,7 +151,7 @@ class Round:
         name: (*device_groups.part(inputs, group), index, index)
         for name, group in self.groups.items()
       },
-      'finish': (local, agreed, *_kept(state), *moves, index),
+      'finish': (local, agreed, _exchange_state(state), moves, index),
     }
 
   def at_once(self, count: int) -> 'Round | None':
@@ -206,17 +207,21 @@ class Round:
     if 'round' in self.programs:
       batches = place(batches, self._batch_sharding)
       new, metrics = self.programs['round'](
-        (state.shared, state.chain, state.carried), *_kept(state), *moves,
-        constants, batches, index,
-      )  # fmt: skip
+        (state.shared, state.chain, state.carried),
+        _exchange_state(state),
+        moves,
+        constants,
+        batches,
+        index,
+      )
     else:
       agreed = self.protocol.kept(state.shared, state.chain)
       local, seconds = self._train(state, agreed, constants, batches, index)
       new, metrics = self.programs['finish'](
         local,
         agreed,
-        *_kept(state),
-        *moves,
+        _exchange_state(state),
+        moves,
         np.int32(self.protocol.rounds_at_once),
       )
       for leaf in jax.tree.leaves(agreed):
@@ -316,9 +321,8 @@ class Round:
     return NamedSharding(self.mesh, spec)
 
 
-def _kept(state: State) -> tuple:
-  """Returns what an exchange reads of a state besides the parameters."""
-  return state.error, state.outer, state.average, state.norms
+def _exchange_state(state: State) -> ExchangeState:
+  return ExchangeState(state.error, state.outer, state.average, state.norms)
 
 
 def _slots(assignments: Mapping[str, Assignment]) -> dict[str, jax.Array]:
@@ -378,9 +382,36 @@ def make_round(
     loss_fn, optimizer, protocol, seed, metrics, on_device, grouped
   )
   groups = device_groups.make_device_groups(protocol, mesh)
+  functions = _on_mesh(training, groups, mesh)
+  if on_device and not streamed and 'step' in groups:
+    whole = partial(_scan_round, protocol, functions)
+    programs = {'round': jax.jit(whole, donate_argnums=(0, 1))}
+  else:
+    programs = _host_programs(protocol, functions, groups, mesh)
+  return Round(
+    protocol, mesh, seed, programs, groups, on_device, streamed, metrics
+  )
+
+
+class _Functions(NamedTuple):
+  """The functions that make up a round, mapped over the devices.
+
+  A step is mapped over the devices of its group.
+  """
+
+  begin: Callable
+  steps: Mapping[str, Callable]
+  share: Callable
+  finish: Callable
+
+
+def _on_mesh(training, groups, mesh) -> _Functions:
+  """Maps the functions of a round over the devices."""
+  protocol = training.protocol
   on_mesh = partial(jax.shard_map, check_vma=True)
   _, batch = batch_specs(mesh)
-  held = (SHARDED, SHARDED, SHARDED)
+  held: Any = (SHARDED, SHARDED, SHARDED)
+  kept: Any = (SHARDED, SHARDED, SHARDED, REPLICATED)
   begin = on_mesh(
     training.begin,
     mesh=mesh,
@@ -399,32 +430,21 @@ def make_round(
     )
     for name, group in groups.items()
   }
-  specs: Any = len(Synchronised._fields) * [SHARDED]
-  specs[Synchronised._fields.index('norms')] = REPLICATED
-  finish = on_mesh(
-    partial(synchronise, protocol, optimizer),
-    mesh=mesh,
-    in_specs=(*held, SHARDED, SHARDED, *4 * [REPLICATED]),
-    out_specs=(Synchronised(*specs), SHARDED),
-  )
   sharing = on_mesh(
     partial(share, protocol),
     mesh=mesh,
     in_specs=(SHARDED, SHARDED, REPLICATED),
     out_specs=SHARDED,
   )
-  if on_device and not streamed and 'step' in groups:
-    parts = begin, steps['step'], sharing, finish
-    whole = partial(_scan_round, protocol, *parts)
-    programs = {'round': jax.jit(whole, donate_argnums=(0, 1, 2, 3))}
-  else:
-    options = compiler_options(mesh)
-    programs = _host_programs(protocol, begin, steps, finish, groups, options)
-    if protocol.shared_every:
-      programs['share'] = jax.jit(sharing, donate_argnums=0)
-  return Round(
-    protocol, mesh, seed, programs, groups, on_device, streamed, metrics
-  )
+  finish = on_mesh(
+    partial(synchronise, protocol, training.optimizer),
+    mesh=mesh,
+    in_specs=(
+      SHARDED, SHARDED, ExchangeState(*kept), REPLICATED, REPLICATED,
+    ),
+    out_specs=(Synchronised(*held, *kept), SHARDED),
+  )  # fmt: skip
+  return _Functions(begin, steps, sharing, finish)
 
 
 def form_of_step(batch: PyTree, streamed: bool) -> PyTree:
@@ -443,40 +463,39 @@ def form_of_step(batch: PyTree, streamed: bool) -> PyTree:
   return jax.tree.map(form, batch)
 
 
-def _host_programs(
-  protocol, begin, steps, finish, groups, options
-) -> dict[str, Any]:
+def _host_programs(protocol, functions, groups, mesh) -> dict[str, Any]:
   """Jits the programs of a round whose steps the host dispatches."""
   # The exchange needs some of the parameters as they were before training.
   stays = (protocol.keeps_shared, protocol.keeps_blocks, False)
   donated = [i for i, kept in enumerate(stays) if not kept]
-  return {
-    'begin': jax.jit(begin, donate_argnums=donated),
-    **{
-      name: jax.jit(
-        step,
-        donate_argnums=0,
-        compiler_options=options,
-        out_shardings=groups[name]
-        and NamedSharding(groups[name].mesh, SHARDED),
-      )
-      for name, step in steps.items()
-    },
-    'finish': jax.jit(finish, donate_argnums=(0, 2, 3, 4)),
+  programs = {
+    'begin': jax.jit(functions.begin, donate_argnums=donated),
+    'finish': jax.jit(functions.finish, donate_argnums=(0, 2)),
   }
+  if protocol.shared_every:
+    programs['share'] = jax.jit(functions.share, donate_argnums=0)
+  for name, step in functions.steps.items():
+    group = groups[name]
+    programs[name] = jax.jit(
+      step,
+      donate_argnums=0,
+      compiler_options=compiler_options(mesh),
+      out_shardings=group and NamedSharding(group.mesh, SHARDED),
+    )
+  return programs
 
 
 def _scan_round(
-  protocol, begin, step, sharing, finish, held, error, outer, average, norms,
-  before, after, constants, batches, index,
-):  # fmt: skip
+  protocol, functions, held, exchange_state, moves, constants, batches, index
+):
   """Trains and exchanges in one program, for GPU and TPU."""
   agreed = protocol.kept(*held[:2])
-  slots = _slots(before)
-  local = begin(*held, index)
+  slots = _slots(moves[0])
+  local = functions.begin(*held, index)
 
   def body(local, step_input):
     batch, t = step_input
+    step = functions.steps['step']
     return step(local, slots, constants, batch, index, t), None
 
   by_step = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), batches)
@@ -484,16 +503,15 @@ def _scan_round(
   inputs = by_step, steps
   if protocol.num_shared:
     every = protocol.shared_every
-    parts = jax.tree.map(lambda x: x.reshape(-1, every, *x.shape[1:]), inputs)
-    inputs = jax.tree.map(lambda x: x[-1], parts)
+    spans = jax.tree.map(lambda x: x.reshape(-1, every, *x.shape[1:]), inputs)
+    inputs = jax.tree.map(lambda x: x[-1], spans)
 
-    def body_and_share(local, part):
-      local, _ = lax.scan(body, local, part)
-      return sharing(local, agreed, norms), None
+    def body_and_share(local, span):
+      local, _ = lax.scan(body, local, span)
+      return functions.share(local, agreed, exchange_state.norms), None
 
-    earlier = jax.tree.map(lambda x: x[:-1], parts)
+    earlier = jax.tree.map(lambda x: x[:-1], spans)
     local, _ = lax.scan(body_and_share, local, earlier)
   local, _ = lax.scan(body, local, inputs)
   rounds = jnp.int32(protocol.rounds_at_once)
-  kept = error, outer, average, norms
-  return finish(local, agreed, *kept, before, after, rounds)
+  return functions.finish(local, agreed, exchange_state, moves, rounds)

@@ -4,6 +4,7 @@ from functools import cache
 import os
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, PartitionSpec
 import numpy as np
 
@@ -112,6 +113,17 @@ def loads_may_hang(mesh: Mesh) -> bool:
   on_cpu = mesh.devices.flat[0].platform == 'cpu'
   newer = jax.__version_info__ >= _LOADS_MAY_HANG_FROM
   return cached and on_cpu and mesh.size > 1 and newer
+
+
+def avoid_loads(mesh: Mesh) -> None:
+  """Turns JAX's compilation cache off in this process where loads may hang.
+
+  Args:
+    mesh: Where the workers live, see `loads_may_hang`.
+  """
+  if loads_may_hang(mesh):
+    jax.config.update('jax_enable_compilation_cache', False)
+    compilation_cache.reset_cache()  # JAX asks only once whether to use it.
 
 
 def mesh_sizes(mesh: Mesh) -> tuple[int, int]:

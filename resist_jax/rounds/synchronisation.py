@@ -25,6 +25,22 @@ from resist_jax.rounds.protocol import Protocol
 PyTree = Any
 
 
+class ExchangeState(NamedTuple):
+  """What the exchange keeps from round to round besides the network.
+
+  Attributes:
+    error: What rounding removed from changes so far.
+    outer: State of the outer optimiser; None if there is none.
+    average: The average over rounds; None if there is none.
+    norms: Norms of the updates of recent rounds; None if nobody judges them.
+  """
+
+  error: PyTree | None
+  outer: Parts | None
+  average: Parts | None
+  norms: Norms | None
+
+
 class Synchronised(NamedTuple):
   """The fields of a `State` that a program computes; see there."""
 
@@ -42,12 +58,8 @@ def synchronise(
   optimizer: optax.GradientTransformation,
   local: Local,
   agreed: tuple[PyTree | None, PyTree | None],
-  error: PyTree | None,
-  outer: Parts | None,
-  average: Parts | None,
-  norms: Norms | None,
-  before: Mapping[str, Assignment],
-  after: Mapping[str, Assignment],
+  exchange_state: ExchangeState,
+  moves: tuple[Mapping[str, Assignment], Mapping[str, Assignment]],
   rounds: jax.Array,
 ) -> tuple[Synchronised, dict[str, jax.Array]]:
   """Aggregates, and hands out the blocks of the next round.
@@ -57,12 +69,8 @@ def synchronise(
     optimizer: Made the state in `local`.
     local: What local training ends with.
     agreed: The shared part and the blocks before it, see `Protocol.kept`.
-    error: What rounding removed from changes so far.
-    outer: State of the outer optimiser; None if there is none.
-    average: The average over rounds; None if there is none.
-    norms: Norms of the updates of recent rounds; None if nobody judges them.
-    before: The assignment of each chain in the round.
-    after: The assignment of each chain in the next round.
+    exchange_state: What the exchange of the last round left.
+    moves: The assignment of each chain in this round, and in the next one.
     rounds: How many rounds were trained as one, `int32[]`. A program that the
       host calls after its own steps serves any number.
 
@@ -70,6 +78,7 @@ def synchronise(
     What the state of the next round holds, and metrics `[W]` by name.
   """
   S = protocol.num_workers
+  error, outer, average, norms = exchange_state
   agreed_shared, agreed_chain = collectives.widen(agreed)
   judged, norms, metrics = _judge(protocol, local, agreed, norms)
   # With averaged gradients, all workers hold the same.
@@ -85,31 +94,30 @@ def synchronise(
   elif not protocol.average_gradients:  # With these, all are equal already.
     mean = collectives.mean_over_workers(shared, S, healthy=healthy)
     shared = _if_anybody(healthy, mean, agreed_shared)
-  moves = before, after, healthy
   if outer is None:
-    chain = _exchange_chains(protocol, chain, *moves, agreed_chain)
+    chain = _exchange_chains(protocol, chain, *moves, healthy, agreed_chain)
   else:
-    settled = _settle(protocol, chain, before, healthy, agreed_chain)
+    settled = _settle(protocol, chain, moves[0], healthy, agreed_chain)
     params, outer = _outer_step(
       protocol,
       (agreed_shared, agreed_chain),
       (shared, settled),
       outer,
-      moves,
+      (*moves, healthy),
       rounds,
     )
     shared, chain = split(params, protocol.num_blocks)
 
   carried = None
   if protocol.carry:
-    carried = _exchange_moments(protocol, optimizer, local, agreed, *moves)
+    carried = _exchange_moments(
+      protocol, optimizer, local, agreed, *moves, healthy
+    )
   shared, chain = collectives.narrow(
     (shared, chain), split(local.params, protocol.num_blocks)
   )
   if average is not None:
-    average = _average(
-      protocol, (shared, chain), average, (before, after), rounds
-    )
+    average = _average(protocol, (shared, chain), average, moves, rounds)
   return (
     Synchronised(shared, chain, carried, error, outer, average, norms),
     metrics,

@@ -8,7 +8,6 @@ import json
 from typing import Any
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding
 import ml_collections
 import numpy as np
@@ -16,7 +15,7 @@ import optax
 
 from resist_jax import accounting, data
 from resist_jax.errors import ConfigError
-from resist_jax.rounds import loads_may_hang, make_mesh, storage
+from resist_jax.rounds import avoid_loads, make_mesh, storage
 from resist_jax.rounds.arrays import place
 from resist_jax.rounds.mesh import REPLICATED, workers_here
 from resist_jax.run import module_task, optimizer, resnet_task, same_data
@@ -167,9 +166,7 @@ def prepare(
     ConfigError: If the data or the devices do not fit the config.
   """
   mesh = make_mesh(_num_devices(config), config.devices_per_worker)
-  if loads_may_hang(mesh):
-    jax.config.update('jax_enable_compilation_cache', False)
-    compilation_cache.reset_cache()  # JAX asks only once whether to use it.
+  avoid_loads(mesh)
   task = _make_task(config, mesh, dataset)
   visible = len(task.dataset.train)
   if config.data.sharded:
