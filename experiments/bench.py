@@ -86,6 +86,8 @@ def main() -> None:
   # Without virtual devices, a single worker uses all cores.
   if args.workers > 1 and not args.only_step:
     jax.config.update('jax_num_cpu_devices', args.workers)
+  # The seconds of compiling count, and on several CPU devices loads may hang.
+  jax.config.update('jax_enable_compilation_cache', False)
   results = []
   for name in NETWORKS if args.network == 'both' else [args.network]:
     try:

@@ -25,7 +25,7 @@ from experiments.experiment import (
   main,
   of_runs,
 )
-from experiments.runs import begin, busy, provenance, write_record
+from experiments.runs import begin, history, provenance, write_record
 from experiments.table import Table
 from resist_jax import data, decomposition
 from resist_jax.run import export, train
@@ -108,7 +108,7 @@ def train_ensemble(
   kind = summaries[0]['device'].split(',')[0]
   record = {
     'provenance': provenance(f'{summaries[0]["num_devices"]} x {kind}')
-    | busy(folder),
+    | history(folder),
     'config': json.loads(json.dumps(config.to_dict())),
     'summary': {
       'seed': config.seed,
@@ -123,14 +123,16 @@ def train_ensemble(
 
 def tables(results: Results) -> list[Table]:
   """Compares ensembles with their members, ResIST and the paper's ensembles."""
-  rows, found = [], []
+  rows, found, shown = [], [], []
   for name, title in table2.DATA.items():
     for workers in WORKERS[results.scale]:
       run = cell(name, workers)
       records = results.of(run)
       if not records:
         continue
+      resist = table2.cell(name, 'resist', workers)
       found += records
+      shown += [*records, *results.of(resist)]
       alone = [
         100 * summary['test_accuracy']
         for record in records
@@ -138,7 +140,7 @@ def tables(results: Results) -> list[Table]:
       ]
       rows.append(
         [title, str(workers), f'{np.mean(alone):.1f}', results.percent(run)]
-        + [results.percent(table2.cell(name, 'resist', workers))]
+        + [results.percent(resist)]
         + [f'{paper.ENSEMBLE[name][workers]:.2f}']
         + [paper.ACCURACY[name]['resist'][workers]]
       )
@@ -147,7 +149,7 @@ def tables(results: Results) -> list[Table]:
   caption = (
     f'Deployed test accuracy in %, {results.scale} scale: the mean of the '
     'members, each alone; their ensemble, which runs all of them; and ResIST. '
-    f'{of_runs(found)}'
+    f'Its runs are those of `experiments.table2`. {of_runs(shown)}'
   )
   head = ['data', 'members', 'alone', 'ensemble', 'ResIST']
   head += ['paper: ensemble', 'paper: ResIST']
@@ -176,8 +178,21 @@ def figures(results: Results) -> Mapping[str, Drawn]:
   return {'ensemble': pictures.steps(panels, xlabel='workers')}
 
 
+def beside(scale: str) -> list[Cell]:
+  """Returns the ResIST runs of Table 2 that stand beside the ensembles."""
+  return [
+    table2.cell(n, 'resist', S) for S in WORKERS[scale] for n in table2.DATA
+  ]
+
+
 EXPERIMENT = Experiment(
-  'ensemble', 'Never synchronised', cells, tables, figures, train_ensemble
+  'ensemble',
+  'Never synchronised',
+  cells,
+  tables,
+  figures,
+  train_ensemble,
+  beside=beside,
 )
 
 if __name__ == '__main__':

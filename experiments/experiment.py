@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import itertools
-import json
 import pathlib
+import re
 import statistics
 import sys
 from typing import Any
@@ -19,7 +19,7 @@ from experiments.pictures import Picture
 from experiments.runs import RESULTS, load_card, run
 from experiments.table import Table
 from resist_jax import folders
-from resist_jax.errors import NonFiniteError, Parser
+from resist_jax.errors import ConfigError, NonFiniteError, Parser, refused
 from resist_jax.run import program
 from resist_jax.run.interrupt import Interrupt, Interrupted
 
@@ -79,9 +79,16 @@ class Results:
     return self.folder(cell) / f'{cell.name}_seed{seed}.json'
 
   def of(self, cell: Cell) -> list[Record]:
-    """Returns the results of a cell, one for each seed that has been run."""
+    """Returns the results of a cell, one for each seed that has been run.
+
+    A copy of a result under another name is no further seed.
+
+    Raises:
+      ConfigError: If a file is damaged.
+    """
+    name = re.compile(rf'{re.escape(cell.name)}_seed\d+\.json')
     paths = self.folder(cell).glob(f'{cell.name}_seed*.json')
-    return [json.loads(path.read_text()) for path in sorted(paths)]
+    return [runs.read(p) for p in sorted(paths) if name.fullmatch(p.name)]
 
   def values(self, cell: Cell, field: str) -> list[float]:
     """Returns a field of the summaries, for each seed that has been run."""
@@ -106,6 +113,7 @@ class Experiment:
     train: Trains a config, writes the result file and deletes the workdir:
       `train(config, target, folder)`.
     scales: At which scales it is run.
+    beside: Returns the cells of other experiments that its tables show, too.
   """
 
   name: str
@@ -115,6 +123,7 @@ class Experiment:
   figures: Callable[[Results], Mapping[str, Drawn]]
   train: Callable[[ConfigDict, pathlib.Path, pathlib.Path], None] = run
   scales: Sequence[str] = SCALES
+  beside: Callable[[str], Sequence[Cell]] = lambda scale: ()
 
   @property
   def command(self) -> str:
@@ -307,18 +316,20 @@ def _timing(results: Results, cell: Cell, number: int) -> int:
 
 def show(experiment: Experiment, results: Results) -> None:
   """Prints the tables, and writes tables and figures beside the results."""
-  tables = experiment.tables(results)
+  tables, folder = experiment.tables(results), results.folder()
   if not tables:
-    print(f'no table yet: too few results in {results.folder()}')
+    print(f'no table yet: too few results in {folder}')
     return
-  folder = results.folder()
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / 'table.md').write_text('\n'.join(t.markdown() for t in tables))
-  for name, picture in experiment.pictures(results).items():
-    figure = picture.figure() if isinstance(picture, Picture) else picture
-    figure.savefig(folder / f'{name}.png', dpi=150)
   for table in tables:
     print(table.caption, table.text(), sep='\n', end='\n\n')
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'table.md').write_text('\n'.join(t.markdown() for t in tables))
+    for name, picture in experiment.pictures(results).items():
+      figure = picture.figure() if isinstance(picture, Picture) else picture
+      figure.savefig(folder / f'{name}.png', dpi=150)
+  except OSError as error:  # Such as results that may only be read.
+    print(f'tables and figures are not written: {error}', file=sys.stderr)
 
 
 def _parser(experiment: Experiment, doc: str | None) -> Parser:
@@ -375,7 +386,8 @@ def _refusal(
       '--busy is set, but these runs only measure seconds, for which the '
       'machine must do nothing else: leave it out.'
     )
-  return '' if options.show else _other_dtype(results, chosen, options.dtype)
+  shown = [*cells, *experiment.beside(options.scale)]
+  return '' if options.show else _other_dtype(results, shown, options.dtype)
 
 
 def _other_dtype(results: Results, cells: Sequence[Cell], dtype: str) -> str:
@@ -405,13 +417,16 @@ def main(
   parser = _parser(experiment, doc)
   options = parser.parse_args(args)
   results = Results(experiment.name, options.scale, options.results)
-  if wrong := _refusal(experiment, results, options):
-    parser.error(wrong)
   logging.set_verbosity(logging.WARNING)  # orbax reports every step it takes.
   diverged = False
-  if not options.show:
-    diverged = _train_all(experiment, results, options)
-  show(experiment, results)
+  try:
+    if wrong := _refusal(experiment, results, options):
+      parser.error(wrong)
+    if not options.show:
+      diverged = _train_all(experiment, results, options)
+    show(experiment, results)
+  except ConfigError as error:  # A result file is damaged.
+    raise SystemExit(refused(error)) from None
   if diverged:
     raise SystemExit(1)
 
@@ -431,19 +446,29 @@ def _train_all(
       home = cell.home or experiment.name
       folder = options.runs / home / scale / target.stem
       try:
-        if options.busy:
-          runs.begin_busy(folder)
+        folders.check_writable(target.parent, 'results')
+        runs.begin_run(folder, options.busy)
         experiment.train(config, target, folder)
       except NonFiniteError as error:  # It would diverge again; others may not.
-        print(f'error: {target.stem}: {error}', file=sys.stderr)
+        _say(target, str(error), 1)
         diverged = True
       except program.MENDABLE as error:
-        line, code = program.explain(error, str(folder))
-        print(f'error: {target.stem}: {line}', file=sys.stderr)
-        raise SystemExit(code) from None
+        raise SystemExit(
+          _say(target, *program.explain(error, str(folder)))
+        ) from None
       except Interrupted as stop:
         print(f'{target.stem}: {stop}', file=sys.stderr)
+      except Exception as error:
+        if not (line := program.out_of_memory(error)):
+          raise
+        raise SystemExit(_say(target, line, 1)) from None
       # A signal in the last round does not stop the run, but it stops here.
       if interrupt.signum:
         raise SystemExit(128 + interrupt.signum)
   return diverged
+
+
+def _say(target: pathlib.Path, line: str, code: int) -> int:
+  """Says why a run has ended; returns the exit code."""
+  print(f'error: {target.stem}: {line}', file=sys.stderr)
+  return code

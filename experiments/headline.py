@@ -7,7 +7,9 @@ from experiments.experiment import (
   Cell,
   Record,
   Results,
+  machine,
   of_runs,
+  on_each_machine,
   seconds,
   spread,
 )
@@ -15,6 +17,7 @@ from experiments.runs import load
 from experiments.table import Table
 
 WORKERS = 4
+BOTH = 'resist', 'local_sgd'  # Whose seconds are compared.
 # Rows: name, protocol and recipe; and name, protocol, exchange and wire format.
 LEARNED = (
   ('data parallel', 'data_parallel', to_accuracy.PLAIN),
@@ -63,10 +66,10 @@ def _learned() -> list[Table]:
     return []
   runs = [record for trained in found.values() for record in trained.records]
   caption = (
-    'Four workers that share a machine, equally many steps where the name says '
-    'nothing else. *CIFAR-10* is the test accuracy in %; the columns behind it '
-    'are the seconds of training, and the GB that all workers sent, until the '
-    'first test that reaches an accuracy. '
+    'Four workers share one machine and take equally many steps, unless the '
+    'row says otherwise. *CIFAR-10* is the final test accuracy in %. The '
+    'columns *to N %* give the seconds of training, and the GB sent by all '
+    'workers, until a test first reaches N %. '
     f'{of_runs(runs)}{to_accuracy.on_a_quiet(where)}'
   )
   head = ['', 'CIFAR-10', *to_accuracy.TO_TARGETS]
@@ -78,6 +81,7 @@ def _costs() -> Table:
   link = '100 Mbit/s'
   rows, on_digits, on_gpu = [], [], []
   initial = _initial()
+  where = _machine_of(initial)
   for name, protocol, exchange, wire_format in COSTS:
     exact = wire_format == 'float32'
     records = _paper_runs(protocol, initial) if exact else []
@@ -92,7 +96,7 @@ def _costs() -> Table:
     waited = slow_report.exchange_seconds(links, link, method)
     sent = _sent(protocol, exchange, wire_format) / 1e9
     rows.append(
-      [name, *_accuracy_and_seconds(records), f'{sent:.2f} GB']
+      [name, *_accuracy_and_seconds(records, where), f'{sent:.2f} GB']
       + [f'{waited:.2f} s', results.percent(run)]
     )
   summary = links[link, 'data_parallel']['summary']
@@ -102,7 +106,8 @@ def _costs() -> Table:
     'Four workers. *CIFAR-100* and *training* are the test accuracy in % and '
     "the seconds of training with the paper's network and settings in "
     f'bfloat16{values}, where all workers take turns on one device. '
-    f'{of_runs(on_gpu)} *Sent in a round* is what all workers together '
+    f'{of_runs(on_gpu)}{_timed_on(on_gpu, where)} '
+    '*Sent in a round* is what all workers together '
     "send in 50 steps of the paper's ResNet101, read from the compiled "
     'programs. *Exchange* is the time that the exchanges of a round take on '
     f'links of {link} between four processes, for {millions:.1f} million '
@@ -122,22 +127,34 @@ def _paper_runs(protocol: str, initial: str) -> list[Record]:
 
 def _initial() -> str:
   """Returns initial values that ResIST and local SGD both have runs with."""
-  both = 'resist', 'local_sgd'
   return next(
     (
       initial
       for initial in table2.INITIAL
-      if all(_paper_runs(protocol, initial) for protocol in both)
+      if all(_paper_runs(protocol, initial) for protocol in BOTH)
     ),
     '',
   )
 
 
-def _accuracy_and_seconds(records: Sequence[Record]) -> list[str]:
+def _timed_on(records: Sequence[Record], where: str) -> str:
+  """Says whose seconds are shown if the runs are of several machines."""
+  several = len({machine(r['provenance']) for r in records}) > 1
+  return f' *Training* was timed on {where}.' if several and where else ''
+
+
+def _machine_of(initial: str) -> str:
+  """Returns the machine whose seconds are shown; empty without one."""
+  both = {name: _paper_runs(name, initial) for name in BOTH}
+  return next(iter(on_each_machine(both)), '')
+
+
+def _accuracy_and_seconds(records: Sequence[Record], where: str) -> list[str]:
   if not records:
     return ['', '']
   accuracies = [100 * r['summary']['test_accuracy'] for r in records]
-  trained = seconds(records)
+  here = [r for r in records if machine(r['provenance']) == where]
+  trained = seconds(here)
   return [spread(accuracies), f'{trained:.0f} s' if trained else '']
 
 

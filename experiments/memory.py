@@ -96,6 +96,7 @@ def main() -> int:
   parser = Parser(description=__doc__.split('\n')[0])
   parser.add_argument('--budget', type=float, default=64, help='MiB a device')
   args = parsed(parser)
+  jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', WORKERS)
   live = LiveArrays()
   live.start()

@@ -23,14 +23,16 @@ import optax
 from experiments.runs import (
   RESULTS,
   begin,
-  begin_busy,
-  busy,
+  begin_run,
+  history,
   provenance,
+  read,
   write_record,
 )
 import resist_jax as resist
 from resist_jax import accounting, folders
 from resist_jax.errors import ConfigError, Parser, message, refused
+from resist_jax.rounds import avoid_loads
 from resist_jax.run import program
 from resist_jax.run.lock import locked
 from resist_jax.run.workdir import json_object, replace_text, write_json
@@ -148,6 +150,7 @@ def run(
     a row for each test.
   """
   trainer, test_scale = make_trainer(task, protocol, S, seed)
+  avoid_loads(trainer.devices)
   rows, state = _begin(trainer, task, seed, folder)
   sent = trainer.bytes_per_round(state, num_devices=S)
   held = [x[0].size for x in jax.tree.leaves((state.shared, state.chain))]
@@ -254,31 +257,40 @@ def main(
 
 def _complete(task: Task, protocol, S, seed, name, options) -> None:
   """Trains a run without a result file, and writes that."""
-  data = re.sub(r'\W+', '_', pathlib.Path(task.data).stem)
-  stem = f'{data}_{protocol}_s{S}_seed{seed}'
-  target = options.results / name / options.scale / f'{stem}.json'
+  run_name = f'{stem(task.data)}_{protocol}_s{S}_seed{seed}'
+  target = options.results / name / options.scale / f'{run_name}.json'
   config = _config(task, protocol, S, seed)
   if target.exists():
-    done = json.loads(target.read_text())['config']
+    done = read(target)['config']
     # The sources of Python are longer or shorter in each version of it.
     same = {**config, 'text_bytes': done.get('text_bytes')}
     _check_same(same, done, target)
     return
   begin(target)
-  folder = options.runs / name / options.scale / stem
-  folders.check_writable(folder, '--runs')
+  folder = options.runs / name / options.scale / run_name
+  begin_run(folder, options.busy)
   with locked(folder):
     begun = folder / 'config.json'
     if begun.exists():
       _check_same(config, json_object(begun), folder)
     write_json(begun, config)
-    if options.busy:
-      begin_busy(folder)
     found = run(task, protocol, S, seed, folder)
     record = _record(task, config, found)
-    record['provenance'] |= busy(folder)
+    record['provenance'] |= history(folder)
     write_record(target, record)
     shutil.rmtree(folder)
+
+
+def stem(data: str) -> str:
+  """Returns the name of data in the names of files.
+
+  Args:
+    data: A name, or a path.
+
+  >>> stem('tfds:imdb_reviews/plain_text'), stem('/texts/my text.txt')
+  ('plain_text', 'my_text')
+  """
+  return re.sub(r'\W+', '_', pathlib.Path(data).stem)
 
 
 def _config(task: Task, protocol, S, seed) -> dict[str, Any]:

@@ -4,7 +4,6 @@ python -m experiments.protocols_report
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-import json
 import pathlib
 import statistics
 from typing import Any
@@ -14,8 +13,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from experiments.costs import Cost, Machine
 from experiments.experiment import of_runs
-from experiments.protocols import PROTOCOLS
-from experiments.runs import RESULTS
+from experiments.protocols import PROTOCOLS, stem
+from experiments.runs import RESULTS, read
 from experiments.table import Table
 from resist_jax.report import colours, plots
 
@@ -43,7 +42,7 @@ def load(name: str) -> dict[str, Runs]:
   """
   found: dict[str, dict[tuple[str, int], list[Record]]] = {}
   for path in sorted((RESULTS / name / 'cpu').glob('*.json')):
-    record = json.loads(path.read_text())
+    record = read(path)
     config = record['config']
     runs = found.setdefault(config['data'], {})
     key = config['protocol'], config['num_workers']
@@ -58,7 +57,7 @@ def _order(item) -> tuple[int, int]:
   return S, list(PROTOCOLS).index(protocol)
 
 
-def seconds(record: Record) -> float:
+def seconds(record: Record) -> float | None:
   """Predicts the seconds of a round where each worker has a `MACHINE`.
 
   The seconds of the runs themselves are those of a machine that simulates all
@@ -68,9 +67,12 @@ def seconds(record: Record) -> float:
     record: A result.
 
   Returns:
-    Seconds of local training and of the exchanges, which do not overlap.
+    Seconds of local training and of the exchanges, which do not overlap. None
+    for a run on an accelerator, whose operations no compiler counted.
   """
   config, summary = record['config'], record['summary']
+  if summary['flops_per_step'] is None:
+    return None
   flops = config['local_steps'] * summary['flops_per_step']
   sent = summary['bytes_per_round'] / config['num_workers']
   return Cost(flops, sent, 0).seconds(MACHINE)['round']
@@ -90,14 +92,17 @@ def tables(name: str) -> Iterator[Table]:
     results = [k for k in UNITS if k in records[0]['summary']]
     rows = []
     for (protocol, S), found in runs.items():
-      summary = found[0]['summary']
-      total = seconds(found[0]) * found[0]['config']['rounds']
+      # All seeds compute as much, but no compiler counts it on accelerators.
+      record = next((r for r in found if seconds(r)), found[0])
+      summary, flops = record['summary'], record['summary']['flops_per_step']
+      total = (seconds(record) or 0) * record['config']['rounds']
       rows.append(
         [str(S), PROTOCOLS[protocol]]
         + [_spread([r['summary'][key] for r in found], key) for key in results]
         + [f'{summary["params_per_worker"] / summary["params_total"]:.0%}']
-        + [f'{summary["flops_per_step"] / 1e9:.2g}']
-        + [f'{found[0]["curve"][-1]["bytes"] / 1e6:,.0f}', f'{total:.3g}']
+        + [f'{flops / 1e9:.2g}' if flops else '']
+        + [f'{found[0]["curve"][-1]["bytes"] / 1e6:,.0f}']
+        + [f'{total:.3g}' if total else '']
       )
     head = ['S', 'protocol']
     head += [f'{k.replace("_", " ")}, {UNITS[k]}' for k in results]
@@ -122,6 +127,8 @@ def _caption(records: Sequence[Record]) -> str:
   what = (
     f"bytes of Python's standard library, windows of {shape['length']} bytes"
     if config['data'] == 'python'
+    else f'{config["data"]}, windows of {shape["length"]} bytes'
+    if 'text_bytes' in config
     else f'{config["data"]}, images in {shape["length"]} patches'
   )
   return (
@@ -150,7 +157,9 @@ def figures(name: str) -> dict[str, Figure]:
   Returns:
     Figures by name.
   """
-  return {f'loss_{data}': _figure(runs) for data, runs in load(name).items()}
+  return {
+    f'loss_{stem(data)}': _figure(runs) for data, runs in load(name).items()
+  }
 
 
 def _figure(runs: Runs) -> Figure:
@@ -166,9 +175,9 @@ def _figure(runs: Runs) -> Figure:
   for S, line in zip(workers, every, strict=True):
     for axes, x in zip(line, X_AXES, strict=True):
       for (protocol, count), found in runs.items():
-        if count == S:
+        if count == S and (curve := _curve(found, x)):
           axes.plot(
-            *_curve(found, x),
+            *curve,
             color=looks[protocol].colour,
             linestyle=_dashes(looks[protocol]),
             label=PROTOCOLS[protocol],
@@ -208,18 +217,26 @@ def _dashes(look: colours.Style) -> Any:
   return (0, look.dashes) if look.dashes else '-'
 
 
-def _curve(found: Sequence[Record], x: str) -> tuple[list[float], list[float]]:
-  """Returns a cost, and the mean over seeds of the test loss."""
+def _curve(
+  found: Sequence[Record], x: str
+) -> tuple[list[float], list[float]] | None:
+  """Returns a cost, and the mean over seeds of the test loss.
+
+  None if nobody knows the cost.
+  """
   curves = [record['curve'] for record in found]
   rounds = [row['round'] for row in curves[0]]
   losses = [
     statistics.mean(row['test_loss'] for row in rows)
     for rows in zip(*curves, strict=True)
   ]
+  a_round = next(filter(None, map(seconds, found)), None)
+  if x == 'seconds' and a_round is None:
+    return None
   costs = {
     'steps': [row['steps'] for row in curves[0]],
     'bytes': [row['bytes'] / 1e6 for row in curves[0]],
-    'seconds': [done * seconds(found[0]) for done in rounds],
+    'seconds': [done * (a_round or 0) for done in rounds],
   }
   return costs[x], losses
 

@@ -7,10 +7,12 @@ A test compares both files with what this command would write.
 
 import os
 import pathlib
+import sys
 
 from experiments import headline
 from experiments.sections import INTRODUCTION, Section, sections
 from experiments.table import Table
+from resist_jax.errors import ConfigError, refused
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / 'README.md'
@@ -19,10 +21,15 @@ BEGIN = '<!-- headline: written by python -m experiments.readme -->\n'
 END = '<!-- end of headline -->\n'
 
 
-def main() -> None:
-  """Writes both files."""
-  README.write_text(with_headline(README.read_text()))
-  RESULTS.write_text(results())
+def main() -> int:
+  """Writes both files; returns the exit code."""
+  try:
+    readme, text = with_headline(README.read_text()), results()
+  except ConfigError as error:  # A result file is damaged.
+    return refused(error)
+  README.write_text(readme)
+  RESULTS.write_text(text)
+  return 0
 
 
 def with_headline(text: str) -> str:
@@ -79,4 +86,4 @@ def _section(section: Section) -> str:
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(main())

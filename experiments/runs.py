@@ -19,9 +19,12 @@ import jax
 import ml_collections
 
 from resist_jax import folders, report
+from resist_jax.errors import ConfigError, one_line
 from resist_jax.run import cards, train, workdir
 
-_BUSY = 'busy'  # A file in the workdir of a run.
+# Files in the workdir of a run: whether its seconds count, and where it began
+# and went on.
+_BUSY, _BEGUN = 'busy', 'begun.json'
 RESULTS = pathlib.Path(__file__).parent / 'results'
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
 # The fields of a round that a result file keeps.
@@ -75,7 +78,7 @@ def run(
   kind = summary['device'].split(',')[0]
   record = {
     'provenance': provenance(f'{summary["num_devices"]} x {kind}')
-    | busy(folder),
+    | history(folder),
     'config': json.loads((folder / 'config.json').read_text()),
     'summary': summary,
     'curve': [{k: row[k] for k in CURVE if k in row} for row in rows],
@@ -106,9 +109,30 @@ def load(pattern: str) -> list[dict[str, Any]]:
   Args:
     pattern: Pattern of their paths below the folder of results.
   """
-  return [
-    json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))
-  ]
+  return [read(path) for path in sorted(RESULTS.glob(pattern))]
+
+
+def read(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a result file.
+
+  Args:
+    path: The file.
+
+  Returns:
+    The record.
+
+  Raises:
+    ConfigError: If it holds no record.
+  """
+  try:
+    record = json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise ConfigError(
+      f'{path} cannot be read ({one_line(error)}): mend or delete it.'
+    ) from error
+  if not isinstance(record, dict):
+    raise ConfigError(f'{path} holds no record: mend or delete it.')
+  return record
 
 
 def parsed(
@@ -159,24 +183,59 @@ def command(name: str) -> str:
   return f'python -m {name} {shlex.join(kept)}'.strip()
 
 
-def begin_busy(folder: pathlib.Path) -> None:
-  """Notes that other work runs on the machine, so seconds do not count.
+def begin_run(folder: pathlib.Path, busy: bool) -> None:
+  """Notes where a run begins or goes on, and whether its seconds count.
+
+  They do not if other work runs on the machine, or if several machines or
+  versions have shared the run.
 
   Args:
     folder: The workdir of a run, also of one that goes on.
+    busy: Whether other work runs on the machine.
+
+  Raises:
+    ConfigError: If nothing can be written there.
   """
   folders.check_writable(folder, '--runs')
   folder.mkdir(parents=True, exist_ok=True)
-  (folder / _BUSY).touch()
+  path, now = folder / _BEGUN, here()
+  is_new = not any(folder.iterdir())
+  begun = [] if is_new else _beginnings(folder)
+  if busy or not (is_new or any(_speed(x) == _speed(now) for x in begun)):
+    (folder / _BUSY).touch()
+  if now not in begun:
+    workdir.replace_text(path, json.dumps([*begun, now]))
 
 
-def busy(folder: pathlib.Path) -> dict[str, bool]:
-  """Returns what the provenance of a run says if `begin_busy` noted it.
+def history(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns what the provenance of a run says of its beginnings.
 
   Args:
-    folder: Its workdir.
+    folder: Its workdir, see `begin_run`.
+
+  Returns:
+    JSON values by name: `busy` if its seconds do not count, and `begun`, where
+    it began and went on, if other code or another machine has trained a part.
   """
-  return {'busy': True} if (folder / _BUSY).exists() else {}
+  begun, found = _beginnings(folder), {}
+  if (folder / _BUSY).exists():
+    found['busy'] = True
+  if len(begun) > 1:
+    found['begun'] = begun
+  return found
+
+
+def _beginnings(folder: pathlib.Path) -> list[dict[str, Any]]:
+  try:
+    return json.loads((folder / _BEGUN).read_text())
+  except (OSError, ValueError):  # Of an older version, or damaged.
+    return []
+
+
+def _speed(provenance: dict[str, Any]) -> list[Any]:
+  """Returns what the seconds of a run depend on."""
+  names = 'device', 'processor', 'cores', 'versions', 'environment'
+  return [provenance[name] for name in names]
 
 
 def begin(target: pathlib.Path) -> None:

@@ -6,6 +6,7 @@ README.md, RESULTS.md and the page of `experiments.site` are made from them.
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import pathlib
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -306,7 +307,10 @@ def _catalog() -> Iterator[Table]:
 
 
 def _benches() -> Iterator[Table]:
-  for record in load('bench/*_both.json'):
+  records = [*load('bench/*_both.json'), *load('bench/*bench_*.json')]
+  for record in records:
+    if 'workers' not in record['results'][0]:  # Steps alone were measured.
+      continue
     kinds = record['results'][0]['exchange_share_of_round_at_T_50']
     head = ['network', 'step of a worker', 'over a plain step']
     head += [kind.replace('_', ' ') for kind in kinds]
@@ -336,21 +340,40 @@ def _benches() -> Iterator[Table]:
 
 
 def _peer() -> Iterator[Table]:
-  records = load('bench/peer_*.json')
-  if not records:
-    return
+  alike: dict[Any, list[Any]] = {}
+  for r in [*load('bench/peer_*.json'), *load('bench/*torch_*.json')]:
+    where = machine(r['provenance'], count=False)
+    precision = '' if r['precision'] == 'highest' else r['precision']
+    key = where, r['batch_size'], r['blocks'], precision or r['dtype']
+    alike.setdefault(key, []).append(r)
+  for key, records in alike.items():
+    yield _beside_torch(key, records)
+
+
+def _beside_torch(key, records) -> Table:
+  where, batch_size, blocks, precision = key
   first = records[0]
+  on_cpu = first['provenance']['device'].endswith(' cpu')
+  goal = 'The goal was a ratio of at most 1.2. ' if on_cpu else ''
+  kept = (
+    ' "Kept": the C library of both keeps the memory of a step for the next '
+    'one, as docs/running.md says.'
+  )
   caption = (
-    "One step of the paper's sub-ResNet (11 blocks, batch size "
-    f'{first["batch_size"]}) here and in plain PyTorch. The goal was a ratio '
-    f'of at most 1.2. Medians of {first["runs"]} alternating runs, '
-    f'{machine(first["provenance"], count=False)}. "Kept": the C library of '
-    'both keeps the memory of a step for the next one, as docs/running.md says.'
+    f"One step of the paper's sub-ResNet ({blocks} blocks, batch size "
+    f'{batch_size}{"" if on_cpu else f", {precision}"}) here and in plain '
+    f'PyTorch. {goal}Medians of {first["runs"]} alternating runs, '
+    f'{where}.{kept if on_cpu else ""}'
   )
   rows = []
   for r in records:
-    kept = 'MALLOC_TRIM_THRESHOLD_' in r['provenance'].get('environment', {})
-    numbers = [r[k] for k in ('jax_seconds', 'torch_seconds', 'ratio')]
-    rows.append(['kept' if kept else 'freed', *(f'{x:.2f}' for x in numbers)])
-  head = ['memory', 'JAX, seconds', 'PyTorch, seconds', 'ratio']
-  yield Table(caption, first['command'], head, rows)
+    keeps = 'MALLOC_TRIM_THRESHOLD_' in r['provenance'].get('environment', {})
+    times = [r[k] for k in ('jax_seconds', 'torch_seconds')]
+    rows.append(
+      ([('freed', 'kept')[keeps]] if on_cpu else [r['versions']['torch']])
+      + [f'{x:.2f}' if on_cpu else f'{x:.5f}' for x in times]
+      + [f'{r["ratio"]:.2f}']
+    )
+  head = ['JAX, seconds', 'PyTorch, seconds', 'ratio']
+  head = ['memory' if on_cpu else 'PyTorch', *head]
+  return Table(caption, first['command'], head, rows)

@@ -19,7 +19,7 @@ from experiments.experiment import Results, spread
 from experiments.pictures import Picture
 from experiments.sections import INTRODUCTION, Section, sections
 from resist_jax import folders, report
-from resist_jax.errors import Parser
+from resist_jax.errors import ConfigError, Parser
 from resist_jax.report import shell
 from resist_jax.report.compare import compare
 
@@ -55,6 +55,8 @@ def main() -> None:
     args.out.write_text(page(parts, list(claims.every())), 'utf-8')
   except OSError as error:
     parser.error(f'--out={args.out} cannot be written: {error.strerror}.')
+  except ConfigError as error:  # A result file is damaged.
+    parser.error(str(error))
   print(args.out)
 
 

@@ -137,6 +137,7 @@ def _train(on: list[Host], flags: list[str]) -> None:
       started.append(
         subprocess.Popen(
           host.command(words),
+          env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
           stdout=subprocess.DEVNULL,
           stderr=quiet,
           start_new_session=True,
@@ -149,7 +150,7 @@ def _train(on: list[Host], flags: list[str]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
   if any(codes):
-    raise RuntimeError(f'the processes ended with {codes}.')
+    sys.exit(f'error: the processes ended with {codes}.')
 
 
 def _seconds_of_a_round(rows: list[dict[str, Any]]) -> float:
@@ -174,8 +175,8 @@ def _seconds_to(rows: list[dict[str, Any]]) -> float | None:
   return None
 
 
-def jobs(only: str) -> Iterator[tuple[str, str, Link, pathlib.Path]]:
-  """Yields what has not been measured: network, method, link, result file."""
+def settings() -> Iterator[tuple[str, str, Link, pathlib.Path]]:
+  """Yields what is measured: network, method, link and result file."""
   for network in NETWORKS:
     for link in LINKS:
       for method in METHODS:
@@ -184,8 +185,7 @@ def jobs(only: str) -> Iterator[tuple[str, str, Link, pathlib.Path]]:
         target = FOLDER / f'{name}.json'
         if network == 'digits' and link.name != '100 Mbit/s':
           continue  # The link does not change how the network learns.
-        if only in name and not target.exists():
-          yield network, method, link, target
+        yield network, method, link, target
 
 
 def main() -> None:
@@ -195,8 +195,12 @@ def main() -> None:
     '--only', default='', help='measure only names that contain this'
   )
   options = parser.parse_args()
+  if not any(options.only in target.stem for *_, target in settings()):
+    parser.error(f'--only is {options.only!r}, but no name contains it.')
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-  for network, method, link, target in jobs(options.only):
+  for network, method, link, target in settings():
+    if options.only not in target.stem or target.exists():
+      continue
     print(target.stem, file=sys.stderr, flush=True)
     folder = pathlib.Path(tempfile.mkdtemp())
     try:

@@ -349,6 +349,7 @@ def main() -> int:
     if (folder / 'run').exists():
       parser.error(f'{folder} holds a run already: name another folder.')
     folder.mkdir(parents=True, exist_ok=True)
+    os.environ['JAX_PLATFORMS'] = 'cpu'  # Of all hosts.
     os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder / 'cache'))
     os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
     run = Run(folder, [*args, f'--workdir={folder / "run"}'])

@@ -89,6 +89,7 @@ def main() -> None:
     '--out', type=folders.output_file, help='JSON file to write'
   )
   args = parser.parse_args()
+  jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', max(MIN_DEPTH))
   params = network_shapes()
   sizes = accounting.measure(params, [CHAIN])

@@ -11,13 +11,14 @@ counts.
 
 import json
 import pathlib
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 
-from experiments.runs import RESULTS, parsed, provenance, write_record
-from resist_jax.errors import Parser
+from experiments.runs import RESULTS, command, parsed, provenance, write_record
+from resist_jax.errors import ConfigError, Parser, one_line, refused
 
 FOLDER = RESULTS / 'bench'
 ROOT = pathlib.Path(__file__).parent.parent
@@ -116,9 +117,24 @@ def main() -> None:
   parser.add_argument(
     '--dtype', default='float32', choices=['float32', 'bfloat16']
   )
-  parser.add_argument('--precision', help='of float32: see experiments.bench')
+  parser.add_argument(
+    '--precision',
+    choices=['highest', 'tensorfloat32'],
+    help='of float32; highest by default, as PyTorch has it',
+  )
   parser.add_argument('--compile', action='store_true', help='torch.compile')
   args = parsed(parser, free=['torch'])
+  if args.dtype == 'float32':
+    args.precision = args.precision or 'highest'
+  try:
+    _measure(args)
+  except ConfigError as error:
+    sys.exit(refused(error))
+  except subprocess.CalledProcessError as error:  # It has said why.
+    sys.exit(error.returncode)
+
+
+def _measure(args) -> None:
   blocks = -(-LENGTH // args.workers)
   ours, theirs, peer = [], [], {}
   for _ in range(args.runs):
@@ -133,7 +149,9 @@ def main() -> None:
   best = [min(seconds.values()) for seconds in theirs]
   ratio = statistics.median(a / b for a, b in zip(ours, best, strict=True))
   record = {
-    'command': 'python -m experiments.torch_peer --torch=PYTHON',
+    'command': re.sub(
+      r'--torch[ =]\S+', '--torch=PYTHON', command('experiments.torch_peer')
+    ),
     'provenance': provenance(),
     'versions': {'torch': peer['torch']},
     'dtype': args.dtype,
@@ -156,23 +174,29 @@ def _torch(args, blocks: int) -> dict:
   """Returns the seconds of a step in each form, and what PyTorch says of it."""
   sizes = map(str, (args.batch_size, blocks, args.repeats, args.steps))
   precision = args.precision or args.dtype
-  command = [args.torch, '-c', PEER, *sizes, precision, str(args.compile)]
-  printed = subprocess.run(
-    command, stdout=subprocess.PIPE, text=True, check=True
-  )
+  words = [args.torch, '-c', PEER, *sizes, precision, str(args.compile)]
+  try:
+    printed = subprocess.run(
+      words, stdout=subprocess.PIPE, text=True, check=True
+    )
+  except (OSError, subprocess.CalledProcessError) as error:
+    raise ConfigError(
+      f'--torch={args.torch} cannot train with PyTorch ({one_line(error)[:200]}'
+      '): name a Python interpreter that has it.'
+    ) from error
   return json.loads(printed.stdout.splitlines()[-1])
 
 
 def _jax(args) -> dict:
   """Returns what `experiments.bench` measures for one worker."""
-  command = [sys.executable, '-m', 'experiments.bench', '--network=paper']
+  words = [sys.executable, '-m', 'experiments.bench', '--network=paper']
   names = ['workers', 'batch_size', 'repeats', 'steps', 'dtype']
   names += ['precision'] if args.precision else []
-  command += [f'--{name}={getattr(args, name)}' for name in names]
+  words += [f'--{name}={getattr(args, name)}' for name in names]
   with tempfile.TemporaryDirectory() as folder:
     out = pathlib.Path(folder) / 'ours.json'
     subprocess.run(
-      [*command, '--only_step', f'--out={out}'],
+      [*words, '--only_step', f'--out={out}'],
       cwd=ROOT,
       check=True,
       stdout=subprocess.DEVNULL,

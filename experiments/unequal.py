@@ -62,13 +62,19 @@ def measure(flags: tuple[str, ...]) -> dict[str, Any]:
     started = []
     for core, command in enumerate(local.commands(2, args)):
       quiet = subprocess.DEVNULL
-      process = subprocess.Popen(command, stdout=quiet, stderr=quiet)
+      # The first process says for both why a run fails.
+      process = subprocess.Popen(
+        command,
+        stdout=quiet,
+        stderr=quiet if core else None,
+        env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+      )
       os.sched_setaffinity(process.pid, {core})
       started.append(process)
     Throttle(started[1]).start()
     codes = [process.wait() for process in started]
     if any(codes):
-      raise RuntimeError(f'the processes ended with {codes}.')
+      sys.exit(f'error: the processes ended with {codes}.')
     run = pathlib.Path(folder) / 'run'
     rows = report.read_rows(run / 'metrics.jsonl')
     seconds = [row['seconds_training'] for row in rows]

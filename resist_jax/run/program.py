@@ -72,6 +72,26 @@ def explain(error: BaseException, workdir: str) -> tuple[str, int]:
   return str(error), next((codes[k] for k in codes if isinstance(error, k)), 1)
 
 
+def out_of_memory(error: BaseException) -> str:
+  """Returns what to do if the memory does not suffice.
+
+  Args:
+    error: Any error.
+
+  Returns:
+    A line; empty if the error is another one.
+  """
+  told = isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error)
+  if not told:
+    return ''
+  return (
+    f'the memory does not suffice ({one_line(error)[:200]}): go on with '
+    'more devices (num_devices), or take model.dtype=bfloat16 or lower '
+    'batch_size, local_steps or evaluation.batch_size in another workdir; '
+    'see "When the memory does not suffice" in docs/choosing.md.'
+  )
+
+
 def main(options: Options) -> None:
   """Trains, and prints the table of the run; exits with a code on an error.
 
@@ -94,14 +114,8 @@ def main(options: Options) -> None:
     processes.fail('it was interrupted.', 128 + signal.SIGINT)
   except Exception as error:
     processes.explain_failure()
-    if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error):
-      _fail(
-        f'the memory does not suffice ({one_line(error)[:200]}): go on with '
-        'more devices (num_devices), or take model.dtype=bfloat16 or lower '
-        'batch_size, local_steps or evaluation.batch_size in another workdir; '
-        'see "When the memory does not suffice" in docs/choosing.md.',
-        code=1,
-      )
+    if line := out_of_memory(error):
+      _fail(line, code=1)
     if jax.process_count() == 1:
       raise
     if _BROKEN.search(str(error)):

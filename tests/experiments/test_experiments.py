@@ -20,6 +20,7 @@ from experiments import (
   table2,
 )
 from experiments.experiment import Cell, Results
+from experiments.table import Table
 from resist_jax import models
 from resist_jax.errors import ConfigError, NonFiniteError, WorkdirLostError
 from resist_jax.run import checks
@@ -301,6 +302,76 @@ def test_numbers_of_two_dtypes_are_not_compared(tmp_path, capsys):
   told = capsys.readouterr().err
   assert 'set --dtype=bfloat16' in told
   assert json.loads(target.read_text()) == made
+
+
+@pytest.mark.parametrize('found', ['a cell that is not trained', 'beside'])
+def test_a_table_shows_no_numbers_of_two_dtypes(found, tmp_path, capsys):
+  if found == 'beside':
+    made, run, other = ensemble.EXPERIMENT, *_ensemble_beside_resist()
+  else:
+    made, (run, other, *_) = digits.EXPERIMENT, digits.cells('smoke')
+  target = Results(made.name, 'smoke', tmp_path).target(other, 0)
+  target.parent.mkdir(parents=True)
+  wide = {'config': {'model': {'dtype': 'bfloat16'}}, 'summary': {'seed': 0}}
+  runs.write_record(target, wide)
+  args = [f'--results={tmp_path}', '--scale=smoke', f'--only={run.name}']
+  with pytest.raises(SystemExit) as stop:
+    experiment.main(made, 'What it does.', args)
+  assert stop.value.code == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert f'there are results of {other.name} in bfloat16' in line
+
+
+def _ensemble_beside_resist():
+  return ensemble.cell('cifar10', 2), table2.cell('cifar10', 'resist', 2)
+
+
+def test_a_copy_of_a_result_is_no_further_seed(tmp_path):
+  cell, *_ = digits.cells('smoke')
+  results = Results('digits', 'smoke', tmp_path)
+  for name in ('seed0', 'seed0_old', 'seed0 (1)', 'seed1'):
+    target = results.folder(cell) / f'{cell.name}_{name}.json'
+    runs.write_record(target, {'summary': {'seed': int(name[4])}})
+  assert [r['summary']['seed'] for r in results.of(cell)] == [0, 1]
+
+
+@pytest.mark.parametrize('text', ['{"summary": {', '[]', '<<<<<<< HEAD'])
+def test_a_damaged_result_is_one_line(text, tmp_path, capsys):
+  cell, *_ = digits.cells('smoke')
+  target = Results('digits', 'smoke', tmp_path).target(cell, 0)
+  target.parent.mkdir(parents=True)
+  target.write_text(text)
+  args = [f'--results={tmp_path}', '--scale=smoke', '--show']
+  with pytest.raises(SystemExit) as stop:
+    experiment.main(digits.EXPERIMENT, 'What it does.', args)
+  assert stop.value.code == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert str(target) in line
+  assert target.read_text() == text
+
+
+def test_memory_that_does_not_suffice_is_one_line(tmp_path, capsys):
+  def train(config, target, folder):
+    raise RuntimeError('RESOURCE_EXHAUSTED: out of memory')
+
+  made = dataclasses.replace(digits.EXPERIMENT, train=train)
+  args = [f'--results={tmp_path}', f'--runs={tmp_path}/runs', '--scale=smoke']
+  with pytest.raises(SystemExit) as stop:
+    experiment.main(made, 'What it does.', args)
+  assert stop.value.code == 1
+  (line,) = capsys.readouterr().err.splitlines()
+  assert 'the memory does not suffice' in line
+
+
+def test_tables_are_shown_where_nothing_can_be_written(tmp_path, capsys):
+  results = Results('digits', 'smoke', tmp_path)
+  (tmp_path / 'digits').write_text('')  # A file where the folder would be.
+  table = Table('What it shows.', '', ['a'], [['1']])
+  made = dataclasses.replace(digits.EXPERIMENT, tables=lambda results: [table])
+  experiment.show(made, results)
+  said = capsys.readouterr()
+  assert 'What it shows.' in said.out
+  assert len(said.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(('name', 'scale'), GIVEN)

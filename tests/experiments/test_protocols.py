@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import language, protocols, protocols_report, text
+from experiments import language, protocols, protocols_report, runs, text
 from experiments import vision_transformer as vit
 from experiments.transformer import BLOCKS
 from resist_jax import data
@@ -174,6 +174,32 @@ def test_a_command_writes_what_the_report_shows(tmp_path, monkeypatch):
   (figure,) = protocols_report.figures('vision_transformer').values()
   drawn = figure.axes[0].lines[0].get_xydata()
   np.testing.assert_allclose(drawn[-1], [6, np.mean(tested)])
+
+
+def test_runs_on_accelerators_have_no_predicted_seconds(tmp_path, monkeypatch):
+  budget = {'rounds': 2, 'local_steps': 3, 'batch': 4}
+  shape = {'length': 5, 'layers': 6, 'width': 7}
+  record = {
+    'provenance': {'device': '1 x H100', 'versions': {'jax': '1'}},
+    'config': {'protocol': 'resist', 'num_workers': 2, 'data': 'tfds:a/b',
+               'text_bytes': 9, 'shape': shape, **budget},
+    'summary': {'seed': 0, 'params_total': 10, 'params_in_blocks': 5,
+                'params_per_worker': 8, 'flops_per_step': None,
+                'bytes_per_round': 100, 'test_loss': 1.0},
+    'curve': [{'round': r, 'steps': 3 * r, 'bytes': 100 * r, 'test_loss': 1 / r}
+              for r in (1, 2)],
+  }  # fmt: skip
+  runs.write_record(tmp_path / 'language/cpu/b_resist_s2_seed0.json', record)
+  monkeypatch.setattr(protocols_report, 'RESULTS', tmp_path)
+  (table,) = protocols_report.tables('language')
+  ((*_, flops, _, seconds),) = table.rows
+  assert (flops, seconds) == ('', '')
+  assert 'windows of 5 bytes' in table.caption
+  ((name, figure),) = protocols_report.figures('language').items()
+  assert name == 'loss_b'
+  steps, sent, predicted = figure.axes
+  assert len(steps.lines) == len(sent.lines) == 1
+  assert not predicted.lines
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What commands that measure record, and what they refuse."""
 
+import json
 import subprocess
 import sys
 
@@ -25,6 +26,60 @@ def test_a_record_holds_the_command_without_its_place(
   assert runs.command('experiments.storm') == (
     f'python -m experiments.storm {wanted}'.strip()
   )
+
+
+A = {
+  'commit': 'a', 'device': '8 x cpu', 'processor': 'P', 'cores': 2,
+  'versions': {'jax': '1'}, 'environment': {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ('starts', 'busy', 'recorded'),
+  [
+    ([A], False, {}),
+    ([A, A], False, {}),
+    ([A, {**A, 'commit': 'b'}], False, 2),
+    ([A, {**A, 'processor': 'Q'}, A], True, 2),
+    ([A, {**A, 'versions': {'jax': '2'}}], True, 2),
+    ([A, {**A, 'environment': {'XLA_FLAGS': '1'}}], True, 2),
+  ],
+)
+def test_seconds_of_several_machines_do_not_count(
+  starts, busy, recorded, tmp_path, monkeypatch
+):
+  for here in starts:
+    monkeypatch.setattr(runs, 'here', lambda here=here: here)
+    runs.begin_run(tmp_path / 'run', busy=False)
+  found = runs.history(tmp_path / 'run')
+  assert found.get('busy', False) == busy
+  assert len(found.get('begun', ())) == (recorded or 0)
+
+
+def test_seconds_of_an_unknown_beginning_do_not_count(tmp_path, monkeypatch):
+  monkeypatch.setattr(runs, 'here', lambda: A)
+  (tmp_path / 'config.json').write_text('{}')  # Of an older version.
+  runs.begin_run(tmp_path, busy=False)
+  assert runs.history(tmp_path) == {'busy': True}
+  assert json.loads((tmp_path / 'begun.json').read_text()) == [A]
+
+
+@pytest.mark.parametrize(
+  ('words', 'said'),
+  [
+    (['slow_network', '--only=typo'], "--only is 'typo'"),
+    (['torch_peer', '--torch=/no/python'], '--torch=/no/pyth'),
+    (['torch_peer', f'--torch={sys.executable}', '--precision=x'], 'precision'),
+  ],
+)
+def test_a_wrong_option_is_one_line(words, said, tmp_path):
+  ran = subprocess.run(
+    [sys.executable, '-m', f'experiments.{words[0]}', *words[1:]],
+    cwd=ROOT, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert ran.returncode == 2
+  (line,) = ran.stderr.splitlines()
+  assert said in line
 
 
 @pytest.mark.parametrize(

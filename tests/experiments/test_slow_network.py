@@ -128,7 +128,7 @@ def test_seconds_of_a_round_are_between_rows_that_say_the_same():
 
 def test_every_method_has_a_name_and_valid_flags():
   assert slow_report.NAMES.keys() == slow_network.METHODS.keys()
-  names = [target.stem for *_, target in slow_network.jobs('')]
+  names = [target.stem for *_, target in slow_network.settings()]
   assert len(set(names)) == len(names)
 
 

@@ -9,6 +9,7 @@ from experiments import (
   claims,
   deeper,
   ensemble,
+  headline,
   levers,
   local_iterations,
   paper,
@@ -115,6 +116,22 @@ def test_table3_compares_the_runs_of_one_machine_only(tmp_path):
   (axes,) = figures['cifar10'].figure().axes
   assert sorted(line.get_xdata()[-1] for line in axes.lines) == [3, 4, 6]
   assert figures['cifar100'] is None
+
+
+def test_the_readme_compares_seconds_of_one_machine(tmp_path, monkeypatch):
+  monkeypatch.setattr(runs, 'RESULTS', tmp_path)
+  results, initial = Results('table2', 'paper', tmp_path), ''
+  there = record(0.6, seed=1, seconds=2.0)
+  there['provenance'] = {**there['provenance'], 'processor': 'A'}
+  both = {'resist': [record(0.5, seconds=20.0), there]}
+  both['local_sgd'] = [record(0.5, seconds=30.0)]
+  for protocol, made in both.items():
+    put(results, table2.cell('cifar100', protocol, 4, initial), *made)
+  where = headline._machine_of(initial)
+  resist = headline._paper_runs('resist', initial)
+  assert headline._accuracy_and_seconds(resist, where) == ['55.0 ± 7.1', '20 s']
+  assert where in headline._timed_on(resist, where)
+  assert not headline._timed_on(resist[:1], where)
 
 
 def test_seconds_to_an_accuracy_are_those_of_a_quiet_machine(tmp_path):
