@@ -64,6 +64,7 @@ th, td { text-align: left; vertical-align: top; padding: .3rem 1.1rem .3rem 0;
   border-bottom: 1px solid #ddd; max-width: 24rem; }
 thead th { border-bottom: 2px solid #999; font-weight: 600; }
 figure .wide td { white-space: nowrap; }
+figure .wide td:nth-child(2) { white-space: normal; }  /* Names. */
 tbody th { font-weight: normal; color: #555; }
 .pairs { columns: 22rem; column-gap: 2.5rem; margin: .4rem 0; font-size: .9rem;
   font-variant-numeric: tabular-nums; }
