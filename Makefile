@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 TESTERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 PYTEST := $(BIN)/python -m pytest -q -n $(TESTERS) --dist worksteal --durations=10
 
-.PHONY: demo test test-all test-every test-tpu test-gpu check docs clean
+.PHONY: demo test test-all test-every test-tpu test-gpu test-extras check docs \
+  clean
 
 $(VENV)/installed: requirements.txt setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -43,11 +44,12 @@ test-every: $(VENV)/installed
 # The compilers of accelerators, each in an environment of its own, which sees the
 # packages of the first one: no device is needed, and nothing runs.
 SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+EXTRAS = $*
 $(VENV)/%/installed: $(VENV)/installed
 	$(BIN)/python -m venv $(VENV)/$*
 	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE))')" \
 	  > "$$($(VENV)/$*/bin/python $(SITE))/outer.pth"
-	$(VENV)/$*/bin/python -m pip install --quiet --editable '.[$*]'
+	$(VENV)/$*/bin/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	touch $@
 
 test-tpu: $(VENV)/tpu/installed
@@ -56,6 +58,14 @@ test-tpu: $(VENV)/tpu/installed
 test-gpu: $(VENV)/cuda/installed
 	$(VENV)/cuda/bin/python -m pytest -q -k 'h100 or devices' \
 	  tests/experiments/test_compile.py
+
+# Those that are skipped without a library that few need. It takes gigabytes.
+NEED_EXTRAS := $(addprefix tests/run/, test_formats.py test_from_torch.py \
+  test_callbacks.py test_module_task.py test_elastic.py) \
+  tests/data/test_hugging_face_source.py
+$(VENV)/extras/installed: EXTRAS = export,huggingface,wandb,elastic,test
+test-extras: $(VENV)/extras/installed
+	$(subst $(BIN)/,$(VENV)/extras/bin/,$(PYTEST)) $(NEED_EXTRAS)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -88,6 +88,46 @@ def test_a_config_is_read_in_one_room_only():
   assert said == {'run'}
 
 
+def written_to(call):
+  """What a call writes a file to, or opens to write it; None if nothing."""
+  name = getattr(call.func, 'attr', getattr(call.func, 'id', ''))
+  # Of a method, what it is called on comes first.
+  first = [call.func.value] if isinstance(call.func, ast.Attribute) else []
+  args = [*first, *call.args]
+  if name in ('write_text', 'write_bytes'):
+    return args[0]
+  modes = [k.value for k in call.keywords if k.arg == 'mode'] + args[1:2]
+  said = {mode.value for mode in modes if isinstance(mode, ast.Constant)}
+  writing = {kind + more for kind in 'wx' for more in ('', 'b', 't', '+', 'b+')}
+  return args[0] if name == 'open' and said & writing else None
+
+
+def test_files_are_replaced_whole_or_not_at_all():
+  """A kill leaves the old one: all are written to a part of `replacing`.
+
+  The log and the lock of a run, which begin empty, are opened to append.
+  """
+  whole, others = [], []
+  for path in modules():
+    if path.stem == 'streams':  # It opens the null device, by its number.
+      continue
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    places = {call: written_to(call) for call in calls}
+    writes = {call for call, place in places.items() if place is not None}
+    safe = set()
+    for node in nodes:
+      for item in node.items if isinstance(node, ast.With) else ():
+        if ast.unparse(item.context_expr).startswith('folders.replacing('):
+          part = ast.unparse(item.optional_vars)
+          inside = writes & {*ast.walk(node)}
+          safe |= {x for x in inside if ast.unparse(places[x]) == part}
+    whole += safe
+    others += [f'{path}:{call.lineno}' for call in writes - safe]
+  assert not others
+  assert len(whole) > 4
+
+
 def test_every_command_tells_a_mistake_in_one_line():
   """By `errors.Parser`: that of argparse prints its usage before the line."""
   files = [*modules(), *(ROOT / 'experiments').rglob('*.py')]

@@ -109,7 +109,8 @@ tbody th { font-weight: normal; color: #555; }
   figure .wide td:first-child { font-weight: 600; }
   .wide td:empty { display: none; }
   .wide td[data-head]::before { content: attr(data-head); color: #555;
-    text-align: left; flex: 0 1 auto; max-width: 55%; }
+    text-align: left; flex: 0 1 auto; max-width: 55%;
+    overflow-wrap: break-word; }
 }
 """
 _PHONE = 480  # A picture of so many pixels can still be read on a phone.

@@ -41,6 +41,8 @@ from resist_jax.rounds.state import (
 
 PyTree = Any
 
+_OF_ORBAX = 'orbax.checkpoint'  # A file in each folder that orbax has written.
+
 
 class Stored(NamedTuple):
   """What the files of a state hold.
@@ -446,13 +448,15 @@ def point_to(pointer: pathlib.Path, folder: pathlib.Path) -> None:
 
   Args:
     pointer: A file that names the newest whole folder and its digest.
-    folder: A folder beside it that was written.
+    folder: A folder beside it that was written, `round_N` or `round_N_again`.
   """
-  earlier, _ = pointed_at(pointer)
   with folders.replacing(pointer) as part:
     part.write_text(f'{folder.name} {digest_of_files(folder)}\n')
-  if earlier and earlier != folder.name:
-    shutil.rmtree(folder.with_name(earlier), ignore_errors=True)
+  for other in folder.parent.glob('round_*'):
+    # Also those that a save has left behind which was stopped.
+    ours = re.fullmatch(r'round_\d+(_again)?', other.name)
+    if ours and other.name != folder.name and (other / _OF_ORBAX).exists():
+      shutil.rmtree(other, ignore_errors=True)
 
 
 def pointed_at(pointer: pathlib.Path) -> tuple[str, str]:

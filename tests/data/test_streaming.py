@@ -234,7 +234,9 @@ def test_no_more_is_read_ahead_than_agreed():
   for taken in range(1, 4):
     next(steps)
     agreed = 8 * (taken + pipeline.PREFETCHED)
+    deadline = time.monotonic() + 300  # Seconds; then it hangs.
     while len(source.read) < agreed:
+      assert time.monotonic() < deadline
       time.sleep(0.01)
     time.sleep(0.2)  # Threads that read more would do it now.
     assert len(source.read) == agreed

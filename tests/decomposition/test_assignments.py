@@ -43,8 +43,11 @@ def test_workers_hold_every_block_and_none_holds_one_twice(
       assert len(held) >= max(min_depth, L // S)
       owned = assignment.owned[worker]
       assert set(owned[owned < L]) <= set(held)
-      for block, slot in zip(owned, assignment.place[worker], strict=False):
-        assert slot == K or row[slot] == block
+      places = assignment.place[worker]
+      for block, slot in zip(owned, places, strict=False):
+        assert slot == K if block == L else row[slot] == block
+      # With those of the replicas, each slot that holds a block has one place.
+      assert sorted(places[places < K]) == list(range(len(held)))
 
 
 @pytest.mark.parametrize('spread', [False, True])

@@ -318,9 +318,16 @@ def test_check_measures_what_it_predicts():
   config.model.update({'stage_sizes': (1, 3), 'widths': (8, 8)})
   rows = plan_lib._check(config, [2])
   assert [row['protocol'] for row in rows] == list(plan_lib.NAMES)
-  for row in rows:
+  network = config_lib.build_model(config, 10)
+  images = config.local_steps * config.batch_size
+  whole, half = (
+    images * models.predicted_flops(network, (8, 8, 1), lengths)
+    for lengths in ({}, {'stage2_chain': 1})
+  )
+  assert half < whole
+  for row, flops in zip(rows, (whole, whole, half), strict=True):
     assert row['measured'] > 0
-    assert row['ratio'] * row['measured'] == pytest.approx(
-      row['predicted']['round']
-    )
-  assert rows[0]['predicted']['compute'] > rows[2]['predicted']['compute']
+    # Local SGD has measured the machine of all three.
+    for name in ('flops', 'bandwidth'):
+      assert row[name] == rows[0][name] > 0
+    assert row['predicted']['compute'] * row['flops'] == pytest.approx(flops)

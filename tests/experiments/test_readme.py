@@ -9,6 +9,7 @@ import re
 import runpy
 import shlex
 import sys
+from unittest import mock
 
 from absl import flags
 import jax
@@ -17,7 +18,7 @@ import pytest
 
 from experiments import readme
 import resist_jax
-from resist_jax.run import command, export, train
+from resist_jax.run import checks, command, export, train
 
 ROOT = pathlib.Path(__file__).parents[2]
 TEXT = (ROOT / 'README.md').read_text()
@@ -96,9 +97,12 @@ def test_the_readme_runs(usual_promotion):
 @pytest.mark.parametrize('path', PAGES, ids=lambda path: path.stem)
 def test_pages_run(path, tmp_path, monkeypatch, usual_promotion):
   monkeypatch.chdir(tmp_path)
-  # A trained run takes minutes; that these functions exist counts here.
-  monkeypatch.setattr(export, 'load', lambda run: lambda images: images)
-  monkeypatch.setattr(train, 'train', lambda config, workdir, **_: None)
+  # A trained run takes minutes; that these functions exist counts here, and
+  # what they take.
+  load = mock.create_autospec(export.load, return_value=lambda images: images)
+  monkeypatch.setattr(export, 'load', load)
+  trained = mock.create_autospec(train.train, return_value=None)
+  monkeypatch.setattr(train, 'train', trained)
   names = {'images': None}
   for block in blocks(path.read_text(), 'python'):
     exec(block, names)
@@ -119,7 +123,9 @@ def parse(module, words, monkeypatch):
     if words and words != ['--help']:
       values = flags.FlagValues()
       command.define(values)
-      command.parse([module, *words], values)
+      options = command.parse([module, *words], values)
+      # Without its module, which may be a reader's own.
+      checks.validate(options.config, imports=False)
   elif module == 'experiments.plan':  # Its flags are absl's.
     importlib.import_module(module)
     assert {word[2:].partition('=')[0] for word in words} <= set(flags.FLAGS)

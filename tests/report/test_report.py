@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tracemalloc
 
 import numpy as np
@@ -410,21 +411,27 @@ def test_the_largest_picture_fits_in_memory():
 
 
 @pytest.mark.parametrize(
-  'fields',
+  ('fields', 'wrong'),
   [
-    {'rounds': 'four', 'bytes_total': float('nan'), 'params_per_worker': []},
-    {'rounds': [], 'bytes_per_round': 'many', 'bytes_per_round_local_sgd': 'x'},
-    {'versions': ['jax'], 'memory_per_device': 7, 'test_accuracy': 10**400,
-     'bytes_total': 10**400, 'params_hash': 7},
-    {'x{y}_accuracy': 0.5, '0_accuracy': 0.5, 'é_accuracy_paper': 'high',
-     'num_workers': {}, 'device': [[]]},
+    ({'rounds': 'four', 'bytes_total': float('nan'), 'params_per_worker': []},
+     ('four', 'nan', '[]')),
+    ({'rounds': [], 'bytes_per_round': 'many',
+      'bytes_per_round_local_sgd': 'much'}, ('[]', 'many', 'much')),
+    ({'versions': ['jax'], 'memory_per_device': 7, 'test_accuracy': 10**400,
+      'bytes_total': 10**400, 'params_hash': 7}, ('jax', 30 * '0')),
+    ({'x{y}_accuracy': 0.5, '0_accuracy': 0.5, 'é_accuracy_paper': 'high',
+      'num_workers': {}, 'device': [[]]}, ('high',)),
   ],
 )  # fmt: skip
-def test_a_summary_of_wrong_types_becomes_dashes(fields, tmp_path):
+def test_a_summary_of_wrong_types_becomes_dashes(fields, wrong, tmp_path):
   run = make_run(tmp_path / 'run')
   summary = json.loads((run / 'summary.json').read_text())
   (run / 'summary.json').write_text(json.dumps({**summary, **fields}))
-  assert report.write_report([run], tmp_path / 'out').exists()
+  page = report.write_report([run], tmp_path / 'out').read_text()
+  shown = re.findall('<(?:dd|p)>(.*?)</', page)  # Cells, and sentences.
+  assert str(run) in shown
+  for text in {*shown} - {str(run)}:  # A path may hold any word.
+    assert not [word for word in wrong if word in text], text
 
 
 def test_further_tests_have_rows_of_their_own(tmp_path):

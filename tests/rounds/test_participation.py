@@ -118,10 +118,12 @@ def test_so_is_the_loop_on_the_device(index):
   assert_everyone_holds(state, oracle(index))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
   ('index', 'wire_format'),
-  [(0, 'int8'), (2, 'int8'), (4, 'bfloat16'), (6, 'int8')],
+  rest_is_slow(
+    [(0, 'int8'), (2, 'int8'), (4, 'bfloat16'), (6, 'int8')],
+    quick=[(0, 'int8')],
+  ),
 )
 def test_and_the_round_in_fewer_bits(index, wire_format):
   exact = PROTOCOLS[index]

@@ -99,13 +99,9 @@ def test_the_loop_on_the_device_equals_algorithm_1(exchange, S, D):
 @pytest.mark.parametrize(
   ('make', 'wire_format'),
   [
-    pytest.param(full, 'int8', marks=pytest.mark.slow),
+    (full, 'int8'),
     pytest.param(resist, 'int8', marks=pytest.mark.slow),
-    pytest.param(
-      functools.partial(hand_over, min_depth=2),
-      'bfloat16',
-      marks=pytest.mark.slow,
-    ),
+    (functools.partial(hand_over, min_depth=2), 'bfloat16'),
     pytest.param(
       functools.partial(hand_over, carry=True), 'int8', marks=pytest.mark.slow
     ),
@@ -126,6 +122,28 @@ def test_rounding_costs_little_and_the_same_on_all_paths(make, wire_format):
   assert np.abs(difference).max() > 0
   for other in others:  # A sum in another order may round to the next step.
     assert_close(got, other, 2e-3)
+
+
+def test_what_rounding_left_out_is_sent_in_the_next_round():
+  """By who sent a change, and by who sent their mean to all."""
+  (loss_fn, params), protocol = problem(), full(4, wire_format='int8')
+  mesh, run = tiny.make_round(loss_fn, protocol, 4)
+  found = []
+  # What a worker left out of its own change is a part of four in the mean.
+  for name, more in (('mean', 0.0), ('mean', 0.5), ('sent', 0.125)):
+    state = tiny.distribute(params, protocol, mesh)
+    state, _ = run(state, tiny.examples(), tiny.batches(0, 4, 2))
+    error = jax.tree.map(np.array, state.error)
+    assert all(map(np.any, error.values()))
+    error[name] += np.float32(more)
+    placed = jax.tree.map(
+      lambda x, like: jax.device_put(x, like.sharding), error, state.error
+    )
+    state = state._replace(error=placed)
+    state, _ = run(state, tiny.examples(), tiny.batches(1, 4, 2))
+    found.append(rounds.assemble(state).params['stem']['kernel'])
+  for kernel in found[1:]:
+    np.testing.assert_allclose(kernel - found[0], 0.5, atol=0.05)
 
 
 def test_one_local_step_equals_the_step_of_a_lone_worker():

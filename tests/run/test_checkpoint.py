@@ -6,6 +6,7 @@ import json
 import pathlib
 import shutil
 import tempfile
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -450,15 +451,18 @@ def test_a_half_written_checkpoint_is_deleted(suffix, tmp_path):
     (TimeoutError('a slow disk'), 1, False),
   ],
 )
+@pytest.mark.parametrize('late', [False, True])
 def test_a_save_that_fails_says_whether_to_try_again(
-  error, count, again, tmp_path, monkeypatch
+  late, error, count, again, tmp_path, monkeypatch
 ):
+  """Also late, while orbax writes in the background."""
   save(tmp_path, 1)
 
   def fail(*args, **kwargs):
     raise error
 
-  monkeypatch.setattr(ocp, 'save_async', fail)
+  begin = (lambda *args, **kwargs: mock.Mock(result=fail)) if late else fail
+  monkeypatch.setattr(ocp, 'save_async', begin)
   monkeypatch.setattr(jax, 'process_count', lambda: count)
   with pytest.raises(SaveError, match='the checkpoint of round 2') as caught:
     save(tmp_path, 2)

@@ -16,16 +16,22 @@ from resist_jax.run.processes import TRY_AGAIN
 pytestmark = pytest.mark.faults
 
 
-def go_on(folder, rounds, count=1):
-  """Runs the same command again, for some rounds more."""
-  before = folder / 'metrics.jsonl'
-  done = len(report.read_rows(before))
+def go_on(folder, rounds, kept, count=1):
+  """Runs the same command again, for some rounds more.
+
+  Of the rounds before, none up to `kept`, which has a checkpoint, is trained
+  twice: it would have taken other seconds.
+  """
+  path = folder / 'metrics.jsonl'
+  before = report.read_rows(path)
+  done = len(before)
   with Several(
     folder, f'--config.num_rounds={done + rounds}', count=count
   ) as again:
     assert [again.wait(i) for i in range(count)] == [0] * count, again.output(0)
-  rows = report.read_rows(before)
+  rows = report.read_rows(path)
   assert [row['round'] for row in rows] == list(range(1, done + rounds + 1))
+  assert rows[:kept] == before[:kept]
   export.load(folder)
 
 
@@ -45,8 +51,9 @@ def test_a_process_that_is_killed_is_named_and_the_run_goes_on(
     assert 'the same command goes on' in line
     done = run.rounds()
   # All rounds since the newest checkpoint are done again, and no others.
-  assert run.checkpoints()[-1] >= done - done % 5 - 5
-  go_on(folder, 1, count=2 - victim)
+  newest = run.checkpoints()[-1]
+  assert newest >= done - done % 5 - 5
+  go_on(folder, 1, newest, count=2 - victim)
 
 
 @pytest.mark.parametrize('victim', [0, 1])
@@ -75,7 +82,8 @@ def test_a_run_whose_processes_are_killed_goes_on_from_a_checkpoint(
     for process in run.processes:
       process.kill()
   # The newest checkpoint is damaged as well: the one before it is whole.
-  newest = folder / 'checkpoints' / str(run.checkpoints()[-1])
+  *_, kept, damaged = run.checkpoints()
+  newest = folder / 'checkpoints' / str(damaged)
   victim = max(newest.rglob('*'), key=lambda p: p.stat().st_size)
   content = bytearray(victim.read_bytes())
   content[len(content) // 2] ^= 0xFF
@@ -83,7 +91,7 @@ def test_a_run_whose_processes_are_killed_goes_on_from_a_checkpoint(
     shutil.rmtree(folder / 'digests')
     del content[len(content) // 2 :]  # Only a manifest shows a flipped bit.
   victim.write_bytes(content)
-  go_on(folder, 1, count=2)
+  go_on(folder, 1, kept, count=2)
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_round(tmp_path):
@@ -122,11 +130,11 @@ def test_a_full_disk_ends_the_run_in_one_line_and_loses_no_checkpoint(
     lines = run.errors(0) + run.errors(1)
     assert len(lines) == 2
     assert any('make room in' in line for line in lines)
-  saved = list((folder / 'digests').glob('[0-9]*.json'))
+  saved = [int(p.stem) for p in (folder / 'digests').glob('[0-9]*.json')]
   assert saved  # And it can be read:
   whole = tmp_path / 'run'
   shutil.copytree(folder, whole)
-  go_on(whole, 1)
+  go_on(whole, 1, max(saved))
 
 
 CLOCK = r"""

@@ -24,7 +24,10 @@ def assert_goes_on_to_the_same_bits(fields, round_index, patch, tmp_path):
   whole = train_and_compare(tiny_config(**fields), tmp_path / 'whole')
   folder = tmp_path / 'stopped'
   stopped_at(round_index, patch, folder, tiny_config(**fields))
+  log = rows(folder)
   again = train.train(tiny_config(**fields), folder)
+  # No round is trained twice: it would have taken other seconds.
+  assert rows(folder)[: len(log)] == log
   for name in ('params_hash', 'test_accuracy', 'bytes_total', 'rounds'):
     assert again[name] == whole[name], name
   losses = [

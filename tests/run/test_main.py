@@ -20,9 +20,11 @@ import pytest
 from several import LIMIT
 import tfds_sets
 
-from resist_jax.errors import ConfigError
-from resist_jax.run import cards, export, train
+from resist_jax import report
+from resist_jax.errors import ConfigError, NonFiniteError, WorkdirLostError
+from resist_jax.run import cards, export, program, train
 from resist_jax.run import command as command_lib
+from resist_jax.run.meeting import MeetingError
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = (
@@ -297,7 +299,9 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+  'signum', [signal.SIGTERM, signal.SIGINT, signal.SIGKILL]
+)
 def test_a_killed_run_goes_on_and_ends_bit_equal(
   signum, uninterrupted, tmp_path
 ):
@@ -307,18 +311,50 @@ def test_a_killed_run_goes_on_and_ends_bit_equal(
     wait_for(folder / 'checkpoints' / '2', killed, log)
     killed.send_signal(signum)
     code = killed.wait(LIMIT)
-  if signum == signal.SIGTERM:
+  if signum == signal.SIGKILL:
+    assert code == -signum
+  else:
     assert code == 128 + signum
     assert 'the same command goes on from there' in log.read_text()
-  else:
-    assert code == -signum
   assert not (folder / 'summary.json').exists()
+  two = report.read_rows(folder / 'metrics.jsonl')[:2]
 
   again = run(folder, *LONG)
   assert again.returncode == 0, again.stderr
   summary = json.loads((folder / 'summary.json').read_text())
   for name in ('params_hash', 'bytes_total', 'rounds', 'test_accuracy'):
     assert summary[name] == uninterrupted[name]
+  # They are not trained twice: that would have taken other seconds.
+  assert report.read_rows(folder / 'metrics.jsonl')[:2] == two
+
+
+@pytest.mark.faults
+def test_a_run_that_diverges_is_told_in_one_line(tmp_path):
+  done = run(tmp_path / 'run', *TINY, '--config.lr=1e30')
+  assert done.returncode == 1
+  *_, line = done.stderr.splitlines()
+  assert line.startswith('error: round 1: ')
+  assert 'Lower lr (now 1e+30)' in line
+  assert done.stderr.count('error: ') == 1
+  assert 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize(
+  ('error', 'code', 'says'),
+  [
+    (ConfigError('lr is 0.'), 2, 'lr is 0.'),
+    (NonFiniteError('round 1: lower lr.'), 1, 'round 1: lower lr.'),
+    (WorkdirLostError('it is gone.'), 1, 'it is gone.'),
+    (MeetingError('nobody came.'), 75, 'nobody came.'),
+    (OSError(28, 'No space left on device'), 1, 'make room in runs/first; '),
+    (OSError(5, 'Input/output error'), 1, 'mend that in runs/first; '),
+  ],
+)
+def test_what_ends_a_run_has_a_line_and_a_code(error, code, says):
+  line, found = program.explain(error, 'runs/first')
+  assert found == code
+  assert says in line
+  assert len(line.splitlines()) == 1
 
 
 @pytest.mark.faults

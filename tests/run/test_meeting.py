@@ -105,42 +105,70 @@ def test_a_number_that_two_processes_have():
   assert_all_say(errors, ConfigError, 'process_id 1 was given to two')
 
 
+def connected(port):
+  """A connection to process 0, as soon as it listens."""
+  for _ in range(100):
+    with contextlib.suppress(OSError):
+      return socket.create_connection(('127.0.0.1', port))
+    time.sleep(0.05)
+  raise AssertionError('process 0 does not listen')
+
+
 def said_to(port, me, count):
   """The connection of a process that has said who it is, and waits."""
   hello = {
     'program': 'resist_jax', 'process_id': me, 'num_processes': count,
     'description': {},
   }  # fmt: skip
-  for _ in range(100):
-    with contextlib.suppress(OSError):
-      connection = socket.create_connection(('127.0.0.1', port))
-      connection.sendall(json.dumps(hello).encode() + b'\n')
-      return connection
-    time.sleep(0.05)
-  raise AssertionError('process 0 does not listen')
+  connection = connected(port)
+  connection.sendall(json.dumps(hello).encode() + b'\n')
+  return connection
 
 
 @pytest.mark.parametrize('reset', [False, True])
-def test_a_process_that_was_killed_and_started_again_is_one(reset):
+def test_a_process_that_was_killed_and_started_again_is_one(reset, monkeypatch):
   port = local.free_port()
+  heard, closed = threading.Semaphore(0), threading.Event()
+  receive = meeting._receive
+
+  def receive_and_tell(*args, **kwargs):
+    message = receive(*args, **kwargs)
+    if message and 'process_id' in message:  # It is no answer of process 0.
+      heard.release()
+    return message
+
+  monkeypatch.setattr(meeting, '_receive', receive_and_tell)
 
   def killed():
     connection = said_to(port, 1, 3)
-    time.sleep(0.5)  # Until process 0 has read it.
+    assert heard.acquire(timeout=LIMIT)
     if reset:
       now = struct.pack('ii', 1, 0)
       connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
     connection.close()
+    closed.set()
 
-  calls = [coming(i, port, count=3, late=i) for i in range(3)]
-  assert together(*calls, killed) == [None] * 4
+  def again():
+    assert closed.wait(LIMIT)
+    coming(1, port, count=3)()
+
+  def last():  # Earlier, it would complete a meeting with the killed one.
+    assert closed.wait(LIMIT)
+    assert heard.acquire(timeout=LIMIT)
+    coming(2, port, count=3)()
+
+  calls = [coming(0, port, count=3), killed, again, last]
+  assert together(*calls) == [None] * 4
 
 
 def test_only_one_process_can_be_process_0():
   port = local.free_port()
-  first, second = together(
-    coming(0, port, timeout=4), coming(0, port, late=0.5, timeout=1)
-  )
+
+  def another():
+    connected(port).close()  # Only looks: the first one listens.
+    coming(0, port, timeout=1)()
+
+  first, second = together(coming(0, port, timeout=4), another)
   assert_all_say([first], MeetingError, 'process 1 did not come')
   assert_all_say([second], ConfigError, 'cannot listen at')
 
@@ -148,7 +176,7 @@ def test_only_one_process_can_be_process_0():
 def test_a_process_that_does_not_come_is_named():
   port = local.free_port()
   errors = together(
-    coming(0, port, count=4, timeout=1), coming(2, port, count=4, timeout=1)
+    coming(0, port, count=4, timeout=5), coming(2, port, count=4, timeout=5)
   )
   assert_all_say(errors, MeetingError, 'process 1, 3 did not come to 127')
 

@@ -222,8 +222,11 @@ def test_it_goes_on_to_the_same_end(finished, tmp_path, monkeypatch):
   with pytest.raises(Interrupted, match='after round 2'):
     train.train(config(), tmp_path)
   monkeypatch.setattr(MeanLoss, '__call__', test)
+  log = rows(tmp_path)
+  assert [row['round'] for row in log] == [1, 2]
   summary = train.train(config(), tmp_path)
   assert summary['params_hash'] == finished[1]['params_hash']
+  assert rows(tmp_path)[:2] == log  # They took the same seconds.
 
 
 @pytest.mark.parametrize(

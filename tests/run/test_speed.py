@@ -126,6 +126,7 @@ def test_a_stopped_run_ends_bit_equal(fields, monkeypatch, tmp_path):
 
   monkeypatch.setattr(speed, 'time_workers', times)
   stopped_at(1, monkeypatch, tmp_path / 'stopped', tiny_config(**fields))
+  log = rows(tmp_path / 'stopped')
   again = train.train(tiny_config(**fields), str(tmp_path / 'stopped'))
   monkeypatch.setattr(
     speed, 'time_workers', lambda _: (1, 2, np.array([[3, 6.0], *3 * [[1, 2]]]))
@@ -134,12 +135,14 @@ def test_a_stopped_run_ends_bit_equal(fields, monkeypatch, tmp_path):
   assert again['depths'] == whole['depths']
   assert again['params_hash'] == whole['params_hash']
   assert len(rows(tmp_path / 'stopped')) == 4
+  assert rows(tmp_path / 'stopped')[: len(log)] == log  # With the same seconds.
 
 
 @pytest.mark.slow
 def test_depths_are_elastic(monkeypatch, tmp_path):
   stopped_at(1, monkeypatch, tmp_path, tiny_config(depths=(2, 1, 1, 1)))
-  start = len(rows(tmp_path))
+  before = rows(tmp_path)
+  start = len(before)
   monkeypatch.setattr(
     speed, 'time_workers', lambda _: (1, 2, np.array([[1, 2.0], [3, 6.0]]))
   )
@@ -149,6 +152,7 @@ def test_depths_are_elastic(monkeypatch, tmp_path):
   log = report.read_rows(tmp_path / 'metrics.jsonl')
   held = [list(map(len, row['slots']['stage2_chain'])) for row in log]
   assert held == start * [[2, 1, 1, 1]] + (4 - start) * [[4, 1]]
+  assert log[:start] == before
   assert log[start]['train_loss'] < log[0]['train_loss'] + 0.3
 
 

@@ -14,10 +14,10 @@ from test_trainer import (
   batches,
   cut,
   hands_of,
+  local_steps,
   make,
   merge,
   network,
-  train_locally,
 )
 
 import resist_jax as resist
@@ -52,15 +52,22 @@ def run(trainer, counts=COUNTS, state=None, between=lambda state: state):
   return state, held, losses
 
 
-def plain_loop(optimizer_at, held, S, counts=COUNTS):
+def plain_loop(optimizer_at, held, S, counts=COUNTS, carry=False):
+  """Where it is carried, momentum is cut and averaged as parameters are."""
   params, first = network(), 0
+  velocity = jax.tree.map(np.zeros_like, params)
   for assignments, count in zip(held, counts, strict=True):
-    hands, parts = hands_of(assignments, S), []
+    hands, ends = hands_of(assignments, S), []
     data = joined(first, count, S)
     for s, mine in enumerate(hands):
-      optimizer = optimizer_at(first * T)
-      parts.append(train_locally(optimizer, cut(params, mine), data, s))
-    params, first = merge(parts, hands), first + count
+      optimizer, sub = optimizer_at(first * T), cut(params, mine)
+      state = optimizer.init(sub)
+      if carry:
+        state = optax.tree.set(state, trace=cut(velocity, mine))
+      ends.append(local_steps(optimizer, sub, state, data, s))
+    params, first = merge([sub for sub, _ in ends], hands), first + count
+    momenta = [optax.tree.get(state, 'trace') for _, state in ends]
+    velocity = merge(momenta, hands)
   return params
 
 
@@ -69,6 +76,7 @@ CASES = {
   'psum': {'exchange': resist.exchange.masked_psum()},
   'nothing is cut': {'chains': ()},
   'in one program': {'devices': 1, 'on_device': True},
+  'carried': {'min_depth': 2, 'carry': True},
 }
 
 
@@ -78,7 +86,8 @@ def test_they_equal_a_plain_loop_and_the_rate_goes_on(case):
   optimizer = OPTIMISERS['sgd']
   trainer = make(optimizer(0), **CASES[case])
   state, held, _ = run(trainer)
-  assert_close(trainer.params(state), plain_loop(optimizer, held, 4))
+  want = plain_loop(optimizer, held, 4, carry=trainer.carry)
+  assert_close(trainer.params(state), want)
 
 
 def test_metrics_are_means_over_all_steps():

@@ -45,17 +45,25 @@ def run(trainer, counts=(1, 1, 1)):
   return trainer.params(state), held
 
 
-def plain_loop(optimizer, held, S, counts=(1, 1, 1), outer=None, broken=None):
+def plain_loop(
+  optimizer, held, S, counts=(1, 1, 1), outer=None, broken=None, carry=False
+):
   """After each step, all that is no block becomes its mean; momentum stays.
 
-  The worker `broken` counts in no mean.
+  The worker `broken` counts in no mean. Where momentum is carried, it is cut
+  and averaged between two rounds, as the parameters are.
   """
   params, first = network(), 0
+  velocity = jax.tree.map(np.zeros_like, params)
   moved = outer and outer.init(params)
   for assignments, count in zip(held, counts, strict=True):
     hands, data = hands_of(assignments, S), joined(first, count, S)
     subs = [cut(params, mine) for mine in hands]
     states = [optimizer.init(sub) for sub in subs]
+    if carry:
+      momenta = [cut(velocity, mine) for mine in hands]
+      pairs = zip(states, momenta, strict=True)
+      states = [optax.tree.set(x, trace=momentum) for x, momentum in pairs]
     counted = [s for s in range(S) if s != broken]
     for t in range(count * T):
       for s in counted:
@@ -67,6 +75,8 @@ def plain_loop(optimizer, held, S, counts=(1, 1, 1), outer=None, broken=None):
       subs = [{**sub, 'out': mean} for sub in subs]
     # A block that only the broken worker holds stays as it was.
     means, first = merge(subs, hands), first + count
+    momenta = [optax.tree.get(state, 'trace') for state in states]
+    velocity = merge(momenta, hands)
     if outer:
       means, moved = plain_outer_step(outer, moved, params, means)
     params = means
@@ -82,6 +92,7 @@ CASES = {
   'in one program': ({'devices': 1, 'on_device': True}, {'counts': (1, 2)}),
   'unequal': ({'depths': (2, 1, 1, 1), 'devices': 4}, {}),
   'nobody is excluded': ({'exclude_faulty': False}, {}),
+  'carried': ({'carry': True, 'min_depth': 2}, {'carry': True}),
 }
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import operator
+from unittest import mock
 
 from covering import checkerboard
 import jax
@@ -131,14 +132,19 @@ def gradient(sub, batch):
   return jax.grad(lambda p: loss_fn(p, {CHAIN: ones}, batch, None)[0])(sub)
 
 
-def train_locally(optimizer, sub, data, s, gradient=gradient):
-  """The local steps of worker s, whose moments begin anew."""
-  state = optimizer.init(sub)
+def local_steps(optimizer, sub, state, data, s, gradient=gradient):
+  """The local steps of worker s, with parameters and moments to begin from."""
   for t in range(data['y'].shape[1]):
     batch = jax.tree.map(lambda x, t=t: x[s, t], data)
     updates, state = optimizer.update(gradient(sub, batch), state, sub)
     sub = optax.apply_updates(sub, updates)
-  return sub
+  return sub, state
+
+
+def train_locally(optimizer, sub, data, s, gradient=gradient):
+  """The local steps of worker s, whose moments begin anew."""
+  state = optimizer.init(sub)
+  return local_steps(optimizer, sub, state, data, s, gradient)[0]
 
 
 def plain_loop(optimizer_at, held, S, params=None):
@@ -954,6 +960,31 @@ def test_metrics_may_be_numbers_of_python():
   _, metrics = trainer.round(trainer.init(network()), batches(0, 4))
   np.testing.assert_allclose(metrics['half'], 0.5, rtol=1e-6)
   np.testing.assert_allclose(metrics['yes'], 1.0, rtol=1e-6)
+
+
+def test_a_save_that_stops_leaves_the_state_before(tmp_path, monkeypatch):
+  """After the files of the new one, and before the pointer leads to them."""
+  trainer = make(optax.sgd(RATE))
+  state = trainer.init(network())
+  trainer.save(tmp_path, state)
+  state, _ = trainer.round(state, batches(0, 4))
+  for step in ('point_to', 'digest_of_files'):
+    with monkeypatch.context() as patch:
+      stopped = mock.Mock(side_effect=KeyboardInterrupt)
+      patch.setattr(storage, step, stopped)
+      with pytest.raises(KeyboardInterrupt):
+        trainer.save(tmp_path, state)
+      stopped.assert_called_once()
+    restored = trainer.restore(tmp_path)
+    assert int(restored.round) == 0
+    before = trainer.params(restored)
+    jax.tree.map(np.testing.assert_array_equal, before, network())
+  (tmp_path / 'round_7').mkdir()  # Not written by `save`.
+  state, _ = trainer.round(state, batches(1, 4))
+  trainer.save(tmp_path, state)
+  assert int(trainer.restore(tmp_path).round) == 2
+  left = {'state.txt', 'round_2', 'round_7'}
+  assert {p.name for p in tmp_path.iterdir()} == left
 
 
 def test_a_state_is_not_saved_onto_a_file(tmp_path):
