@@ -8,7 +8,8 @@ are shared; only section 3 is partitioned; residual branches are scaled at test
 time; norm and ReLU come before each convolution; another l. With eight workers:
 no minimum depth; a minimum depth; another l. At the cpu scale, the first two of
 these run again with four times as many rounds, and with a chain as long as the
-paper's.
+paper's. At the scale cpu90, whose network has blocks in one section only, the
+column of section 3 is missing, and runs have half of the rounds of that card.
 """
 
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import Any
 
 from experiments import paper, pictures, table2
 from experiments.experiment import (
+  SCALES,
   Cell,
   Drawn,
   Experiment,
@@ -24,6 +26,7 @@ from experiments.experiment import (
   of_runs,
 )
 from experiments.table import Table
+from resist_jax.run.config import value_of
 
 # All blocks of all sections are partitioned, branches are not scaled at test
 # time, and norms come after convolutions.
@@ -60,6 +63,7 @@ TITLES = {
 TRIED = {
   'smoke': {2: (1,), 8: (1,)},
   'cpu': {2: (16,), 8: (4, 24)},
+  'cpu90': {2: (24,), 8: (6, 28)},
   'paper': {2: (100,), 8: (12, 50)},
 }
 
@@ -69,34 +73,61 @@ def columns(workers: int, scale: str) -> dict[str, Cell]:
 
   Args:
     workers: 2 or 8.
-    scale: See `experiment.SCALES`.
+    scale: See `EXPERIMENT`.
 
   Returns:
     Cells by title, in the order of the table. For the card without changes, it
-    is the cell of Table 2.
+    is the cell of Table 2, which has no scale cpu90.
   """
   card = table2.cell('cifar10', 'resist', workers)
+  changes = dict(COLUMNS[workers])
+  if scale == 'cpu90':
+    changes = _at_cpu90(workers)
   listed = {
     TITLES[column]: Cell(
       f's{workers}_{column}', card.card, card.argument, overrides
     )
     if overrides is not None
     else card
-    for column, overrides in COLUMNS[workers].items()
+    for column, overrides in changes.items()
   }
-  config = card.config(scale)
+  *_, last = listed.values()
+  config = last.config(scale)
   for steps in TRIED[scale][workers]:
     rounds = config.num_rounds * config.local_steps // steps
     every = max(1, config.eval_every * config.local_steps // steps)
     fields = {
+      **last.overrides,
       'local_steps': steps,
       'num_rounds': rounds,
+      'optimizer.warmup_rounds': config.optimizer.warmup_rounds
+      * config.local_steps
+      // steps,
       'eval_every': every,
       'checkpoint_every': every,
     }
     name = f's{workers}_l{steps}'
     listed[f'+ l = {steps}'] = Cell(name, card.card, card.argument, fields)
   return listed
+
+
+def _at_cpu90(workers: int) -> dict[str, Mapping[str, Any]]:
+  """Returns the changes of each column in half of the rounds."""
+  config = table2.cell('cifar10', 'resist', workers).config('cpu90')
+  half = {
+    name: value_of(config, name) // 2
+    for name in ('num_rounds', 'optimizer.warmup_rounds')
+  }
+  changes = dict(COLUMNS[workers])
+  if workers == 2:
+    # A single strided block cannot be handed over.
+    changes['naive'] = {k: v for k, v in NAIVE.items() if k != 'partition'}
+    changes['share_strided'] = changes.pop('only_section_3')
+  return {
+    column: {**(changes[column] or {}), **half}
+    for column in COLUMNS[workers]
+    if column in changes
+  }
 
 
 def closer(workers: int, scale: str) -> dict[str, Cell]:
@@ -200,7 +231,9 @@ def figures(results: Results) -> Mapping[str, Drawn]:
   return drawn
 
 
-EXPERIMENT = Experiment('ablation', 'Ablation', cells, tables, figures)
+EXPERIMENT = Experiment(
+  'ablation', 'Ablation', cells, tables, figures, scales=(*SCALES, 'cpu90')
+)
 
 if __name__ == '__main__':
   main(EXPERIMENT, __doc__)

@@ -134,6 +134,36 @@ def test_the_ablation_adds_one_thing_a_row():
   ]
 
 
+def test_the_ablation_at_cpu90_adds_one_thing_a_row():
+  changes = []
+  for workers in ablation.COLUMNS:
+    rows = [
+      dict(flat(cell.config('cpu90').to_dict()))
+      for cell in ablation.columns(workers, 'cpu90').values()
+    ]
+    card = table2.cell('cifar10', 'resist', workers).config('cpu90')
+    for row in rows:  # All train as long, with the same share of warm-up.
+      steps = row['num_rounds'] * row['local_steps']
+      assert steps == card.num_rounds * card.local_steps // 2
+      warm = row['optimizer.warmup_rounds'] * row['local_steps']
+      wanted = card.optimizer.warmup_rounds * card.local_steps // 2
+      assert 0 <= wanted - warm < row['local_steps']
+    for before, after in itertools.pairwise(rows):
+      changes.append({k for k in before if before[k] != after[k]})
+  another_l = {'local_steps', 'num_rounds', 'eval_every', 'checkpoint_every'}
+  another_l |= {'optimizer.warmup_rounds'}
+  assert changes == [
+    # A strided block cannot be handed over; two workers halve the others.
+    {'partition_strided', 'exchange', 'min_depth'},
+    {'residual_scale'},
+    {'model.pre_activation'},
+    another_l,
+    {'min_depth'},
+    another_l,
+    another_l,
+  ]
+
+
 def test_columns_nearer_to_the_paper_differ_as_the_small_ones():
   short = list(ablation.columns(8, 'cpu').values())[:2]
   closer = list(ablation.closer(8, 'cpu').values())
