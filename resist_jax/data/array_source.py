@@ -14,6 +14,7 @@ from resist_jax.data.prepared import Prepared, opener, used
 from resist_jax.data.streaming import MODES
 from resist_jax.errors import ConfigError, one_line
 
+_OF_SPLIT = re.compile(r'((?:\w+_)?)(images|labels)')  # Names of arrays.
 _SPLITS = {'': 'train', 'val_': 'validation'}  # Other names of a split.
 
 
@@ -245,6 +246,12 @@ def _array(file: Mapping[str, np.ndarray], key: str) -> Any:
   try:
     return file[key]
   except ValueError as error:
+    if key == 'class_names':
+      raise ValueError(
+        f'{key} cannot be read ({error}): save class_names.astype(str).'
+      ) from error
+    if not _OF_SPLIT.fullmatch(key):
+      return None  # Nothing uses it.
     raise ValueError(
       f'{key} cannot be read ({error}): save an array of numbers, of images of '
       'one size.'
@@ -255,9 +262,7 @@ def _splits(arrays: Mapping[str, np.ndarray]) -> dict[str, Arrays]:
   """Returns the examples of each split."""
   found = {}
   prefixes = {
-    match[1]: match[2]
-    for key in arrays
-    if (match := re.fullmatch(r'((?:\w+_)?)(images|labels)', key))
+    match[1]: match[2] for key in arrays if (match := _OF_SPLIT.fullmatch(key))
   }
   for prefix, kind in prefixes.items():
     for needed in (f'{prefix}images', f'{prefix}labels'):

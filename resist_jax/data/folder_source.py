@@ -24,8 +24,11 @@ from resist_jax.errors import ConfigError, one_line
 _SPLITS = {'val': 'validation', 'valid': 'validation', 'dev': 'validation'}
 _SPLITS |= {'training': 'train', 'testing': 'test'}
 _USUAL = ('train', 'test', 'validation')  # Whatever is in them.
-# What desktops and archives leave beside files.
-_LITTER = ('thumbs.db', 'desktop.ini', '__macosx')
+# What desktops, archives, file servers and file systems leave beside files.
+_LITTER = (
+  'thumbs.db', 'desktop.ini', '__macosx', '@eadir', '#recycle', 'lost+found',
+  '$recycle.bin', 'system volume information',
+)  # fmt: skip
 _AGAIN = 'run the same command again'
 
 
@@ -55,6 +58,10 @@ class Files:
       'label': self.labels[number],
       'file_name': str(self.root / path),
     }
+
+  def known_label(self, number: int) -> int:
+    """Returns a label without reading the file."""
+    return self.labels[number]
 
 
 def find(
@@ -173,15 +180,19 @@ def _files(
 
   Other classes are an error where the split is used, and left out elsewhere.
   """
-  inside = _folders_in(place)
-  unknown = [path.name for path in inside if path.name not in names]
+  inside, labels = _folders_in(place), {name: i for i, name in enumerate(names)}
+  unknown = [
+    path.name
+    for path in inside
+    if used and path.name not in labels and any(_below(path))
+  ]
   found = {
-    str(path.relative_to(place)): names.index(label.name)
+    str(path.relative_to(place)): labels[label.name]
     for label in inside
-    if label.name in names
+    if label.name in labels
     for path in _below(label)
   }
-  if used and any(any(_below(place / label)) for label in unknown):
+  if unknown:
     raise ConfigError(
       f'the data set is {name!r}, whose split {split} has the class '
       f'{unknown[0]!r}, which the training set does not have: rename '

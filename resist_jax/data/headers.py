@@ -13,6 +13,19 @@ EIGHT_BITS = frozenset(
 )  # fmt: skip
 # Files whose mode I, of 32 bits, holds 16: Pillow has scaled them to that.
 _SIXTEEN_IN_I = ('PNG', 'PPM')
+# Where Pillow looks for the orientation of an image.
+_EXIF = ('exif', 'Raw profile type exif', 'XML:com.adobe.xmp', 'xmp')
+# What makes an image upright, by its orientation in EXIF.
+_TURNS = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = [_TURNS[orientation] for orientation in (5, 6, 7, 8)]
 _GREY = frozenset(('1', 'L', 'LA', 'La', 'I', 'I;16', 'I;16B', 'I;16L'))
 
 
@@ -73,10 +86,31 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
   # turns itself.
   if image.format == 'TIFF':
     return image.size
-  if image.format == 'PNG' and 'exif' not in image.info:
+  if image.format == 'PNG' and not image.info.keys() & {*_EXIF}:
     return image.size
-  turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-  return image.size[::-1] if turned else image.size
+  return image.size[::-1] if turn(image) in _SIDEWAYS else image.size
+
+
+def turn(image: Image.Image) -> Image.Transpose | None:
+  """Returns what makes an image upright; None if it is.
+
+  Args:
+    image: An image as Pillow opens it. Malformed EXIF says nothing, as for the
+      programs that show images.
+  """
+  try:
+    return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+  except Exception:  # Pillow raises many types.
+    return None
+
+
+def upright(image: Image.Image) -> Image.Image:
+  """Returns an upright copy of an image, which says nothing of orientation."""
+  image.load()
+  how = turn(image)
+  made = image.copy() if how is None else image.transpose(how)
+  made.info = {k: v for k, v in image.info.items() if k not in _EXIF}
+  return made
 
 
 def common_shape(headers: Iterable[Header]) -> tuple[int | None, ...]:

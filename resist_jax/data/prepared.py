@@ -82,6 +82,10 @@ class Examples:
         f'{self._file(number)} ({one_line(error)}): {self.remedy}.'
       ) from error
 
+  def known_label(self, number: int) -> int:
+    """Returns a label for which no file must be read; else -1."""
+    return _known_label(self.source, number)
+
   def _file(self, number: int) -> str:
     ends = np.cumsum([part.count for part in self.parts])
     return self.parts[int(np.searchsorted(ends, number, 'right'))].file
@@ -277,6 +281,16 @@ class Chosen:
     """Reads an example."""
     split, number = self.places[position]
     return self.splits[split][number]
+
+  def known_label(self, position: int) -> int:
+    """See `Examples.known_label`."""
+    split, number = self.places[position]
+    return _known_label(self.splits[split], number)
+
+
+def _known_label(source: Source, number: int) -> int:
+  known = getattr(source, 'known_label', None)
+  return known(number) if known else -1
 
 
 def used(splits: Iterable[str], wanted: Sequence[str]) -> list[str]:

@@ -60,9 +60,7 @@ def find(
     return hugging_face_source.find(name, wanted)
   if name.endswith('.npz'):
     return array_source.find(name, class_names, wanted)
-  if _PATH.match(name) or (
-    os.path.isdir(name) and not tfds_source.knows(name, data_dir)
-  ):
+  if _PATH.match(name) or _is_folder(name, data_dir):
     return folder_source.find(name, class_names, wanted)
   return tfds_source.find(name, data_dir)
 
@@ -87,8 +85,15 @@ def _own(name: str) -> tuple[str, str]:
     if _PATH.match(where) or os.path.isdir(given):
       return where, rest
     return '', name
-  own = _PATH.match(name) or name.endswith('.npz') or os.path.isdir(name)
+  own = _PATH.match(name) or name.endswith('.npz') or _is_folder(name)
   return (name, '') if own else ('', name)
+
+
+def _is_folder(name: str, data_dir: str = '') -> bool:
+  """Returns whether a plain name is that of a folder, and of no other set."""
+  if name == 'digits' or not os.path.isdir(name):
+    return False
+  return not tfds_source.knows(name, data_dir)
 
 
 def same(name: str, other: str) -> bool:

@@ -9,7 +9,7 @@ import os
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from resist_jax.data import headers
 from resist_jax.data.prepared import PREPARE_AGAIN, Source
@@ -90,6 +90,9 @@ class Records:
 
   def label(self, number: int) -> int:
     """Returns the label of an example, which is read once at most."""
+    if self._labels[number] < 0:
+      known = getattr(self._source, 'known_label', None)
+      self._labels[number] = known(number) if known else -1
     if self._labels[number] < 0:
       self[number]
     return int(self._labels[number])
@@ -207,8 +210,10 @@ class StreamedImages:
           raise ValueError(f'it has four channels, and {len(mode)} are used')
         if (array or self.needs_fourth) and mode == 'RGBA' != image.mode:
           raise ValueError('it has no fourth channel, and four are used')
-        ImageOps.exif_transpose(image, in_place=True)
-        return _eight_bits(image).convert(mode)
+        image.load()
+        how = headers.turn(image)
+        pixels = _eight_bits(image).convert(mode)
+        return pixels if how is None else pixels.transpose(how)
     except Exception as error:  # Each format raises types of its own.
       file = next(filter(None, map(record.get, _FILE_NAMES)), '')
       if isinstance(file, bytes):
@@ -237,7 +242,7 @@ def as_image(given: Any) -> Image.Image:
       image of Pillow, of which an upright copy is made.
   """
   if isinstance(given, Image.Image):
-    return ImageOps.exif_transpose(given)
+    return headers.upright(given)
   if isinstance(given, np.ndarray):
     grey = given.ndim == 3 and given.shape[-1] == 1
     return Image.fromarray(given.squeeze(-1) if grey else given)

@@ -79,7 +79,8 @@ def _test(task: ModuleTask, model: Parameters, most: int | None) -> Any:
 def _task(run: Trained, asked: Asked) -> ModuleTask:
   """Returns what the run learned, with the sets to test on."""
   config = asked.reading(run.config)
-  own = hasattr(module_task.load(config.model.module), 'data')
+  module = module_task.load(config.model.module)
+  own = module_task.function_of(module, 'data') is not None
   if not asked.data:
     if config.data.name.startswith(data.GIVEN):
       _read(config)  # Raises what a program has to do.

@@ -24,6 +24,7 @@ from resist_jax.run import (
   phases,
   processes,
   restore,
+  same_data,
   stopping,
 )
 from resist_jax.run.callbacks import Callbacks
@@ -212,7 +213,11 @@ class Loop:
     progress = Progress(**restored.progress) if restored else Progress()
     by_speed = setup.config.depths == 'by_speed'
     tests = {t: setup.described[f'split {t}'] for t in setup.dataset.tests}
-    others = [t for t, then in progress.tests.items() if tests.get(t) != then]
+    others = [
+      test
+      for test, then in progress.tests.items()
+      if not same_data.agree(then, tests.get(test))
+    ]
     changed = tuple(f'{test}_' for test in others)
     judged = self._judged_by.lstrip('+-')
     self.progress = dataclasses.replace(

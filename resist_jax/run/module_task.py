@@ -232,7 +232,7 @@ class ModuleTask:
     self, schedule: optax.Schedule
   ) -> optax.GradientTransformation:
     """See `task.Task`."""
-    own = getattr(self.module, 'optimizer', None)
+    own = function_of(self.module, 'optimizer')
     if own is not None:
       return own(self.config, schedule)
     return optimizer.described(self.config.optimizer, schedule)
@@ -250,7 +250,7 @@ class ModuleTask:
 
   def rescale(self, params: PyTree, factors: Mapping[str, float]) -> PyTree:
     """See `task.Task`."""
-    own = getattr(self.module, 'rescale', None)
+    own = function_of(self.module, 'rescale')
     if own is None:
       raise ConfigError(
         f'the residual scale of {", ".join(factors)} changes with num_workers, '
@@ -283,6 +283,21 @@ class ModuleTask:
     return 0
 
 
+def function_of(module: Any, name: str) -> Callable[..., Any] | None:
+  """Returns a function of a module.
+
+  Args:
+    module: What a person wrote.
+    name: Its name.
+
+  Returns:
+    None if there is none; a package of that name which it imports is no
+    function, such as `from resist_jax import data`.
+  """
+  found = getattr(module, name, None)
+  return None if isinstance(found, types.ModuleType) else found
+
+
 def make(
   config: ml_collections.ConfigDict,
   dataset: Dataset | None,
@@ -308,7 +323,7 @@ def make(
       f'network(config) of {name} returned {type(network).__name__}: let it '
       'return resist_jax.run.module_task.Network(init, chains).'
     )
-  own = getattr(module, 'data', None)
+  own = function_of(module, 'data')
   if dataset is None:
     dataset = _called(name, own, config) if own else read()
   if not isinstance(dataset, Dataset):

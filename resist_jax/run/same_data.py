@@ -86,6 +86,23 @@ def check(folder: pathlib.Path, found: dict[str, Any]) -> None:
     )
 
 
+def agree(old: Any, new: Any) -> bool:
+  """Returns whether two descriptions are those of the same examples or classes.
+
+  Args:
+    old: What was recorded, perhaps by an older version, which recorded less.
+    new: What is there now. Images that are streamed are described by less.
+
+  >>> agree({'examples': 3, 'images': 'a'}, {'examples': 3})
+  True
+  >>> agree({'examples': 3}, {'examples': 4}), agree({'examples': 3}, None)
+  (False, False)
+  """
+  if isinstance(old, dict) and isinstance(new, dict):
+    return all(old[key] == new[key] for key in old.keys() & new.keys())
+  return old == new
+
+
 def told(folder: pathlib.Path, found: dict[str, Any]) -> str:
   """Says what differs from the beginning of a run; '' for nothing.
 
@@ -96,11 +113,7 @@ def told(folder: pathlib.Path, found: dict[str, Any]) -> str:
   before, parts = _recorded(folder), []
   for name in sorted(_LASTING & found.keys() & before.keys()):
     old, new = before[name], found[name]
-    if isinstance(new, dict):  # An older version recorded less.
-      same = all(old[key] == new[key] for key in old.keys() & new.keys())
-    else:
-      same = old == new
-    if same:
+    if agree(old, new):
       continue
     if isinstance(new, dict):
       then, now = old.get('examples'), new['examples']

@@ -101,6 +101,8 @@ def test_another_file_is_an_extra_test(tmp_path):
     ({'images': images(3, 0, 8), 'labels': labels(3)}, 'without a pixel'),
     ({'images': images(3), 'labels': labels(3), 'class_names': ['a', 'b', 'a']},
      "class_names hold 'a' twice"),
+    ({'images': images(3), 'labels': labels(3),
+      'class_names': np.array(NAMES, object)}, r'class_names\.astype\(str\)'),
   ],
 )  # fmt: skip
 def test_other_arrays_get_a_clear_line(arrays, says, tmp_path):
@@ -109,6 +111,12 @@ def test_other_arrays_get_a_clear_line(arrays, says, tmp_path):
     load(path)
   assert '\n' not in str(caught.value)
   assert path in str(caught.value)
+
+
+def test_arrays_that_mean_nothing_here_may_be_anything(tmp_path):
+  names = np.array([f'{i}.png' for i in range(10)], object)
+  path = write(tmp_path, images=images(10), labels=labels(10), files=names)
+  assert len(load(path).train) == 8
 
 
 def test_a_file_that_is_damaged_or_not_there_gets_a_clear_line(tmp_path):

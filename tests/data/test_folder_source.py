@@ -4,12 +4,13 @@ import os
 import re
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin
 import pytest
 import tfds_sets
 
 from resist_jax import data
-from resist_jax.data import sets, sources, tfds_source
+from resist_jax.data import folder_source, sets, sources, tfds_source
+from resist_jax.data.streaming import Records
 from resist_jax.errors import ConfigError
 
 RNG = np.random.default_rng(0)
@@ -161,6 +162,48 @@ def test_a_photograph_that_was_taken_sideways_stands_upright(tmp_path):
     np.testing.assert_array_equal(image, upright)
 
 
+@pytest.mark.parametrize('kind', ['jpeg', 'png', 'webp'])
+def test_malformed_exif_turns_nothing(kind, tmp_path):
+  some(tmp_path, count=10, shape=(8, 12, 3))
+  broken = {'exif': b'Exif\x00\x00no such header', 'dpi': (72, 72)}
+  path = put(tmp_path / 'cat' / f'broken.{kind}', pixels(8, 12, 3), **broken)
+  with Image.open(path) as image, pytest.raises(SyntaxError):
+    image.getexif()
+  for streaming in ('never', 'always'):
+    dataset = load(tmp_path, streaming=streaming)
+    splits = (dataset.train, dataset.tests['test'])
+    assert sum(len(split.images[:]) for split in splits) == 21
+  (found,) = data.read_files([str(path)], (8, 12, 3), False)
+  assert found.shape == (8, 12, 3)
+
+
+def test_xmp_may_say_that_an_image_lies_on_its_side(tmp_path):
+  upright = pixels(8, 12, 3)
+  said = PngImagePlugin.PngInfo()
+  said.add_itxt('XML:com.adobe.xmp', '<rdf tiff:Orientation="6"/>')
+  sideways = np.ascontiguousarray(np.rot90(upright))
+  put(tmp_path / 'cat' / 'sideways.png', sideways, pnginfo=said)
+  put(tmp_path / 'dog' / 'upright.png', upright)
+  dataset = load(tmp_path)
+  for split in (dataset.train, dataset.tests['test']):
+    for image in split.images[:]:
+      np.testing.assert_array_equal(image, upright)
+
+
+def test_no_file_is_read_for_its_label(tmp_path, monkeypatch):
+  some(tmp_path, count=10)
+
+  def read(self, number):
+    raise AssertionError('a file was read')
+
+  monkeypatch.setattr(folder_source.Files, '__getitem__', read)
+  source = folder_source.find(str(tmp_path))
+  for split in ('train', 'train[:50%]'):
+    records = Records('', source.open(split), 2)
+    labels = [records.label(i) for i in range(len(records))]
+    assert set(labels) == {0, 1}
+
+
 def test_grey_images_have_one_channel(tmp_path):
   some(tmp_path, shape=(8, 8))
   assert load(tmp_path).train.images.shape[1:] == (8, 8, 1)
@@ -198,6 +241,8 @@ def test_classes_alone_are_split_by_a_fixed_fifth(tmp_path):
   (tmp_path / '.cache').mkdir()
   (tmp_path / 'a' / '.DS_Store').write_bytes(b'x')
   (tmp_path / 'a' / 'Thumbs.db').write_bytes(b'x')
+  (tmp_path / 'lost+found').mkdir()
+  put(tmp_path / 'a' / '@eaDir' / '0.png' / 'SYNOPHOTO_THUMB_M.png', COLOUR)
   (tmp_path / 'empty').mkdir()
   dataset = load(tmp_path)
   assert dataset.class_names == ('a', 'b', 'c')
@@ -247,6 +292,7 @@ def test_another_folder_is_an_extra_test(tmp_path):
   assert found.images.shape == (4, 8, 8, 3)
   some(tmp_path / 'of a foe', ('cat', 'eel'))
   extra = str(tmp_path / 'of a foe')
+  (tmp_path / 'of a foe' / 'augmented').mkdir()  # An empty one means nothing.
   message = refusal(tmp_path / 'own', extra_tests=(extra,))
   assert "the class 'eel', which the training set does not have" in message
   some(tmp_path / 'of one class', ('dog',), count=3)
@@ -256,6 +302,20 @@ def test_another_folder_is_an_extra_test(tmp_path):
 
 
 # Names.
+
+
+def test_a_folder_beside_a_set_of_its_name_is_another_set(
+  tmp_path, monkeypatch
+):
+  some(tmp_path / 'digits')
+  monkeypatch.chdir(tmp_path)
+  assert not data.same_set('./digits', 'digits')
+  assert not data.same_set('./mnist', 'mnist')
+  assert data.same_set('./digits', 'digits/')
+  (tmp_path / 'mnist').mkdir()
+  assert not data.same_set('./mnist', 'mnist')
+  (tmp_path / 'photos').mkdir()
+  assert data.same_set('./photos', 'photos')
 
 
 def test_a_folder_beside_is_found_unless_a_set_has_its_name(

@@ -10,6 +10,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import types
 from typing import Any, NamedTuple
 
 from covering import rest_is_slow
@@ -721,6 +722,16 @@ def test_an_evaluation_says_that_the_data_have_changed(
   assert evaluate_command.main(words) == 0
   said = capsys.readouterr().err
   assert 'split test: 37 examples then, 11 now' in said
+
+
+def test_what_a_module_imports_is_no_function_of_its_own():
+  module = types.ModuleType('own')
+  exec('from resist_jax import data\nfrom resist_jax.run import optimizer\n'
+       'def rescale(): pass', vars(module))  # fmt: skip
+  assert module_task.function_of(module, 'data') is None
+  assert module_task.function_of(module, 'optimizer') is None
+  assert module_task.function_of(module, 'nothing') is None
+  assert module_task.function_of(module, 'rescale') is module.rescale
 
 
 def test_options_are_the_same_in_a_training_and_in_an_evaluation(
