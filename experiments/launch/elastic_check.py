@@ -86,11 +86,20 @@ def _check_rescale(config: ConfigDict) -> None:
 
 
 def is_complete(options: Options) -> bool:
-  """Returns whether a run has ended after its last round, or early."""
-  summary = json_object(pathlib.Path(options.workdir) / 'summary.json')
+  """Returns whether a run has ended after its last round, or early.
+
+  A run that has stopped early goes on with other rules for that.
+  """
+  folder, config = pathlib.Path(options.workdir), options.config.to_dict()
+  summary = json_object(folder / 'summary.json')
   rounds = summary.get('rounds')
   ended = isinstance(rounds, int) and rounds >= options.config.num_rounds
-  return ended or bool(summary.get('stopped_early'))
+  before = json_object(folder / 'config.json')
+  same = all(
+    before.get(name) == config.get(name)
+    for name in ('early_stopping', 'best_by')
+  )
+  return ended or (same and bool(summary.get('stopped_early')))
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ it is done:
 """
 
 from collections.abc import Sequence
+import os
 import signal
 import socket
 import subprocess
@@ -94,8 +95,10 @@ def main() -> None:
 
   for signum in (signal.SIGTERM, signal.SIGINT):
     signal.signal(signum, forward)
-  for command in commands(options.num_processes, options.args):
-    started.append(subprocess.Popen(command, start_new_session=True))
+  for i, command in enumerate(commands(options.num_processes, options.args)):
+    # On a host with GPUs, a GPU for each process.
+    env = {'JAX_LOCAL_DEVICE_IDS': str(i), **os.environ}
+    started.append(subprocess.Popen(command, start_new_session=True, env=env))
   sys.exit(exit_code([process.wait() for process in started]))
 
 

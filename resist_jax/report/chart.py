@@ -283,7 +283,7 @@ def _line(line: Line, chart: Chart, frame: _Frame) -> str:
 
 def _said(line: Line, point: Point, chart: Chart) -> str:
   """Returns what a pointer at a point reads."""
-  where = f'{chart.x} {point.x:.4g}'
+  where = f'{chart.x} {point.x:.{7 if chart.x == "round" else 4}g}'
   if chart.categories:
     where = f'{chart.x} {chart.categories[int(point.x)]}'.strip()
   text = f'{line.name}; {where}; {chart.y}: {point.y:.4g}'

@@ -79,6 +79,8 @@ class Group:
   def curve(self, x: str, metric: str, scale: float = 1) -> list[Point]:
     """Returns the means of a metric over the rounds that all seeds have.
 
+    A seed without the metric, such as one that is not tested yet, is left out.
+
     Args:
       x: A field of the rounds.
       metric: Another one.
@@ -92,7 +94,8 @@ class Group:
       }
       for run in self.runs
     ]
-    shared = set.intersection(*map(set, by_round))
+    by_round = list(filter(None, by_round))
+    shared = set.intersection(*map(set, by_round)) if by_round else set()
     points = []
     for number in sorted(shared):
       xs, ys = zip(*(rows[number] for rows in by_round), strict=True)
@@ -161,7 +164,8 @@ def _label(runs: Sequence[Run]) -> str:
 
 def _merged(runs: Sequence[Run]) -> dict[str, Any]:
   """Returns the summaries of some runs as one."""
-  merged = dict(runs[0].summary)
+  # The first run's values come first, and no field of another is lost.
+  merged = {k: v for run in reversed(runs) for k, v in run.summary.items()}
   if len(runs) == 1:
     return merged
   for name in merged:

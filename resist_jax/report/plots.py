@@ -13,6 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 import numpy as np
 
+from resist_jax.errors import printable
 from resist_jax.report.colours import Style, colours, styles
 from resist_jax.report.records import MAX_ROUNDS, Rows
 from resist_jax.report.units import byte_unit
@@ -393,6 +394,7 @@ def confusion_figure(
     A figure whose rows are shares of a class. Numbers stand in it for up to 12
     classes, and names beside it for up to 40.
   """
+  class_names = [printable(name) for name in class_names]
   table = np.asarray(counts, float)
   shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
   n = len(class_names)

@@ -125,18 +125,39 @@ def _load_run(path: Path, label: str) -> Run:
     config.setdefault('phases.protocol', 'local_sgd')
   rows = _drawn_rows(path / 'metrics.jsonl')
   summary = _summary_so_far(config, rows)
+  summary['dataset'] = _own_name(path) or summary['dataset']
   if (path / 'summary.json').is_file():
     written = _read_json(path / 'summary.json')
     # It is out of date if the run finished and was then given more rounds.
     rounds = written.get('rounds')
     if is_number(rounds) and rounds >= rows[-1]['round']:
       summary = written
+    if rounds == rows[-1]['round']:  # A test at the very end has no row.
+      rows[-1] = _with_tests(rows[-1], written)
   summary |= _mean_bytes(summary, rows)
   counts = (row['workers'] for row in rows if row['workers'])
   changes = [str(count) for count, _ in itertools.groupby(counts)]
   if len(changes) > 1:  # The run was resumed with another number of workers.
     summary['num_workers'] = ', then '.join(changes)
   return Run(label, config, {**summary, 'directory': str(path)}, rows)
+
+
+def _own_name(path: Path) -> str:
+  """Returns what a module calls the data that it makes; '' for other data."""
+  if not (path / 'data.json').is_file():
+    return ''
+  called = _read_json(path / 'data.json').get('called')
+  return called if isinstance(called, str) else ''
+
+
+def _with_tests(row: Summary, summary: Summary) -> dict[str, Any]:
+  """Returns the last row with the tests that only the summary has."""
+  tested = {
+    name: summary[name]
+    for name in _measures(summary)
+    if not name.startswith(('best_', 'final_')) and is_number(summary[name])
+  }
+  return {**row, **{k: v for k, v in tested.items() if row.get(k) is None}}
 
 
 def _mean_bytes(

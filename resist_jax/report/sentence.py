@@ -285,8 +285,8 @@ def _other_settings(groups: Sequence[Group]) -> str:
 
 def _seeds(groups: Sequence[Group]) -> list[str]:
   """Says what so few seeds cannot say."""
-  fewest = min(len(group.runs) for group in groups)
-  if fewest >= SEEDS or not any(map(_tests, groups)):
+  fewest = min((len(_tests(g)) for g in groups if _tests(g)), default=SEEDS)
+  if fewest >= SEEDS:
     return []
   if fewest > 1:
     return [f'{fewest} seeds are too few to rank runs; {SEEDS} would do.']

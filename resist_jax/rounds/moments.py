@@ -57,7 +57,9 @@ def _marked(optimizer: optax.GradientTransformation, state: PyTree) -> PyTree:
     raise ValueError(
       'optimizer has a state in which optax does not find the moments of each '
       f'parameter ({type(error).__name__}): use one that keeps the structure '
-      'of the parameters, which optax.flatten does not.'
+      'of the parameters, which optax.flatten does not. A function that labels '
+      'parameters is also called with a single leaf in their place: let it '
+      'use jax.tree.map, or give optax.partition the labels themselves.'
     ) from error
 
 
@@ -213,6 +215,8 @@ def _map_schedule_counts(
     new = structure.unflatten(map(walk, inner, marks))
     if isinstance(node, _CONDITIONAL):
       name = 'step'
+    elif isinstance(node, optax.contrib.ScaleByAdemamixState):
+      name = 'count_m2'  # Of its schedules; its first moment has another.
     elif any(isinstance(field, _Moment) for field in marks):
       return new
     else:

@@ -1,6 +1,6 @@
 """The end of a round inside `shard_map`: aggregate and assign anew."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -80,7 +80,10 @@ def synchronise(
   S = protocol.num_workers
   error, outer, average, norms = exchange_state
   agreed_shared, agreed_chain = collectives.widen(agreed)
-  judged, norms, metrics = _judge(protocol, local, agreed, norms)
+  moments = []
+  if protocol.carry and not protocol.average_gradients:
+    moments = take_apart(optimizer, local.opt_state).moments
+  judged, norms, metrics = _judge(protocol, local, agreed, norms, moments)
   # With averaged gradients, all workers hold the same.
   healthy = None if protocol.average_gradients else judged
 
@@ -162,11 +165,19 @@ def _if_anybody(healthy: Healthy | None, mean: PyTree, other: PyTree) -> PyTree:
 
 
 def _judge(
-  protocol: Protocol, local: Local, agreed: PyTree, recent: Norms | None
+  protocol: Protocol,
+  local: Local,
+  agreed: PyTree,
+  recent: Norms | None,
+  moments: Sequence[PyTree] = (),
 ) -> tuple[Healthy | None, Norms | None, dict[str, jax.Array]]:
-  """Returns the healthy workers, recent norms with this round, and metrics."""
+  """Returns the healthy workers, recent norms with this round, and metrics.
+
+  Moments that will be averaged must be finite, too: a second moment may be
+  infinite while the parameters look as ever.
+  """
   losses = local.metrics['loss']
-  finite = participation.finite(local.params, losses)
+  finite = participation.finite(local.params, losses, moments)
   metrics = {**local.metrics, 'finite': finite, 'healthy': finite}
   norms = None
   if protocol.judges_updates:

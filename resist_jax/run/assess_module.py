@@ -49,6 +49,8 @@ def assess(run: Trained, asked: Asked) -> dict[str, Any]:
     'broken': measured.broken,
     'depth': [],
   }
+  if not asked.data and isinstance(task.dataset, data.Tables):
+    found['data'] = task.dataset.name
   if depths:
     test = _test(task, model, asked.depth_examples)  # One program for all.
     trained = depth.trained_scales(task.config, lengths, task.cuts)

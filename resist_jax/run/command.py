@@ -179,8 +179,9 @@ def help_text() -> str:
     *textwrap.wrap(
       'Fields of the config, each with its default, as in '
       '--config.num_rounds=20. A card sets some of them; where the card '
-      f'{cards.DEFAULT} does, its value stands in brackets. Tuples need no '
-      'parentheses: --config.partition=2,3.',
+      f'{cards.DEFAULT} does, its value stands in brackets. Tuples of '
+      'numbers need no parentheses: --config.partition=2,3. Those of names '
+      """do: --config.data.extra_tests="('a', 'b')".""",
       _WIDTH,
     ),
   ]

@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 import pathlib
+import sys
 from typing import Any
+
+import ml_collections
 
 from resist_jax import folders
 from resist_jax.errors import ConfigError, Parser, refused
 from resist_jax.run import assess, assess_module, measured, trained
+from resist_jax.run.config import flat
 from resist_jax.run.export import Predictor
 from resist_jax.run.trained import Asked, Trained
 
@@ -27,17 +31,35 @@ def main(args: Sequence[str] | None = None) -> int:
     folders.check_writable(out, '--out')
     asked = _asked(options)
     runs = trained.folders_of(options.run)
-    found = []
+    found, configs = [], []
     for run in runs:
-      found.append(evaluate(trained.load(run), asked))
+      loaded = trained.load(run)
+      configs.append(loaded.config)
+      found.append(evaluate(loaded, asked))
       measured.write(out / run.name if runs[1:] else out, found[-1])
     if runs[1:]:
       measured.write_together(out, found)
   except (ConfigError, OSError) as error:
     return refused(error)
+  if said := _mixed(configs):
+    print(said, file=sys.stderr)
   print(measured.together(found) if found[1:] else measured.text(found[0]))
   print(f'written to {out}')
   return 0
+
+
+def _mixed(configs: Sequence[ml_collections.ConfigDict]) -> str:
+  """Says in which settings runs differ that are shown together; '' for none."""
+  first, *others = [flat(config) for config in configs]
+  differ = {n for o in others for n in first if o.get(n) != first[n]}
+  listed = sorted(differ - {'seed', 'data.dir'})
+  if not listed:
+    return ''
+  more = ', ...' if listed[4:] else ''
+  return (
+    f'these runs differ in more than their seed ({", ".join(listed[:4])}{more})'
+    ', so a mean over them says little.'
+  )
 
 
 def _parser() -> Parser:

@@ -142,8 +142,10 @@ def from_torch(
   """Returns the variables of a network from a state dict of PyTorch.
 
   Args:
-    state: By name, tensors of PyTorch or arrays; a prefix `module.` of all
-      names is left out.
+    state: By name, tensors of PyTorch or arrays. Prefixes that PyTorch's
+      wrappers give all names, such as `module.`, are left out. A state dict
+      does not tell the groups and the epsilon of a group norm: those of
+      `network` have 16 channels a group and 1e-6.
     network: The network that it belongs to, such as
       `models.FAMILY['PreActResNet101'](num_classes=100)`.
     names: Maps the name of a layer that `--to=torch` gives it, such as
@@ -172,8 +174,10 @@ def from_torch(
         f'dict, give state[{name!r}].'
       )
   given = {name: _as_array(tensor) for name, tensor in state.items()}
-  if given and all(name.startswith('module.') for name in given):
-    given = {k.removeprefix('module.'): v for k, v in given.items()}
+  given.pop('n_averaged', None)  # Of an `AveragedModel`.
+  for prefix in ('module.', '_orig_mod.', 'module.'):  # One may be in another.
+    if given and all(name.startswith(prefix) for name in given):
+      given = {k.removeprefix(prefix): v for k, v in given.items()}
   return plain.variables(given, network, names or _convention(given))
 
 

@@ -275,6 +275,9 @@ class Loop:
     # Where the host dispatches steps, it has waited for them: the clock is read
     # now, or the time of the next round would count for this one.
     self._waits = 'seconds_local' in measured or self._callbacks.read_state
+    # To gather the rows of several processes is a program, too: behind the next
+    # round, it would read the clock at the end of that.
+    self._waits |= jax.process_count() > 1
 
   def _due(self, before: int, done: int) -> _Due:
     config = self.setup.config

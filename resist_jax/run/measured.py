@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from resist_jax import folders
+from resist_jax.errors import printable
 from resist_jax.report import plots, tables
 from resist_jax.run import workdir
 
@@ -206,7 +207,8 @@ def _confused(measured: Measured) -> list[str]:
     order = np.argsort(-wrong, axis=None, kind='stable')[:_SHOWN]
     pairs = zip(*np.unravel_index(order, wrong.shape), strict=True)
     lines += [
-      f'{test}: {wrong[a, b]} of {names[a]} taken for {names[b]}'
+      f'{test}: {wrong[a, b]} of {printable(names[a])} taken for '
+      f'{printable(names[b])}'
       for a, b in pairs
       if wrong[a, b]
     ]

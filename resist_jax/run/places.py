@@ -61,6 +61,7 @@ def find_place(
   coordinator, count, me, devices = found
   if coordinator is None or count is None or me is None:
     _check_pod(os.environ)
+    _check_mpi(os.environ)
     return None
   named = os.environ.get('JAX_LOCAL_DEVICE_IDS', '')
   if named:  # JAX itself reads it only where nobody names devices.
@@ -83,6 +84,21 @@ def _check_pod(variables: Mapping[str, str]) -> None:
       'other pods are: set --coordinator, --num_processes and --process_id as '
       'experiments/launch/jobset.yaml does, or --num_processes=1 for a run of '
       "one pod, or install JAX's package: pip install 'jax[k8s]'."
+    )
+
+
+def _check_mpi(variables: Mapping[str, str]) -> None:
+  """Refuses to train alone in one of several processes of Open MPI.
+
+  JAX knows Open MPI by a variable that its version 5 does not set.
+  """
+  ranks = variables.get('OMPI_COMM_WORLD_SIZE', '1')
+  if ranks.isdigit() and int(ranks) > 1:
+    raise ConfigError(
+      f'this is one of {ranks} processes of Open MPI, and JAX does not find '
+      'the others, as under Open MPI 5: set --coordinator, --num_processes and '
+      '--process_id=$OMPI_COMM_WORLD_RANK, or --num_processes=1 for a run of '
+      'one process.'
     )
 
 

@@ -89,8 +89,9 @@ def start(
   os.environ['no_grpc_proxy'] = place.address[0]  # noqa: SIM112 - its name.
   monitor = _Monitor(place, patience)
   monitor.handle_abort()
+  host, port = place.address
   jax.distributed.initialize(
-    place.coordinator,
+    f'[{host}]:{port}' if ':' in host else f'{host}:{port}',
     place.count,
     place.me,
     place.local_devices,
@@ -376,6 +377,11 @@ def doing(name: str, times: int = 1) -> None:
   """
   if _Monitor.current:
     _Monitor.current.begin_task(name, times)
+
+
+def are_several() -> bool:
+  """Returns whether this process has met the others of its run."""
+  return _Monitor.current is not None
 
 
 def told_by_first(text: str) -> str:

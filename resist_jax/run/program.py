@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from absl import logging
 import jax
+from jax._src import xla_bridge  # Nothing public says whether it has begun.
 from ml_collections import ConfigDict
 
 import resist_jax
@@ -116,7 +117,7 @@ def main(options: Options) -> None:
     processes.explain_failure()
     if line := out_of_memory(error):
       _fail(line, code=1)
-    if jax.process_count() == 1:
+    if not processes.are_several():
       raise
     if _BROKEN.search(str(error)):
       _fail(
@@ -140,6 +141,11 @@ def main(options: Options) -> None:
 def _start(options: Options) -> None:
   """Meets the other processes, and gives CPUs virtual devices."""
   config: Any = options.config
+  if xla_bridge.backends_are_initialized():
+    raise ConfigError(
+      'the card has used JAX before the run could choose its devices, such as '
+      'by jax.device_count() or jax.numpy: leave that out of the card.'
+    )
   place = places.find_place(
     options.coordinator, options.num_processes, options.process_id
   )
@@ -160,7 +166,7 @@ def _start(options: Options) -> None:
     jax.config.update('jax_num_cpu_devices', min(here, 64))
   try:
     jax.devices()
-  except RuntimeError as error:
+  except (RuntimeError, AssertionError) as error:  # No platform is usable.
     if count > 1:  # Another process may be the cause.
       raise
     raise ConfigError(

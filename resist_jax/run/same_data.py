@@ -47,6 +47,8 @@ def describe(dataset: Dataset, name: str) -> dict[str, Any]:
   if isinstance(dataset, data.Dataset):
     found['classes'] = list(dataset.class_names)
     found['shape of an image'] = list(dataset.train.images.shape[1:])
+  else:
+    found['called'] = dataset.name
   for name, split in {'train': dataset.train, **dataset.tests}.items():
     index = np.linspace(0, len(split) - 1, min(len(split), _SAMPLE))
     sample = _sample(split, index.astype(int), arrays)

@@ -122,7 +122,10 @@ def _train_in(
     if jax.process_index() == 0:
       workdir_lib.write_json(folder / 'summary.json', summary)
       if setup.config.log.report:
-        report.write_report([folder], folder)
+        try:
+          report.write_report([folder], folder)
+        except ConfigError as error:  # The log of a complete run was lost.
+          logging.warning('there is no report: %s', error)
     callbacks.finished(summary)
   return summary
 
@@ -200,7 +203,7 @@ def _own(config: ml_collections.ConfigDict) -> list[Callback]:
 
 def _check_shared(folder: pathlib.Path) -> None:
   """Checks that all processes have the same workdir, by a file in it."""
-  if jax.process_count() == 1:
+  if not processes.are_several():  # Or a program of a person's own met them.
     return
   first = jax.process_index() == 0
   token = processes.told_by_first(workdir_lib.mark(folder) if first else '')

@@ -224,6 +224,27 @@ def _check_shared_every(trainer: 'Trainer') -> None:
     )
 
 
+def check_width(params: PyTree, exchange: Exchange) -> None:
+  """Refuses numbers of 64 bits where a wire format has fewer than 32.
+
+  Args:
+    params: Arrays, or their shapes.
+    exchange: How blocks travel.
+
+  Raises:
+    ValueError: If JAX computes with such numbers and the format is not exact.
+  """
+  if exchange.format.exact or not jax.config.read('jax_enable_x64'):
+    return
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    if leaf.dtype == np.float64:
+      raise ValueError(
+        f'params{jax.tree_util.keystr(path)} is float64, which a wire format '
+        'with fewer bits cannot encode: use wire_format float32, or parameters '
+        'of float32.'
+      )
+
+
 def check_usable(state: Any) -> None:
   """Refuses what is no state, or was given to a round before.
 

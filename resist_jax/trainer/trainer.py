@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 import numpy as np
@@ -196,10 +197,12 @@ class Trainer:
       ValueError: If a chain is not in the parameters or is not one, or if the
         exchange cannot serve its length.
     """
-    checks.check_min_depth(self.min_depth, self.chains)
-    return self._protocol(checks.chain_lengths(params, self.chains))
+    lengths = checks.chain_lengths(params, self.chains)
+    mistakes.check_width(params, self.exchange)
+    return self._protocol(lengths)
 
   def _protocol(self, num_blocks: Mapping[str, int]) -> Protocol:
+    checks.check_min_depth(self.min_depth, self.chains)
     # All of its fields but the lengths of the chains are fields of this one.
     ours = {field.name for field in dataclasses.fields(Protocol)}
     fields = {name: getattr(self, name) for name in ours - {'num_blocks'}}
@@ -526,6 +529,8 @@ class Trainer:
     storage.write(folder / name, state, record)
     if jax.process_index() == 0:
       storage.point_to(folder / _POINTER, folder / name)
+    if jax.process_count() > 1:  # The others read the pointer next.
+      multihost_utils.sync_global_devices('resist_jax: a state is saved')
 
   def restore(
     self,

@@ -108,6 +108,41 @@ def test_a_seed_that_is_not_tested_yet_is_left_out_of_the_mean(tmp_path):
   assert group.name == 'cifar10'  # And not cifar10_seed1.
 
 
+def test_a_seed_that_is_not_tested_yet_hides_no_curve(tmp_path):
+  runs = [put(tmp_path / f'seed{seed}', 0.7, seed=seed) for seed in (0, 1, 2)]
+  log = runs[2] / 'metrics.jsonl'
+  rows = [json.loads(line) for line in log.read_text().splitlines()]
+  for row in rows:
+    del row['test_accuracy']
+  log.write_text(''.join(json.dumps(row) + '\n' for row in rows[1:2]))
+  (runs[2] / 'summary.json').unlink()
+  (group,) = groups.grouped(records.load_runs(runs))
+  curve = group.curve('round', 'test_accuracy')
+  assert [(point.x, point.seeds) for point in curve] == [(0, 2), (1, 2), (2, 2)]
+  page = ' '.join(said(*runs))
+  assert '2 seeds are too few' in page
+  assert 'unfinished' in page  # The first run has nothing to say of that.
+
+
+def test_a_test_at_the_very_end_is_on_the_curve(tmp_path):
+  folder = put(tmp_path / 'run', 0.8, sets_loss=0.5)
+  log = folder / 'metrics.jsonl'
+  rows = [json.loads(line) for line in log.read_text().splitlines()]
+  rows[-1]['test_accuracy'] = None
+  log.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  (group,) = groups.grouped(records.load_runs([folder]))
+  assert group.curve('round', 'test_accuracy')[-1].y == 0.8
+  assert [p.x for p in group.curve('round', 'sets_loss')] == [2]
+
+
+def test_what_a_module_calls_its_data_is_told(tmp_path):
+  folder = put(tmp_path / 'run', 0.8)
+  (folder / 'summary.json').unlink()
+  (folder / 'data.json').write_text(json.dumps({'called': 'shakespeare'}))
+  (run,) = records.load_runs([folder])
+  assert run.summary['dataset'] == 'shakespeare'
+
+
 def test_one_run_is_told_beside_what_baselines_would_send(tmp_path):
   result, cost, seeds, task = said(put(tmp_path / 'run', 0.875))
   assert result == (

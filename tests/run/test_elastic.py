@@ -19,7 +19,8 @@ from experiments.launch import elastic_check
 from experiments.launch.local import free_port
 from resist_jax import report
 from resist_jax.errors import ConfigError
-from resist_jax.run import cards, places
+from resist_jax.run import cards, places, workdir
+from resist_jax.run.command import Options
 from resist_jax.run.config import for_processes, get_config
 
 torch = pytest.mark.skipif(
@@ -179,6 +180,19 @@ def test_what_fits_only_some_numbers_of_hosts(fields, least, most, says):
     elastic_check.check(config, hosts, 1)
   assert says in str(caught.value)
   assert ('allows' in str(caught.value)) == ('allows' in says)
+
+
+def test_a_run_that_stopped_early_goes_on_with_other_rules(tmp_path):
+  config = cards.load('digits')
+  config.early_stopping.patience = 5
+  before = {**config.to_dict(), 'num_rounds': 9}
+  workdir.write_json(tmp_path / 'config.json', before)
+  summary = {'rounds': 7, 'stopped_early': 'after round 7'}
+  workdir.write_json(tmp_path / 'summary.json', summary)
+  for patience, complete in ((5, True), (9, False)):
+    config.early_stopping.patience = patience
+    options = Options(config, str(tmp_path), None, None, None)
+    assert elastic_check.is_complete(options) == complete
 
 
 class Started(storm.Run):

@@ -218,6 +218,15 @@ def test_runs_of_several_seeds_have_a_mean_and_a_deviation(
   assert (tmp_path / 'evaluation' / 'depth_test.png').is_file()
 
 
+def test_a_mean_over_other_settings_than_seeds_is_told():
+  one, other = tiny_config(seed=0), tiny_config(seed=1)
+  assert evaluate_command._mixed([one, other]) == ''
+  other.protocol, other.lr = 'local_sgd', 0.3
+  said = evaluate_command._mixed([one, other])
+  assert '(lr, protocol)' in said
+  assert '\n' not in said
+
+
 @pytest.mark.parametrize(
   ('words', 'says'),
   [

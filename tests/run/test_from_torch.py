@@ -95,10 +95,20 @@ def test_names_may_be_given():
   )
 
 
-def test_all_names_may_begin_with_module():
+@pytest.mark.parametrize(
+  ('prefix', 'more'),
+  [
+    ('module.', {}),
+    ('_orig_mod.', {}),
+    ('module._orig_mod.', {}),
+    ('_orig_mod.module.', {}),
+    ('module.', {'n_averaged': np.array(3)}),
+  ],
+)
+def test_all_names_may_begin_with_those_of_wrappers(prefix, more):
   model = made()
   arrays = renamed(plain.arrays(model), 'torchvision')
-  wrapped = {f'module.{name}': array for name, array in arrays.items()}
+  wrapped = {f'{prefix}{name}': array for name, array in arrays.items()} | more
   found = formats.from_torch(wrapped, model.network)
   wanted = formats.from_torch(arrays, model.network)
   jax.tree.map(np.testing.assert_array_equal, found, wanted)

@@ -460,14 +460,29 @@ def test_a_run_goes_on_without_its_streams(name, tmp_path):
   assert done.returncode == 2
 
 
-def test_a_device_that_cannot_be_used_is_one_line(tmp_path):
+def test_a_card_that_uses_jax_is_one_line(tmp_path):
+  card = tmp_path / 'card.py'
+  card.write_text(
+    'import jax\nfrom resist_jax.run.config import get_config as default\n'
+    'def get_config():\n  config = default()\n'
+    '  config.num_workers = 2 * jax.device_count()\n  return config\n'
+  )
+  done = run(tmp_path / 'run', *TINY, card=card)
+  assert done.returncode == 2
+  (line,) = done.stderr.splitlines()
+  assert line.startswith('error: the card has used JAX before the run could')
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('platform', ['nonesuch', 'cuda'])
+def test_a_device_that_cannot_be_used_is_one_line(platform, tmp_path):
   done = subprocess.run(
     command(tmp_path / 'run', *TINY),
     cwd=ROOT,
     capture_output=True,
     text=True,
     timeout=LIMIT,
-    env={**os.environ, 'JAX_PLATFORMS': 'nonesuch'},
+    env={**os.environ, 'JAX_PLATFORMS': platform},
   )
   assert done.returncode == 2
   (line,) = done.stderr.splitlines()

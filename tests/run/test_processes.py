@@ -64,6 +64,41 @@ jax.distributed.shutdown()
 """
 
 
+SAVES = """
+import sys
+import jax
+import jax.numpy as jnp
+import optax
+jax.config.update('jax_num_cpu_devices', 2)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from resist_jax import Trainer
+def loss_fn(params, present, batch, key):
+  return params['out'].sum(), {}
+trainer = Trainer(
+  loss_fn, optax.sgd(0.1), chains=('blocks',), num_workers=4, local_steps=1)
+state = trainer.init({'blocks': {'w': jnp.ones((4, 3))}, 'out': jnp.ones(3)})
+for _ in range(6):
+  trainer.save(sys.argv[3], state)
+print(int(trainer.restore(sys.argv[3]).round))
+jax.distributed.shutdown()
+"""
+
+
+@pytest.mark.faults
+def test_processes_save_the_same_round_again(tmp_path):
+  coordinator = f'127.0.0.1:{local.free_port()}'
+  started = [
+    subprocess.Popen(
+      [sys.executable, '-c', SAVES, coordinator, str(process), tmp_path / 'x'],
+      cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )
+    for process in range(2)
+  ]  # fmt: skip
+  said = [process.communicate(timeout=LIMIT)[0] for process in started]
+  assert [process.returncode for process in started] == [0, 0]
+  assert [text.splitlines()[-1] for text in said] == ['0', '0']
+
+
 @pytest.mark.faults
 def test_hosts_with_unequal_numbers_of_devices_agree(tmp_path):
   coordinator = f'127.0.0.1:{local.free_port()}'
@@ -197,6 +232,14 @@ def test_a_cluster_says_where_its_processes_are(monkeypatch):
   monkeypatch.setenv('JAX_LOCAL_DEVICE_IDS', 'all')
   with pytest.raises(ConfigError, match="is 'all': name devices as in 0,1"):
     places.find_place(None, None, None)
+  for name in ('SLURM_JOB_ID', 'JAX_LOCAL_DEVICE_IDS'):
+    monkeypatch.delenv(name)
+  monkeypatch.setenv('OMPI_COMM_WORLD_SIZE', '1')
+  assert places.find_place(None, None, None) is None
+  monkeypatch.setenv('OMPI_COMM_WORLD_SIZE', '4')  # As Open MPI 5 sets it.
+  with pytest.raises(ConfigError, match='one of 4 processes of Open MPI'):
+    places.find_place(None, None, None)
+  assert places.find_place(None, 1, None) is None
   # Flags override it.
   given = places.find_place('here:7', 3, 2)
   assert given == processes.Place('here:7', 3, 2)

@@ -681,6 +681,63 @@ def test_a_faulty_worker_is_excluded():
   assert_close(trainer.params(state), three.params(want))
 
 
+def test_an_infinite_second_moment_is_no_part_of_the_mean():
+  """Its square is not finite, and then Adam moves no parameter."""
+
+  def linear(params, present, batch, key):
+    return (batch['x'] @ params['out']).mean(), {}
+
+  trainer = make(optax.adam(RATE), chains=(), carry=True)
+  trainer = dataclasses.replace(trainer, loss_fn=linear)
+  data = batches(0, 4)
+  data['x'][2] *= 1e20
+  state, metrics = trainer.round(trainer.init(network()), data)
+  assert np.isfinite(np.asarray(metrics['loss'])).all()
+  assert np.asarray(metrics['healthy']).tolist() == [True, True, False, True]
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.carried))
+
+
+def test_numbers_of_64_bits_need_an_exact_wire_format():
+  params = jax.tree.map(np.float64, network())
+  with jax.enable_x64(True):
+    for wire_format in ('int8', 'bfloat16'):
+      trainer = make(exchange=resist.exchange.hand_over(wire_format))
+      with pytest.raises(ValueError, match='is float64, which a wire format'):
+        trainer.init(params)
+    make().init(params)
+
+
+def test_a_minimum_depth_for_some_chains_is_refused_in_restore(tmp_path):
+  trainer = make(optax.sgd(RATE))
+  trainer.save(tmp_path, trainer.init(network()))
+  other = make(optax.sgd(RATE), min_depth={'another': 2})
+  for begin in (lambda: other.init(network()), lambda: other.restore(tmp_path)):
+    with pytest.raises(ValueError, match='min_depth'):
+      begin()
+
+
+def test_labels_by_the_names_of_parameters_get_a_remedy():
+  def labels(params):
+    return dict.fromkeys(params.keys(), 'a')
+
+  both = optax.partition({'a': optax.adam(RATE)}, labels)
+  trainer = make(both, carry=True)
+  with pytest.raises(ValueError, match='the labels themselves'):
+    trainer.init(network())
+
+
+def test_schedules_of_ademamix_go_on():
+  alpha = optax.linear_schedule(0.0, 5.0, 100)
+  adam = optax.contrib.ademamix(RATE, alpha=alpha)
+  trainer = make(adam, chains=())
+  state, _ = trainer.round(trainer.init(network()), batches(0, 4))
+  begun = trainer._round(state, batches(0, 4), False).programs['begin']
+  local = begun(state.shared, state.chain, state.carried, np.int32(1))
+  (inner, *_) = local.opt_state
+  assert np.asarray(inner.count_m2).tolist() == 4 * [T]
+  assert np.asarray(inner.count).tolist() == 4 * [0]
+
+
 def test_bytes_are_those_of_the_compiled_program():
   for fields, devices in (({'chains': ()}, 2), ({'carry': True}, 4)):
     trainer = make(

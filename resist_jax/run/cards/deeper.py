@@ -26,6 +26,8 @@ PAPER_ROUNDS = {2: 157, 4: 78, 8: 39}  # 80 epochs of 50,000 over all workers.
 def get_config(argument: str = '') -> ml_collections.ConfigDict:
   """Returns the config; for other words see `cifar10.get_config`."""
   words = [word for word in argument.split(',') if word]
+  if len({*words} & {*CHAINS}) > 1:
+    raise ValueError('152 and 200 exclude each other: leave one.')
   depth = next((word for word in words if word in CHAINS), '200')
   rest = [word for word in words if word not in CHAINS]
   if 'cpu90' in rest:

@@ -29,6 +29,8 @@ LEVERS: dict[str, Any] = {
 def get_config(argument: str = '') -> ml_collections.ConfigDict:
   """Returns the config; for other words see `cifar10.get_config`."""
   words = [word for word in argument.split(',') if word]
+  if len({*words} & {*DATA}) > 1:
+    raise ValueError(f'{" and ".join(DATA)} exclude each other: leave one.')
   rest = [word for word in words if word not in DATA]
   config = cifar10.get_config(','.join(rest))
   config.data.name = next((word for word in words if word in DATA), DATA[0])
