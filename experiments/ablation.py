@@ -200,10 +200,11 @@ def tables(results: Results) -> list[Table]:
       )
   if not rows:
     return []
+  shorter = ', half of its rounds' if results.scale == 'cpu90' else ''
   caption = (
-    f'Test accuracy in % on CIFAR-10, {results.scale} scale. Each row keeps '
-    'the changes of the rows above it with the same number of workers; a row '
-    'that sets l, the steps in a round, replaces the l above it. The paper '
+    f'Test accuracy in % on CIFAR-10, {results.scale} scale{shorter}. Each row '
+    'keeps the changes of the rows above it with the same number of workers; a '
+    'row that sets l, the steps in a round, replaces the l above it. The paper '
     f'tuned l and does not give its value. {of_runs(found)}'
   )
   head = ['workers', 'what is added', 'l', 'deployed', 'test-batch statistics']

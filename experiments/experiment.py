@@ -461,6 +461,8 @@ def _train_all(
       except Exception as error:
         if not (line := program.out_of_memory(error)):
           raise
+        line = line.partition(': go on')[0]
+        line += ': take a device with more, or --dtype=bfloat16 with --results.'
         raise SystemExit(_say(target, line, 1)) from None
       # A signal in the last round does not stop the run, but it stops here.
       if interrupt.signum:

@@ -2,7 +2,14 @@
 
 from collections.abc import Sequence
 
-from experiments import digits, quantised, slow_report, table2, to_accuracy
+from experiments import (
+  digits,
+  quantised,
+  runs,
+  slow_report,
+  table2,
+  to_accuracy,
+)
 from experiments.experiment import (
   Cell,
   Record,
@@ -122,7 +129,7 @@ def _costs() -> Table:
 def _paper_runs(protocol: str, initial: str) -> list[Record]:
   """Returns the runs of a protocol at the paper's scale."""
   cell = table2.cell('cifar100', protocol, WORKERS, initial)
-  return load(f'table2/paper/{cell.name}_seed*.json')
+  return Results('table2', 'paper', runs.RESULTS).of(cell)
 
 
 def _initial() -> str:

@@ -5,6 +5,7 @@ python -m experiments.protocols_report
 
 from collections.abc import Iterator, Mapping, Sequence
 import pathlib
+import re
 import statistics
 from typing import Any
 
@@ -42,6 +43,8 @@ def load(name: str) -> dict[str, Runs]:
   """
   found: dict[str, dict[tuple[str, int], list[Record]]] = {}
   for path in sorted((RESULTS / name / 'cpu').glob('*.json')):
+    if not re.search(r'_seed\d+\.json$', path.name):
+      continue  # A copy of a result is no further seed.
     record = read(path)
     config = record['config']
     runs = found.setdefault(config['data'], {})

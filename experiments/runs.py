@@ -199,7 +199,10 @@ def begin_run(folder: pathlib.Path, busy: bool) -> None:
   folders.check_writable(folder, '--runs')
   folder.mkdir(parents=True, exist_ok=True)
   path, now = folder / _BEGUN, here()
-  is_new = not any(folder.iterdir())
+  # A start that was refused leaves nothing but these.
+  is_new = {path.name for path in folder.iterdir()} <= {_BUSY, _BEGUN, 'lock'}
+  if is_new:
+    (folder / _BUSY).unlink(missing_ok=True)
   begun = [] if is_new else _beginnings(folder)
   if busy or not (is_new or any(_speed(x) == _speed(now) for x in begun)):
     (folder / _BUSY).touch()

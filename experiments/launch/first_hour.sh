@@ -180,7 +180,7 @@ print(len(found), found[0].platform, found[0].device_kind, 'JAX', jax.__version_
 [[ $SCALE = smoke || $here != *' cpu '* ]] ||
   refuse "JAX sees no accelerator here ($here); SCALE=smoke rehearses on a CPU."
 mkdir -p "$OUT" || refuse "OUT is '$OUT', where no folder can be made."
-# What one slice compiled, the next ones find. On CPUs, programs with several
+# What one slice compiled, the next ones find; benches compile. On CPUs, programs with several
 # devices may hang when JAX loads them.
 if [ "$SCALE" = smoke ]; then
   unset JAX_COMPILATION_CACHE_DIR

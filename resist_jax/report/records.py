@@ -146,7 +146,10 @@ def _own_name(path: Path) -> str:
   """Returns what a module calls the data that it makes; '' for other data."""
   if not (path / 'data.json').is_file():
     return ''
-  called = _read_json(path / 'data.json').get('called')
+  try:
+    called = _read_json(path / 'data.json').get('called')
+  except ConfigError:  # The run itself goes on without it.
+    return ''
   return called if isinstance(called, str) else ''
 
 

@@ -14,6 +14,12 @@ from resist_jax.run.config import flat
 from resist_jax.run.export import Predictor
 from resist_jax.run.trained import Asked, Trained
 
+# Fields that do not change what a network learns.
+_FREE = {
+  'seed', 'data.dir', 'checkpoint_every', 'keep_checkpoints', 'eval_every',
+  'faults.timeout', 'faults.progress_timeout',
+}  # fmt: skip
+
 
 def main(args: Sequence[str] | None = None) -> int:
   """Evaluates a run, writes what was measured, and prints a table.
@@ -52,7 +58,7 @@ def _mixed(configs: Sequence[ml_collections.ConfigDict]) -> str:
   """Says in which settings runs differ that are shown together; '' for none."""
   first, *others = [flat(config) for config in configs]
   differ = {n for o in others for n in first if o.get(n) != first[n]}
-  listed = sorted(differ - {'seed', 'data.dir'})
+  listed = sorted(n for n in differ - _FREE if not n.startswith('log.'))
   if not listed:
     return ''
   more = ', ...' if listed[4:] else ''

@@ -512,12 +512,12 @@ def _excluded(
     )
   if broken and not (config.faults.leave_out and healthy.any()):
     raise NonFiniteError(
-      f'round {done}: the loss or the parameters of worker {broken} are not '
-      'finite'
+      f'round {done}: the loss, the parameters or a carried moment of worker '
+      f'{broken} are not finite'
     )
   far = ', '.join(map(str, np.flatnonzero(finite & ~healthy)))
   for workers, reason in (
-    (broken, 'its loss, its parameters or a gradient is not finite'),
+    (broken, 'its loss, its parameters, a gradient or a moment is not finite'),
     (far, 'its loss or its update is far larger than those of the others'),
   ):
     if workers:

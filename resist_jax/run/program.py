@@ -133,8 +133,9 @@ def main(options: Options) -> None:
     print(report.summary_table([summary]))
     if summary['stopped_early']:
       print(f'stopped early {summary["stopped_early"]}')
-    if options.config.log.report:
-      print(f'report: {options.workdir}/report.html')
+    page = pathlib.Path(options.workdir) / 'report.html'
+    if options.config.log.report and page.exists():
+      print(f'report: {page}')
   processes.end()
 
 

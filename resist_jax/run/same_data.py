@@ -163,8 +163,11 @@ def write(folder: pathlib.Path, found: dict[str, Any]) -> None:
 
 def _recorded(folder: pathlib.Path) -> dict[str, Any]:
   found = workdir_lib.json_object(folder / workdir_lib.DATA)
-  good = all(
-    isinstance(value, dict if name.startswith('split ') else list)
-    for name, value in found.items()
-  )
+
+  def kind(name: str) -> type:
+    if name.startswith('split '):
+      return dict
+    return str if name == 'called' else list
+
+  good = all(isinstance(value, kind(name)) for name, value in found.items())
   return found if good else {}

@@ -125,6 +125,7 @@ def _train_in(
         try:
           report.write_report([folder], folder)
         except ConfigError as error:  # The log of a complete run was lost.
+          (folder / 'report.html').unlink(missing_ok=True)  # An older one.
           logging.warning('there is no report: %s', error)
     callbacks.finished(summary)
   return summary

@@ -234,7 +234,8 @@ def check_width(params: PyTree, exchange: Exchange) -> None:
   Raises:
     ValueError: If JAX computes with such numbers and the format is not exact.
   """
-  if exchange.format.exact or not jax.config.read('jax_enable_x64'):
+  wide = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
+  if exchange.format.exact or not wide:
     return
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     if leaf.dtype == np.float64:

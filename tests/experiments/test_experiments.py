@@ -271,8 +271,9 @@ def test_a_stop_in_a_last_round_stops_the_experiment(tmp_path):
     trained.append(config.protocol)
 
   command = dataclasses.replace(digits.EXPERIMENT, train=stopped)
+  args = [f'--results={tmp_path}', f'--runs={tmp_path}/runs']
   with pytest.raises(SystemExit) as stop:
-    experiment.main(command, 'What it does.', [f'--results={tmp_path}'])
+    experiment.main(command, 'What it does.', args)
   assert stop.value.code == 128 + signal.SIGTERM
   assert trained == ['resist']
 

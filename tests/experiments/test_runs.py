@@ -51,9 +51,18 @@ def test_seconds_of_several_machines_do_not_count(
   for here in starts:
     monkeypatch.setattr(runs, 'here', lambda here=here: here)
     runs.begin_run(tmp_path / 'run', busy=False)
+    (tmp_path / 'run' / 'config.json').write_text('{}')
   found = runs.history(tmp_path / 'run')
   assert found.get('busy', False) == busy
   assert len(found.get('begun', ())) == (recorded or 0)
+
+
+def test_a_start_that_was_refused_is_no_beginning(tmp_path, monkeypatch):
+  monkeypatch.setattr(runs, 'here', lambda: {**A, 'processor': 'Q'})
+  runs.begin_run(tmp_path, busy=True)
+  monkeypatch.setattr(runs, 'here', lambda: A)
+  runs.begin_run(tmp_path, busy=False)
+  assert runs.history(tmp_path) == {}
 
 
 def test_seconds_of_an_unknown_beginning_do_not_count(tmp_path, monkeypatch):

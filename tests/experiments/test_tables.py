@@ -118,6 +118,18 @@ def test_table3_compares_the_runs_of_one_machine_only(tmp_path):
   assert figures['cifar100'] is None
 
 
+def test_the_ablation_at_cpu90_is_judged_and_says_its_length(tmp_path):
+  results = Results('ablation', 'cpu90', tmp_path)
+  for workers in ablation.COLUMNS:
+    for cell in ablation.columns(workers, 'cpu90').values():
+      put(results, cell, record(0.8))
+  assert (
+    'cpu90 scale, half of its rounds' in ablation.tables(results)[0].caption
+  )
+  said = [claim.text for claim in claims._ablation(results)]
+  assert any('8 workers' in text and 'minimum depth' in text for text in said)
+
+
 def test_the_readme_compares_seconds_of_one_machine(tmp_path, monkeypatch):
   monkeypatch.setattr(runs, 'RESULTS', tmp_path)
   results, initial = Results('table2', 'paper', tmp_path), ''
