@@ -284,6 +284,7 @@ def test_a_stop_in_a_last_round_stops_the_experiment(tmp_path):
     (OSError(errno.ENOSPC, 'No space left'), 1, 'make room in'),
     (WorkdirLostError('the workdir was moved.'), 1, 'was moved'),
     (ConfigError('lr is -1; it must be more than 0.'), 2, 'lr is -1'),
+    (RuntimeError('RESOURCE_EXHAUSTED: 9 GB'), 1, 'the memory does not suffi'),
   ],
 )
 def test_what_ends_a_run_is_told_in_a_line(tmp_path, capsys, error, code, told):
@@ -379,19 +380,6 @@ def test_a_damaged_result_is_one_line(text, tmp_path, capsys):
   (line,) = capsys.readouterr().err.splitlines()
   assert str(target) in line
   assert target.read_text() == text
-
-
-def test_memory_that_does_not_suffice_is_one_line(tmp_path, capsys):
-  def train(config, target, folder):
-    raise RuntimeError('RESOURCE_EXHAUSTED: out of memory')
-
-  made = dataclasses.replace(digits.EXPERIMENT, train=train)
-  args = [f'--results={tmp_path}', f'--runs={tmp_path}/runs', '--scale=smoke']
-  with pytest.raises(SystemExit) as stop:
-    experiment.main(made, 'What it does.', args)
-  assert stop.value.code == 1
-  (line,) = capsys.readouterr().err.splitlines()
-  assert 'the memory does not suffice' in line
 
 
 def test_tables_are_shown_where_nothing_can_be_written(tmp_path, capsys):
