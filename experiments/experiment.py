@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import itertools
 import pathlib
-import re
 import statistics
 import sys
 from typing import Any
@@ -86,9 +85,7 @@ class Results:
     Raises:
       ConfigError: If a file is damaged.
     """
-    name = re.compile(rf'{re.escape(cell.name)}_seed\d+\.json')
-    paths = self.folder(cell).glob(f'{cell.name}_seed*.json')
-    return [runs.read(p) for p in sorted(paths) if name.fullmatch(p.name)]
+    return runs.of_seeds(self.folder(cell), cell.name)
 
   def values(self, cell: Cell, field: str) -> list[float]:
     """Returns a field of the summaries, for each seed that has been run."""
@@ -459,10 +456,9 @@ def _train_all(
       except Interrupted as stop:
         print(f'{target.stem}: {stop}', file=sys.stderr)
       except Exception as error:
-        if not (line := program.out_of_memory(error)):
+        remedy = 'take a device with more, or --dtype=bfloat16 with --results.'
+        if not (line := program.out_of_memory(error, remedy)):
           raise
-        line = line.partition(': go on')[0]
-        line += ': take a device with more, or --dtype=bfloat16 with --results.'
         raise SystemExit(_say(target, line, 1)) from None
       # A signal in the last round does not stop the run, but it stops here.
       if interrupt.signum:

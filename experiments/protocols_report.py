@@ -5,7 +5,6 @@ python -m experiments.protocols_report
 
 from collections.abc import Iterator, Mapping, Sequence
 import pathlib
-import re
 import statistics
 from typing import Any
 
@@ -15,7 +14,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from experiments.costs import Cost, Machine
 from experiments.experiment import of_runs
 from experiments.protocols import PROTOCOLS, stem
-from experiments.runs import RESULTS, read
+from experiments.runs import RESULTS, of_seeds
 from experiments.table import Table
 from resist_jax.report import colours, plots
 
@@ -42,10 +41,7 @@ def load(name: str) -> dict[str, Runs]:
     For each set of data, its runs.
   """
   found: dict[str, dict[tuple[str, int], list[Record]]] = {}
-  for path in sorted((RESULTS / name / 'cpu').glob('*.json')):
-    if not re.search(r'_seed\d+\.json$', path.name):
-      continue  # A copy of a result is no further seed.
-    record = read(path)
+  for record in of_seeds(RESULTS / name / 'cpu', ''):
     config = record['config']
     runs = found.setdefault(config['data'], {})
     key = config['protocol'], config['num_workers']

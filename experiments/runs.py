@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -110,6 +111,18 @@ def load(pattern: str) -> list[dict[str, Any]]:
     pattern: Pattern of their paths below the folder of results.
   """
   return [read(path) for path in sorted(RESULTS.glob(pattern))]
+
+
+def of_seeds(folder: pathlib.Path, name: str) -> list[dict[str, Any]]:
+  """Returns the results of a setting, one for each seed that has been run.
+
+  Args:
+    folder: Where they are. A copy under another name is no further seed.
+    name: Name of the setting; empty for all that are there.
+  """
+  form = re.compile(rf'{re.escape(name) or ".+"}_seed\d+\.json')
+  paths = folder.glob(f'{name}*_seed*.json')
+  return [read(path) for path in sorted(paths) if form.fullmatch(path.name)]
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:

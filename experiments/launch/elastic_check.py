@@ -20,7 +20,7 @@ from resist_jax.errors import ConfigError, refused
 from resist_jax.run.checks import validate
 from resist_jax.run.command import Options
 from resist_jax.run.config import for_processes
-from resist_jax.run.module_task import load
+from resist_jax.run.module_task import function_of, load
 from resist_jax.run.workdir import json_object
 
 
@@ -76,7 +76,7 @@ def _check_rescale(config: ConfigDict) -> None:
   changes = config.workers_per_process and config.protocol == 'resist'
   if (
     name and changes and config.residual_scale == 'evaluation'
-    and not hasattr(load(name), 'rescale')
+    and function_of(load(name), 'rescale') is None
   ):  # fmt: skip
     raise ConfigError(
       f'residual_scale evaluation changes with the number of hosts, and {name} '

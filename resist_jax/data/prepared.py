@@ -83,8 +83,8 @@ class Examples:
       ) from error
 
   def known_label(self, number: int) -> int:
-    """Returns a label for which no file must be read; else -1."""
-    return _known_label(self.source, number)
+    """See `known_label`."""
+    return known_label(self.source, number)
 
   def _file(self, number: int) -> str:
     ends = np.cumsum([part.count for part in self.parts])
@@ -283,12 +283,21 @@ class Chosen:
     return self.splits[split][number]
 
   def known_label(self, position: int) -> int:
-    """See `Examples.known_label`."""
+    """See `known_label`."""
     split, number = self.places[position]
-    return _known_label(self.splits[split], number)
+    return known_label(self.splits[split], number)
 
 
-def _known_label(source: Source, number: int) -> int:
+def known_label(source: Source, number: int) -> int:
+  """Returns a label for which a source reads no file.
+
+  Args:
+    source: Examples with random access.
+    number: The position of one of them.
+
+  Returns:
+    The label; -1 if only the example itself tells it.
+  """
   known = getattr(source, 'known_label', None)
   return known(number) if known else -1
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from resist_jax.data import headers
-from resist_jax.data.prepared import PREPARE_AGAIN, Source
+from resist_jax.data.prepared import PREPARE_AGAIN, Source, known_label
 from resist_jax.errors import ConfigError, one_line
 
 MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}  # Pillow's mode by number of channels.
@@ -91,8 +91,7 @@ class Records:
   def label(self, number: int) -> int:
     """Returns the label of an example, which is read once at most."""
     if self._labels[number] < 0:
-      known = getattr(self._source, 'known_label', None)
-      self._labels[number] = known(number) if known else -1
+      self._labels[number] = known_label(self._source, number)
     if self._labels[number] < 0:
       self[number]
     return int(self._labels[number])

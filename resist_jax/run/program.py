@@ -45,6 +45,11 @@ _JAX_OPTIONS = (
 _BROKEN = re.compile(
   r'gloo|nccl|^(CANCELLED|DEADLINE_EXCEEDED|UNAVAILABLE)\b', re.IGNORECASE
 )
+_LESS_MEMORY = (
+  'go on with more devices (num_devices), or take model.dtype=bfloat16 or '
+  'lower batch_size, local_steps or evaluation.batch_size in another workdir; '
+  'see "When the memory does not suffice" in docs/choosing.md.'
+)
 # What ends a run and can be mended by a person; `SaveError` is an OSError.
 MENDABLE = (
   ConfigError, MeetingError, NonFiniteError, WorkdirLostError, OSError
@@ -73,11 +78,12 @@ def explain(error: BaseException, workdir: str) -> tuple[str, int]:
   return str(error), next((codes[k] for k in codes if isinstance(error, k)), 1)
 
 
-def out_of_memory(error: BaseException) -> str:
+def out_of_memory(error: BaseException, remedy: str = _LESS_MEMORY) -> str:
   """Returns what to do if the memory does not suffice.
 
   Args:
     error: Any error.
+    remedy: What to do; by default, what a run can.
 
   Returns:
     A line; empty if the error is another one.
@@ -85,12 +91,7 @@ def out_of_memory(error: BaseException) -> str:
   told = isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error)
   if not told:
     return ''
-  return (
-    f'the memory does not suffice ({one_line(error)[:200]}): go on with '
-    'more devices (num_devices), or take model.dtype=bfloat16 or lower '
-    'batch_size, local_steps or evaluation.batch_size in another workdir; '
-    'see "When the memory does not suffice" in docs/choosing.md.'
-  )
+  return f'the memory does not suffice ({one_line(error)[:200]}): {remedy}'
 
 
 def main(options: Options) -> None:

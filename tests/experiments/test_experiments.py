@@ -111,15 +111,25 @@ def test_the_sweep_of_l_keeps_the_steps():
       assert abs(trained - steps) <= config.local_steps / 2
 
 
-def test_the_ablation_adds_one_thing_a_row():
-  changes = []
-  for workers in ablation.COLUMNS:
-    rows = [
-      dict(flat(cell.config('cpu').to_dict()))
-      for cell in ablation.columns(workers, 'cpu').values()
+def ablated(scale):
+  """The rows of each number of workers, and what each changes in the last."""
+  rows = {
+    workers: [
+      dict(flat(cell.config(scale).to_dict()))
+      for cell in ablation.columns(workers, scale).values()
     ]
-    for before, after in itertools.pairwise(rows):
-      changes.append({k for k in before if before[k] != after[k]})
+    for workers in ablation.COLUMNS
+  }
+  changes = [
+    {k for k in before if before[k] != after[k]}
+    for listed in rows.values()
+    for before, after in itertools.pairwise(listed)
+  ]
+  return rows, changes
+
+
+def test_the_ablation_adds_one_thing_a_row():
+  _, changes = ablated('cpu')
   another_l = {'local_steps', 'num_rounds', 'eval_every', 'checkpoint_every'}
   assert changes == [
     {'partition_strided'},
@@ -135,21 +145,15 @@ def test_the_ablation_adds_one_thing_a_row():
 
 
 def test_the_ablation_at_cpu90_adds_one_thing_a_row():
-  changes = []
-  for workers in ablation.COLUMNS:
-    rows = [
-      dict(flat(cell.config('cpu90').to_dict()))
-      for cell in ablation.columns(workers, 'cpu90').values()
-    ]
+  rows, changes = ablated('cpu90')
+  for workers, listed in rows.items():
     card = table2.cell('cifar10', 'resist', workers).config('cpu90')
-    for row in rows:  # All train as long, with the same share of warm-up.
+    for row in listed:  # All train as long, with the same share of warm-up.
       steps = row['num_rounds'] * row['local_steps']
       assert steps == card.num_rounds * card.local_steps // 2
       warm = row['optimizer.warmup_rounds'] * row['local_steps']
       wanted = card.optimizer.warmup_rounds * card.local_steps // 2
       assert 0 <= wanted - warm < row['local_steps']
-    for before, after in itertools.pairwise(rows):
-      changes.append({k for k in before if before[k] != after[k]})
   another_l = {'local_steps', 'num_rounds', 'eval_every', 'checkpoint_every'}
   another_l |= {'optimizer.warmup_rounds'}
   assert changes == [
