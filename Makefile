@@ -79,4 +79,4 @@ docs: $(VENV)/installed
 	@echo 'build/docs/index.html'
 
 clean:
-	rm -rf $(VENV) $(RUNS) build *.egg-info
+	rm -rf $(VENV) $(addprefix $(RUNS)/, resist local_sgd report) build *.egg-info

@@ -178,12 +178,17 @@ def measure(spec: Network, args: argparse.Namespace) -> dict[str, Any]:
     'flop_per_second': flop / step['step_seconds'],
     **({} if on_cpu else {'flop_per_second_of_matmul': _matmul_rate(args)}),
     **whole,
-    'peak_memory_of_process_bytes': 1024
-    * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    'peak_memory_of_process_bytes': _peak_memory(),
     'peak_memory_of_device_bytes': (jax.devices()[0].memory_stats() or {}).get(
       'peak_bytes_in_use'
     ),
   }
+
+
+def _peak_memory() -> int:
+  # macOS counts bytes, and others KiB.
+  unit = 1 if sys.platform == 'darwin' else 1024
+  return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _length(params) -> int:

@@ -25,7 +25,7 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from experiments.compile import known, tables
+from experiments.compile import chips, known, tables
 from resist_jax import accounting, models
 from resist_jax.accounting.traffic import num_moments
 from resist_jax.decomposition import Assigner
@@ -118,6 +118,11 @@ class Plan:
         'the package can be planned: name a card without it.'
       )
     config.update({'protocol': 'resist', 'num_workers': 2, 'num_devices': 0})
+    if config.devices_per_worker > 1:
+      raise ConfigError(
+        f'devices_per_worker is {config.devices_per_worker}, but a plan gives '
+        'each worker one device: set it to 1.'
+      )
     checks.validate(config)
     network = config_lib.build_model(config, classes)
     params = jax.eval_shape(
@@ -127,6 +132,8 @@ class Plan:
     sizes = accounting.measure(params, list(cuts))
     self.image, self.network, blocks = image, network, sizes.num_blocks
     self._compiled = known.steps(chip, records)
+    # A TPU's compiler keeps what norms read, and others also what they write.
+    self._fused = bool(chips.CHIPS[chip].generation)
     none: Any = None  # Predictions need neither data nor devices.
     task = ResNetTask(network, none, config)
     self._passes = task.passes  # Data parallel workers distil nothing.
@@ -180,7 +187,7 @@ class Plan:
     lengths = _lengths(traffic)
     network: Any = self.network  # It hashes, which type checkers do not see.
     numbers = _num_activations(
-      network, tuple(self.image), tuple(lengths.items())
+      network, tuple(self.image), tuple(lengths.items()), self._fused
     )
     held = accounting.predicted_memory(
       traffic.sizes,
@@ -323,5 +330,5 @@ def blocks_sent(assigns: Assigner) -> list[float]:
 
 
 @cache  # It is asked again for every link.
-def _num_activations(network, image, lengths) -> int:
-  return models.num_activations(network, image, dict(lengths), fused=False)
+def _num_activations(network, image, lengths, fused) -> int:
+  return models.num_activations(network, image, dict(lengths), fused)

@@ -154,6 +154,7 @@ def _measure(args) -> None:
     ),
     'provenance': provenance(),
     'versions': {'torch': peer['torch']},
+    'torch_device': peer['device'],
     'dtype': args.dtype,
     'precision': args.precision,
     'batch_size': args.batch_size,

@@ -23,7 +23,7 @@ from typing import Any
 from experiments.launch import local
 from experiments.runs import RESULTS, provenance, write_record
 from resist_jax import report
-from resist_jax.errors import Parser
+from resist_jax.errors import ConfigError, Parser, refused
 
 TARGET = RESULTS / 'unequal' / 'digits.json'
 FLAGS = (
@@ -55,18 +55,18 @@ class Throttle(threading.Thread):
       self._process.send_signal(signal.SIGCONT)
 
 
-def measure(flags: tuple[str, ...]) -> dict[str, Any]:
+def measure(flags: tuple[str, ...], cores: list[int]) -> dict[str, Any]:
   """Trains once with process 1 throttled, each process on a core of its own."""
   with tempfile.TemporaryDirectory() as folder:
     args = [*FLAGS, *flags, f'--workdir={folder}/run']
     started = []
-    for core, command in enumerate(local.commands(2, args)):
+    for core, command in zip(cores, local.commands(2, args), strict=True):
       quiet = subprocess.DEVNULL
       # The first process says for both why a run fails.
       process = subprocess.Popen(
         command,
         stdout=quiet,
-        stderr=quiet if core else None,
+        stderr=quiet if started else None,
         env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
       )
       os.sched_setaffinity(process.pid, {core})
@@ -87,13 +87,25 @@ def measure(flags: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
+def _cores() -> list[int]:
+  """Returns two cores that this process may use."""
+  try:
+    found = sorted(os.sched_getaffinity(0))[:2]
+  except AttributeError:  # Such as on macOS.
+    found = []
+  if len(found) < 2:
+    sys.exit(refused(ConfigError('this needs Linux and two cores.')))
+  return found
+
+
 def main() -> None:
   """Measures both settings in turn, and writes the result."""
   Parser(description=(__doc__ or '').split('\n')[0]).parse_args()
+  cores = _cores()
   results: dict[str, list[dict[str, Any]]] = {name: [] for name in DEPTHS}
   for _ in range(REPEATS):
     for name, flags in DEPTHS.items():
-      results[name].append(measure(flags))
+      results[name].append(measure(flags, cores))
       last = results[name][-1]
       print(name, last['blocks'], f'{last["seconds_round"]:.3f} s', flush=True)
   medians = {

@@ -23,6 +23,7 @@ too often, and 128 + N after signal N.
 """
 
 import argparse
+from collections.abc import Iterator, Sequence
 import datetime
 import hashlib
 import importlib.util
@@ -57,6 +58,9 @@ def main() -> None:
   options = _parse()
   if not options.only_meet:
     _check(options)
+    if not _ask('complete', *_DEFAULTS, *options.args):
+      print('this run is complete.', file=sys.stderr)
+      return
   if not importlib.util.find_spec('torch'):
     raise SystemExit(
       refused(ConfigError('PyTorch is missing: pip install ".[elastic]".'))
@@ -178,6 +182,13 @@ def _watch(options: argparse.Namespace, wrong: pathlib.Path) -> int:
   # Meetings that are over. The errors keep the store of the first agent alive,
   # which tells all hosts the same.
   over: list[Exception] = []
+  if options.hosts[0] > 1:
+    print(
+      f'{options.hosts[0]} hosts or more meet at {options.meet}; this one '
+      'waits for the others.',
+      file=sys.stderr,
+      flush=True,
+    )
   while True:
     launch = elastic_launch(_config(options, len(over)), sys.executable)
     try:
@@ -216,12 +227,29 @@ def _say_waiting(address: str, error: Exception) -> None:
   print(f'{now} waiting for {address} ({reason})', file=sys.stderr, flush=True)
 
 
+def _handled() -> Iterator[str]:
+  """Yields the signals that end this host's part; `nohup` ignores one."""
+  for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGQUIT'):
+    if signal.getsignal(signal.Signals[name]) != signal.SIG_IGN:
+      yield name
+
+
+def _workdir(args: Sequence[str]) -> str:
+  """Returns the workdir that arguments name last; '' if they name none."""
+  found = ''
+  for word, following in zip(args, [*args[1:], ''], strict=True):
+    name, equals, value = word.partition('=')
+    if name in ('--workdir', '-workdir'):
+      found = os.path.normpath(value if equals else following)
+  return found
+
+
 def _config(options: argparse.Namespace, number: int):
   """Returns how to launch, for the meeting of a number from 0."""
   from torch.distributed.launcher.api import LaunchConfig
 
-  # The same words on all hosts are the same run.
-  digest = hashlib.sha256('\n'.join(options.args).encode()).hexdigest()[:12]
+  # Hosts whose other words differ must meet: then their processes refuse them.
+  digest = hashlib.sha256(_workdir(options.args).encode()).hexdigest()[:12]
   name = options.name or digest
   least, most = options.hosts
   return LaunchConfig(
@@ -234,6 +262,7 @@ def _config(options: argparse.Namespace, number: int):
     rdzv_configs=dict(_MEETING),
     max_restarts=options.restarts,
     local_addr=options.address,
+    signals_to_handle=','.join(_handled()),
   )
 
 

@@ -46,6 +46,8 @@ case $SCALE in
     ;;
   *) refuse "SCALE is '$SCALE'; use paper or smoke." ;;
 esac
+command -v timeout >/dev/null ||
+  refuse 'the command `timeout` is missing: install GNU coreutils.'
 [[ $LIMIT =~ ^[1-9][0-9]*$ ]] ||
   refuse "SECONDS_OF_A_SLICE is '$LIMIT'; use a whole number, such as 600."
 
@@ -97,8 +99,10 @@ describe() {
 
 # Says why a slice cannot run here; nothing if it can.
 missing() {
-  [[ $1 != torch_* ]] || "$TORCH" -c 'import torch' 2>/dev/null ||
-    echo "$TORCH has no PyTorch; name one that has as TORCH=..."
+  local code='import torch'
+  [ "$SCALE" = smoke ] || code+='; torch.cuda.current_device()'
+  [[ $1 != torch_* ]] || "$TORCH" -c "$code" 2>/dev/null ||
+    echo "$TORCH has no PyTorch for this device; name one that has as TORCH=..."
 }
 
 child='' stopped=''

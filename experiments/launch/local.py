@@ -90,11 +90,14 @@ def main() -> None:
 
   def forward(signum, frame):
     del frame
+    # A closed terminal ends the run with a checkpoint, as SIGTERM does.
+    sent = signal.SIGTERM if signum == signal.SIGHUP else signum
     for process in started:
-      process.send_signal(signum)
+      process.send_signal(sent)
 
-  for signum in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(signum, forward)
+  for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(signum) != signal.SIG_IGN:  # As `nohup` asks.
+      signal.signal(signum, forward)
   for i, command in enumerate(commands(options.num_processes, options.args)):
     # On a host with GPUs, a GPU for each process.
     env = {'JAX_LOCAL_DEVICE_IDS': str(i), **os.environ}

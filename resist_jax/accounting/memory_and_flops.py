@@ -1,6 +1,6 @@
 """Memory and arithmetic of a device: predicted, and read from the compiler."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from resist_jax.accounting import hlo
@@ -20,6 +20,7 @@ def predicted_memory(
   num_devices: int,
   activations: int | None = None,
   in_turn: bool = False,
+  moments: Sequence[Sizes] | None = None,
 ) -> dict[str, int]:
   """Predicts what a device holds in a round, without data.
 
@@ -32,9 +33,11 @@ def predicted_memory(
       out.
     in_turn: Whether a device updates each of its workers before the next one
       trains, as accelerators do where it can be done.
+    moments: Sizes of each moment of the optimiser; None for one like the
+      parameters.
 
   Returns:
-    Bytes: `parameters` of the sub-networks; `optimizer`, one moment of them;
+    Bytes: `parameters` of the sub-networks; `optimizer`, their moments;
     `gradients` of one step, `in_turn` of one worker beside a copy of its
     parameters; `exchange`, what is kept besides: the shared part as last
     agreed, what rounding removed, the blocks as last agreed where workers may
@@ -56,7 +59,7 @@ def predicted_memory(
   kept += params * (bool(protocol.average) + protocol.give_agreed)
   held = {
     'parameters': params,
-    'optimizer': params,
+    'optimizer': params if moments is None else _held(moments, protocol),
     'gradients': params,
     'exchange': kept,
   }
@@ -64,6 +67,11 @@ def predicted_memory(
   if in_turn:
     held['gradients'] = min(2 * params, held['gradients'])
   return held if activations is None else {**held, 'activations': activations}
+
+
+def _held(moments: Sequence[Sizes], protocol: Protocol) -> int:
+  numbers = (params_per_worker(sizes, protocol) for sizes in moments)
+  return BYTES_PER_NUMBER * sum(numbers)
 
 
 def compiled_memory(run: Round) -> dict[str, dict[str, int]]:

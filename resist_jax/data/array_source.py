@@ -1,7 +1,7 @@
 """Images in arrays: those of a file `*.npz`, or of the caller."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 import dataclasses
 import re
 from typing import Any
@@ -140,11 +140,12 @@ def names_of(class_names: Sequence[Any]) -> tuple[str, ...]:
     class_names: What the caller calls the classes.
 
   Raises:
-    ValueError: If it is a single text, or if two classes have one name.
+    ValueError: If it is no list of texts, or if two classes have one name.
   """
-  if isinstance(class_names, str):
+  if isinstance(class_names, str | Mapping | Set):
     raise ValueError(
-      f'class_names is {class_names!r}; it must hold a name for each class.'
+      f'class_names is {class_names!r}; it must be a list with a name for each '
+      'class, in the order of the labels.'
     )
   names = tuple(
     name.decode() if isinstance(name, bytes) else str(name)

@@ -29,7 +29,8 @@ _LITTER = (
   'thumbs.db', 'desktop.ini', '__macosx', '@eadir', '#recycle', 'lost+found',
   '$recycle.bin', 'system volume information',
 )  # fmt: skip
-_AGAIN = 'run the same command again'
+# The data of a run whose rounds have begun must stay as they were.
+_AGAIN = 'run the same command again, in another workdir if it had begun'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,9 @@ def find(
     split: _files(name, split, place, names, split in read)
     for split, place in places.items()
   }
-  forms = [form for split in read for form in _headers(splits[split])]
+  # Images without labels are neither trained on nor tested.
+  labelled = [s for s in read if max(splits[s].labels, default=0) >= 0] or read
+  forms = [form for split in labelled for form in _headers(splits[split])]
   return Prepared(
     name,
     root.resolve().name,

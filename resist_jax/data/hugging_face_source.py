@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
-import importlib
 import io
 import os
 import pathlib
@@ -11,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from resist_jax import folders
+from resist_jax import extras, folders
 from resist_jax.data import headers
 from resist_jax.data.prepared import Prepared, opener, used
 from resist_jax.errors import ConfigError, one_line
 
 PREFIX = 'huggingface:'
-_NAME = re.compile(r'([^:@]+)(?::([^:@]+))?(?:@(\w+))?')
+_NAME = re.compile(r'([^:@]+)(?::([^:@]+))?(?:@(.+))?')
 _AGAIN = 'download the set again'
 
 
@@ -92,10 +91,16 @@ def find(name: str, wanted: Sequence[str] = ()) -> Prepared:
       )
     numbers = _numbers(title, table.features, label, classes)
     splits[split] = Rows(_encoded(table, image), image, label, numbers)
+  # Images without labels are neither trained on nor tested.
+  labelled = {
+    split: rows
+    for split, rows in splits.items()
+    if label in tables[split].features
+  }
   return Prepared(
     name,
     where.rstrip('/').split('/')[-1],
-    headers.common_shape(_headers(name, splits)),
+    headers.common_shape(_headers(name, labelled or splits)),
     classes,
     tuple(tables),
     opener(name, splits, _AGAIN),
@@ -187,7 +192,7 @@ def _encoded(table: Any, image: str) -> Any:
 
 def _package() -> Any:
   """Returns the package `datasets`, an extra that is slow to import."""
-  return importlib.import_module('datasets')
+  return extras.package('datasets')
 
 
 def _headers(name: str, splits: Mapping[str, Rows]) -> Iterator[headers.Header]:

@@ -307,13 +307,19 @@ def used(splits: Iterable[str], wanted: Sequence[str]) -> list[str]:
 
   Args:
     splits: Names of all of them.
-    wanted: Splits, or parts of some such as `raw[:80%]`, that are asked for.
+    wanted: The splits, or parts of some such as `raw[:80%]`, that are asked for
+      to train and to test on; '' for the usual ones.
 
   >>> used(['train', 'raw', 'test', 'more'], ['train+raw[:80%]', ''])
   ['train', 'raw', 'test']
+  >>> used(['train', 'test', 'validation'], ['', 'validation'])
+  ['train', 'validation']
   """
-  usual = 'train', 'test', 'validation'
-  return [s for s in splits if s in usual or any(s in text for text in wanted)]
+  train, test = wanted or ('', '')
+  usual = (() if train else ('train',)) + (
+    () if test else ('test', 'validation')
+  )
+  return [s for s in splits if s in usual or s in train or s in test]
 
 
 def opener(

@@ -76,7 +76,7 @@ SGD and data parallel are counted with exact ring all-reduces. Paper's count:
 the bytes as the paper counts them, where every worker fetches and returns its
 parameters in each round. Seconds of training: without compilation, tests and
 checkpoints, over the links that the run had. Peak memory: that of the largest
-compiled program of a round."""
+compiled program of a round, of all protocols that a run changes between."""
 SEEDS_NOTE = 'A number with ± is a mean and a standard deviation over seeds.'
 
 
@@ -125,7 +125,9 @@ def _unit(summaries: Sequence[Summary]) -> str:
 def _memory(memory: Any) -> dict[str, int]:
   """Returns the bytes of parameters on a device, and its peak memory."""
   try:
+    # Older runs have the programs of their last protocol only.
     peaks = [program['peak'] for program in memory['compiled'].values()]
+    peaks += memory.get('peaks', {}).values()
     parameters = memory['predicted']['parameters']
     return {'parameter_memory': parameters, 'peak_memory': max(peaks)}
   except (AttributeError, KeyError, TypeError, ValueError):

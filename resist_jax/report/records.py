@@ -59,8 +59,13 @@ def further_tests(fields: Iterable[str]) -> list[str]:
   An accuracy may also be a metric of somebody's own network, such as
   `test_token_accuracy`: a test has a loss or the paper's accuracy beside it.
   """
-  names, end = set(fields), '_accuracy'
-  found = {name.removesuffix(end) for name in names if name.endswith(end)}
+  names = set(fields)
+  found = {
+    name.removesuffix(end)
+    for name in names
+    for end in ('_accuracy', '_perplexity')
+    if name.endswith(end)
+  }
   return sorted(
     test
     for test in found - {'test', 'best_test', 'train'}
@@ -139,6 +144,9 @@ def _load_run(path: Path, label: str) -> Run:
   changes = [str(count) for count, _ in itertools.groupby(counts)]
   if len(changes) > 1:  # The run was resumed with another number of workers.
     summary['num_workers'] = ', then '.join(changes)
+  elif changes and config.get('workers_per_process'):
+    # The config has those of the hosts that saw the end.
+    summary['num_workers'] = int(changes[0])
   return Run(label, config, {**summary, 'directory': str(path)}, rows)
 
 
@@ -166,13 +174,14 @@ def _with_tests(row: Summary, summary: Summary) -> dict[str, Any]:
 def _mean_bytes(
   summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, float]:
-  """Returns bytes of a round where rounds differ in their protocol.
+  """Returns bytes of a round where rounds differ, or several are one.
 
-  The summary has those of a typical round, and a few rounds of another protocol
-  may send more than all others.
+  The summary has those of a typical exchange. A few rounds of another protocol
+  may send more than all others, and several rounds may have one exchange.
   """
   trained = [row for row in rows if row['round'] > 0]
-  if len({row.get('protocol') for row in trained}) < 2:
+  kinds = {(row.get('protocol'), row.get('rounds', 1)) for row in trained}
+  if len(kinds) < 2 and all(count == 1 for _, count in kinds):
     return {}
   totals = {name: summary.get(f'{name}_total') for name in _COUNTS}
   return {

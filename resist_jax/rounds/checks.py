@@ -118,9 +118,15 @@ def check_optimizer(
     raise ValueError(
       f'optimizer cannot be used ({one_line(error)}): it gets gradients, its '
       'state and parameters, and nothing else; use one that needs no more, '
-      'such as optax.adamw(1e-3).'
+      'such as optax.adamw(1e-3). Masks and labels must be functions, or have '
+      'plain dictionaries where params has a FrozenDict or an nnx.State.'
     ) from error
   _check_same_form(state, after)
+  if any(_is_raw_key(leaf) for leaf in jax.tree.leaves(state)):
+    raise ValueError(
+      'optimizer keeps a raw key, by which all workers would draw the same '
+      'numbers: make it by jax.random.key instead of PRNGKey.'
+    )
   found = set(map(type, jax.tree.leaves(state, is_leaf=_is_periodic)))
   for kind in () if carry else found & _PERIODIC.keys():
     raise ValueError(
@@ -129,6 +135,10 @@ def check_optimizer(
     )
   if carry and not averaged and floats_of(take_apart(optimizer, state).rest):
     _check_no_estimates(optimizer, params, field)
+
+
+def _is_raw_key(leaf: Any) -> bool:
+  return leaf.dtype == np.uint32 and leaf.shape in ((2,), (4,))
 
 
 # Optimisers that do something else at every k-th step.

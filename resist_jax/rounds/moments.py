@@ -97,7 +97,7 @@ def fits(
 
   def form(tree):
     leaves, structure = jax.tree.flatten(tree)
-    return structure, [x.shape for x in leaves]
+    return structure, [(x.shape, x.dtype) for x in leaves]
 
   return len(rest) == len(parts.rest) and form(wanted) == form(parts.moments)
 
@@ -195,6 +195,28 @@ def add_to_schedule_counts(
     The state.
   """
   return _map_schedule_counts(optimizer, state, lambda old: old + steps)
+
+
+def has_schedule(
+  optimizer: optax.GradientTransformation, params: PyTree
+) -> bool:
+  """Returns whether an optimiser counts steps for a schedule.
+
+  Args:
+    optimizer: The optimiser.
+    params: What it optimises, or shapes of it.
+  """
+  counts = []
+
+  def noted(count):
+    counts.append(count)
+    return count
+
+  def init(params):
+    return _map_schedule_counts(optimizer, optimizer.init(params), noted)
+
+  jax.eval_shape(init, params)
+  return bool(counts)
 
 
 def _map_schedule_counts(

@@ -133,6 +133,12 @@ def _first_parts(optimizer, params, protocol, field) -> Parts:
       f'{field} is set, but its optimiser draws random numbers, and its key is '
       f'none of its moments: use another one, or do without {field}.'
     )
+  exact = protocol.exchange.format.exact
+  if not exact and any(_are_weights(m, params) for m in parts.moments):
+    raise ValueError(
+      f'{field} is set, and its optimiser keeps weights, whose small changes a '
+      'wire format with fewer bits would round away: use wire_format float32.'
+    )
   for name, length in protocol.num_blocks.items():
     for moment in parts.moments:
       try:
@@ -164,6 +170,17 @@ def _init(optimizer, params, field):
       f'{name} cannot be used ({one_line(error)}): its init gets the '
       'parameters; use one that takes them, such as optax.adamw(1e-3).'
     ) from error
+
+
+def _are_weights(moment: PyTree, params: PyTree) -> bool:
+  """Returns whether a moment begins as the parameters, as an average does."""
+  if jax.tree.structure(moment) != jax.tree.structure(params):
+    return False  # Such as where some are masked.
+  pairs = zip(jax.tree.leaves(moment), jax.tree.leaves(params), strict=True)
+  found = [(np.asarray(x), np.asarray(y)) for x, y in pairs]
+  return any(y.any() for _, y in found) and all(
+    np.array_equal(x, y) for x, y in found
+  )
 
 
 def _is_key(x) -> bool:

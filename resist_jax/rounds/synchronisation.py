@@ -278,7 +278,11 @@ def _outer_step(
   moments = [
     collectives.narrow(*pair) for pair in zip(moments, like, strict=True)
   ]
-  return join(*moved[0]), Parts(moments, stepped.rest)
+  # The optimiser took its step in float32 and may have widened what it keeps.
+  rest = [
+    x.astype(y.dtype) for x, y in zip(stepped.rest, parts.rest, strict=True)
+  ]
+  return join(*moved[0]), Parts(moments, rest)
 
 
 def _average(

@@ -170,7 +170,7 @@ def _check_bounds(config) -> None:
 
 def _check_lists(config) -> None:
   extra = config.data.extra_tests
-  if len(set(extra)) < len(extra) or not all(isinstance(x, str) for x in extra):
+  if not all(isinstance(x, str) for x in extra) or len(set(extra)) < len(extra):
     raise ConfigError(
       f'data.extra_tests is {extra}; it must name sets, each once.'
     )
@@ -221,11 +221,6 @@ def _check_dealing(config) -> None:
     raise ConfigError(
       f'dealing spread needs equal workers, but depths is {config.depths}: set '
       'it to (), or deal at random.'
-    )
-  if config.depths and config.protocol != 'resist':
-    raise ConfigError(
-      f'depths is {config.depths}, but {config.protocol} gives each worker all '
-      'blocks: set it to (), or use protocol resist.'
     )
 
 
@@ -455,6 +450,7 @@ def _check_model(config) -> None:
   if min((*network.stage_sizes, *network.widths)) < 1:
     raise ConfigError('model.stage_sizes and model.widths must be at least 1.')
   if config.protocol != 'resist':
+    _check_depths(config)
     return
   if not config.partition or len(set(config.partition)) < len(config.partition):
     raise ConfigError(
@@ -494,6 +490,11 @@ def _check_depths(config) -> None:
     raise ConfigError(
       f'depths by_speed replaces min_depth, which is {config.min_depth}: set '
       'min_depth to 0.'
+    )
+  if config.protocol != 'resist':
+    raise ConfigError(
+      f'depths is {depths}, but {config.protocol} gives each worker all '
+      'blocks: set it to (), or use protocol resist.'
     )
   several = len(config.partition) > 1 and not config.model.module
   if several or config.partition_strided:

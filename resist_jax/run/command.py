@@ -114,12 +114,14 @@ def parse(argv: Sequence[str], values: flags.FlagValues) -> Options:
     raise ConfigError(_unknown(error.flagname, values)) from error
   except flags.Error as error:
     raise ConfigError(message(error)) from error
-  except (AttributeError, KeyError) as error:
+  except (AttributeError, LookupError) as error:
     raise ConfigError(_no_field(words, config)) from error
   except ConfigError:
     raise
-  except ValueError as error:  # Such as of `--config.=1`.
-    raise ConfigError(
+  except ValueError as error:
+    if 'malformed' in str(error):  # Python reads `num-workers` as a difference.
+      raise ConfigError(_no_field(words, config)) from error
+    raise ConfigError(  # Such as of `--config.=1`.
       f'a flag of the config cannot be read ({str(error)[:100]}): write '
       '--config.FIELD=VALUE.'
     ) from error
@@ -265,7 +267,8 @@ def _check_processes(options: Options) -> None:
       f'--process_id is {process}; with --num_processes={count} it is '
       f'0 to {count - 1}.'
     )
-  if not re.fullmatch(r'.+:\d+', coordinator):
+  port = re.fullmatch(r'.+:(\d{1,5})', coordinator)
+  if not port or not 0 < int(port[1]) < 2**16:
     raise ConfigError(
       f'--coordinator is {coordinator!r}; it must be HOST:PORT, with a port '
       'that is free on the host of process 0.'

@@ -58,6 +58,22 @@ ELASTIC = frozenset(
   }
 )
 
+# Those among them that tell how the rounds were trained.
+TRAINED_BY = frozenset(
+  {
+    'protocol',
+    'num_workers',
+    'min_depth',
+    'depths',
+    'exchange',
+    'wire_format',
+    'dealing',
+    'shared_every',
+    'local_steps_alpha',
+    'phases',
+  }
+)
+
 
 def protocols(config: ml_collections.ConfigDict) -> set[str]:
   """Returns the protocols of the rounds of a run.

@@ -7,6 +7,7 @@ A manifest of its files is written last: a model that lacks it is incomplete.
 """
 
 import dataclasses
+import errno
 from functools import partial
 import os
 import pathlib
@@ -18,6 +19,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from resist_jax import data, folders
+from resist_jax.errors import message
 from resist_jax.models.resnet import ResNet
 from resist_jax.rounds import nodes
 from resist_jax.run.manifest import check, manifest
@@ -169,15 +171,26 @@ def write(workdir: pathlib.Path, state: PyTree, record: dict[str, Any]) -> None:
     workdir: Workdir of the run.
     state: The arrays.
     record: JSON values that tell what they are.
+
+  Raises:
+    OSError: If the disk is full, or fails.
   """
   folder = workdir.absolute() / FOLDER
   part = folder.with_name(f'{FOLDER}.part')
-  ocp.save(
-    str(part),
-    jax.tree.map(np.asarray, state),
-    overwrite=True,
-    custom_metadata=record,
-  )
+  try:
+    ocp.save(
+      str(part),
+      jax.tree.map(np.asarray, state),
+      overwrite=True,
+      custom_metadata=record,
+    )
+  except ValueError as error:  # TensorStore has no other for what files raise.
+    full = 'RESOURCE_EXHAUSTED' in str(error)
+    raise OSError(
+      errno.ENOSPC if full else errno.EIO,
+      f'the model cannot be written ({message(error)[:100]})',
+      str(folder),
+    ) from error
   if jax.process_index() == 0:
     write_json(part / MANIFEST, manifest(part))
     folders.put(part, folder)

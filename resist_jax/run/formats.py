@@ -6,6 +6,7 @@ Each library is an extra: it is imported when its format is asked for.
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 import importlib
+import io
 import json
 import pathlib
 import re
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from resist_jax import data, folders
+from resist_jax import data, extras, folders
 from resist_jax.errors import ConfigError
 from resist_jax.models import ResNet
 from resist_jax.run import onnx_graph, plain, workdir
@@ -72,7 +73,7 @@ def write(model: Predictor | Parameters, kind: str, path: pathlib.Path) -> None:
     )
   package = FORMATS[kind].package
   try:
-    importlib.import_module(package)
+    extras.package(package)
   except ImportError as error:
     raise ConfigError(
       f'--to={kind} needs the package {package}, which cannot be imported here '
@@ -230,7 +231,9 @@ def _safetensors(model: Predictor | Parameters, path: pathlib.Path) -> None:
     for place, leaf in jax.tree.leaves_with_path(tree)
   }
   metadata = {name: json.dumps(value) for name, value in record.items()}
-  library.save_file(arrays, str(path), metadata)
+  # Written by Python, so that a full disk is an OSError.
+  with folders.replacing(path) as part:
+    part.write_bytes(library.save(arrays, metadata))
 
 
 def _torch(model: Predictor, path: pathlib.Path) -> None:
@@ -240,7 +243,11 @@ def _torch(model: Predictor, path: pathlib.Path) -> None:
   state = {
     name: torch.tensor(array) for name, array in plain.arrays(model).items()
   }
-  torch.save(state, path / 'network.pt')
+  # Written by Python, so that a full disk is an OSError.
+  written = io.BytesIO()
+  torch.save(state, written)
+  with folders.replacing(path / 'network.pt') as part:
+    part.write_bytes(written.getbuffer())
   workdir.write_json(path / 'network.json', plain.describe(model))
   modules = pathlib.Path(__file__).with_name('torch_network.py')
   shutil.copyfile(modules, path / 'network.py')

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 import ml_collections
 import numpy as np
 
-from resist_jax import data
+from resist_jax import accounting, data
 from resist_jax.decomposition import Assignment
 from resist_jax.errors import NonFiniteError
 from resist_jax.rounds import State, assemble
@@ -138,6 +138,8 @@ class Loop:
     state: What the workers hold.
     phase: The phase of the next round, or after the last one that of the last;
       its trainer takes as many rounds at once as the round before did.
+    peaks: The largest compiled program of each protocol that this process has
+      trained by, in bytes of a device.
     progress: What is done.
     test: What tests the global network.
   """
@@ -171,22 +173,22 @@ class Loop:
     self._lengths = lengths.make(setup.config, self._rate)
     self._clock = Clock(0.0)
     self._running: _Dispatched | None = None
+    self.peaks: dict[str, int] = {}
     self._asked = 0  # The signal that some process got, or 0.
     self.progress = Progress()
 
-  def run(self, restored: Restored | None, started: float) -> None:
-    """Trains to the end.
-
-    Args:
-      restored: The checkpoint to go on from; None before the first round.
-      started: When this part of the run began, by `time.perf_counter`.
+  def run(self) -> None:
+    """Trains to the end; `begin` must come before.
 
     Raises:
       NonFiniteError: If training diverges.
       Interrupted: On a signal, after a checkpoint.
     """
-    self._begin(restored, started)
     config = self.setup.config
+    if config.evaluation.at_start and not self.progress.round:
+      self._test_at_start()
+    self._log.begin()
+    self._apart = True  # Whether the processes may be at different points.
     index = self.progress.round
     while index < config.num_rounds:
       if stopping.reason(config, self.progress.best):
@@ -208,7 +210,16 @@ class Loop:
         self._write()
     self._end()
 
-  def _begin(self, restored: Restored | None, started: float) -> None:
+  def begin(self, restored: Restored | None, started: float) -> None:
+    """Compiles the first rounds, and prepares their state.
+
+    Args:
+      restored: The checkpoint to go on from; None before the first round.
+      started: When this part of the run began, by `time.perf_counter`.
+
+    Raises:
+      ConfigError: If the checkpoint is that of another network.
+    """
     setup = self.setup
     progress = Progress(**restored.progress) if restored else Progress()
     by_speed = setup.config.depths == 'by_speed'
@@ -239,16 +250,13 @@ class Loop:
       count = self.progress.last.get('rounds', 1)
       again = restore.at_once(setup, self.phase, self.state, {count})
       self.phase = again[count]
-    if setup.config.evaluation.at_start and not self.progress.round:
-      self._test_at_start()
-    self._log.begin()
-    self._apart = True  # Whether the processes may be at different points.
 
   def _enter(self, begun: tuple[Phase, State], done: int) -> None:
     """Goes on with a phase, for which `done` rounds are done."""
     self.phase, self.state = begun
     counts = self._lengths.of_phase(done)
     self._at_once = restore.at_once(self.setup, self.phase, self.state, counts)
+    self.peaks[self.phase.name] = max(map(_peak, self._at_once.values()))
 
   def _dispatch(self, index: int, count: int) -> None:
     """Begins a round, or `count` as one.
@@ -398,6 +406,14 @@ class Loop:
       self.progress = _tested(self.progress, self.test, self.state)
       self._checkpoints.tested(self.progress.round)
     self._checkpoints.finish()
+
+
+def _peak(phase: Phase) -> int:
+  """Returns the bytes of a device for the largest program of a phase."""
+  programs = phase.trainer.programs
+  assert programs is not None  # It is compiled.
+  compiled = accounting.compiled_memory(programs)
+  return max(program['peak'] for program in compiled.values())
 
 
 def _gathered(

@@ -317,7 +317,7 @@ def make(
   """
   config, name = _with_tuples(config), config.model.module
   module = load(name)
-  network = _called(name, module.network, config)
+  network = _called(name, 'network', module.network, config)
   if not isinstance(network, Network):
     raise ConfigError(
       f'network(config) of {name} returned {type(network).__name__}: let it '
@@ -325,7 +325,7 @@ def make(
     )
   own = function_of(module, 'data')
   if dataset is None:
-    dataset = _called(name, own, config) if own else read()
+    dataset = read() if own is None else _called(name, 'data', own, config)
   if not isinstance(dataset, Dataset):
     raise ConfigError(
       f'data(config) of {name} returned {type(dataset).__name__}: let it '
@@ -470,14 +470,14 @@ def _check_chains(config, name: str, lengths: Mapping[str, int]) -> None:
   check_divisions(config, divisions)
 
 
-def _called(name: str, function: Callable, config) -> Any:
+def _called(name: str, what: str, function: Callable, config) -> Any:
   try:
     return function(config)
   except ConfigError:
     raise
   except FOREIGN as error:
     raise ConfigError(
-      f'{function.__name__}(config) of {name} failed '
+      f'{what}(config) of {name} failed '
       f'({one_line(error)}): mend it, or the section model.options of the card.'
     ) from error
 

@@ -145,7 +145,10 @@ def make_schedule(
   """
   steps = max(num_steps, 1)
   if name == 'step':
-    at = {max(int(share * num_steps), 1): 0.1 for share in drops}
+    at: dict[int, float] = {}
+    for share in drops:  # Several may fall on one step.
+      step = max(int(share * num_steps), 1)
+      at[step] = 0.1 * at.get(step, 1.0)
     schedule = optax.piecewise_constant_schedule(lr, at)
   elif name == 'cosine':
     schedule = optax.cosine_decay_schedule(lr, steps)

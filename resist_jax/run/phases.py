@@ -149,7 +149,7 @@ def describe(setup: Setup, name: str) -> Traffic:
     sizes = setup.sizes
   protocol = protocol_named(setup, name)
   moments = None
-  if protocol.carry and setup.config.model.module:  # It may have any optimiser.
+  if setup.config.model.module:  # It may have any optimiser.
     moments = _moments(setup, list(protocol.num_blocks))
   return Traffic(protocol, sizes, setup.mesh, moments)
 

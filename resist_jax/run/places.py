@@ -34,11 +34,13 @@ def find_place(
 
   Raises:
     ConfigError: If torchrun was started in a way that leaves no port, or a
-      Kubernetes job does not say where its pods are.
+      Kubernetes job does not say where its pods are, or devices of this host
+      are named wrongly.
     MeetingError: If a cluster does not say where its processes are.
   """
   if count == 1:
     return None
+  named = _named_devices(os.environ)
   if coordinator is not None and count is not None and me is not None:
     return Place(coordinator, count, me)
   if 'TORCHELASTIC_RUN_ID' in os.environ:
@@ -63,14 +65,18 @@ def find_place(
     _check_pod(os.environ)
     _check_mpi(os.environ)
     return None
-  named = os.environ.get('JAX_LOCAL_DEVICE_IDS', '')
-  if named:  # JAX itself reads it only where nobody names devices.
-    if not re.fullmatch(r'\d+(,\d+)*', named):
-      raise ConfigError(
-        f'JAX_LOCAL_DEVICE_IDS is {named!r}: name devices as in 0,1,2,3.'
-      )
-    devices = map(int, named.split(','))
+  devices = named or devices  # JAX reads the variable if there are neither.
   return Place(coordinator, count, me, tuple(devices) if devices else None)
+
+
+def _named_devices(variables: Mapping[str, str]) -> tuple[int, ...]:
+  """Returns the devices of this host that a variable gives this process."""
+  named = variables.get('JAX_LOCAL_DEVICE_IDS', '')
+  if named and not re.fullmatch(r'\d+(,\d+)*', named):
+    raise ConfigError(
+      f'JAX_LOCAL_DEVICE_IDS is {named!r}: name devices as in 0,1,2,3.'
+    )
+  return tuple(map(int, named.split(','))) if named else ()
 
 
 def _check_pod(variables: Mapping[str, str]) -> None:

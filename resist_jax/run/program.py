@@ -169,7 +169,8 @@ def _start(options: Options) -> None:
   try:
     jax.devices()
   except (RuntimeError, AssertionError) as error:  # No platform is usable.
-    if count > 1:  # Another process may be the cause.
+    few = 'no supported devices found' in str(error)  # On this host.
+    if count > 1 and not few:  # Another process may be the cause.
       raise
     raise ConfigError(
       f'JAX cannot use the devices of this host ({one_line(error)[:200]}): '

@@ -96,9 +96,9 @@ def updated(
     min_gain: What counts as a gain: more than this above the last gain.
 
   Returns:
-    `by`; the best `value`, and its `round`; the value of the last gain,
-    `gained`; and the number of tests since, `tests_since`. A test whose value
-    is not finite has no gain.
+    `by` and `min_gain`; the best `value`, and its `round`; the value of the
+    last gain, `gained`; and the number of tests since, `tests_since`. A test
+    whose value is not finite has no gain.
 
   >>> best = updated({}, '+x', {'round': 5, 'x': 0.5}, min_gain=0.1)
   >>> best = updated(best, '+x', {'round': 9, 'x': 0.55}, min_gain=0.1)
@@ -110,7 +110,8 @@ def updated(
     return {**best, 'tests_since': best['tests_since'] + 1} if best else {}
   if not best:
     return {
-      'by': by, 'value': now, 'round': done, 'gained': now, 'tests_since': 0,
+      'by': by, 'min_gain': min_gain, 'value': now, 'round': done,
+      'gained': now, 'tests_since': 0,
     }  # fmt: skip
   found = dict(best)
   if sign * now > sign * found['value']:

@@ -7,6 +7,8 @@ import os
 import platform
 from typing import Any
 
+import jax
+
 from resist_jax import accounting
 from resist_jax.rounds import mesh_sizes
 from resist_jax.rounds.storage import digest_of_arrays
@@ -23,6 +25,7 @@ def summarise(
   params: PyTree,
   progress: Mapping[str, Any],
   draw: int,
+  peaks: Mapping[str, int],
 ) -> dict[str, Any]:
   """Returns what is kept of a run.
 
@@ -32,6 +35,7 @@ def summarise(
     params: Global parameters.
     progress: What the run counted; `last` is the newest row of its log.
     draw: See `State.draw`, of the last state.
+    peaks: See `Loop.peaks`.
 
   Returns:
     JSON values.
@@ -65,7 +69,7 @@ def summarise(
     'left_out_total': progress['left_out_total'],
     **_sizes(setup),
     **_traffic(setup, phase, progress, draw),
-    **_memory_and_flops(setup, phase),
+    **_memory_and_flops(setup, phase, peaks),
     'seconds_training': progress['seconds_training'],
     'seconds_total': progress['seconds_total'],
     'images_per_second': (
@@ -159,7 +163,9 @@ def _depths(phase: Traffic) -> dict[str, int]:
   return {name: protocol.slots_per_worker(name) for name in protocol.num_blocks}
 
 
-def _memory_and_flops(setup: Setup, phase: Phase) -> dict[str, Any]:
+def _memory_and_flops(
+  setup: Setup, phase: Phase, peaks: Mapping[str, int]
+) -> dict[str, Any]:
   """Returns memory and arithmetic of a device: predicted, and compiled."""
   config, devices = setup.config, setup.mesh.devices.size
   typical = phases.describe(setup, phases.typical_name(config))
@@ -167,17 +173,30 @@ def _memory_and_flops(setup: Setup, phase: Phase) -> dict[str, Any]:
   programs = phase.trainer.programs
   assert programs is not None
   D, _ = mesh_sizes(setup.mesh)
+  flops = setup.task.flops(_depths(typical))
+  # A loss that is not ours may loop, and this process may not have the programs
+  # of the busiest worker.
+  knows = flops is not None and (
+    jax.process_count() == 1 or set(programs.groups) <= {None}
+  )
   return {
     'memory_per_device': {
       'predicted': accounting.predicted_memory(
-        typical.sizes, typical.protocol, D, in_turn=programs.in_turn
+        typical.sizes,
+        typical.protocol,
+        D,
+        in_turn=programs.in_turn,
+        moments=typical.moments,
       ),
       'compiled': accounting.compiled_memory(programs),
       'compiled_protocol': phase.name,
+      'peaks': dict(peaks),
     },
     'flops_per_image': {
-      'predicted': setup.task.flops(_depths(typical)),
-      'compiled': accounting.compiled_flops(programs, images),
+      'predicted': flops,
+      'compiled': (
+        accounting.compiled_flops(programs, images) if knows else None
+      ),
       'compiled_protocol': phase.name,
     },
   }

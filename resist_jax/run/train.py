@@ -118,7 +118,8 @@ def _train_in(
     params = assemble(state).params
     setup.task.save(folder, state, params, scales, loop.test)
     progress = dataclasses.asdict(loop.progress)
-    summary = summarise(setup, loop.phase, params, progress, int(state.draw))
+    draw = int(state.draw)
+    summary = summarise(setup, loop.phase, params, progress, draw, loop.peaks)
     if jax.process_index() == 0:
       workdir_lib.write_json(folder / 'summary.json', summary)
       if setup.config.log.report:
@@ -151,22 +152,26 @@ def _rounds(
     if restored:
       best = _best_so_far(folder, setup.config, restored.progress, judged_by)
       restored = restored._replace(progress={**restored.progress, 'best': best})
+      ended = restored.progress['round'] == config.num_rounds
+      if ended or stopping.reason(config, best):
+        workdir_lib.check_ended(folder, config.to_dict())
     measured = restored.progress.get('depths_by_speed') if restored else None
     setup = speed.with_depths(setup, measured or ())
     done = restored.progress['round'] if restored else 0
     after.enter_context(
       callbacks.during(Began(config, setup.dataset, folder, done))
     )
-    if writes:
-      workdir_lib.write_json(folder / 'config.json', config.to_dict())
-      same_data.write(folder, described)
-      if done < config.num_rounds:  # It would be that of another end.
-        (folder / 'summary.json').unlink(missing_ok=True)
     unit, rounds = setup.dataset.unit, config.num_rounds
     with metrics.open_log(folder, done, rounds, writes, unit) as log:
       loop = Loop(setup, checkpoints, log, callbacks, interrupt)
       try:
-        loop.run(restored, started)
+        loop.begin(restored, started)  # It may refuse the checkpoint.
+        if writes:
+          workdir_lib.write_json(folder / 'config.json', config.to_dict())
+          same_data.write(folder, described)
+          if done < config.num_rounds:  # It would be that of another end.
+            (folder / 'summary.json').unlink(missing_ok=True)
+        loop.run()
       except NonFiniteError as error:
         remedy = _remedy(config, folder, checkpoints.distrust())
         raise NonFiniteError(f'{error}. {remedy}') from error
@@ -239,14 +244,14 @@ def _best_so_far(
   progress: Mapping[str, Any],
   by: str,
 ) -> dict[str, Any]:
-  """Returns the best test so far, by the log where another measure decided."""
-  remembered = progress.get('best', {})
-  if remembered.get('by') == by:
-    return remembered
-  rows = report.each_row(folder / 'metrics.jsonl')
-  # Round 0 is a test of the untrained network, which nothing judges.
-  done = (row for row in rows if 0 < row['round'] <= progress['round'])
-  best = stopping.replayed(done, by, config.early_stopping.min_gain)
+  """Returns the best test so far, by the log where another rule decided."""
+  best, gain = progress.get('best', {}), config.early_stopping.min_gain
+  # Checkpoints of earlier versions do not say what counted as a gain.
+  if best.get('by') != by or best.get('min_gain', gain) != gain:
+    rows = report.each_row(folder / 'metrics.jsonl')
+    # Round 0 is a test of the untrained network, which nothing judges.
+    done = (row for row in rows if 0 < row['round'] <= progress['round'])
+    best = stopping.replayed(done, by, gain)
   saved = workdir_lib.saved_rounds(folder / 'checkpoints')
   if config.keep_best and best and best['round'] not in saved:
     logging.warning(

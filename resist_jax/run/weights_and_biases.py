@@ -1,12 +1,12 @@
 """Weights & Biases as a callback; its package is an extra."""
 
 from collections.abc import Mapping
-import importlib
 import pathlib
 import secrets
 import sys
 from typing import Any
 
+from resist_jax import extras
 from resist_jax.errors import ConfigError, message
 from resist_jax.run import callbacks, workdir
 
@@ -28,7 +28,7 @@ class WeightsAndBiases(callbacks.Callback):
       ConfigError: If the package is not installed.
     """
     try:
-      self._wandb: Any = importlib.import_module('wandb')
+      self._wandb: Any = extras.package('wandb')
     except ImportError as error:
       raise ConfigError(
         'log.wandb_project needs the package wandb, which cannot be imported '
@@ -54,7 +54,7 @@ class WeightsAndBiases(callbacks.Callback):
         # It would print between the lines of the progress bar.
         settings=self._wandb.Settings(console='off', silent=True),
       )
-    except self._wandb.Error as error:
+    except Exception as error:  # Wrong variables have errors of pydantic.
       raise ConfigError(
         f'Weights & Biases cannot begin ({message(error)[:200]}): run wandb '
         'login, or set WANDB_MODE=offline, or leave log.wandb_project empty.'

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from resist_jax import data, folders
 from resist_jax.errors import ConfigError, message
-from resist_jax.run.config import ELASTIC, differences
+from resist_jax.run.config import ELASTIC, TRAINED_BY, differences
 from resist_jax.run.fields import each
 
 DATA = 'data.json'  # See `same_data`.
@@ -33,7 +33,6 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
       written to.
   """
   folders.check_writable(workdir, 'workdir')
-  now = _as_json(config)
   if not (workdir / 'config.json').exists():
     if saved_rounds(workdir / 'checkpoints'):
       raise ConfigError(
@@ -41,13 +40,7 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
         'another workdir.'
       )
     return
-  before = read_config(workdir / 'config.json')
-  # A field that is younger than the run had what is now its default.
-  groups = {name: {} for name, value in now.items() if isinstance(value, dict)}
-  changed = differences({**groups, **before}, now)
-  defaults = {
-    field.name: json.loads(json.dumps(field.default)) for field in each()
-  }
+  changed = _changed(workdir, config)
   moved = set()
   # The file of a schedule may lie elsewhere, or be named by another path.
   schedules = changed.get('optimizer.schedule', ())
@@ -64,16 +57,60 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     name: (old, new)
     for name, (old, new) in changed.items()
     if not {name, name.split('.')[0]} & (ELASTIC | moved)
-    and (old is not None or new != defaults.get(name))
   }
   if fixed:
-    listed = ', '.join(
-      f'{k} {old!r} -> {new!r}' for k, (old, new) in fixed.items()
-    )
     raise ConfigError(
-      f'workdir {workdir} belongs to a run of another config ({listed}): '
-      'choose another workdir, or set these back.'
+      f'workdir {workdir} belongs to a run of another config '
+      f'({_listed(fixed)}): choose another workdir, or set these back.'
     )
+
+
+def check_ended(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Checks that the config of a run that has ended still tells how it trained.
+
+  Args:
+    workdir: The folder of the run.
+    config: The config as a nested dictionary.
+
+  Raises:
+    ConfigError: If results of one setting would get the name of another.
+  """
+  # These follow from the number of hosts, which may change at the very end.
+  free = {'num_workers'} if config.get('workers_per_process') else set()
+  told = {
+    name: pair
+    for name, pair in _changed(workdir, config).items()
+    if {name, name.split('.')[0]} & (TRAINED_BY - free)
+  }
+  if told:
+    raise ConfigError(
+      f'the run in {workdir} has ended, so no round can follow these changes '
+      f'({_listed(told)}): choose another workdir, set them back, or train '
+      'more rounds (num_rounds, or early_stopping where it stopped early).'
+    )
+
+
+def _changed(
+  workdir: pathlib.Path, config: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+  """Returns the old and the new value of each field that has changed."""
+  now, before = _as_json(config), read_config(workdir / 'config.json')
+  # A field that is younger than the run had what is now its default.
+  groups = {name: {} for name, value in now.items() if isinstance(value, dict)}
+  defaults = {
+    field.name: json.loads(json.dumps(field.default)) for field in each()
+  }
+  return {
+    name: (old, new)
+    for name, (old, new) in differences({**groups, **before}, now).items()
+    if old is not None or new != defaults.get(name)
+  }
+
+
+def _listed(changed: Mapping[str, tuple[Any, Any]]) -> str:
+  return ', '.join(
+    f'{k} {old!r} -> {new!r}' for k, (old, new) in changed.items()
+  )
 
 
 def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,9 @@ import numpy as np
 from resist_jax.decomposition import Assignment
 from resist_jax.errors import is_whole
 from resist_jax.exchange import DATA, WORKER, Exchange
-from resist_jax.rounds import Protocol, Round, State, average, outer
+from resist_jax.rounds import Protocol, Round, State, average, outer, storage
 from resist_jax.rounds.compiled import form_of_step
+from resist_jax.rounds.moments import has_schedule
 from resist_jax.rounds.state import assignments_on_host
 
 if TYPE_CHECKING:
@@ -304,6 +305,34 @@ def check_settings(trainer: 'Trainer', state: State) -> None:
         f'the state is of a trainer with {name}={theirs!r}, but this one has '
         f'{ours!r}: use that trainer, or save and restore the state.'
       )
+  ours = set(trainer.devices.devices.flat)
+  for x in jax.tree.leaves((state.shared, state.chain)):
+    placed = isinstance(x, jax.Array) and x.committed
+    if placed and x.sharding.device_set != ours:
+      raise ValueError(
+        'the state lies on the devices of another mesh: use the trainer of '
+        'that mesh, or save the state and restore it with this one.'
+      )
+
+
+def check_steps(trainer: 'Trainer', stored: storage.Stored) -> None:
+  """Refuses files by whose local steps a schedule has counted, if they differ.
+
+  Args:
+    trainer: The one that shall go on.
+    stored: What the files hold; earlier versions did not say.
+
+  Raises:
+    ValueError: If the counts of its schedules would jump.
+  """
+  before = stored.record.get('local_steps', trainer.local_steps)
+  params = stored.state.shared, stored.state.chain
+  if before != trainer.local_steps and has_schedule(trainer.optimizer, params):
+    raise ValueError(
+      f'local_steps is {trainer.local_steps}, but the state was saved with '
+      f'{before}, and the optimizer has a schedule, which counts rounds of '
+      'equal steps: keep local_steps, and use at_once for longer rounds.'
+    )
 
 
 def check_division(

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 import numpy as np
 import optax
@@ -438,7 +437,8 @@ class Trainer:
       state: A state between two rounds.
 
     Returns:
-      Global parameters, NumPy arrays, shaped as `init` took them.
+      Global parameters, NumPy arrays, shaped as `init` took them, in plain
+      dictionaries down to the chains.
 
     Raises:
       ValueError: See `whole`.
@@ -525,7 +525,11 @@ class Trainer:
     if storage.pointed_at(folder / _POINTER)[0] == name:
       name = f'{name}_again'  # The one that is there stays whole meanwhile.
     described = nodes.described([state.shared, state.chain])
-    record = {'nodes': described, 'chosen': self._has_chosen_slots(state)}
+    record = {
+      'nodes': described,
+      'chosen': self._has_chosen_slots(state),
+      'local_steps': self.local_steps,
+    }
     storage.write(folder / name, state, record)
     if jax.process_index() == 0:
       storage.point_to(folder / _POINTER, folder / name)
@@ -583,8 +587,10 @@ class Trainer:
       The state.
 
     Raises:
-      ValueError: If it is the state of another optimiser; see also `protocol`.
+      ValueError: If it is the state of another optimiser, or if schedules
+        counted other local steps; see also `protocol`.
     """
+    mistakes.check_steps(self, stored)
     done, draw = int(stored.state.round), int(stored.state.draw)
     if set(stored.state.num_blocks) == set(self.chains):
       protocol = self._protocol(dict(_lengths(self, stored.state)))
@@ -763,13 +769,14 @@ def _check_state(trainer: Trainer, state: State) -> None:
   """Refuses the state of another trainer."""
   mistakes.check_is_state(state)
   mistakes.check_settings(trainer, state)
+  mistakes.check_width((state.shared, state.chain), trainer.exchange)
   protocol, wanted = trainer._division(_lengths(trainer, state))
   mistakes.check_division(protocol, wanted, state)
   for field, parts in (('optimizer', state.carried), ('outer', state.outer)):
     if parts is None:
       continue
     leaves, structure = jax.tree.flatten((state.shared, state.chain, parts))
-    shapes = tuple(x.shape[1:] for x in leaves)
+    shapes = tuple((x.shape[1:], x.dtype) for x in leaves)
     if not trainer._fitting(field, structure, shapes):
       raise ValueError(
         f'the state is of a trainer with another {field}, whose state differs: '
@@ -787,6 +794,6 @@ def _first_division(trainer: Trainer, lengths: tuple[tuple[str, int], ...]):
 
 def _fits(trainer: Trainer, field: str, structure, shapes) -> bool:
   """Returns whether an optimiser could keep what a state has of it."""
-  leaves = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  leaves = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
   shared, chain, parts = structure.unflatten(leaves)
   return fits(getattr(trainer, field), (shared, chain), parts)

@@ -465,3 +465,15 @@ def test_a_test_is_called_after_the_end_of_its_path(
   (tmp_path / 'here').mkdir()
   monkeypatch.chdir(tmp_path / 'here')
   assert sources.key(name) == key
+
+
+def test_splits_that_are_not_used_say_nothing_about_the_images(tmp_path):
+  some(tmp_path / 'train', shape=(8, 8))
+  some(tmp_path / 'val', count=2, shape=(8, 8))
+  put(tmp_path / 'test' / '1.png', pixels(5, 7, 3))  # Without labels.
+  for fields in ({}, {'test_split': 'validation'}):
+    dataset = load(tmp_path, **fields)
+    assert dataset.train.images.shape[1:] == (8, 8, 1)
+    assert len(dataset.tests['test']) == 4
+  (tmp_path / 'test' / '2.png').write_text('no image')
+  load(tmp_path, test_split='validation')

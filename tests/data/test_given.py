@@ -40,7 +40,9 @@ def test_other_arrays_are_refused_by_name():
     ({'test_images': images(3, 9, 9), 'test_labels': labels(3)},
      r'and test_images \(9, 9, 1\)'),
     ({'class_names': NAMES[:2]}, 'at least 3 class_names'),
-    ({'class_names': 'abc'}, "class_names is 'abc'; it must hold a name for"),
+    ({'class_names': 'abc'}, "class_names is 'abc'; it must be a list with a"),
+    ({'class_names': dict(enumerate(NAMES))}, 'in the order of the labels'),
+    ({'class_names': set(NAMES)}, 'in the order of the labels'),
     ({'class_names': ['a', 'b', 'a']}, "class_names hold 'a' twice"),
   ):  # fmt: skip
     with pytest.raises(ValueError, match=says) as caught:

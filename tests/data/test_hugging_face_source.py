@@ -110,6 +110,12 @@ def test_one_of_several_labels_is_named(tmp_path):
     assert f'as in {name}@label' in message
 
 
+def test_a_column_may_have_any_name(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'datasets', None)
+  for column in ('fine-label', 'fine label', 'a:b'):
+    assert 'pip install' in refusal(f'huggingface:x@{column}')
+
+
 @needed
 def test_a_set_that_cannot_be_read_gets_advice(tmp_path):
   message = refusal('huggingface:nobody/nothing-there')

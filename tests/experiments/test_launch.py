@@ -44,6 +44,8 @@ echo "$@"
     ('0 1', 1, False),
     ('75 75', 75, True),
     ('0 143', 143, True),
+    ('127 127', 127, False),  # There is no `python`.
+    ('75 126', 126, False),
   ],
 )
 @pytest.mark.parametrize('signal', ['', 'TERM'])

@@ -16,6 +16,7 @@ from experiments.compile import known
 from experiments.configs import digits
 from resist_jax import models
 from resist_jax.decomposition import Assigner
+from resist_jax.errors import ConfigError
 from resist_jax.exchange.hand_over import expected_messages
 from resist_jax.run import config as config_lib
 from resist_jax.run.command import Options
@@ -285,6 +286,23 @@ def test_a_bad_value_is_named(papers_config, tmp_path, capsys, given, says):
   (line,) = capsys.readouterr().err.splitlines()
   assert says in line
   assert not list(tmp_path.iterdir())
+
+
+def test_devices_that_share_a_worker_are_not_planned(papers_config):
+  papers_config.devices_per_worker = 2
+  with pytest.raises(ConfigError, match='devices_per_worker is 2, but a plan'):
+    costs.Plan(papers_config, (32, 32, 3), 100)
+
+
+def test_a_tpu_keeps_fewer_activations(papers_config, tmp_path):
+  held = []
+  for chip in ('h100', 'v5e'):  # In an empty folder: no compiler was asked.
+    plan = costs.Plan(
+      papers_config, (32, 32, 3), 100, chip=chip, records=tmp_path
+    )
+    traffic, _ = plan.traffic('resist', 4)
+    held.append(plan.memory(traffic)['activations'])
+  assert held[1] < 0.6 * held[0]
 
 
 def test_units():

@@ -216,6 +216,38 @@ def test_rounds_at_once_are_drawn_as_so_many_rounds():
   assert (pixels == pixels[:, :1]).all()
 
 
+def test_a_round_of_joined_ones_sends_what_its_share_is(tmp_path):
+  """The summary counts an exchange, of which several rounds may have one."""
+  run = make_run(tmp_path / 'run')
+  log = run / 'metrics.jsonl'
+  found = [json.loads(line) for line in log.read_text().splitlines()]
+  joined = [{**found[3], 'rounds': 2, 'round': r, 'protocol': 'resist'}
+            for r in (2, 4)]  # fmt: skip
+  log.write_text(''.join(json.dumps(row) + '\n' for row in joined))
+  summary = json.loads((run / 'summary.json').read_text())
+  summary |= {'wire_bytes_per_round': 900, 'wire_bytes_total': 1800}
+  (run / 'summary.json').write_text(json.dumps(summary))
+  (loaded,) = records.load_runs([run])
+  assert loaded.summary['wire_bytes_per_round'] == 450
+
+
+def test_a_test_of_a_network_without_accuracy_is_a_further_test():
+  fields = ['test_loss', 'test_perplexity', 'held_loss', 'held_perplexity']
+  assert records.further_tests(fields) == ['held']
+
+
+def test_the_largest_program_of_all_phases_counts(tmp_path):
+  run = make_run(tmp_path / 'run')
+  summary = json.loads((run / 'summary.json').read_text())
+  summary['memory_per_device'] = {
+    'predicted': {'parameters': 5},
+    'compiled': {'step': {'peak': 1000}},
+    'peaks': {'resist': 1000, 'local_sgd': 3000},
+  }
+  text = report.summary_table([summary])
+  assert re.search('peak memory per device +3 kB', text), text
+
+
 def test_names_of_runs_are_text(tmp_path):
   names = ['<b>bold & "co"', '_hidden', 'a$b$']
   runs = [make_run(tmp_path / name) for name in names]

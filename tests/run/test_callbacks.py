@@ -323,3 +323,14 @@ def test_what_cannot_be_called_is_refused_before_anything(
   with pytest.raises(ValueError, match=says):
     train.train(least_config(), tmp_path / 'run', callbacks=callbacks)
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_folder_of_its_name_is_not_the_package(tmp_path, monkeypatch):
+  """As wandb leaves one where it has run."""
+  (tmp_path / 'wandb').mkdir()
+  monkeypatch.delitem(sys.modules, 'wandb', raising=False)
+  monkeypatch.setattr(sys, 'path', [str(tmp_path)])
+  config = least_config(**{'log.wandb_project': 'digits'})
+  with pytest.raises(ConfigError, match='pip install wandb'):
+    train.train(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()

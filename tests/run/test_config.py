@@ -95,6 +95,8 @@ def test_the_defaults_are_valid():
       'cut one chain',
     ),
     ({'depths': (8, 6, 4, 4), 'protocol': 'local_sgd'}, 'protocol resist'),
+    ({'depths': None, 'protocol': 'local_sgd'}, 'depths is None; use a whole'),
+    ({'data.extra_tests': (['a'], ['b'])}, 'extra_tests is .*must name sets'),
     ({'depths': (22, 22, 1, 1)}, 'needs 12 replicas.* at most 3.*masked_psum'),
     ({'evaluation.batches_at_once': 0}, 'batches_at_once'),
     (

@@ -15,7 +15,7 @@ import pytest
 from several import LIMIT, ROOT, TINY
 
 from experiments import storm
-from experiments.launch import elastic_check
+from experiments.launch import elastic, elastic_check
 from experiments.launch.local import free_port
 from resist_jax import report
 from resist_jax.errors import ConfigError
@@ -331,3 +331,13 @@ def test_the_command_of_a_run_that_has_ended_runs_again(tmp_path):
   finally:
     with place:
       place.kill()
+
+
+def test_hosts_meet_by_the_workdir_whatever_their_other_words_are():
+  """Hosts that differ would wait for each other for days."""
+  same = [
+    ['--config.lr=0.1', '--workdir=/s/run'],
+    ['--workdir=/other', '--workdir', '/s/run/', '--config.lr=0.2'],
+  ]
+  assert {elastic._workdir(args) for args in same} == {'/s/run'}
+  assert elastic._workdir(['--config=digits']) == ''

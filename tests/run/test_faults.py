@@ -6,11 +6,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from several import FOREVER, ROOT, TIMEOUT, TINY, Several
 
 from resist_jax import report
-from resist_jax.run import export
+from resist_jax.run import export, program
 from resist_jax.run.processes import TRY_AGAIN
 
 pytestmark = pytest.mark.faults
@@ -137,6 +138,17 @@ def test_a_full_disk_ends_the_run_in_one_line_and_loses_no_checkpoint(
   go_on(whole, 1, max(saved))
 
 
+def test_a_model_without_room_is_told_as_a_full_disk(small_disk):
+  (small_disk / 'run').mkdir()
+  arrays = {'x': np.random.default_rng(0).normal(size=200_000)}
+  with pytest.raises(OSError, match='the model cannot be written') as told:
+    export.write(small_disk / 'run', arrays, {})
+  line, code = program.explain(told.value, 'runs/one')
+  assert 'make room in runs/one' in line
+  assert code == 1
+  assert not (small_disk / 'run/model').exists()
+
+
 CLOCK = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -261,6 +273,10 @@ def test_a_worker_that_fails_in_its_process_is_excluded(tmp_path):
   [
     (['--coordinator=here:1'], 'go together'),
     (['--num_processes=2', '--process_id=0', '--coordinator=x'], 'HOST:PORT'),
+    (
+      ['--num_processes=2', '--process_id=0', '--coordinator=x:0'],
+      'HOST:PORT, with a port',
+    ),
     (
       ['--num_processes=2', '--process_id=2', '--coordinator=x:1'],
       'it is 0 to 1',

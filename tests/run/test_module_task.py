@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import importlib
 import json
 import math
@@ -267,6 +268,19 @@ def test_a_module_whose_network_has_changed_is_refused(tmp_path, monkeypatch):
     train.train(config(num_rounds=2), tmp_path)
 
 
+def test_memory_counts_every_moment_of_a_module(tmp_path, monkeypatch):
+  """And arithmetic is not read from programs that may loop over blocks."""
+  for count, made in ((0, optax.sgd(0.1)), (2, optax.adamw(0.1))):
+    monkeypatch.setattr(
+      own_network, 'optimizer', lambda *_, made=made: made, raising=False
+    )
+    with jax.numpy_dtype_promotion('standard'):  # Adam mixes dtypes.
+      summary = train.train(config(num_rounds=1), tmp_path / str(count))
+    memory = summary['memory_per_device']['predicted']
+    assert memory['optimizer'] == count * memory['parameters']
+    assert summary['flops_per_image']['compiled'] is None
+
+
 @pytest.mark.parametrize(
   ('optimizer', 'parts'),
   rest_is_slow([(optax.adam, 3), (optax.sgd, 1)], quick=[(optax.adam, 3)]),
@@ -313,12 +327,22 @@ def test_a_module_of_several_optimisers_goes_on_with_their_moments(
   assert hashes[0] == hashes[1]
 
 
+def stand_still(monkeypatch):
+  """Lets rounds change nothing, to see what else does."""
+  monkeypatch.setattr(
+    own_network, 'optimizer', lambda *_: optax.sgd(0.0), raising=False
+  )
+
+
 def test_other_workers_need_a_module_that_rescales(tmp_path, monkeypatch):
+  stand_still(monkeypatch)
   train.train(config(num_rounds=1), tmp_path)
   before, scales = export.load_parameters(tmp_path)
-  fewer = config(num_rounds=1, num_workers=2, num_devices=2)
+  written = {p: p.read_bytes() for p in tmp_path.glob('*.json')}
+  fewer = config(num_rounds=2, num_workers=2, num_devices=2)
   with pytest.raises(ConfigError, match='no function rescale'):
     train.train(fewer, tmp_path)
+  assert {p: p.read_bytes() for p in tmp_path.glob('*.json')} == written
 
   def rescale(_, params, factors):
     blocks = params['blocks']
@@ -358,6 +382,7 @@ def test_a_chain_may_lie_inside_a_dictionary(tmp_path, monkeypatch):
 
   monkeypatch.setattr(own_network, 'network', nested)
   monkeypatch.setattr(own_network, 'loss', nested_loss)
+  stand_still(monkeypatch)
   train.train(config(num_rounds=1), tmp_path)
   params, scales = export.load_parameters(tmp_path)
   assert set(scales) == {'tower/blocks'}
@@ -366,7 +391,7 @@ def test_a_chain_may_lie_inside_a_dictionary(tmp_path, monkeypatch):
     return rescaled_blocks(params, factors, lambda name: name == 'out')
 
   monkeypatch.setattr(own_network, 'rescale', rescale, raising=False)
-  fewer = config(num_rounds=1, num_workers=2, num_devices=2)
+  fewer = config(num_rounds=2, num_workers=2, num_devices=2)
   train.train(fewer, tmp_path)
   after, _ = export.load_parameters(tmp_path)
   np.testing.assert_allclose(
@@ -478,13 +503,14 @@ def seed_of_int(seed):
     ('optimizer', lambda *_: None, 'optimizer.* returned NoneType'),
     ('optimizer', lambda _: optax.sgd(1.0), 'optimizer.*takes 1 positional'),
     ('data', lambda _: [1, 2], 'returned list'),
+    ('data', np.arange(3), 'data.config. of own_network failed'),
+    ('network', functools.partial(jnp.ones, -1), 'network.config.* failed'),
     ('data', lambda _: own_network.from_tables({}, {'test': {}}), 'rows?'),
   ],
 )
 def test_a_mistake_of_the_module_is_told_in_one_line(
   name, value, words, tmp_path, monkeypatch
 ):
-  value.__name__ = name
   monkeypatch.setattr(own_network, name, value, raising=False)
   with pytest.raises(ConfigError, match=words) as told:
     train.train(config(), tmp_path / 'run')

@@ -181,3 +181,9 @@ def test_a_function_that_is_no_schedule_gets_one_line(name, says, card):
   with pytest.raises(ConfigError, match=says) as caught:
     optimizer.schedule(configured(f'{card}:{name}'))
   assert '\n' not in str(caught.value)
+
+
+def test_two_drops_at_one_share_count_twice():
+  rate = optimizer.make_schedule('step', 1.0, 100, drops=(0.5, 0.5))
+  found = [float(rate(step)) for step in (49, 51)]
+  np.testing.assert_allclose(found, [1, 0.01], rtol=1e-6)

@@ -232,8 +232,9 @@ def test_a_cluster_says_where_its_processes_are(monkeypatch):
   monkeypatch.setenv('JAX_LOCAL_DEVICE_IDS', '0,1,2,3')
   assert places.find_place(None, None, None).local_devices == (0, 1, 2, 3)
   monkeypatch.setenv('JAX_LOCAL_DEVICE_IDS', 'all')
-  with pytest.raises(ConfigError, match="is 'all': name devices as in 0,1"):
-    places.find_place(None, None, None)
+  for flags in ((None, None, None), ('node1:7', 2, 0)):
+    with pytest.raises(ConfigError, match="is 'all': name devices as in 0,1"):
+      places.find_place(*flags)
   for name in ('SLURM_JOB_ID', 'JAX_LOCAL_DEVICE_IDS'):
     monkeypatch.delenv(name)
   monkeypatch.setenv('OMPI_COMM_WORLD_SIZE', '1')

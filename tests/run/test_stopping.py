@@ -111,6 +111,23 @@ def test_the_same_command_again_leaves_a_run_stopped(stopped):
   assert train.train(least_config(**STOPS), folder) == summary
 
 
+def test_another_gain_is_judged_by_the_whole_log(stopped, tmp_path):
+  """By the gains of before, it would stay stopped."""
+  folder = tmp_path / 'run'
+  shutil.copytree(stopped[0], folder)
+  log = [
+    {**row, 'test_accuracy_paper': row['round'] / 20}
+    if 'test_accuracy_paper' in row
+    else row
+    for row in rows(folder)
+  ]
+  lines = ''.join(json.dumps(row) + '\n' for row in log)
+  (folder / 'metrics.jsonl').write_text(lines)
+  fields = {**STOPS, 'early_stopping.min_gain': 0.0, 'num_rounds': 7}
+  summary = train.train(least_config(**fields), folder)
+  assert (summary['rounds'], summary['stopped_early']) == (7, None)
+
+
 @pytest.mark.slow
 def test_a_run_that_stops_between_two_phases_stays_in_the_first(tmp_path):
   fields = {**STOPS, 'phases.full_before': 6}

@@ -103,6 +103,8 @@ def test_a_run_leaves_what_it_promises(finished):
   # The number of the round is an argument, too.
   read = memory['compiled']['begin']['arguments'] - 4
   assert read == memory['predicted']['parameters']
+  largest = max(program['peak'] for program in memory['compiled'].values())
+  assert memory['peaks'] == {'resist': largest}
   for name in (
     'local_steps', 'test_accuracy', 'test_accuracy_paper', 'seconds_training',
     'best_test_accuracy_paper', 'params_per_worker', 'seconds_total', 'seed',
@@ -137,6 +139,24 @@ def test_the_same_command_again_changes_nothing(finished):
   again = train.train(tiny_config(), str(folder))
   assert again == summary
   assert len(rows(folder)) == 4
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {'protocol': 'local_sgd'},
+    {'num_workers': 2, 'num_devices': 2},
+    {'min_depth': 3},
+    {'phases.full_after': 1},
+  ],
+)
+def test_a_complete_run_gets_no_other_name(fields, finished):
+  """Else its results would count as those of other settings."""
+  folder, _ = finished
+  written = {p: p.read_bytes() for p in folder.glob('*.json')}
+  with pytest.raises(ConfigError, match=f'has ended, .*{next(iter(fields))}'):
+    train.train(tiny_config(**fields), folder)
+  assert {p: p.read_bytes() for p in folder.glob('*.json')} == written
 
 
 def stopped_at(round_index, monkeypatch, folder, config, signum=signal.SIGTERM):

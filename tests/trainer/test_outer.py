@@ -285,3 +285,16 @@ def test_a_state_of_another_trainer_is_refused():
   state = make().init(network())
   with pytest.raises(ValueError, match='a trainer with outer=False'):
     make(outer=OUTER['diloco']).round(state, batches(0, 4))
+
+
+def test_numbers_that_an_outer_optimiser_keeps_stay_as_narrow():
+  """It steps in float32; programs are compiled for what `init` made."""
+  outer = optax.inject_hyperparams(optax.sgd)(0.7, momentum=0.9)
+  trainer = make(outer=outer)
+  narrow = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), network())
+  state = trainer.init(narrow)
+  trainer = trainer.compile(state, batches(0, 4))
+  for r in range(2):
+    before = jax.tree.map(lambda x: x.dtype, state.outer)
+    state, _ = trainer.round(state, batches(r, 4))
+    assert jax.tree.map(lambda x: x.dtype, state.outer) == before

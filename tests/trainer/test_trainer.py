@@ -1075,3 +1075,54 @@ def test_a_state_lies_where_a_shell_would_look(tmp_path, monkeypatch):
     ):
       with pytest.raises(ValueError, match=says):
         call()
+
+
+def test_other_local_steps_move_no_schedule(tmp_path):
+  trainer, again = make(optax.sgd(falling(0))), make(optax.sgd(RATE))
+  for one in (trainer, again):
+    one.save(tmp_path, one.init(network()))
+    other = dataclasses.replace(one, local_steps=T + 1)
+    if one is trainer:
+      with pytest.raises(ValueError, match=f'local_steps is {T + 1}, but the'):
+        other.restore(tmp_path)
+    else:  # A constant rate counts nothing.
+      other.restore(tmp_path)
+    one.restore(tmp_path)
+
+
+def test_a_state_of_other_devices_is_refused():
+  state = make(devices=2).init(network())
+  with pytest.raises(ValueError, match='on the devices of another mesh'):
+    make(devices=1).round(state, batches(0, 4))
+
+
+def test_moments_of_another_dtype_are_refused(tmp_path):
+  """In a compiled loop, they would change their dtype."""
+  theirs = make(optax.adam(RATE), carry=True)
+  ours = make(optax.adam(RATE, mu_dtype=jnp.bfloat16), carry=True)
+  theirs.save(tmp_path, theirs.init(network()))
+  with pytest.raises(ValueError, match='another optimizer, whose state'):
+    ours.restore(tmp_path)
+
+
+def test_weights_that_an_optimiser_keeps_are_not_rounded():
+  optimizer = optax.contrib.schedule_free_adamw(RATE)
+  exact = make(optimizer, carry=True, exchange=HAND_OVER('float32'))
+  exact.init(network())
+  for wire_format in ('bfloat16', 'int8'):
+    trainer = make(optimizer, carry=True, exchange=HAND_OVER(wire_format))
+    with pytest.raises(ValueError, match='keeps weights, whose small changes'):
+      trainer.init(network())
+  # Moments that begin at zero are no weights, and neither are weights at zero.
+  zeros = jax.tree.map(np.zeros_like, network())
+  make(carry=True, exchange=HAND_OVER('int8')).init(zeros)
+
+
+def test_an_optimiser_with_a_raw_key_is_refused():
+  """All workers would draw the same noise."""
+  noise = optax.GradientTransformation(
+    lambda _: jax.random.PRNGKey(0), lambda grads, key, _: (grads, key)
+  )
+  trainer = make(noise)
+  with pytest.raises(ValueError, match=r'raw key, .* jax\.random\.key'):
+    trainer.round(trainer.init(network()), batches(0, 4))
