@@ -34,7 +34,8 @@ def make_mesh(
     same host where possible, and G devices on the axis `data`.
 
   Raises:
-    ValueError: If there are fewer devices, or the groups do not come out even.
+    ValueError: If there are fewer devices, or the groups do not come out even,
+      or a TPU cannot run programs on so many.
   """
   # Explicit axes, the default of make_mesh, would insist on input specs.
   auto = jax.sharding.AxisType.Auto
@@ -65,7 +66,37 @@ def make_mesh(
     return Mesh(groups, (WORKER, DATA), axis_types=(auto, auto))
   if processes > 1:  # make_mesh may order devices by links, across hosts.
     return Mesh(np.array(devices), (WORKER,), axis_types=(auto,))
-  return jax.make_mesh((num_devices,), (WORKER,), (auto,), devices=devices)
+  try:
+    return jax.make_mesh((num_devices,), (WORKER,), (auto,), devices=devices)
+  except AssertionError as error:  # Chips of a TPU.
+    raise ValueError(
+      f'num_devices is {num_devices}, and so many chips of this TPU form no '
+      'rectangle: use a power of two.'
+    ) from error
+
+
+def most_devices(
+  num_workers: int, processes: int, each: int, platform: str
+) -> int:
+  """Returns how many devices workers can share evenly at most.
+
+  Args:
+    num_workers: S, a multiple of the processes.
+    processes: Number of processes, each with equally many devices.
+    each: How many devices, or groups, a process has.
+    platform: What JAX calls the devices. Programs on a TPU need a rectangle of
+      chips, so only powers of two count there.
+
+  >>> most_devices(6, 1, 4, 'gpu'), most_devices(6, 1, 4, 'tpu')
+  (3, 2)
+  """
+  counts = [
+    count
+    for count in range(1, each + 1)
+    if num_workers % (processes * count) == 0
+    and not (platform == 'tpu' and count & (count - 1))
+  ]
+  return processes * max(counts)
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:

@@ -17,7 +17,7 @@ from resist_jax import accounting, data
 from resist_jax.errors import ConfigError
 from resist_jax.rounds import avoid_loads, make_mesh, storage
 from resist_jax.rounds.arrays import place
-from resist_jax.rounds.mesh import REPLICATED, workers_here
+from resist_jax.rounds.mesh import REPLICATED, most_devices, workers_here
 from resist_jax.run import module_task, optimizer, resnet_task, same_data
 from resist_jax.run.config import augmentation, chosen_depths, get_config
 from resist_jax.run.task import Dataset, Task
@@ -297,5 +297,5 @@ def _num_devices(config) -> int:
     )
   if config.num_devices:
     return config.num_devices
-  possible = range(processes, processes * (here // G) + 1, processes)
-  return G * max(d for d in possible if config.num_workers % d == 0)
+  platform = jax.devices()[0].platform
+  return G * most_devices(config.num_workers, processes, here // G, platform)

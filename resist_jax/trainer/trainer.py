@@ -39,7 +39,7 @@ from resist_jax.rounds import (
 )
 from resist_jax.rounds import state as states
 from resist_jax.rounds.arrays import place
-from resist_jax.rounds.mesh import REPLICATED, workers_here
+from resist_jax.rounds.mesh import REPLICATED, most_devices, workers_here
 from resist_jax.rounds.moments import first_halves, fits, reformed
 from resist_jax.rounds.protocol import hold_the_same
 from resist_jax.rounds.state import assignments_on_host
@@ -166,9 +166,12 @@ class Trainer:
     for name in ('chains', 'depths'):  # Any sequence, but a value is hashable.
       object.__setattr__(self, name, tuple(getattr(self, name)))
     if self.mesh is None:
-      devices = range(1, jax.device_count() + 1)
-      count = max(d for d in devices if self.num_workers % d == 0)
-      count = count if jax.process_count() == 1 else None
+      count = None
+      if jax.process_count() == 1:
+        devices = jax.devices()
+        count = most_devices(
+          self.num_workers, 1, len(devices), devices[0].platform
+        )
       object.__setattr__(self, 'mesh', make_mesh(count))
     D, _ = mesh_sizes(self.devices)
     if self.num_workers % D:

@@ -20,7 +20,7 @@ from experiments import shapes
 from experiments.compile import cases, programs, tables, targets
 from experiments.compile.faults import faults
 from experiments.compile.memory import compile_for
-from resist_jax import accounting, models, rounds
+from resist_jax import Trainer, accounting, models, rounds
 from resist_jax.data.augmentation import Augmentation, augment
 from resist_jax.errors import ConfigError
 from resist_jax.exchange import WORKER
@@ -307,6 +307,20 @@ def test_the_compiler_has_as_many_devices(name):
   skip_without_compiler(name)
   target = targets.parse(name)
   assert len(target.devices()) == target.num_devices
+
+
+def test_three_chips_of_a_v5e_are_refused(monkeypatch):
+  """And six workers take two by themselves."""
+  skip_without_compiler('v5e:2x2')
+  chips = list(targets.parse('v5e:2x2').devices())
+  monkeypatch.setattr(jax, 'devices', lambda *_: chips)
+  monkeypatch.setattr(jax, 'device_count', lambda: len(chips))
+  with pytest.raises(ValueError, match='form no rectangle: use a power of two'):
+    rounds.make_mesh(3)
+  trainer = Trainer(
+    tiny.make_loss(NETWORK), optax.sgd(0.1), num_workers=6, local_steps=1
+  )
+  assert trainer.devices.devices.size == 2
 
 
 def test_tables_say_how_far_predictions_are_off(tmp_path):
