@@ -18,9 +18,9 @@ def train_and_compare(config, workdir):
   """
   summarise, ended = train.summarise, []
 
-  def keep_and_summarise(setup, phase, params, progress, draw, peaks):
+  def keep_and_summarise(setup, phase, params, progress, draw):
     ended.extend((phase, draw))
-    return summarise(setup, phase, params, progress, draw, peaks)
+    return summarise(setup, phase, params, progress, draw)
 
   with mock.patch.object(train, 'summarise', keep_and_summarise):
     summary = train.train(config, str(workdir))

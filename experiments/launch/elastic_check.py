@@ -88,7 +88,8 @@ def _check_rescale(config: ConfigDict) -> None:
 def is_complete(options: Options) -> bool:
   """Returns whether a run has ended after its last round, or early.
 
-  A run that has stopped early goes on with other rules for that.
+  A run that has stopped early goes on with other rules for that, and a run
+  that has ended is tested on further sets.
   """
   folder, config = pathlib.Path(options.workdir), options.config.to_dict()
   summary = json_object(folder / 'summary.json')
@@ -99,7 +100,13 @@ def is_complete(options: Options) -> bool:
     before.get(name) == config.get(name)
     for name in ('early_stopping', 'best_by')
   )
-  return ended or (same and bool(summary.get('stopped_early')))
+  tests = [
+    list((c.get('data') or {}).get('extra_tests') or ())
+    for c in (before, config)
+  ]
+  return tests[0] == tests[1] and (
+    ended or (same and bool(summary.get('stopped_early')))
+  )
 
 
 def main() -> int:

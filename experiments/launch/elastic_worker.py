@@ -44,10 +44,12 @@ def main() -> None:
 
   def forward(signum, frame):
     del frame
-    process.send_signal(signum)
+    # A closed terminal ends the run with a checkpoint, as SIGTERM does.
+    process.send_signal(signal.SIGTERM if signum == signal.SIGHUP else signum)
 
-  for signum in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(signum, forward)
+  for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(signum) != signal.SIG_IGN:
+      signal.signal(signum, forward)
   code = process.wait()
   if code in (1, 2):
     pathlib.Path(wrong).write_text(str(code))

@@ -58,7 +58,7 @@ def measure(params: Mapping[str, PyTree], chains: Sequence[str]) -> Sizes:
   """
   shared, chain = split(params, chains)
   lengths = {
-    k: next((x.shape[0] for x in jax.tree.leaves(v)), 0)
+    k: next((x.shape[0] for x in jax.tree.leaves(v) if x.shape), 0)
     for k, v in chain.items()
   }
   blocks = {k: _count(v) // max(lengths[k], 1) for k, v in chain.items()}

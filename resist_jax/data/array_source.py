@@ -194,7 +194,7 @@ def find(
     with path.open('rb') as raw, np.load(raw, allow_pickle=False) as file:
       arrays = {key: _array(file, key) for key in file.files}
     every = _splits(arrays)
-    splits = {split: every[split] for split in used(every, wanted)}
+    splits = {split: every[split] for split in used(every, wanted) or every}
     own = arrays.get('class_names')
     names = named(splits, class_names or None if own is None else own)
     if class_names:

@@ -319,20 +319,27 @@ class Assigner:
     columns = range(-(-R // max(S - 1, 1)))
     drawn = [1 + rng.permutation(S - 1) for _ in columns]
     offsets = np.concatenate([*drawn, np.zeros(0, int)])[:R]
-    held = [owned]
-    for r, workers in enumerate(self.replica_workers):
-      replica = np.full((S, 1), L)
-      w = np.array(workers)
-      replica[w, 0] = owned[(w - offsets[r]) % S, self.source_column(r)]
-      held.append(replica)
-    blocks = np.concatenate(held, axis=1)
-    slots = np.sort(blocks, axis=1)[:, :K]
+    blocks = self._held(owned, offsets)
     # The slot of a block is its rank among the worker's blocks.
     place = np.where(
       blocks < L, (blocks[:, None, :] < blocks[:, :, None]).sum(axis=2), K
     )
-    arrays = (slots, owned, place, order, shifts, offsets)
+    arrays = (self._slots(blocks), owned, place, order, shifts, offsets)
     return Assignment(*(x.astype(np.int32) for x in arrays))
+
+  def _held(self, owned, offsets) -> np.ndarray:
+    """Returns the blocks that each worker owns, then its replicas."""
+    S = self.num_workers
+    held = [owned]
+    for r, workers in enumerate(self.replica_workers):
+      replica = np.full((S, 1), self.num_blocks)
+      w = np.array(workers)
+      replica[w, 0] = owned[(w - offsets[r]) % S, self.source_column(r)]
+      held.append(replica)
+    return np.concatenate(held, axis=1)
+
+  def _slots(self, held: np.ndarray) -> np.ndarray:
+    return np.sort(held, axis=1)[:, : self.num_slots]
 
   def follows(self, before: Assignment, after: Assignment) -> bool:
     """Returns whether an assignment can follow another one.
@@ -342,10 +349,15 @@ class Assigner:
       after: Assignment that is meant for the next round.
 
     Returns:
-      Whether the moves of `after` turn the owners of `before` into its own.
+      Whether the moves of `after` turn the owners of `before` into its own,
+      and its slots are those of its owners and replicas.
     """
-    shape = (self.num_workers, self.num_columns)
-    if any(x.owned is None or x.owned.shape != shape for x in (before, after)):
-      return False
+    S, C, R = self.num_workers, self.num_columns, self.num_replicas
+    shapes = [(S, self.num_slots), (S, C), (S, C + R), (S, C), (C,), (R,)]
+    if np.shape(before.owned) != (S, C) or list(map(np.shape, after)) != shapes:
+      return False  # Of another depth, or slots alone.
     moved = self._move(before.owned, after.order, after.shifts)
-    return bool((moved == after.owned).all())
+    held = self._held(after.owned, after.offsets)
+    return np.array_equal(moved, after.owned) and np.array_equal(
+      after.slots, self._slots(held)
+    )

@@ -311,7 +311,7 @@ def aggregate(chains: PyTree, slots: jax.Array, chain: PyTree) -> PyTree:
 
   Args:
     chains: Pytree of arrays `[S, K, ...]`, the blocks of all workers.
-    slots: `int32[S, K]`, which blocks these are.
+    slots: `int32[S, K]`, which blocks these are, see `take`.
     chain: Pytree of arrays `[L, ...]`; a block without a holder stays as it is
       here.
 
@@ -326,12 +326,16 @@ def aggregate(chains: PyTree, slots: jax.Array, chain: PyTree) -> PyTree:
   >>> aggregate(new, jnp.array([[0, 1], [0, 3]]), old)['w'].tolist()
   [6.0, 9.0, 3.0]
   """
+  if not jax.tree.leaves(chain):  # An optimiser may keep nothing of a chain.
+    return chain
   _check_stacked(chain)
   _check_held(chains, slots, chain)
   num_blocks = jax.tree.leaves(chain)[0].shape[0]
+  slots = jnp.where(slots < 0, slots + num_blocks, slots)  # As `take` reads it.
   holders = block_count(slots, num_blocks)
 
   def mean(blocks, old):
+    old = jnp.asarray(old)  # In the widest numbers that JAX has here.
     # As the exchanges do: sums of fewer bits lose what many holders add.
     wide = old.dtype if old.dtype.itemsize > 4 else jnp.float32
     total = block_sum(blocks.astype(wide), slots, num_blocks)

@@ -36,7 +36,7 @@ class Format(NamedTuple):
   @property
   def exact(self) -> bool:
     """Whether nothing is rounded."""
-    return self.changes == 'float32'
+    return self.changes == self.values == 'float32'
 
 
 FORMATS = {

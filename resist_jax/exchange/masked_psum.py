@@ -116,8 +116,7 @@ def assign(
   del before
   first, *rest = seed
   key = jax.random.key(first)
-  stream, *others = rest
-  for number in (stream, round_index, *others):
+  for number in (*rest[:1], round_index, *rest[1:]):
     key = jax.random.fold_in(key, number)
   return Assignment(np.asarray(_sample(key, division)))
 

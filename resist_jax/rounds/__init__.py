@@ -20,6 +20,7 @@ from resist_jax.rounds.state import (
   assemble,
   averaged,
   distribute,
+  with_carried,
 )
 
 __all__ = [
@@ -37,4 +38,5 @@ __all__ = [
   'make_mesh',
   'make_round',
   'mesh_sizes',
+  'with_carried',
 ]

@@ -122,7 +122,7 @@ def check_optimizer(
       'plain dictionaries where params has a FrozenDict or an nnx.State.'
     ) from error
   _check_same_form(state, after)
-  if any(_is_raw_key(leaf) for leaf in jax.tree.leaves(state)):
+  if not averaged and any(map(_is_raw_key, jax.tree.leaves(state))):
     raise ValueError(
       'optimizer keeps a raw key, by which all workers would draw the same '
       'numbers: make it by jax.random.key instead of PRNGKey.'

@@ -103,7 +103,8 @@ class Protocol:
   @property
   def sends_changes(self) -> bool:
     """Whether workers send changes of the shared part, not its values."""
-    return not (self.exchange.format.exact or self.average_gradients)
+    exact = self.exchange.format.changes == 'float32'
+    return not (exact or self.average_gradients)
 
   @property
   def keeps_shared(self) -> bool:
@@ -198,16 +199,19 @@ class Protocol:
 
     Returns:
       The assignment of each partitioned chain, on the host.
+
+    Raises:
+      ValueError: If the exchange assigns what it refuses itself.
     """
-    return {
-      name: self.exchange.assign(
-        self.division(name),
-        [seed, ASSIGNING, i],
-        draw,
-        before[name] if before else None,
+    found = {}
+    for i, name in enumerate(self.num_blocks):
+      division, old = self.division(name), before[name] if before else None
+      found[name] = self.exchange.assign(
+        division, [seed, ASSIGNING, i], draw, old
       )
-      for i, name in enumerate(self.num_blocks)
-    }
+      # Of somebody's own exchange: a block without a holder would be lost.
+      self.exchange.check(division, None, found[name])
+    return found
 
   def check(self) -> None:
     """Raises a ValueError if the exchange cannot serve a chain."""

@@ -133,8 +133,8 @@ def _first_parts(optimizer, params, protocol, field) -> Parts:
       f'{field} is set, but its optimiser draws random numbers, and its key is '
       f'none of its moments: use another one, or do without {field}.'
     )
-  exact = protocol.exchange.format.exact
-  if not exact and any(_are_weights(m, params) for m in parts.moments):
+  rounded = protocol.sends_changes
+  if rounded and any(_are_weights(m, params) for m in parts.moments):
     raise ValueError(
       f'{field} is set, and its optimiser keeps weights, whose small changes a '
       'wire format with fewer bits would round away: use wire_format float32.'
@@ -213,8 +213,17 @@ def distribute(
 
   Returns:
     The state before a round, on the mesh.
+
+  Raises:
+    ValueError: If the network lacks what the protocol keeps beside it.
   """
   S = protocol.num_workers
+  for name in ('outer', 'average'):
+    if getattr(protocol, name) and getattr(whole, name) is None:
+      raise ValueError(
+        f'whole.{name} is None, but the protocol has {name}: begin with '
+        'with_carried(whole, optimizer, protocol).'
+      )
 
   def blocks_of(x, assignment):
     x = np.asarray(x)

@@ -70,7 +70,6 @@ TRAINED_BY = frozenset(
     'dealing',
     'shared_every',
     'local_steps_alpha',
-    'phases',
   }
 )
 

@@ -29,6 +29,7 @@ from resist_jax.run import (
 )
 from resist_jax.run.callbacks import Callbacks
 from resist_jax.run.checkpoint import Checkpoints, Restored
+from resist_jax.run.config import TRAINED_BY
 from resist_jax.run.interrupt import Interrupt, Interrupted
 from resist_jax.run.phases import Phase
 from resist_jax.run.setup import Setup
@@ -74,6 +75,8 @@ class Progress:
   best: dict[str, Any] = dataclasses.field(default_factory=dict)
   last: dict[str, Any] = dataclasses.field(default_factory=dict)
   tests: dict[str, Any] = dataclasses.field(default_factory=dict)
+  peaks: dict[str, int] = dataclasses.field(default_factory=dict)
+  settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Clock:
@@ -138,8 +141,6 @@ class Loop:
     state: What the workers hold.
     phase: The phase of the next round, or after the last one that of the last;
       its trainer takes as many rounds at once as the round before did.
-    peaks: The largest compiled program of each protocol that this process has
-      trained by, in bytes of a device.
     progress: What is done.
     test: What tests the global network.
   """
@@ -173,7 +174,6 @@ class Loop:
     self._lengths = lengths.make(setup.config, self._rate)
     self._clock = Clock(0.0)
     self._running: _Dispatched | None = None
-    self.peaks: dict[str, int] = {}
     self._asked = 0  # The signal that some process got, or 0.
     self.progress = Progress()
 
@@ -256,7 +256,9 @@ class Loop:
     self.phase, self.state = begun
     counts = self._lengths.of_phase(done)
     self._at_once = restore.at_once(self.setup, self.phase, self.state, counts)
-    self.peaks[self.phase.name] = max(map(_peak, self._at_once.values()))
+    peak = max(map(_peak, self._at_once.values()))
+    peaks = {**self.progress.peaks, self.phase.name: peak}
+    self.progress = dataclasses.replace(self.progress, peaks=peaks)
 
   def _dispatch(self, index: int, count: int) -> None:
     """Begins a round, or `count` as one.
@@ -473,6 +475,7 @@ def _noted(
   return dataclasses.replace(
     progress,
     round=done,
+    settings={name: config.to_dict()[name] for name in TRAINED_BY},
     bytes_total=row['bytes_total'],
     wire_bytes_total=row['wire_bytes_total'],
     images_total=progress.images_total + images,

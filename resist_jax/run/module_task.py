@@ -152,12 +152,18 @@ class ModuleTask:
   ) -> LossFn:
     """See `task.Task`."""
     loss, prepared = self.module.loss(self.config), self._augmented(axis_name)
+    images = not isinstance(self.dataset, data.Tables)
 
     def loss_fn(params, present, batch, key, constants=None):
       if constants is not None:
         batch = self._picked(constants, batch)
       scaled = self._scaled(params, present, scale)
-      return loss(params, scaled, prepared(key, batch), key)
+      if images:  # With one key, the loss would draw as the changes do.
+        images_key, key = jax.random.split(key)
+        batch = prepared(images_key, batch)
+      if axis_name is not None:  # Each device has other examples.
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+      return loss(params, scaled, batch, key)
 
     return loss_fn
 
@@ -412,13 +418,13 @@ def _check_optimizer(task: ModuleTask) -> None:
         f'it returned {type(made).__name__}: return one of optax.'
       )
     field = 'optimizer.carry_momentum'
-    parallel = 'data_parallel' in protocols(config)
-    carries = config.optimizer.carry_momentum
-    alone = config.protocol == 'data_parallel' or config.num_workers == 1
-    averaged = not carries or alone
-    checks.check_optimizer(
-      made, shapes, carries or parallel, make_mesh(1), field, averaged
-    )
+    for protocol in sorted(protocols(config)):
+      parallel = protocol == 'data_parallel'
+      carries = config.optimizer.carry_momentum or parallel
+      averaged = parallel or config.num_workers == 1
+      checks.check_optimizer(
+        made, shapes, carries, make_mesh(1), field, averaged
+      )
 
 
 def _train_once(task: ModuleTask) -> Callable:

@@ -154,13 +154,18 @@ def describe(setup: Setup, name: str) -> Traffic:
   return Traffic(protocol, sizes, setup.mesh, moments)
 
 
-def _moments(setup: Setup, chains: Sequence[str]) -> list[accounting.Sizes]:
-  """Counts the numbers of each moment of the optimiser."""
+def _moments(
+  setup: Setup, chains: Sequence[str]
+) -> list[accounting.Sizes] | None:
+  """Counts the numbers of each moment of the optimiser; None if unknown."""
   rate = optax.constant_schedule(setup.config.lr)  # It changes no shape.
   made = setup.task.make_optimizer(rate)
   state = jax.eval_shape(made.init, setup.task.shapes())
   moments = take_apart(made, state).moments
-  return [accounting.measure(moment, chains) for moment in moments]
+  try:
+    return [accounting.measure(moment, chains) for moment in moments]
+  except KeyError:  # All around a chain is masked, which `carry` refuses.
+    return None
 
 
 def _protocol_fields(setup: Setup, name: str) -> dict:

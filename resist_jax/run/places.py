@@ -40,8 +40,8 @@ def find_place(
   """
   if count == 1:
     return None
-  named = _named_devices(os.environ)
   if coordinator is not None and count is not None and me is not None:
+    _named_devices(os.environ)  # JAX reads them, and would not say it so well.
     return Place(coordinator, count, me)
   if 'TORCHELASTIC_RUN_ID' in os.environ:
     return of_torchrun(os.environ)
@@ -65,14 +65,15 @@ def find_place(
     _check_pod(os.environ)
     _check_mpi(os.environ)
     return None
-  devices = named or devices  # JAX reads the variable if there are neither.
+  # JAX itself reads the variable only where nobody names devices.
+  devices = _named_devices(os.environ) or devices
   return Place(coordinator, count, me, tuple(devices) if devices else None)
 
 
 def _named_devices(variables: Mapping[str, str]) -> tuple[int, ...]:
   """Returns the devices of this host that a variable gives this process."""
   named = variables.get('JAX_LOCAL_DEVICE_IDS', '')
-  if named and not re.fullmatch(r'\d+(,\d+)*', named):
+  if named and not re.fullmatch(r'\s*\d+\s*(,\s*\d+\s*)*', named):
     raise ConfigError(
       f'JAX_LOCAL_DEVICE_IDS is {named!r}: name devices as in 0,1,2,3.'
     )

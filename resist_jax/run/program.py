@@ -172,7 +172,9 @@ def _start(options: Options) -> None:
     few = 'no supported devices found' in str(error)  # On this host.
     if count > 1 and not few:  # Another process may be the cause.
       raise
-    raise ConfigError(
+    # Others may hold the devices for a moment.
+    kind = MeetingError if count > 1 else ConfigError
+    raise kind(
       f'JAX cannot use the devices of this host ({one_line(error)[:200]}): '
       'mend their driver, or set JAX_PLATFORMS=cpu.'
     ) from error

@@ -93,7 +93,10 @@ def _hand_out(
 ) -> tuple[Phase, State]:
   """Hands the global network out for rounds of a protocol."""
   phase = phases.make_phase(setup, name)
-  state = phase.trainer.distribute(whole, round_index)
+  try:
+    state = phase.trainer.distribute(whole, round_index)
+  except ValueError as error:  # Such as of an optimiser that cannot be carried.
+    raise ConfigError(message(error)) from error
   return _compiled(setup, phase, state), state
 
 

@@ -25,7 +25,6 @@ def summarise(
   params: PyTree,
   progress: Mapping[str, Any],
   draw: int,
-  peaks: Mapping[str, int],
 ) -> dict[str, Any]:
   """Returns what is kept of a run.
 
@@ -35,7 +34,6 @@ def summarise(
     params: Global parameters.
     progress: What the run counted; `last` is the newest row of its log.
     draw: See `State.draw`, of the last state.
-    peaks: See `Loop.peaks`.
 
   Returns:
     JSON values.
@@ -69,7 +67,7 @@ def summarise(
     'left_out_total': progress['left_out_total'],
     **_sizes(setup),
     **_traffic(setup, phase, progress, draw),
-    **_memory_and_flops(setup, phase, peaks),
+    **_memory_and_flops(setup, phase, progress['peaks']),
     'seconds_training': progress['seconds_training'],
     'seconds_total': progress['seconds_total'],
     'images_per_second': (
@@ -177,7 +175,7 @@ def _memory_and_flops(
   # A loss that is not ours may loop, and this process may not have the programs
   # of the busiest worker.
   knows = flops is not None and (
-    jax.process_count() == 1 or set(programs.groups) <= {None}
+    jax.process_count() == 1 or not any(programs.groups.values())
   )
   return {
     'memory_per_device': {

@@ -118,8 +118,7 @@ def _train_in(
     params = assemble(state).params
     setup.task.save(folder, state, params, scales, loop.test)
     progress = dataclasses.asdict(loop.progress)
-    draw = int(state.draw)
-    summary = summarise(setup, loop.phase, params, progress, draw, loop.peaks)
+    summary = summarise(setup, loop.phase, params, progress, int(state.draw))
     if jax.process_index() == 0:
       workdir_lib.write_json(folder / 'summary.json', summary)
       if setup.config.log.report:
@@ -154,23 +153,24 @@ def _rounds(
       restored = restored._replace(progress={**restored.progress, 'best': best})
       ended = restored.progress['round'] == config.num_rounds
       if ended or stopping.reason(config, best):
-        workdir_lib.check_ended(folder, config.to_dict())
+        settings = restored.progress.get('settings', {})
+        workdir_lib.check_ended(folder, config.to_dict(), settings)
     measured = restored.progress.get('depths_by_speed') if restored else None
     setup = speed.with_depths(setup, measured or ())
     done = restored.progress['round'] if restored else 0
     after.enter_context(
       callbacks.during(Began(config, setup.dataset, folder, done))
     )
+    if writes and not restored:
+      _record(folder, config, described, done)
     unit, rounds = setup.dataset.unit, config.num_rounds
     with metrics.open_log(folder, done, rounds, writes, unit) as log:
       loop = Loop(setup, checkpoints, log, callbacks, interrupt)
       try:
         loop.begin(restored, started)  # It may refuse the checkpoint.
-        if writes:
-          workdir_lib.write_json(folder / 'config.json', config.to_dict())
-          same_data.write(folder, described)
-          if done < config.num_rounds:  # It would be that of another end.
-            (folder / 'summary.json').unlink(missing_ok=True)
+        log.check()
+        if writes and restored:
+          _record(folder, config, described, done)
         loop.run()
       except NonFiniteError as error:
         remedy = _remedy(config, folder, checkpoints.distrust())
@@ -180,6 +180,19 @@ def _rounds(
         raise
       log.check()
   return loop
+
+
+def _record(
+  folder: pathlib.Path,
+  config: ml_collections.ConfigDict,
+  described: dict[str, Any],
+  done: int,
+) -> None:
+  """Writes what a run trains, and on which data."""
+  workdir_lib.write_json(folder / 'config.json', config.to_dict())
+  same_data.write(folder, described)
+  if done < config.num_rounds:  # It would be that of another end.
+    (folder / 'summary.json').unlink(missing_ok=True)
 
 
 def _check_not_lost(folder: pathlib.Path) -> None:

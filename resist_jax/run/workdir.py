@@ -9,6 +9,7 @@ import pathlib
 import re
 import secrets
 import time
+from types import MappingProxyType
 from typing import IO, Any
 
 from resist_jax import data, folders
@@ -65,12 +66,16 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     )
 
 
-def check_ended(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+def check_ended(
+  workdir: pathlib.Path, config: Mapping[str, Any], settings: Mapping[str, Any]
+) -> None:
   """Checks that the config of a run that has ended still tells how it trained.
 
   Args:
     workdir: The folder of the run.
     config: The config as a nested dictionary.
+    settings: The fields of `TRAINED_BY` in the last rounds; empty if the
+      checkpoint is older than they are, when `config.json` must tell them.
 
   Raises:
     ConfigError: If results of one setting would get the name of another.
@@ -79,8 +84,8 @@ def check_ended(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
   free = {'num_workers'} if config.get('workers_per_process') else set()
   told = {
     name: pair
-    for name, pair in _changed(workdir, config).items()
-    if {name, name.split('.')[0]} & (TRAINED_BY - free)
+    for name, pair in _changed(workdir, config, settings).items()
+    if name in TRAINED_BY - free
   }
   if told:
     raise ConfigError(
@@ -91,10 +96,13 @@ def check_ended(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
 
 
 def _changed(
-  workdir: pathlib.Path, config: Mapping[str, Any]
+  workdir: pathlib.Path,
+  config: Mapping[str, Any],
+  settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, tuple[Any, Any]]:
   """Returns the old and the new value of each field that has changed."""
-  now, before = _as_json(config), read_config(workdir / 'config.json')
+  now = _as_json(config)
+  before = {**read_config(workdir / 'config.json'), **settings}
   # A field that is younger than the run had what is now its default.
   groups = {name: {} for name, value in now.items() if isinstance(value, dict)}
   defaults = {

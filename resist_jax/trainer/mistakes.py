@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from resist_jax.decomposition import Assignment
+from resist_jax.decomposition import Assignment, join
 from resist_jax.errors import is_whole
 from resist_jax.exchange import DATA, WORKER, Exchange
 from resist_jax.rounds import Protocol, Round, State, average, outer, storage
@@ -149,6 +149,13 @@ def _check_functions(trainer: 'Trainer') -> None:
     raise ValueError(
       f'exchange is {trainer.exchange!r}; it must be a value such as '
       'exchange.hand_over() or exchange.masked_psum(wire_format="int8").'
+    )
+  form = trainer.exchange.format
+  if trainer.carry and form.moments and trainer.exchange.moments is None:
+    raise ValueError(
+      f'carry is set, and the format of exchange sends moments as '
+      f'{form.moments}, but its field moments is None: give it the exchange '
+      'that does.'
     )
   if trainer.outer is not None:
     outer.check(trainer.outer)
@@ -326,12 +333,15 @@ def check_steps(trainer: 'Trainer', stored: storage.Stored) -> None:
     ValueError: If the counts of its schedules would jump.
   """
   before = stored.record.get('local_steps', trainer.local_steps)
-  params = stored.state.shared, stored.state.chain
+  chain = jax.tree.map(  # Without the axis S.
+    lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stored.state.chain
+  )
+  params = join(stored.state.shared, chain)
   if before != trainer.local_steps and has_schedule(trainer.optimizer, params):
     raise ValueError(
       f'local_steps is {trainer.local_steps}, but the state was saved with '
-      f'{before}, and the optimizer has a schedule, which counts rounds of '
-      'equal steps: keep local_steps, and use at_once for longer rounds.'
+      f'{before}, and the optimizer counts steps, as for a schedule, by rounds '
+      'of equal length: keep local_steps, and use at_once for longer rounds.'
     )
 
 

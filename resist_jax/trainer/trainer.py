@@ -266,7 +266,8 @@ class Trainer:
         `[S, ...]`; in several processes, an iterator gives the rows of this
         process's workers.
       assignments: The next assignment of each chain; None lets the exchange
-        assign the blocks.
+        assign the blocks. Under `hand_over`, `restore` does not know an
+        assignment of somebody's own, and assigns the blocks anew.
 
     Returns:
       `(state, metrics)`. Metrics are `float32[S]` for `loss` and each metric of
@@ -531,7 +532,7 @@ class Trainer:
     record = {
       'nodes': described,
       'chosen': self._has_chosen_slots(state),
-      'local_steps': self.local_steps,
+      'local_steps': int(self.local_steps),
     }
     storage.write(folder / name, state, record)
     if jax.process_index() == 0:
@@ -772,7 +773,7 @@ def _check_state(trainer: Trainer, state: State) -> None:
   """Refuses the state of another trainer."""
   mistakes.check_is_state(state)
   mistakes.check_settings(trainer, state)
-  mistakes.check_width((state.shared, state.chain), trainer.exchange)
+  mistakes.check_width(join(state.shared, state.chain), trainer.exchange)
   protocol, wanted = trainer._division(_lengths(trainer, state))
   mistakes.check_division(protocol, wanted, state)
   for field, parts in (('optimizer', state.carried), ('outer', state.outer)):

@@ -1,5 +1,6 @@
 """Evaluation of the global network, gathered whole and block by block."""
 
+import dataclasses
 from functools import partial
 import itertools
 import re
@@ -119,8 +120,13 @@ def prepared(images):
   return jnp.array((images / 255 - 0.4) / 0.2, jnp.float32)
 
 
+def mixed(count):
+  return np.random.default_rng(0).permutation(count)
+
+
 def batches(count):
-  return [slice(i, min(i + BATCH, count)) for i in range(0, count, BATCH)]
+  """Batches of mixed examples, of which the last may be smaller."""
+  return [mixed(count)[i : i + BATCH] for i in range(0, count, BATCH)]
 
 
 def plainly(net, params, scales):
@@ -140,7 +146,8 @@ def plainly(net, params, scales):
   # The sample is all of the training set here, less what fills no batch.
   measured = [
     own(dataset.train.images[part])[1].get('batch_stats', {})
-    for part in batches(len(dataset.train) // BATCH * BATCH)
+    for part in batches(len(dataset.train))
+    if len(part) == BATCH
   ]
   stats = jax.tree.map(lambda *x: sum(x) / len(x), *measured)
   variables = {'params': params, 'batch_stats': stats}
@@ -246,11 +253,36 @@ def test_evaluation_equals_the_assembled_network(case, way, monkeypatch):
   close(logits, np.concatenate(expected), rtol=1e-3, atol=1e-4)
   accuracies = {}
   for i, (name, split) in enumerate(make_dataset().tests.items()):
-    for key, want in (('accuracy', fixed), ('accuracy_paper', paper)):
-      hits = np.asarray(want[i]).argmax(-1) == split.labels
+    in_order, in_batches = split.labels, split.labels[mixed(len(split))]
+    for key, want, labels in (
+      ('accuracy', fixed, in_order),
+      ('accuracy_paper', paper, in_batches),
+    ):
+      hits = np.asarray(want[i]).argmax(-1) == labels
       accuracies[f'{name}_{key}'] = hits.mean()
   assert found.measures == accuracies
   assert found.broken == {}
+
+
+def test_sets_may_be_sorted_by_class():
+  """Batches of one class each would hide how far the classes are apart."""
+  *_, evaluator, state = make('whole', batch_size=20, statistics_images=200)
+  rng = np.random.default_rng(0)
+  labels = np.repeat(np.arange(2, dtype=np.int32), 100)
+  dark = rng.integers(0, 100, (200, 4, 4, 1))
+  images = (dark + 150 * labels[:, None, None, None]).astype(np.uint8)
+  found = []
+  for order in (np.arange(200), rng.permutation(200)):
+    split = data.Split(images[order], labels[order])
+    dataset = dataclasses.replace(
+      evaluator.dataset, train=split, tests={'test': split}
+    )
+    tried = dataclasses.replace(evaluator, dataset=dataset)
+    found.append((tried.statistics(state), tried(state).measures))
+  (ours, measures), (theirs, others) = found
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=0.3), ours, theirs)
+  accuracies = measures['test_accuracy_paper'], others['test_accuracy_paper']
+  assert abs(accuracies[0] - accuracies[1]) < 0.05
 
 
 @pytest.mark.slow
