@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
+import errno
 import hashlib
 import types
 from typing import Any, NamedTuple, Protocol
@@ -11,6 +12,8 @@ import numpy as np
 from resist_jax.errors import ConfigError, one_line
 
 PREPARE_AGAIN = 'prepare the set again'  # TFDS then writes its files anew.
+# What a disk or a network file system raises that may be back soon.
+NOT_NOW = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 _LOOKED_AT = 32  # Examples of a split that show whether it has labels.
 _DIGESTED = 256  # Those that show whether its images are the same.
 
@@ -73,14 +76,18 @@ class Examples:
 
     Raises:
       ConfigError: If it cannot be read.
+      OSError: If the disk or a network file system fails, see `NOT_NOW`.
     """
     try:
       return self.source[number]
     except Exception as error:  # Readers raise many types.
-      raise ConfigError(
+      line = (
         f'image {number} of {self.name} cannot be read from '
-        f'{self._file(number)} ({one_line(error)}): {self.remedy}.'
-      ) from error
+        f'{self._file(number)} ({one_line(error)})'
+      )
+      if isinstance(error, OSError) and error.errno in NOT_NOW:
+        raise OSError(error.errno, line) from error
+      raise ConfigError(f'{line}: {self.remedy}.') from error
 
   def known_label(self, number: int) -> int:
     """See `known_label`."""

@@ -334,7 +334,9 @@ class _Monitor:
     """Tells the others that this process is done, and disconnects."""
     self._put(f'{_END}/{self._me}', '0')
     if self._me == 0:  # It holds the store, which the others still need.
-      deadline = time.monotonic() + self._timeout
+      # Their callbacks may take long to end; `check` knows whether they live.
+      self.begin_task('', 1)
+      deadline = time.monotonic() + self._longest
       while time.monotonic() < deadline and not self._others_ended():
         self._read()
         time.sleep(0.05)

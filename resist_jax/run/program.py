@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import math
+import os
 import pathlib
 import re
 import signal
@@ -22,6 +23,7 @@ from ml_collections import ConfigDict
 
 import resist_jax
 from resist_jax import folders, report
+from resist_jax.data.prepared import NOT_NOW
 from resist_jax.errors import (
   FOREIGN,
   ConfigError,
@@ -36,11 +38,16 @@ from resist_jax.run.config import for_processes
 from resist_jax.run.interrupt import Interrupted
 from resist_jax.run.meeting import MeetingError
 
-# Options of JAX that change what a program computes.
+# Options of JAX that change what a program computes, or whether it ends.
 _JAX_OPTIONS = (
   'jax_enable_x64', 'jax_default_matmul_precision', 'jax_default_prng_impl',
-  'jax_threefry_partitionable', 'jax_platforms',
+  'jax_threefry_partitionable', 'jax_platforms', 'jax_random_seed_offset',
+  'jax_debug_nans', 'jax_debug_infs', 'jax_disable_jit',
+  'jax_cpu_collectives_implementation',
 )  # fmt: skip
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'orbax-checkpoint')
+# Packages by which JAX finds accelerators; without them it takes the CPU.
+_PLUGINS = re.compile('jax[-_]cuda|jax[-_]rocm|libtpu')
 # What the error of a broken collective or barrier contains.
 _BROKEN = re.compile(
   r'gloo|nccl|^(CANCELLED|DEADLINE_EXCEEDED|UNAVAILABLE)\b', re.IGNORECASE
@@ -70,6 +77,8 @@ def explain(error: BaseException, workdir: str) -> tuple[str, int]:
   if isinstance(error, SaveError):
     return str(error), processes.TRY_AGAIN if error.retryable else 1
   if isinstance(error, OSError):
+    if error.errno in NOT_NOW and jax.process_count() > 1:
+      return f'{error}: the same command goes on.', processes.TRY_AGAIN
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     remedy = 'make room in' if full else 'mend that in'
     line = f'{error}: {remedy} {workdir}; the same command goes on from the '
@@ -203,15 +212,27 @@ def _description(config: Any) -> dict[str, Any]:
     fields['data'].pop('dir', None)
   return {
     'config': fields,
-    'versions': {
-      name: importlib.metadata.version(name)
-      for name in ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
-    },
+    'versions': {name: importlib.metadata.version(name) for name in _PACKAGES},
+    **_accelerators(),
     'code of resist_jax': _digest_of(resist_jax.__name__),
     **_own_code(config),
     'jax.config': {
       name: str(getattr(jax.config, name, None)) for name in _JAX_OPTIONS
     },
+  }
+
+
+def _accelerators() -> dict[str, Any]:
+  """Returns by which packages JAX finds accelerators, and which are there.
+
+  A host without its driver would train on the CPU, and the others wait for it.
+  """
+  if getattr(jax.config, 'jax_platforms', None) == 'cpu':
+    return {}
+  names = {d.name for d in importlib.metadata.distributions()}
+  return {
+    'packages for accelerators': sorted(filter(_PLUGINS.match, names)),
+    'an NVIDIA GPU': os.path.exists('/dev/nvidiactl'),
   }
 
 

@@ -272,8 +272,13 @@ def _digest(split: data.Split | data.Table) -> str:
 def _num_devices(config) -> int:
   """Chooses D * G, so that each process has equally many whole groups."""
   processes, G = jax.process_count(), config.devices_per_worker
-  # Hosts may have unequal numbers, and all of them must decide alike.
-  here = min(Counter(d.process_index for d in jax.devices()).values())
+  counts = Counter(d.process_index for d in jax.devices())
+  here = min(counts.values())
+  if here != max(counts.values()):  # JAX's broadcast of a value cannot.
+    raise ConfigError(
+      f'the processes have {[counts[i] for i in range(processes)]} devices: '
+      'give each equally many, such as by JAX_LOCAL_DEVICE_IDS=0,1.'
+    )
   if config.num_workers % processes:
     raise ConfigError(
       f'num_workers is {config.num_workers}, but there are {processes} '

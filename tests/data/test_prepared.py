@@ -1,5 +1,6 @@
 """Sets on disk: what is there is used, and each fault in it is one line."""
 
+import errno
 import importlib.util
 import io
 import pathlib
@@ -14,7 +15,7 @@ import tensorflow_datasets as tfds
 import tfds_sets
 
 from resist_jax import data
-from resist_jax.data import sets
+from resist_jax.data import prepared, sets
 from resist_jax.data import streaming as streaming_lib
 from resist_jax.errors import ConfigError
 
@@ -493,3 +494,24 @@ def test_each_virtual_device_has_a_copy_of_what_is_in_memory(
   message = refusal('own', tmp_path, copies=6, streaming='never')
   assert 'in each of 6 copies' in message
   assert 'lower num_devices' in message
+
+
+def test_a_file_system_that_fails_is_no_mistake_of_the_data():
+  """A network file system may be back when the run goes on."""
+
+  class Source:
+    error: Exception = OSError(errno.ESTALE, 'Stale file handle')
+
+    def __len__(self):
+      return 1
+
+    def __getitem__(self, number):
+      raise self.error
+
+  examples = prepared.opener('x', {'train': Source()}, 'mend it')('train')
+  with pytest.raises(OSError, match=r'image 0 of x.*Stale') as told:
+    examples[0]
+  assert told.value.errno == errno.ESTALE
+  Source.error = OSError(errno.ENOENT, 'No such file')
+  with pytest.raises(ConfigError, match=r'image 0 of x.*: mend it\.'):
+    examples[0]

@@ -9,7 +9,7 @@ from scipy import special
 import tiny
 
 from resist_jax import decomposition
-from resist_jax.decomposition import Assigner
+from resist_jax.decomposition import Assigner, Assignment
 
 SIZES = [
   # L, S, min_depth
@@ -65,6 +65,17 @@ def test_an_assignment_follows_from_seed_and_round(L, S, min_depth, spread):
     assert not assigner.follows(assignments[0], assignments[2])
     other = assigner.first([2])
     assert not assigner.follows(other, assignments[1])
+  # Of another depth, or with other slots, blocks would be dropped.
+  before = assignments[0]
+  deeper = Assigner(L, S, min(assigner.num_slots + 1, L), spread=spread)
+  if deeper.num_slots > assigner.num_slots and S > 1:
+    after = deeper.following(before.owned, [1], 1)
+    assert not assigner.follows(before, after)
+  slots = np.roll(assignments[1].slots, 1, axis=0)
+  changed = assignments[1]._replace(slots=slots)
+  same = np.array_equal(slots, assignments[1].slots)
+  assert assigner.follows(before, changed) == same
+  assert not assigner.follows(before, Assignment(assignments[1].slots))
 
 
 def presence(slots, L):

@@ -317,3 +317,16 @@ def test_pieces_that_do_not_fit_are_refused_in_a_line(case):
 def test_nothing_to_take_is_taken():
   """An optimiser may keep nothing of a chain."""
   assert decomposition.take({}, SLOTS[0]) == {}
+
+
+def test_aggregate_reads_negative_slots_as_take_does():
+  chain = {'w': jnp.array([1.0, 2.0, 3.0])}
+  chains, slots = {'w': jnp.array([[4.0, 5.0], [6.0, 9.0]])}, [[0, 2], [1, 2]]
+  want = decomposition.aggregate(chains, jnp.array(slots), chain)
+  got = decomposition.aggregate(chains, jnp.array([[0, -1], [-2, -1]]), chain)
+  np.testing.assert_array_equal(got['w'], want['w'])
+  np.testing.assert_array_equal(want['w'], [4.0, 6.0, 7.0])
+
+
+def test_aggregate_of_nothing_is_nothing():
+  assert decomposition.aggregate({}, jnp.array([[0, 1]]), {}) == {}

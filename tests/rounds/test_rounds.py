@@ -7,6 +7,7 @@ from covering import rest_is_slow
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 
@@ -315,3 +316,16 @@ def test_randomness_follows_seed_round_worker_and_step():
   np.testing.assert_array_equal(first, losses(0))
   assert len({*first, *losses(1)}) == 8  # All workers and rounds differ.
   assert (losses(0, T=2) != first).all()
+
+
+def test_a_network_without_what_the_protocol_keeps_is_refused():
+  """Rounds would leave the outer step out, and bytes would count it."""
+  mesh = rounds.make_mesh(2)
+  params = {'blocks': {'w': np.ones((4, 3), np.float32)}}
+  for fields in ({'outer': optax.sgd(0.7)}, {'average': 0.9}):
+    protocol = rounds.Protocol(2, 1, {'blocks': 4}, **fields)
+    whole, assigned = rounds.Whole(params), protocol.assign(0, 0)
+    with pytest.raises(ValueError, match=f'{next(iter(fields))} is None'):
+      rounds.distribute(whole, protocol, mesh, assigned)
+    whole = rounds.with_carried(whole, optax.sgd(0.1), protocol)
+    rounds.distribute(whole, protocol, mesh, assigned)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 from several import LIMIT, ROOT, TINY, Several
@@ -480,6 +481,22 @@ def test_code_of_ones_own_is_compared(tmp_path, monkeypatch):
   said = meeting.difference({0: found[0], 1: found[1]}, '')
   assert 'code of ours.net' in said
   assert 'rates.py' in meeting.difference({0: found[0], 1: found[2]}, '')
+
+
+def test_what_jax_draws_and_where_it_runs_is_compared():
+  made = config_lib.get_config()
+  here = program._description(made)
+  with jax.debug_nans(True):
+    there = program._description(made)
+  assert 'jax_debug_nans' in meeting.difference({0: here, 1: there}, '')
+  assert 'jax_random_seed_offset' in here['jax.config']
+  assert 'an NVIDIA GPU' not in here  # On CPUs, nobody asks.
+  jax.config.update('jax_platforms', None)
+  try:
+    there = program._description(made)
+  finally:
+    jax.config.update('jax_platforms', 'cpu')
+  assert {'an NVIDIA GPU', 'packages for accelerators'} <= {*there}
 
 
 def test_files_that_a_module_imports_are_its_code(tmp_path, monkeypatch):

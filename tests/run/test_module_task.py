@@ -439,6 +439,41 @@ def test_images_come_augmented_and_normalised(tmp_path, monkeypatch):
   assert summary['test_loss'] < 10
 
 
+def test_a_loss_draws_with_a_key_of_its_own(monkeypatch):
+  """Not with that of its images, nor with that of the group's other devices."""
+  monkeypatch.delattr(own_network, 'data')
+  drawn = []
+
+  def loss(_):
+    def loss_fn(params, present, batch, key):
+      if key is not None:
+        drawn.append(jax.random.key_data(key))
+      return batch[0].mean(), {}
+
+    return loss_fn
+
+  monkeypatch.setattr(own_network, 'loss', loss)
+  task = setup.prepare(config()).task
+  images, labels = np.zeros((4, 8, 8, 1), np.uint8), np.zeros(4, np.int32)
+  key, shapes = jax.random.key(3), task.shapes()
+  params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  drawn.clear()
+  task.make_loss({}, None)(params, {}, (images, labels), key)
+  (own,) = drawn
+  for taken in (key, *jax.random.split(key)[:1]):
+    assert (own != jax.random.key_data(taken)).any()
+
+  def on_devices(part):
+    loss_fn = task.make_loss({}, 'data')
+    loss_fn(params, {}, (part[0], labels[:2]), key)
+    return drawn.pop()
+
+  both = jax.vmap(on_devices, axis_name='data')(
+    images.reshape(2, 1, 2, 8, 8, 1)
+  )
+  assert (both[0] != both[1]).any()
+
+
 @pytest.mark.parametrize(
   ('fields', 'words'),
   [

@@ -1126,3 +1126,34 @@ def test_an_optimiser_with_a_raw_key_is_refused():
   trainer = make(noise)
   with pytest.raises(ValueError, match=r'raw key, .* jax\.random\.key'):
     trainer.round(trainer.init(network()), batches(0, 4))
+
+
+def test_an_own_exchange_may_lose_no_block():
+  """Nobody else would say that a block has no holder."""
+
+  def forgets(division, seed, round_index, before):
+    found = PSUM().assign(division, seed, 0, None)
+    if round_index:
+      slots = np.where(found.slots == 3, L, found.slots)
+      found = Assignment(np.sort(slots, axis=1))
+    return found
+
+  trainer = make(exchange=PSUM()._replace(assign=forgets))
+  state = trainer.init(network())
+  with pytest.raises(ValueError, match='no worker holds block 3 of 5'):
+    trainer.round(state, batches(0, 4))
+
+
+def test_an_own_exchange_names_the_one_of_its_moments():
+  own = HAND_OVER('int8')._replace(moments=None)
+  make(exchange=own)
+  with pytest.raises(ValueError, match='sends moments as bfloat16, but its'):
+    make(exchange=own, carry=True)
+
+
+def test_a_format_that_rounds_blocks_alone_is_not_exact(monkeypatch):
+  mixed = resist.exchange.Format('float32', 'bfloat16')
+  assert not mixed.exact
+  monkeypatch.setitem(resist.exchange.FORMATS, 'mixed', mixed)
+  with pytest.raises(ValueError, match='outer takes small changes'):
+    make(exchange=HAND_OVER('mixed'), outer=optax.sgd(0.7))
