@@ -237,6 +237,14 @@ def file_name(platform: str, case: Case) -> str:
   return f'{platform}_{CASES[platform].index(case)}.npz'
 
 
+def _about(path: pathlib.Path) -> dict:
+  """Reads what a platform says of itself, or exits."""
+  try:
+    return json.loads(path.read_text())
+  except FileNotFoundError:
+    sys.exit(f'error: no case has begun on {path.stem}; see above.')
+
+
 def main() -> int:
   """Compares, prints and writes the result; returns 1 if a case failed."""
   parser = Parser(description=__doc__.split('\n')[0])
@@ -254,7 +262,9 @@ def main() -> int:
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     _run_platforms(folder, args.only, args.timeout)
-    about = {p: json.loads((folder / f'{p}.json').read_text()) for p in CASES}
+    about = {p: _about(folder / f'{p}.json') for p in CASES}
+    if about['accelerator']['device'].endswith(' cpu') and not args.out:
+      parser.error('JAX sees no accelerator here, so there is nothing to see.')
     results = _compare(folder, args.only)
   for row in results:
     print(

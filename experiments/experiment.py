@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import itertools
+import json
 import pathlib
 import statistics
 import sys
@@ -20,6 +21,7 @@ from experiments.table import Table
 from resist_jax import folders
 from resist_jax.errors import ConfigError, NonFiniteError, Parser, refused
 from resist_jax.run import program
+from resist_jax.run.config import differences, get_config
 from resist_jax.run.interrupt import Interrupt, Interrupted
 
 SCALES = ('smoke', 'cpu', 'paper')
@@ -143,11 +145,12 @@ class Experiment:
       The command. `FOLDER` stands for that of the prepared data sets.
     """
     configs = [record['config'] for record in records]
+    cells = [as_json(cell.config(scale)) for cell in self.cells(scale)]
     seeds = 1 + max(
       (record['summary']['seed'] for record in records), default=0
     )
     dtypes = {c.get('model', {}).get('dtype', 'float32') for c in configs}
-    data = {c.get('data', {}).get('name', 'digits') for c in configs}
+    data = {c['data']['name'] for c in cells}
     words = [self.command]
     if scale != self.default_scale:
       words.append(f'--scale={scale}')
@@ -383,8 +386,12 @@ def _refusal(
       '--busy is set, but these runs only measure seconds, for which the '
       'machine must do nothing else: leave it out.'
     )
+  if options.show:
+    return ''
   shown = [*cells, *experiment.beside(options.scale)]
-  return '' if options.show else _other_dtype(results, shown, options.dtype)
+  return _other_dtype(results, shown, options.dtype) or _other_config(
+    results, cells
+  )
 
 
 def _other_dtype(results: Results, cells: Sequence[Cell], dtype: str) -> str:
@@ -398,7 +405,60 @@ def _other_dtype(results: Results, cells: Sequence[Cell], dtype: str) -> str:
           f'{found}: set --dtype={found}, or name another folder with '
           '--results.'
         )
+  # Other experiments show them together with those of this one.
+  for folder in {results.folder(cell) for cell in cells}:
+    for record in runs.of_seeds(folder, ''):
+      found = record.get('config', {}).get('model', {}).get('dtype', dtype)
+      if found != dtype:
+        return (
+          f'--dtype is {dtype}, but {folder} has results in {found}: set '
+          f'--dtype={found}, or name another folder with --results.'
+        )
   return ''
+
+
+def _other_config(results: Results, cells: Sequence[Cell]) -> str:
+  """Says which results are of settings that a card does not have any more."""
+  for cell in cells:
+    for record in results.of(cell):
+      for name, (now, then) in changed(cell, results.scale, record).items():
+        return (
+          f'{cell.name} has {name} {now!r}, but there are results of it with '
+          f'{then!r}: name another folder with --results.'
+        )
+  return ''
+
+
+def as_json(config: ConfigDict) -> dict[str, Any]:
+  """Returns a config as a result file holds it."""
+  return json.loads(json.dumps(config.to_dict()))
+
+
+def changed(
+  cell: Cell, scale: str, record: Record
+) -> dict[str, tuple[Any, Any]]:
+  """Returns the fields of a cell that have other values in a result of it.
+
+  Args:
+    cell: The cell.
+    scale: Scale of the result.
+    record: The result.
+
+  Returns:
+    By name, the value now and then. What every run may choose is left out:
+    `data.dir`, `seed` and `model.dtype`. A field that came later has its
+    default then.
+  """
+  then = record.get('config', {})
+  found = differences(as_json(cell.config(scale)), then)
+  defaults = as_json(get_config())
+  later = differences(defaults, then)
+  return {
+    name: (now, old)
+    for name, (now, old) in found.items()
+    if name not in ('data.dir', 'seed', 'model.dtype')
+    and not (old is None and later.get(name, (None,))[0] == now)
+  }
 
 
 def main(

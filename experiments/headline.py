@@ -78,6 +78,7 @@ def _learned() -> list[Table]:
     'columns *to N %* give the seconds of training, and the GB sent by all '
     'workers, until a test first reaches N %. '
     f'{of_runs(runs)}{to_accuracy.on_a_quiet(where)}'
+    f'{to_accuracy.how_often(runs)}'
   )
   head = ['', 'CIFAR-10', *to_accuracy.TO_TARGETS]
   return [Table(caption, '', head, rows)]

@@ -144,6 +144,13 @@ def _limit(namespace: str, interface: str, rate: str, delay: str) -> None:
 
 
 def _run(*words: str) -> str:
-  return subprocess.run(
-    words, check=True, capture_output=True, text=True
-  ).stdout
+  try:
+    return subprocess.run(
+      words, check=True, capture_output=True, text=True
+    ).stdout
+  except subprocess.CalledProcessError as error:
+    if words[:3] != ('ip', 'netns', 'add'):
+      raise
+    raise NotPossibleError(  # Such as in a container.
+      f'this machine allows no network namespaces ({" ".join(error.stderr.split())}).'
+    ) from error

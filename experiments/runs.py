@@ -230,10 +230,13 @@ def history(folder: pathlib.Path) -> dict[str, Any]:
     folder: Its workdir, see `begin_run`.
 
   Returns:
-    JSON values by name: `busy` if its seconds do not count, and `begun`, where
-    it began and went on, if other code or another machine has trained a part.
+    JSON values by name: `commit`, whose code has trained its end; `busy` if its
+    seconds do not count; and `begun`, where it began and went on, if other code
+    or another machine has trained a part.
   """
   begun, found = _beginnings(folder), {}
+  if begun:  # The code may have changed since the run began.
+    found['commit'] = begun[-1]['commit']
   if (folder / _BUSY).exists():
     found['busy'] = True
   if len(begun) > 1:

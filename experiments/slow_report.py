@@ -96,7 +96,8 @@ def _exchange_table() -> list[Table]:
   head += ['MB a round, by the kernel', 'predicted', 'difference']
   some = next(iter(records.values()))
   caption = (
-    'Seconds of an exchange between four processes in network namespaces, and '
+    'Seconds of the exchanges of a round between four processes in network '
+    'namespaces (data parallel training exchanges in each step of it), and '
     'the megabytes that all four sent in a round, without packet headers: as '
     'the kernel counted them, and as the accounting predicts them. The network '
     f'has {some["summary"]["params_total"] / 1e6:.1f} million parameters, '

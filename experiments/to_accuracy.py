@@ -334,7 +334,22 @@ def on_a_quiet(where: str) -> str:
   """Returns a sentence for readers of seconds; see `Trained.to_targets`."""
   if not where:
     return ''
-  return f' Seconds are those of {where}, which did nothing else.'
+  return (
+    ' Seconds are rounds times the seconds of a round in short runs without '
+    f'levers on {where}, which did nothing else.'
+  )
+
+
+def how_often(records: Sequence[Record]) -> str:
+  """Returns a sentence on how far apart the tests of runs are."""
+  every = sorted({record['config']['eval_every'] for record in records})
+  if not every:
+    return ''
+  apart = ' or '.join(map(str, every))
+  return (
+    f' Tests are {apart} rounds apart, so an accuracy may have been reached up '
+    'to so many rounds earlier.'
+  )
 
 
 def _records(found: Found) -> list[Record]:
@@ -354,7 +369,7 @@ def _measured(results: Results, where: str, found: Found) -> Table:
     f'that reaches an accuracy, {results.scale} scale. "Deployed" and '
     '"test-batch statistics" are the test accuracies after the last round, in '
     '%. All workers share one machine, and no link lies between them. '
-    f'{of_runs(records, "Mean")}{on_a_quiet(where)}'
+    f'{of_runs(records, "Mean")}{on_a_quiet(where)}{how_often(records)}'
   )
   head = [*HEAD, 'deployed', 'test-batch statistics', *TO_TARGETS]
   command = EXPERIMENT.made_by(results.scale, records)

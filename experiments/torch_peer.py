@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 LENGTH = 22  # Blocks of the chain that is cut: a worker of two has 11.
 
 PEER = """
-import json, sys, time, torch
+import json, statistics, sys, time, torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -84,7 +84,7 @@ def measure(layout, mode=None):
       sgd.step()
     wait()
     times.append((time.perf_counter() - started) / steps)
-  return sorted(times[1:])[repeats // 2]
+  return statistics.median(times[1:])
 
 found = {
   'contiguous': measure(torch.contiguous_format),

@@ -16,7 +16,14 @@ import numpy as np
 
 from resist_jax import folders
 from resist_jax.data import headers
-from resist_jax.data.prepared import Examples, Part, Prepared, opener, used
+from resist_jax.data.prepared import (
+  NOT_NOW,
+  Examples,
+  Part,
+  Prepared,
+  opener,
+  used,
+)
 from resist_jax.data.streaming import THREADS, Records, StreamedImages
 from resist_jax.errors import ConfigError, one_line
 
@@ -294,6 +301,8 @@ def read(
 
 
 def _refuse(error: OSError) -> NoReturn:
+  if error.errno in NOT_NOW:
+    raise error
   raise ConfigError(
     f'{error.filename} cannot be read ({error.strerror}): let this user read '
     'it, or remove it.'
@@ -310,6 +319,8 @@ def _header(path: pathlib.Path) -> headers.Header:
   try:
     return headers.read(path)
   except Exception as error:  # Each format raises types of its own.
+    if isinstance(error, OSError) and error.errno in NOT_NOW:
+      raise
     raise ConfigError(
       f'{path} is no image that can be read ({one_line(error)}): mend it, '
       'remove it, or name another.'

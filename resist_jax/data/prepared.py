@@ -12,8 +12,8 @@ import numpy as np
 from resist_jax.errors import ConfigError, one_line
 
 PREPARE_AGAIN = 'prepare the set again'  # TFDS then writes its files anew.
-# What a disk or a network file system raises that may be back soon.
-NOT_NOW = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+# What a network file system raises that may be back soon.
+NOT_NOW = (errno.ESTALE, errno.ETIMEDOUT)
 _LOOKED_AT = 32  # Examples of a split that show whether it has labels.
 _DIGESTED = 256  # Those that show whether its images are the same.
 
@@ -76,7 +76,7 @@ class Examples:
 
     Raises:
       ConfigError: If it cannot be read.
-      OSError: If the disk or a network file system fails, see `NOT_NOW`.
+      OSError: If a network file system is away, see `NOT_NOW`.
     """
     try:
       return self.source[number]

@@ -122,10 +122,11 @@ def check_optimizer(
       'plain dictionaries where params has a FrozenDict or an nnx.State.'
     ) from error
   _check_same_form(state, after)
-  if not averaged and any(map(_is_raw_key, jax.tree.leaves(state))):
+  agrees = averaged and carry  # On what it draws, and goes on with.
+  if not agrees and any(map(_is_raw_key, jax.tree.leaves(state))):
     raise ValueError(
-      'optimizer keeps a raw key, by which all workers would draw the same '
-      'numbers: make it by jax.random.key instead of PRNGKey.'
+      'optimizer keeps a raw key, by which all workers, or all rounds, would '
+      'draw the same numbers: make it by jax.random.key instead of PRNGKey.'
     )
   found = set(map(type, jax.tree.leaves(state, is_leaf=_is_periodic)))
   for kind in () if carry else found & _PERIODIC.keys():

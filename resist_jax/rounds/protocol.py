@@ -209,8 +209,8 @@ class Protocol:
       found[name] = self.exchange.assign(
         division, [seed, ASSIGNING, i], draw, old
       )
-      # Of somebody's own exchange: a block without a holder would be lost.
-      self.exchange.check(division, None, found[name])
+      # In somebody's own exchange, a block without a holder would be lost.
+      self.exchange.check(division, found[name], found[name].staying())
     return found
 
   def check(self) -> None:

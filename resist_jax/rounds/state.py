@@ -133,8 +133,8 @@ def _first_parts(optimizer, params, protocol, field) -> Parts:
       f'{field} is set, but its optimiser draws random numbers, and its key is '
       f'none of its moments: use another one, or do without {field}.'
     )
-  rounded = protocol.sends_changes
-  if rounded and any(_are_weights(m, params) for m in parts.moments):
+  exact = protocol.exchange.format.exact or protocol.average_gradients
+  if not exact and any(_are_weights(m, params) for m in parts.moments):
     raise ValueError(
       f'{field} is set, and its optimiser keeps weights, whose small changes a '
       'wire format with fewer bits would round away: use wire_format float32.'

@@ -70,6 +70,7 @@ TRAINED_BY = frozenset(
     'dealing',
     'shared_every',
     'local_steps_alpha',
+    'phases',
   }
 )
 

@@ -59,6 +59,8 @@ class Progress:
     last: The newest row of the log.
     tests: The examples of the tests of the newest row, by name; see
       `same_data.describe`.
+    peaks: Bytes of a device that the largest program of each protocol needs.
+    settings: The fields of `TRAINED_BY` in the newest round.
   """
 
   round: int = 0
@@ -256,7 +258,9 @@ class Loop:
     self.phase, self.state = begun
     counts = self._lengths.of_phase(done)
     self._at_once = restore.at_once(self.setup, self.phase, self.state, counts)
-    peak = max(map(_peak, self._at_once.values()))
+    # Where no round is left, those of several rounds as one are not compiled.
+    before = self.progress.peaks.get(self.phase.name, 0)
+    peak = max(before, *map(_peak, self._at_once.values()))
     peaks = {**self.progress.peaks, self.phase.name: peak}
     self.progress = dataclasses.replace(self.progress, peaks=peaks)
 
@@ -445,6 +449,7 @@ def _noted(
 ) -> Progress:
   """Returns the progress with a round, whose row of the log it makes."""
   config, done = setup.config, running.done
+  fields = config.to_dict()
   count = running.phase.protocol.rounds_at_once
   excluded = _excluded(config, done, measured)
   steps = running.phase.protocol.steps
@@ -475,7 +480,7 @@ def _noted(
   return dataclasses.replace(
     progress,
     round=done,
-    settings={name: config.to_dict()[name] for name in TRAINED_BY},
+    settings={name: fields[name] for name in TRAINED_BY},
     bytes_total=row['bytes_total'],
     wire_bytes_total=row['wire_bytes_total'],
     images_total=progress.images_total + images,

@@ -41,7 +41,7 @@ def find_place(
   if count == 1:
     return None
   if coordinator is not None and count is not None and me is not None:
-    _named_devices(os.environ)  # JAX reads them, and would not say it so well.
+    _named_devices(os.environ)  # JAX would raise a traceback later.
     return Place(coordinator, count, me)
   if 'TORCHELASTIC_RUN_ID' in os.environ:
     return of_torchrun(os.environ)
@@ -140,4 +140,6 @@ def of_torchrun(variables: Mapping[str, str]) -> Place | None:
   # The processes of one host share its devices.
   shared = int(variables['LOCAL_WORLD_SIZE']) > 1
   mine = (int(variables['LOCAL_RANK']),) if shared else None
+  if not shared:
+    _named_devices(variables)  # JAX would raise a traceback later.
   return Place(f'{address}:{port}', count, int(variables['RANK']), mine)

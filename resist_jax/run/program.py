@@ -77,8 +77,9 @@ def explain(error: BaseException, workdir: str) -> tuple[str, int]:
   if isinstance(error, SaveError):
     return str(error), processes.TRY_AGAIN if error.retryable else 1
   if isinstance(error, OSError):
-    if error.errno in NOT_NOW and jax.process_count() > 1:
-      return f'{error}: the same command goes on.', processes.TRY_AGAIN
+    if error.errno in NOT_NOW:
+      line = f'{error}: when it can be read again, the same command goes on.'
+      return line, processes.TRY_AGAIN if jax.process_count() > 1 else 1
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     remedy = 'make room in' if full else 'mend that in'
     line = f'{error}: {remedy} {workdir}; the same command goes on from the '
@@ -181,11 +182,11 @@ def _start(options: Options) -> None:
     few = 'no supported devices found' in str(error)  # On this host.
     if count > 1 and not few:  # Another process may be the cause.
       raise
-    # Others may hold the devices for a moment.
+    # A process that is about to end may still hold them.
     kind = MeetingError if count > 1 else ConfigError
     raise kind(
       f'JAX cannot use the devices of this host ({one_line(error)[:200]}): '
-      'mend their driver, or set JAX_PLATFORMS=cpu.'
+      'end what else uses them, mend their driver, or set JAX_PLATFORMS=cpu.'
     ) from error
 
 
@@ -213,7 +214,7 @@ def _description(config: Any) -> dict[str, Any]:
   return {
     'config': fields,
     'versions': {name: importlib.metadata.version(name) for name in _PACKAGES},
-    **_accelerators(),
+    'kinds of device': _accelerators(),
     'code of resist_jax': _digest_of(resist_jax.__name__),
     **_own_code(config),
     'jax.config': {
@@ -229,10 +230,12 @@ def _accelerators() -> dict[str, Any]:
   """
   if getattr(jax.config, 'jax_platforms', None) == 'cpu':
     return {}
-  names = {d.name for d in importlib.metadata.distributions()}
+  names = {d.name or '' for d in importlib.metadata.distributions()}
+  packages = sorted(filter(_PLUGINS.match, names))
   return {
-    'packages for accelerators': sorted(filter(_PLUGINS.match, names)),
-    'an NVIDIA GPU': os.path.exists('/dev/nvidiactl'),
+    'packages for accelerators': packages,
+    # Without such a package, JAX takes the CPU beside any GPU.
+    'an NVIDIA GPU': bool(packages) and os.path.exists('/dev/nvidiactl'),
   }
 
 

@@ -165,7 +165,12 @@ def prepare(
   Raises:
     ConfigError: If the data or the devices do not fit the config.
   """
-  mesh = make_mesh(_num_devices(config), config.devices_per_worker)
+  try:
+    mesh = make_mesh(_num_devices(config), config.devices_per_worker)
+  except ConfigError:
+    raise
+  except ValueError as error:  # Such as chips that form no rectangle.
+    raise ConfigError(str(error)) from error
   avoid_loads(mesh)
   task = _make_task(config, mesh, dataset)
   visible = len(task.dataset.train)

@@ -172,6 +172,10 @@ def _rounds(
         if writes and restored:
           _record(folder, config, described, done)
         loop.run()
+      except ConfigError:
+        if writes and not restored:  # The config that is mended may begin here.
+          (folder / 'config.json').unlink(missing_ok=True)
+        raise
       except NonFiniteError as error:
         remedy = _remedy(config, folder, checkpoints.distrust())
         raise NonFiniteError(f'{error}. {remedy}') from error

@@ -82,10 +82,13 @@ def check_ended(
   """
   # These follow from the number of hosts, which may change at the very end.
   free = {'num_workers'} if config.get('workers_per_process') else set()
+  changed = _changed(workdir, config, settings)
+  if 'num_rounds' in changed:  # A lower one may leave the last phase out.
+    free |= {'phases'}
   told = {
     name: pair
-    for name, pair in _changed(workdir, config, settings).items()
-    if name in TRAINED_BY - free
+    for name, pair in changed.items()
+    if {name, name.split('.')[0]} & (TRAINED_BY - free)
   }
   if told:
     raise ConfigError(

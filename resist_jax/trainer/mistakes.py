@@ -154,8 +154,8 @@ def _check_functions(trainer: 'Trainer') -> None:
   if trainer.carry and form.moments and trainer.exchange.moments is None:
     raise ValueError(
       f'carry is set, and the format of exchange sends moments as '
-      f'{form.moments}, but its field moments is None: give it the exchange '
-      'that does.'
+      f'{form.moments}, but exchange.moments is None: set it to the exchange '
+      'in that format.'
     )
   if trainer.outer is not None:
     outer.check(trainer.outer)

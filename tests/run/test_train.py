@@ -147,6 +147,7 @@ def test_the_same_command_again_changes_nothing(finished):
     {'protocol': 'local_sgd'},
     {'num_workers': 2, 'num_devices': 2},
     {'min_depth': 3},
+    {'phases.full_after': 1},
   ],
 )
 def test_a_complete_run_gets_no_other_name(fields, finished):

@@ -1147,7 +1147,9 @@ def test_an_own_exchange_may_lose_no_block():
 def test_an_own_exchange_names_the_one_of_its_moments():
   own = HAND_OVER('int8')._replace(moments=None)
   make(exchange=own)
-  with pytest.raises(ValueError, match='sends moments as bfloat16, but its'):
+  with pytest.raises(
+    ValueError, match=r'as bfloat16, but exchange\.moments is None'
+  ):
     make(exchange=own, carry=True)
 
 
