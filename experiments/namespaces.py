@@ -151,6 +151,7 @@ def _run(*words: str) -> str:
   except subprocess.CalledProcessError as error:
     if words[:3] != ('ip', 'netns', 'add'):
       raise
-    raise NotPossibleError(  # Such as in a container.
-      f'this machine allows no network namespaces ({" ".join(error.stderr.split())}).'
+    reason = ' '.join(error.stderr.split())  # Such as in a container.
+    raise NotPossibleError(
+      f'this machine allows no network namespaces ({reason}).'
     ) from error
