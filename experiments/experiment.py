@@ -390,7 +390,7 @@ def _refusal(
     return ''
   shown = [*cells, *experiment.beside(options.scale)]
   return _other_dtype(results, shown, options.dtype) or _other_config(
-    results, cells
+    results, shown
   )
 
 

@@ -219,7 +219,7 @@ def begin_run(folder: pathlib.Path, busy: bool) -> None:
   begun = [] if is_new else _beginnings(folder)
   if busy or not (is_new or any(_speed(x) == _speed(now) for x in begun)):
     (folder / _BUSY).touch()
-  if now not in begun:
+  if begun[-1:] != [now]:
     workdir.replace_text(path, json.dumps([*begun, now]))
 
 

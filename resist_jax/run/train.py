@@ -173,8 +173,10 @@ def _rounds(
           _record(folder, config, described, done)
         loop.run()
       except ConfigError:
-        if writes and not restored:  # The config that is mended may begin here.
-          (folder / 'config.json').unlink(missing_ok=True)
+        begun = restored or loop.progress.round
+        if writes and not begun:  # What is mended may begin here.
+          for name in ('config.json', workdir_lib.DATA):
+            (folder / name).unlink(missing_ok=True)
         raise
       except NonFiniteError as error:
         remedy = _remedy(config, folder, checkpoints.distrust())

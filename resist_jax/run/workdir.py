@@ -82,8 +82,11 @@ def check_ended(
   """
   # These follow from the number of hosts, which may change at the very end.
   free = {'num_workers'} if config.get('workers_per_process') else set()
+  # `config.json` tells phases: no round may have followed when they changed.
+  settings = {k: v for k, v in settings.items() if k != 'phases'}
   changed = _changed(workdir, config, settings)
-  if 'num_rounds' in changed:  # A lower one may leave the last phase out.
+  before, now = changed.get('num_rounds', (0, 0))
+  if before and now < before:  # The last phase may be left out.
     free |= {'phases'}
   told = {
     name: pair
@@ -105,7 +108,7 @@ def _changed(
 ) -> dict[str, tuple[Any, Any]]:
   """Returns the old and the new value of each field that has changed."""
   now = _as_json(config)
-  before = {**read_config(workdir / 'config.json'), **settings}
+  before = {**read_config(workdir / 'config.json'), **_as_json(settings)}
   # A field that is younger than the run had what is now its default.
   groups = {name: {} for name, value in now.items() if isinstance(value, dict)}
   defaults = {

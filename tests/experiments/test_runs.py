@@ -40,7 +40,7 @@ A = {
     ([A], False, {}),
     ([A, A], False, {}),
     ([A, {**A, 'commit': 'b'}], False, 2),
-    ([A, {**A, 'processor': 'Q'}, A], True, 2),
+    ([A, {**A, 'processor': 'Q'}, A], True, 3),
     ([A, {**A, 'versions': {'jax': '2'}}], True, 2),
     ([A, {**A, 'environment': {'XLA_FLAGS': '1'}}], True, 2),
   ],
@@ -55,6 +55,7 @@ def test_seconds_of_several_machines_do_not_count(
   found = runs.history(tmp_path / 'run')
   assert found.get('busy', False) == busy
   assert len(found.get('begun', ())) == (recorded or 0)
+  assert found['commit'] == starts[-1]['commit']
 
 
 def test_a_start_that_was_refused_is_no_beginning(tmp_path, monkeypatch):
@@ -62,14 +63,14 @@ def test_a_start_that_was_refused_is_no_beginning(tmp_path, monkeypatch):
   runs.begin_run(tmp_path, busy=True)
   monkeypatch.setattr(runs, 'here', lambda: A)
   runs.begin_run(tmp_path, busy=False)
-  assert runs.history(tmp_path) == {}
+  assert runs.history(tmp_path) == {'commit': 'a'}
 
 
 def test_seconds_of_an_unknown_beginning_do_not_count(tmp_path, monkeypatch):
   monkeypatch.setattr(runs, 'here', lambda: A)
   (tmp_path / 'config.json').write_text('{}')  # Of an older version.
   runs.begin_run(tmp_path, busy=False)
-  assert runs.history(tmp_path) == {'busy': True}
+  assert runs.history(tmp_path) == {'commit': 'a', 'busy': True}
   assert json.loads((tmp_path / 'begun.json').read_text()) == [A]
 
 

@@ -33,7 +33,7 @@ def record(accuracy, seed=0, seconds=10.0):
     'provenance': {
       'device': '4 x cpu', 'cores': 2, 'processor': 'P', 'versions': {'jax': 1}
     },
-    'config': {'local_steps': 3, 'num_rounds': 2},
+    'config': {'local_steps': 3, 'num_rounds': 2, 'eval_every': 1},
     'summary': {
       'seed': seed,
       'num_devices': 4,
@@ -150,7 +150,7 @@ def test_seconds_to_an_accuracy_are_those_of_a_quiet_machine(tmp_path):
   results = Results('to_accuracy', 'cpu90', tmp_path)
   assert to_accuracy.tables(results) == []
   made = record(0.84)
-  made['config'] = {'local_steps': 6}
+  made['config'] |= {'local_steps': 6}
   made['curve'] = [
     {'round': r, 'test_accuracy': a, 'seconds_training': 90.0 * r,
      'wire_bytes_total': 1e9 * r}
@@ -194,7 +194,7 @@ def test_a_table_names_the_command_that_makes_it_again():
     '--data_dir=FOLDER'
   )
   command = to_accuracy.EXPERIMENT.made_by('cpu90', [record(0.5)])
-  assert command == 'python -m experiments.to_accuracy'
+  assert command == 'python -m experiments.to_accuracy --data_dir=FOLDER'
 
 
 def test_a_run_of_half_the_rounds_ends_its_schedule():
@@ -386,14 +386,14 @@ def test_seconds_of_two_machines_are_not_compared(tmp_path):
   shown, predicted = to_accuracy.tables(results)
   resist, local = (row[5] for row in shown.rows)
   assert (resist, local) == ('0.00 GB', '10 s, 0.00 GB')
-  assert 'Seconds are those of 2 cores of P, JAX 8' in shown.caption
+  assert 'levers on 2 cores of P, JAX 8' in shown.caption
   assert {row[1] for row in predicted.rows} == {'local SGD'}
   both = [on(8, record(0.1)), on(7, record(0.1, seed=1, seconds=30.0))]
   put(results, to_accuracy.pace('local_sgd', 4), *both)
   shown, _ = to_accuracy.tables(results)
   resist, local = (row[5] for row in shown.rows)
   assert (resist, local) == ('10 s, 0.00 GB', '30 s, 0.00 GB')
-  assert 'Seconds are those of 2 cores of P, JAX 7' in shown.caption
+  assert 'levers on 2 cores of P, JAX 7' in shown.caption
 
 
 def test_a_run_of_one_round_has_no_pace(tmp_path):

@@ -327,6 +327,18 @@ def test_a_module_of_several_optimisers_goes_on_with_their_moments(
   assert hashes[0] == hashes[1]
 
 
+def test_a_start_that_is_refused_leaves_the_workdir_free(tmp_path, monkeypatch):
+  noise = optax.chain(optax.sgd(0.1), optax.add_noise(0.1, 0.0, key=0))
+  monkeypatch.setattr(own_network, 'optimizer', lambda *_: noise, raising=False)
+  made = config(num_rounds=1)
+  made.optimizer.carry_momentum = True
+  with jax.numpy_dtype_promotion('standard'):  # Optax mixes dtypes.
+    with pytest.raises(ConfigError, match='draws random numbers'):
+      train.train(made, tmp_path)
+    made.optimizer.carry_momentum = False  # As the line says.
+    train.train(made, tmp_path)
+
+
 def stand_still(monkeypatch):
   """Lets rounds change nothing, to see what else does."""
   monkeypatch.setattr(

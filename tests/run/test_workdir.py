@@ -10,7 +10,7 @@ from test_train import least_config, rows
 from resist_jax.errors import ConfigError, WorkdirLostError
 from resist_jax.rounds import storage
 from resist_jax.run import metrics, train, workdir
-from resist_jax.run.config import get_config
+from resist_jax.run.config import TRAINED_BY, get_config
 
 
 def row(number):
@@ -219,3 +219,23 @@ def test_a_run_from_before_a_field_goes_on_with_its_default(tmp_path):
   config.data.test_split = 'validation'
   with pytest.raises(ConfigError, match=r'data.test_split None -> .valid'):
     workdir.check(tmp_path, config.to_dict())
+
+
+def test_an_ended_run_may_have_lost_its_last_phase_only(tmp_path):
+  config = get_config()
+  config.num_rounds, config.phases.full_after = 10, 2
+  settings = {name: config.to_dict()[name] for name in TRAINED_BY}
+  workdir.write_json(tmp_path / 'config.json', config.to_dict())
+  shorter = config.copy_and_resolve_references()
+  shorter.num_rounds, shorter.phases.full_after = 8, 0
+  workdir.check_ended(tmp_path, shorter.to_dict(), settings)
+  workdir.write_json(tmp_path / 'config.json', shorter.to_dict())
+  workdir.check_ended(tmp_path, shorter.to_dict(), settings)  # Again.
+  shorter.phases.full_after = 1
+  with pytest.raises(ConfigError, match=r'phases\.full_after 0 -> 1'):
+    workdir.check_ended(tmp_path, shorter.to_dict(), settings)
+  # A killed run has written its config, and trained no round by it.
+  other = {**shorter.to_dict(), 'num_workers': 2}
+  workdir.write_json(tmp_path / 'config.json', other)
+  with pytest.raises(ConfigError, match='num_workers 4 -> 2'):
+    workdir.check_ended(tmp_path, other, {**settings, 'num_workers': 4})
