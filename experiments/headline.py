@@ -66,6 +66,7 @@ def _learned() -> list[Table]:
   where = to_accuracy.timed_on(to_accuracy.find_all(results))
   rows = [
     [name, results.percent(trained.cell), *trained.to_targets(where)]
+    + [trained.in_all(where)]
     for name, trained in found.items()
     if trained.records
   ]
@@ -76,11 +77,12 @@ def _learned() -> list[Table]:
     'Four workers share one machine and take equally many steps, unless the '
     'row says otherwise. *CIFAR-10* is the final test accuracy in %. The '
     'columns *to N %* give the seconds of training, and the GB sent by all '
-    'workers, until a test first reaches N %. '
+    'workers, until a test first reaches N %; *in all* gives those of the '
+    'whole run. '
     f'{of_runs(runs)}{to_accuracy.on_a_quiet(where)}'
     f'{to_accuracy.how_often(runs)}'
   )
-  head = ['', 'CIFAR-10', *to_accuracy.TO_TARGETS]
+  head = ['', 'CIFAR-10', *to_accuracy.TO_TARGETS, to_accuracy.IN_ALL]
   return [Table(caption, '', head, rows)]
 
 

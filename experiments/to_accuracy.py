@@ -69,6 +69,7 @@ RECIPES = {
 TIMES = {HALF: 0.5, LEVERS_HALF: 0.5, QUARTER: 0.25, TWICE: 2}
 TARGETS = (0.80, 0.85, 0.88, 0.90)
 TO_TARGETS = [f'to {100 * target:.0f} %' for target in TARGETS]  # Columns.
+IN_ALL = 'in all'
 HEAD = ['data', 'protocol', 'workers']
 LINKS = {'100 Mbit/s': 1e8, '1 Gbit/s': 1e9}
 LATENCY = 1e-4  # Seconds.
@@ -247,6 +248,15 @@ class Trained(NamedTuple):
     """
     return [self._to(target, self.seconds.get(where)) for target in TARGETS]
 
+  def in_all(self, where: str) -> str:
+    """Returns mean seconds on a machine, and GB, of the whole run.
+
+    Args:
+      where: See `to_targets`.
+    """
+    ends = [(record, record['curve'][-1]) for record in self.records]
+    return ', '.join(self._cost(ends, self.seconds.get(where), True))
+
   def on_links(self, scale: str, where: str, bandwidth: float) -> list[str]:
     """Predicts mean seconds to each of `TARGETS`, with a machine each.
 
@@ -271,16 +281,24 @@ class Trained(NamedTuple):
     found = [(r, row) for r in self.records if (row := round_at(r, target))]
     if not found:
       return 'not reached'
-    parts = []
-    if seconds:
-      rounds = statistics.mean(row['round'] for _, row in found)
-      parts.append(f'{seconds * rounds:.0f} s')
-    if sent:
-      mean = statistics.mean(sent_until(*pair) for pair in found)
-      parts.append(f'{mean / 1e9:.2f} GB')
+    parts = self._cost(found, seconds, sent)
     if len(found) < len(self.records):
       parts.append(f'({len(found)} of {len(self.records)} runs)')
     return ', '.join(parts)
+
+  @staticmethod
+  def _cost(
+    ends: Sequence[tuple[Record, Record]], seconds: float | None, sent: bool
+  ) -> list[str]:
+    """Returns the mean seconds and GB of runs up to a round of each."""
+    parts = []
+    if seconds:
+      rounds = statistics.mean(row['round'] for _, row in ends)
+      parts.append(f'{seconds * rounds:.0f} s')
+    if sent:
+      mean = statistics.mean(sent_until(*pair) for pair in ends)
+      parts.append(f'{mean / 1e9:.2f} GB')
+    return parts
 
 
 Found = Sequence[tuple[list[str], Trained]]  # Each with its first columns.
@@ -360,7 +378,7 @@ def _measured(results: Results, where: str, found: Found) -> Table:
   rows = [
     [*first, results.percent(trained.cell)]
     + [results.percent(trained.cell, 'test_accuracy_paper')]
-    + trained.to_targets(where)
+    + [*trained.to_targets(where), trained.in_all(where)]
     for first, trained in found
   ]
   records = _records(found)
@@ -368,10 +386,11 @@ def _measured(results: Results, where: str, found: Found) -> Table:
     'Seconds of training, and GB that all workers sent, until the first test '
     f'that reaches an accuracy, {results.scale} scale. "Deployed" and '
     '"test-batch statistics" are the test accuracies after the last round, in '
-    '%. All workers share one machine, and no link lies between them. '
+    '%; "in all" is what the whole run took. All workers share one machine, '
+    'and no link lies between them. '
     f'{of_runs(records, "Mean")}{on_a_quiet(where)}{how_often(records)}'
   )
-  head = [*HEAD, 'deployed', 'test-batch statistics', *TO_TARGETS]
+  head = [*HEAD, 'deployed', 'test-batch statistics', *TO_TARGETS, IN_ALL]
   command = EXPERIMENT.made_by(results.scale, records)
   return Table(caption, command, head, rows)
 

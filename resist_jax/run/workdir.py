@@ -34,6 +34,7 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
       written to.
   """
   folders.check_writable(workdir, 'workdir')
+  _as_json(config)  # Else it could not be written later.
   if not (workdir / 'config.json').exists():
     if saved_rounds(workdir / 'checkpoints'):
       raise ConfigError(
@@ -108,7 +109,7 @@ def _changed(
 ) -> dict[str, tuple[Any, Any]]:
   """Returns the old and the new value of each field that has changed."""
   now = _as_json(config)
-  before = {**read_config(workdir / 'config.json'), **_as_json(settings)}
+  before = {**read_config(workdir / 'config.json'), **_as_json(dict(settings))}
   # A field that is younger than the run had what is now its default.
   groups = {name: {} for name, value in now.items() if isinstance(value, dict)}
   defaults = {
