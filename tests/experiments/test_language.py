@@ -77,10 +77,11 @@ def test_its_card_trains_and_other_workers_go_on_with_the_same_function(
     {'layers': 4, 'width': 16, 'heads': 2, 'length': 12, 'test_windows': 16}
   )
   config.num_rounds = config.local_steps = 1
+  config.lr = 1e-12  # Rounds change nothing, to see what else does.
   with jax.numpy_dtype_promotion('standard'):  # As AdamW in optax needs.
     first = train_lib.train(config, tmp_path)
   assert first['test_perplexity'] == pytest.approx(256, rel=0.2)
-  config.num_workers = 2
+  config.num_workers, config.num_rounds = 2, 2
   with jax.numpy_dtype_promotion('standard'):
     train_lib.train(config, tmp_path)
   params, scales = export.load_parameters(tmp_path)
