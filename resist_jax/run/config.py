@@ -22,43 +22,7 @@ EXCHANGES = {
 
 PHASE_FIELDS = ('full_before', 'full_after')  # How many rounds.
 
-# What may change between two runs in the same workdir: a checkpoint holds the
-# global model, so workers, devices and protocol are free (elastic resume). A
-# name stands for the fields under it, too.
-ELASTIC = frozenset(
-  {
-    'protocol',
-    'num_workers',
-    'workers_per_process',
-    'num_devices',
-    'devices_per_worker',
-    'num_rounds',
-    'min_depth',
-    'depths',
-    'exchange',
-    'wire_format',
-    'dealing',
-    'shared_every',
-    'local_steps_alpha',
-    'evaluation.at_start',
-    'evaluation.batches_at_once',
-    'evaluation.stream_blocks',
-    'eval_every',
-    'checkpoint_every',
-    'keep_checkpoints',
-    'keep_best',
-    'best_by',
-    'early_stopping',
-    'data.dir',
-    'data.streaming',
-    'data.extra_tests',
-    'phases',
-    'faults',
-    'log',
-  }
-)
-
-# Those among them that tell how the rounds were trained.
+# What tells how rounds are trained, and may differ from round to round.
 TRAINED_BY = frozenset(
   {
     'protocol',
@@ -73,6 +37,30 @@ TRAINED_BY = frozenset(
     'phases',
   }
 )
+
+# What may change between two runs in the same workdir: a checkpoint holds the
+# global model, so workers, devices and protocol are free (elastic resume). A
+# name stands for the fields under it, too.
+ELASTIC = TRAINED_BY | {
+  'workers_per_process',
+  'num_devices',
+  'devices_per_worker',
+  'num_rounds',
+  'evaluation.at_start',
+  'evaluation.batches_at_once',
+  'evaluation.stream_blocks',
+  'eval_every',
+  'checkpoint_every',
+  'keep_checkpoints',
+  'keep_best',
+  'best_by',
+  'early_stopping',
+  'data.dir',
+  'data.streaming',
+  'data.extra_tests',
+  'faults',
+  'log',
+}
 
 
 def protocols(config: ml_collections.ConfigDict) -> set[str]:
