@@ -205,8 +205,7 @@ def tables(results: Results) -> list[Table]:
     f'Test accuracy in % on CIFAR-10, {results.scale} scale{shorter}. Each row '
     'keeps the changes of the rows above it with the same number of workers; a '
     'row that sets l, the steps in a round, replaces the l above it, and a row '
-    'with a comma is that before the comma with another setting. '
-    'The paper '
+    'with a comma is that before the comma with another setting. The paper '
     f'tuned l and does not give its value. {of_runs(found)}'
   )
   head = ['workers', 'what is added', 'l', 'deployed', 'test-batch statistics']

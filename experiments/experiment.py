@@ -145,12 +145,11 @@ class Experiment:
       The command. `FOLDER` stands for that of the prepared data sets.
     """
     configs = [record['config'] for record in records]
-    cells = [as_json(cell.config(scale)) for cell in self.cells(scale)]
     seeds = 1 + max(
       (record['summary']['seed'] for record in records), default=0
     )
     dtypes = {c.get('model', {}).get('dtype', 'float32') for c in configs}
-    data = {c['data']['name'] for c in cells}
+    data = {cell.config(scale).data.name for cell in self.cells(scale)}
     words = [self.command]
     if scale != self.default_scale:
       words.append(f'--scale={scale}')
@@ -396,23 +395,16 @@ def _refusal(
 
 def _other_dtype(results: Results, cells: Sequence[Cell], dtype: str) -> str:
   """Says which results would be compared with those of another dtype."""
-  for cell in cells:
-    for record in results.of(cell):
-      found = record.get('config', {}).get('model', {}).get('dtype', dtype)
-      if found != dtype:
-        return (
-          f'--dtype is {dtype}, but there are results of {cell.name} in '
-          f'{found}: set --dtype={found}, or name another folder with '
-          '--results.'
-        )
-  # Other experiments show them together with those of this one.
+  # All that are in a folder: other experiments show them together.
   for folder in {results.folder(cell) for cell in cells}:
-    for record in runs.of_seeds(folder, ''):
-      found = record.get('config', {}).get('model', {}).get('dtype', dtype)
+    for path in runs.paths_of_seeds(folder):
+      config = runs.read(path).get('config', {})
+      found = config.get('model', {}).get('dtype', dtype)
       if found != dtype:
+        name = path.stem.rpartition('_seed')[0]
         return (
-          f'--dtype is {dtype}, but {folder} has results in {found}: set '
-          f'--dtype={found}, or name another folder with --results.'
+          f'--dtype is {dtype}, but there are results of {name} in {found}: '
+          f'set --dtype={found}, or name another folder with --results.'
         )
   return ''
 

@@ -120,9 +120,19 @@ def of_seeds(folder: pathlib.Path, name: str) -> list[dict[str, Any]]:
     folder: Where they are. A copy under another name is no further seed.
     name: Name of the setting; empty for all that are there.
   """
+  return [read(path) for path in paths_of_seeds(folder, name)]
+
+
+def paths_of_seeds(folder: pathlib.Path, name: str = '') -> list[pathlib.Path]:
+  """Returns the files of the results that `of_seeds` reads.
+
+  Args:
+    folder: See `of_seeds`.
+    name: See `of_seeds`.
+  """
   form = re.compile(rf'{re.escape(name) or ".+"}_seed\d+\.json')
   paths = folder.glob(f'{name}*_seed*.json')
-  return [read(path) for path in sorted(paths) if form.fullmatch(path.name)]
+  return [path for path in sorted(paths) if form.fullmatch(path.name)]
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:

@@ -363,8 +363,7 @@ def _beside_torch(key, records) -> Table:
     f"One step of the paper's sub-ResNet ({blocks} blocks, batch size "
     f'{batch_size}{"" if on_cpu else f", {precision}"}) here and in plain '
     f'PyTorch. {goal}Medians of {first["runs"]} alternating runs, and of their '
-    'ratios, '
-    f'{where}.{kept if on_cpu else ""}'
+    f'ratios, {where}.{kept if on_cpu else ""}'
   )
   rows = []
   for r in records:

@@ -294,8 +294,8 @@ def tables() -> Iterator[Table]:
     'of the time that trained rounds which count; "recovery" is the seconds '
     'from a fault to the next finished round, median and worst; "repeated" is '
     'the most rounds that one fault cost. The test accuracy is in %. The run '
-    'without faults takes --calm; it shared its machine with other work, so '
-    'its seconds are not to be compared.'
+    'without faults takes --calm. Seconds of runs that shared their machine '
+    'with other work are not to be compared: docs/faults.md says which did.'
   )
   head = [
     '',

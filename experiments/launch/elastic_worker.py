@@ -16,6 +16,8 @@ import signal
 import subprocess
 import sys
 
+from experiments.launch.forwarding import forward
+
 _PR_SET_PDEATHSIG = 1  # Of Linux: a signal when the parent ends.
 
 
@@ -42,14 +44,7 @@ def main() -> None:
     start_new_session=True,
   )
 
-  def forward(signum, frame):
-    del frame
-    # A closed terminal ends the run with a checkpoint, as SIGTERM does.
-    process.send_signal(signal.SIGTERM if signum == signal.SIGHUP else signum)
-
-  for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-    if signal.getsignal(signum) != signal.SIG_IGN:
-      signal.signal(signum, forward)
+  forward([process])
   code = process.wait()
   if code in (1, 2):
     pathlib.Path(wrong).write_text(str(code))

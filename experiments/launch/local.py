@@ -16,11 +16,11 @@ it is done:
 
 from collections.abc import Sequence
 import os
-import signal
 import socket
 import subprocess
 import sys
 
+from experiments.launch.forwarding import forward
 from resist_jax.errors import Parser
 from resist_jax.run.processes import TRY_AGAIN
 
@@ -88,16 +88,7 @@ def main() -> None:
     parser.error('--num_processes must be at least 1.')
   started: list[subprocess.Popen] = []
 
-  def forward(signum, frame):
-    del frame
-    # A closed terminal ends the run with a checkpoint, as SIGTERM does.
-    sent = signal.SIGTERM if signum == signal.SIGHUP else signum
-    for process in started:
-      process.send_signal(sent)
-
-  for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-    if signal.getsignal(signum) != signal.SIG_IGN:  # As `nohup` asks.
-      signal.signal(signum, forward)
+  forward(started)
   for i, command in enumerate(commands(options.num_processes, options.args)):
     # On a host with GPUs, a GPU for each process.
     env = {'JAX_LOCAL_DEVICE_IDS': str(i), **os.environ}

@@ -14,7 +14,7 @@ from resist_jax.data.augmentation import (
 from resist_jax.data.folder_source import listed as listed_files
 from resist_jax.data.folder_source import read as read_files
 from resist_jax.data.given import from_arrays, from_source
-from resist_jax.data.held_out import hold_out, sample
+from resist_jax.data.held_out import hold_out, mixed, sample
 from resist_jax.data.pipeline import (
   Resident,
   Stream,
@@ -64,6 +64,7 @@ __all__ = [
   'listed_files',
   'load',
   'load_test',
+  'mixed',
   'normalise',
   'of_rounds',
   'pick',

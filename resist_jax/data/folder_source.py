@@ -17,10 +17,10 @@ import numpy as np
 from resist_jax import folders
 from resist_jax.data import headers
 from resist_jax.data.prepared import (
-  NOT_NOW,
   Examples,
   Part,
   Prepared,
+  may_be_back,
   opener,
   used,
 )
@@ -301,7 +301,7 @@ def read(
 
 
 def _refuse(error: OSError) -> NoReturn:
-  if error.errno in NOT_NOW:
+  if may_be_back(error):
     raise error
   raise ConfigError(
     f'{error.filename} cannot be read ({error.strerror}): let this user read '
@@ -319,7 +319,7 @@ def _header(path: pathlib.Path) -> headers.Header:
   try:
     return headers.read(path)
   except Exception as error:  # Each format raises types of its own.
-    if isinstance(error, OSError) and error.errno in NOT_NOW:
+    if may_be_back(error):
       raise
     raise ConfigError(
       f'{path} is no image that can be read ({one_line(error)}): mend it, '

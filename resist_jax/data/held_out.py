@@ -34,9 +34,18 @@ def random_parts(count: int, share: float) -> tuple[np.ndarray, np.ndarray]:
   Returns:
     `(rest, held_out)`: indices, ascending.
   """
-  order = np.random.default_rng(0).permutation(count)
+  order = mixed(count)
   held_out = max(1, round(share * count))
   return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def mixed(count: int) -> np.ndarray:
+  """Returns the indices of all examples in a random order, always the same.
+
+  Args:
+    count: How many examples there are.
+  """
+  return np.random.default_rng(0).permutation(count)
 
 
 def sample(count: int, most: int) -> np.ndarray:
@@ -52,7 +61,7 @@ def sample(count: int, most: int) -> np.ndarray:
   >>> len(sample(5, 3)), sample(2, 3).tolist()
   (3, [0, 1])
   """
-  return np.sort(np.random.default_rng(0).permutation(count)[:most])
+  return np.sort(mixed(count)[:most])
 
 
 def stratified(

@@ -5,15 +5,14 @@ import dataclasses
 import errno
 import hashlib
 import types
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 
 from resist_jax.errors import ConfigError, one_line
 
 PREPARE_AGAIN = 'prepare the set again'  # TFDS then writes its files anew.
-# What a network file system raises that may be back soon.
-NOT_NOW = (errno.ESTALE, errno.ETIMEDOUT)
+_AWAY = (errno.ESTALE, errno.ETIMEDOUT)
 _LOOKED_AT = 32  # Examples of a split that show whether it has labels.
 _DIGESTED = 256  # Those that show whether its images are the same.
 
@@ -76,7 +75,7 @@ class Examples:
 
     Raises:
       ConfigError: If it cannot be read.
-      OSError: If a network file system is away, see `NOT_NOW`.
+      OSError: If a network file system is away, see `may_be_back`.
     """
     try:
       return self.source[number]
@@ -85,7 +84,7 @@ class Examples:
         f'image {number} of {self.name} cannot be read from '
         f'{self._file(number)} ({one_line(error)})'
       )
-      if isinstance(error, OSError) and error.errno in NOT_NOW:
+      if may_be_back(error):
         raise OSError(error.errno, line) from error
       raise ConfigError(f'{line}: {self.remedy}.') from error
 
@@ -293,6 +292,11 @@ class Chosen:
     """See `known_label`."""
     split, number = self.places[position]
     return known_label(self.splits[split], number)
+
+
+def may_be_back(error: BaseException) -> TypeGuard[OSError]:
+  """Returns whether a network file system is away, perhaps for a moment."""
+  return isinstance(error, OSError) and error.errno in _AWAY
 
 
 def known_label(source: Source, number: int) -> int:

@@ -34,7 +34,6 @@ TRAINED_BY = frozenset(
     'dealing',
     'shared_every',
     'local_steps_alpha',
-    'phases',
   }
 )
 
@@ -42,6 +41,7 @@ TRAINED_BY = frozenset(
 # global model, so workers, devices and protocol are free (elastic resume). A
 # name stands for the fields under it, too.
 ELASTIC = TRAINED_BY | {
+  'phases',
   'workers_per_process',
   'num_devices',
   'devices_per_worker',

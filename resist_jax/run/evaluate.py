@@ -144,8 +144,8 @@ class Evaluator:
     size = min(self.batch_size, len(sample))
     count = len(sample) // size
     # Sets may be sorted by class, and each batch is normalised by itself.
-    mixed = _mixed(len(sample))[: count * size]
-    batches = self._batches('', sample, mixed, size)
+    order = data.mixed(len(sample))[: count * size]
+    batches = self._batches('', sample, order, size)
     results = self.forward.apply(list(batches), gathered, {})
 
     def mean(*values):  # Batches that fill up the last row come last.
@@ -182,8 +182,8 @@ class Evaluator:
     # Under fixed statistics images are independent, so a last batch can be
     # filled up; under its own statistics it is a batch of another size.
     yield from self._batches(f'{name}_accuracy', split, numbers, size, True)
-    paper, mixed = f'{name}_accuracy_paper', _mixed(len(split))
-    for part in np.split(mixed, [len(mixed) - len(mixed) % size]):
+    paper, order = f'{name}_accuracy_paper', data.mixed(len(split))
+    for part in np.split(order, [len(order) - len(order) % size]):
       if len(part):
         yield from self._batches(paper, split, part, min(size, len(part)))
 
@@ -193,11 +193,6 @@ class Evaluator:
     rows = np.pad(numbers, (0, short), constant_values=-1)
     for row in rows.reshape(-1, self.num_devices, size):
       yield Batches(name, split, row, fixed)
-
-
-def _mixed(count: int) -> np.ndarray:
-  """Returns the numbers of examples in a fixed random order."""
-  return np.random.default_rng(0).permutation(count)
 
 
 def count(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -176,6 +176,8 @@ class Loop:
     self._lengths = lengths.make(setup.config, self._rate)
     self._clock = Clock(0.0)
     self._running: _Dispatched | None = None
+    fields = setup.config.to_dict()
+    self._settings = {name: fields[name] for name in TRAINED_BY}
     self._asked = 0  # The signal that some process got, or 0.
     self.progress = Progress()
 
@@ -320,9 +322,10 @@ class Loop:
     seconds = self._clock.seconds()
     step = self._running.done * self.setup.config.local_steps - 1
     rate: Any = self._rate(step)
-    self.progress = _noted(
+    noted = _noted(
       self.setup, self._running, self.progress, gathered, seconds, float(rate)
     )
+    self.progress = dataclasses.replace(noted, settings=self._settings)
     self._asked = self._asked or int(gathered['signum'].max())
     self._running = None
 
@@ -449,7 +452,6 @@ def _noted(
 ) -> Progress:
   """Returns the progress with a round, whose row of the log it makes."""
   config, done = setup.config, running.done
-  fields = config.to_dict()
   count = running.phase.protocol.rounds_at_once
   excluded = _excluded(config, done, measured)
   steps = running.phase.protocol.steps
@@ -480,7 +482,6 @@ def _noted(
   return dataclasses.replace(
     progress,
     round=done,
-    settings={name: fields[name] for name in TRAINED_BY},
     bytes_total=row['bytes_total'],
     wire_bytes_total=row['wire_bytes_total'],
     images_total=progress.images_total + images,

@@ -41,8 +41,7 @@ def find_place(
   if count == 1:
     return None
   if coordinator is not None and count is not None and me is not None:
-    _named_devices(os.environ)  # JAX would raise a traceback later.
-    return Place(coordinator, count, me)
+    return Place(coordinator, count, me, _named_devices(os.environ))
   if 'TORCHELASTIC_RUN_ID' in os.environ:
     return of_torchrun(os.environ)
   from jax._src import clusters  # What `jax.distributed.initialize` asks.
@@ -65,19 +64,21 @@ def find_place(
     _check_pod(os.environ)
     _check_mpi(os.environ)
     return None
-  # JAX itself reads the variable only where nobody names devices.
-  devices = _named_devices(os.environ) or devices
-  return Place(coordinator, count, me, tuple(devices) if devices else None)
+  own = tuple(devices) if devices else None  # What the cluster gives.
+  return Place(coordinator, count, me, _named_devices(os.environ) or own)
 
 
-def _named_devices(variables: Mapping[str, str]) -> tuple[int, ...]:
-  """Returns the devices of this host that a variable gives this process."""
+def _named_devices(variables: Mapping[str, str]) -> tuple[int, ...] | None:
+  """Returns the devices of this host that a variable names; None for all.
+
+  JAX reads it too, where nobody names devices, and takes no mistake in it well.
+  """
   named = variables.get('JAX_LOCAL_DEVICE_IDS', '')
   if named and not re.fullmatch(r'\s*\d+\s*(,\s*\d+\s*)*', named):
     raise ConfigError(
       f'JAX_LOCAL_DEVICE_IDS is {named!r}: name devices as in 0,1,2,3.'
     )
-  return tuple(map(int, named.split(','))) if named else ()
+  return tuple(map(int, named.split(','))) if named else None
 
 
 def _check_pod(variables: Mapping[str, str]) -> None:
@@ -140,6 +141,5 @@ def of_torchrun(variables: Mapping[str, str]) -> Place | None:
   # The processes of one host share its devices.
   shared = int(variables['LOCAL_WORLD_SIZE']) > 1
   mine = (int(variables['LOCAL_RANK']),) if shared else None
-  if not shared:
-    _named_devices(variables)  # JAX would raise a traceback later.
+  mine = mine or _named_devices(variables)
   return Place(f'{address}:{port}', count, int(variables['RANK']), mine)

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 import resist_jax
 from resist_jax import folders, report
-from resist_jax.data.prepared import NOT_NOW
+from resist_jax.data.prepared import may_be_back
 from resist_jax.errors import (
   FOREIGN,
   ConfigError,
@@ -77,7 +77,7 @@ def explain(error: BaseException, workdir: str) -> tuple[str, int]:
   if isinstance(error, SaveError):
     return str(error), processes.TRY_AGAIN if error.retryable else 1
   if isinstance(error, OSError):
-    if error.errno in NOT_NOW:
+    if may_be_back(error):
       line = f'{error}: when it can be read again, the same command goes on.'
       return line, processes.TRY_AGAIN if jax.process_count() > 1 else 1
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)

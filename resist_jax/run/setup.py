@@ -165,10 +165,9 @@ def prepare(
   Raises:
     ConfigError: If the data or the devices do not fit the config.
   """
+  count = _num_devices(config)
   try:
-    mesh = make_mesh(_num_devices(config), config.devices_per_worker)
-  except ConfigError:
-    raise
+    mesh = make_mesh(count, config.devices_per_worker)
   except ValueError as error:  # Such as chips that form no rectangle.
     raise ConfigError(str(error)) from error
   avoid_loads(mesh)

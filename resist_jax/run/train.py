@@ -161,7 +161,7 @@ def _rounds(
     after.enter_context(
       callbacks.during(Began(config, setup.dataset, folder, done))
     )
-    if writes and not restored:
+    if writes and not restored:  # Without a config, the log counts as lost.
       _record(folder, config, described, done)
     unit, rounds = setup.dataset.unit, config.num_rounds
     with metrics.open_log(folder, done, rounds, writes, unit) as log:

@@ -9,7 +9,6 @@ import pathlib
 import re
 import secrets
 import time
-from types import MappingProxyType
 from typing import IO, Any
 
 from resist_jax import data, folders
@@ -34,7 +33,7 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
       written to.
   """
   folders.check_writable(workdir, 'workdir')
-  _as_json(config)  # Else it could not be written later.
+  now = _as_json(config)
   if not (workdir / 'config.json').exists():
     if saved_rounds(workdir / 'checkpoints'):
       raise ConfigError(
@@ -42,7 +41,7 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
         'another workdir.'
       )
     return
-  changed = _changed(workdir, config)
+  changed = _changed(read_config(workdir / 'config.json'), now)
   moved = set()
   # The file of a schedule may lie elsewhere, or be named by another path.
   schedules = changed.get('optimizer.schedule', ())
@@ -81,18 +80,18 @@ def check_ended(
   Raises:
     ConfigError: If results of one setting would get the name of another.
   """
-  # These follow from the number of hosts, which may change at the very end.
-  free = {'num_workers'} if config.get('workers_per_process') else set()
-  # `config.json` tells phases: no round may have followed when they changed.
-  settings = {k: v for k, v in settings.items() if k != 'phases'}
-  changed = _changed(workdir, config, settings)
-  before, now = changed.get('num_rounds', (0, 0))
-  if before and now < before:  # The last phase may be left out.
-    free |= {'phases'}
+  before = {**read_config(workdir / 'config.json'), **_as_json(settings)}
+  changed = _changed(before, _as_json(config))
+  judged = TRAINED_BY | {'phases'}
+  if config.get('workers_per_process'):  # Hosts may change at the very end.
+    judged -= {'num_workers'}
+  then, now = changed.get('num_rounds', (0, 0))
+  if then and now < then:  # The last phase may be left out.
+    judged -= {'phases'}
   told = {
     name: pair
     for name, pair in changed.items()
-    if {name, name.split('.')[0]} & (TRAINED_BY - free)
+    if {name, name.split('.')[0]} & judged
   }
   if told:
     raise ConfigError(
@@ -103,13 +102,9 @@ def check_ended(
 
 
 def _changed(
-  workdir: pathlib.Path,
-  config: Mapping[str, Any],
-  settings: Mapping[str, Any] = MappingProxyType({}),
+  before: dict[str, Any], now: dict[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
   """Returns the old and the new value of each field that has changed."""
-  now = _as_json(config)
-  before = {**read_config(workdir / 'config.json'), **_as_json(dict(settings))}
   # A field that is younger than the run had what is now its default.
   groups = {name: {} for name, value in now.items() if isinstance(value, dict)}
   defaults = {

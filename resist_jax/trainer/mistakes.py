@@ -333,11 +333,13 @@ def check_steps(trainer: 'Trainer', stored: storage.Stored) -> None:
     ValueError: If the counts of its schedules would jump.
   """
   before = stored.record.get('local_steps', trainer.local_steps)
+  if before == trainer.local_steps:
+    return
   chain = jax.tree.map(  # Without the axis S.
     lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stored.state.chain
   )
   params = join(stored.state.shared, chain)
-  if before != trainer.local_steps and has_schedule(trainer.optimizer, params):
+  if has_schedule(trainer.optimizer, params):
     raise ValueError(
       f'local_steps is {trainer.local_steps}, but the state was saved with '
       f'{before}, and the optimizer counts steps, as for a schedule, by rounds '

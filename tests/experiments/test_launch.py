@@ -2,8 +2,10 @@
 
 import os
 import pathlib
+import signal
 import stat
 import subprocess
+import sys
 
 import pytest
 
@@ -48,9 +50,9 @@ echo "$@"
     ('75 126', 126, False),
   ],
 )
-@pytest.mark.parametrize('signal', ['', 'TERM'])
+@pytest.mark.parametrize('sent', ['', 'TERM'])
 def test_slurm_requeues_what_a_restart_may_cure(
-  codes, ends, requeued, signal, tmp_path
+  codes, ends, requeued, sent, tmp_path
 ):
   """Also when SLURM sends a signal to the shell of a task."""
   for name, text in (
@@ -62,7 +64,7 @@ def test_slurm_requeues_what_a_restart_may_cure(
     ['bash', ROOT / 'experiments/launch/slurm.sbatch', '--workdir=a b'],
     env={
       'PATH': f'{tmp_path}:{os.environ["PATH"]}',
-      'CODES': codes, 'SIGNAL': signal, 'SLURM_JOB_ID': '7',
+      'CODES': codes, 'SIGNAL': sent, 'SLURM_JOB_ID': '7',
     },
     capture_output=True, text=True,
   )  # fmt: skip
@@ -76,3 +78,30 @@ def test_slurm_requeues_what_a_restart_may_cure(
 )
 def test_what_a_person_must_mend_hides_behind_no_lost_process(codes, ends):
   assert local.exit_code(codes) == ends
+
+
+FORWARDS = """
+import os, signal, subprocess, sys
+from experiments.launch.forwarding import forward
+child = subprocess.Popen(['sleep', '100'], start_new_session=True)
+forward([child])
+for name in sys.argv[1:]:
+  os.kill(os.getpid(), signal.Signals[name])
+sys.exit(-child.wait())
+"""
+
+
+@pytest.mark.parametrize(
+  ('prefix', 'sent', 'received'),
+  [
+    ([], ['SIGINT'], signal.SIGINT),
+    ([], ['SIGHUP'], signal.SIGTERM),  # It saves before it ends.
+    (['nohup'], ['SIGHUP', 'SIGINT'], signal.SIGINT),
+  ],
+)
+def test_a_closed_terminal_ends_a_run_unless_nohup_says_otherwise(
+  prefix, sent, received
+):
+  words = [*prefix, sys.executable, '-c', FORWARDS, *sent]
+  done = subprocess.run(words, cwd=ROOT, capture_output=True, timeout=60)
+  assert done.returncode == received
