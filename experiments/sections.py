@@ -60,12 +60,15 @@ INTRODUCTION = (
   'reports (C. Dun, C. R. Wolfe, C. M. Jermaine, A. Kyrillidis, UAI 2022). '
   'Every number comes from a result file that is kept with the code, together '
   'with its configuration, seed, commit, versions and machine. The command '
-  'above a table makes its result files again. Where a command skips what has '
-  'a result, give it an empty folder (--results=FOLDER), or delete the result '
+  'above a table makes its result files again, and those that are still '
+  'missing; --only=NAME makes one. Where a command skips what has a result, '
+  'give it an empty folder (--results=FOLDER), or delete the result '
   'file if it has no such option.',
   'At the cpu scale, a network with an eighth of the width trains for two '
-  'epochs on two cores. Compare the protocols there with each other, but not '
-  'with the paper.',
+  'epochs on two cores. Do not compare its accuracies with those of the paper. '
+  'A number without ± is one run; ± is the standard deviation over two or '
+  'three seeds. Differences of less than a point, or between fewer than three '
+  'seeds, do not rank two methods.',
   'Two accuracies are reported. "Deployed" is the accuracy of the global '
   'network with fixed normalisation statistics, measured over training images '
   'after training, as a deployed model would have them. "Test-batch '

@@ -95,9 +95,11 @@ def _exchange_table() -> list[Table]:
       head.append('of local SGD')
   head += ['MB a round, by the kernel', 'predicted', 'difference']
   some = next(iter(records.values()))
+  steps = some['config']['local_steps']
   caption = (
     'Seconds of the exchanges of a round between four processes in network '
-    'namespaces (data parallel training exchanges in each step of it), and '
+    f'namespaces (data parallel training exchanges in each of its {steps} '
+    'steps), and '
     'the megabytes that all four sent in a round, without packet headers: as '
     'the kernel counted them, and as the accounting predicts them. The network '
     f'has {some["summary"]["params_total"] / 1e6:.1f} million parameters, '

@@ -8,7 +8,7 @@ Results, a table and learning curves are written to
 experiments/results/table2/SCALE/.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 
 from experiments import paper, pictures
@@ -16,6 +16,7 @@ from experiments.experiment import (
   Cell,
   Drawn,
   Experiment,
+  Record,
   Results,
   main,
   of_runs,
@@ -93,12 +94,22 @@ def tables(results: Results) -> list[Table]:
     f'Test accuracy in %, {results.scale} scale. "Deployed" and "test-batch '
     'statistics" are the accuracies after the last round. "Best of the run" is '
     'the highest accuracy of any test with test-batch statistics, which is '
-    f'what the paper reports. {of_runs(found)}'
+    'what the paper reports, but of some 313 tests; ours is the best of '
+    f'{_tests(found)}. {of_runs(found)}'
   )
   head = ['data', 'protocol', 'workers', 'deployed', 'test-batch statistics']
   head += ['best of the run', 'the paper, at its scale']
   command = EXPERIMENT.made_by(results.scale, found)
   return [Table(caption, command, head, rows)]
+
+
+def _tests(records: Sequence[Record]) -> str:
+  """Says how many tests the runs had."""
+  counts = {
+    sum('test_accuracy_paper' in row for row in record['curve'])
+    for record in records
+  }
+  return ' or '.join(map(str, sorted(counts)))
 
 
 def figures(results: Results) -> Mapping[str, Drawn]:

@@ -207,8 +207,8 @@ def tables(record: Mapping[str, Any]) -> Iterator[Table]:
   caption = (
     f'Sets of TFDS {record["versions"]["tensorflow-datasets"]} that have an '
     'image and a label: each was written to files with mocked examples by its '
-    'own builder, and read. Where TFDS cannot build a set here, nobody knows '
-    'whether it has images.'
+    'own builder, and read. Where TFDS could not build a set here, it is '
+    'unknown whether it has images.'
   )
   yield Table(caption, COMMAND, ['', 'sets', 'names'], rows)
 

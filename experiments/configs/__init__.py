@@ -1,1 +1,1 @@
-"""The cards of `resist_jax.run.cards`, by path; `--config=NAME` is shorter."""
+"""The cards of `resist_jax.run.cards`, by path, and `language`, only here."""

@@ -1,4 +1,8 @@
-"""A GPT on bytes of Python's standard library, cut by ResIST."""
+"""A GPT on bytes of Python's standard library, cut by ResIST.
+
+Command: python -m resist_jax --config=experiments/configs/language.py \
+           --workdir=runs/language
+"""
 
 import ml_collections
 

@@ -502,7 +502,8 @@ FIELDS = {
       10.0,
       'Also exclude a worker whose update is, by its norm, more than this '
       'many times as large as those of the others and of recent rounds. 0: '
-      'nobody. In healthy runs no update came near it: see RESULTS.md.',
+      'nobody. In healthy runs on digits no update came near it: see '
+      'RESULTS.md.',
     ),
     Field(
       'faults.timeout',
