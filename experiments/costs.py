@@ -27,7 +27,6 @@ import numpy as np
 
 from experiments.compile import chips, known, tables
 from resist_jax import accounting, models
-from resist_jax.accounting.traffic import num_moments
 from resist_jax.decomposition import Assigner
 from resist_jax.errors import ConfigError
 from resist_jax.exchange import compression, hand_over
@@ -216,7 +215,7 @@ class Plan:
     messages = (times + protocol.num_shared) * 2 * (S - 1)
     moving = times + bool(protocol.average)  # Copies of a block that it takes.
     if protocol.outer is not None:
-      moving += num_moments(protocol.outer)
+      moving += accounting.num_moments(protocol.outer)
     # Only a hand-over sends blocks one by one, and not equally many from all.
     for name in lengths if EXCHANGES.get(exchange) is hand_over else ():
       assigns = Assigner(*protocol.division(name))

@@ -4,23 +4,28 @@ from resist_jax.accounting.hlo import Collective, collectives
 from resist_jax.accounting.memory_and_flops import (
   compiled_flops,
   compiled_memory,
-  compiled_wire_bytes,
   memory_parts,
-  predicted_group_bytes,
   predicted_memory,
 )
-from resist_jax.accounting.traffic import (
-  BYTES_PER_NUMBER,
-  Moves,
+from resist_jax.accounting.sizes import (
   Sizes,
-  branches,
   expected_share,
   measure,
-  paper_bytes,
+  measure_moments,
+  measure_state,
+  num_moments,
   params_per_worker,
+)
+from resist_jax.accounting.traffic import (
+  Moves,
+  branches,
+  compiled_wire_bytes,
+  paper_bytes,
+  predicted_group_bytes,
   round_trip_bytes,
   wire_bytes,
 )
+from resist_jax.exchange import BYTES_PER_NUMBER
 
 __all__ = [
   'BYTES_PER_NUMBER',
@@ -34,7 +39,10 @@ __all__ = [
   'compiled_wire_bytes',
   'expected_share',
   'measure',
+  'measure_moments',
+  'measure_state',
   'memory_parts',
+  'num_moments',
   'paper_bytes',
   'params_per_worker',
   'predicted_group_bytes',

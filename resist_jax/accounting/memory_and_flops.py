@@ -1,16 +1,10 @@
 """Memory and arithmetic of a device: predicted, and read from the compiler."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from resist_jax.accounting import hlo
-from resist_jax.accounting.traffic import (
-  BYTES_PER_NUMBER,
-  Sizes,
-  num_moments,
-  params_per_worker,
-)
-from resist_jax.exchange import collectives
+from resist_jax.accounting.sizes import Sizes, num_moments, params_per_worker
+from resist_jax.exchange import BYTES_PER_NUMBER, collectives
 from resist_jax.rounds import Protocol, Round
 
 
@@ -107,59 +101,6 @@ def memory_parts(stats: Any) -> dict[str, int]:
     'temporary': stats.temp_size_in_bytes,
   }
   return {**parts, 'peak': sum(parts.values())}
-
-
-def compiled_wire_bytes(
-  run: Round, branches: Mapping[str, int], inside: bool = False
-) -> int:
-  """Reads what a compiled round sends between the devices of two workers.
-
-  Args:
-    run: A round that `Round.compile` returned.
-    branches: The branches taken in the round, see `traffic.branches`.
-    inside: Read what devices of the same worker send each other instead.
-
-  Returns:
-    Bytes that all devices together send.
-  """
-  times = {
-    'begin': 1,
-    'share': run.protocol.num_shared,
-    'finish': 1,
-    'round': 1,
-  }
-  return sum(
-    times.get(name, run.protocol.steps)
-    * hlo.wire_bytes(program.as_text(), branches, run.group_size, inside)
-    for name, program in run.programs.items()
-  )
-
-
-def predicted_group_bytes(
-  sizes: Sizes,
-  protocol: Protocol,
-  devices_per_worker: int,
-  statistics: int,
-  num_metrics: int,
-) -> int:
-  """Predicts what a local step sends between the devices of a worker.
-
-  Args:
-    sizes: Sizes of the network, as the protocol cuts it.
-    protocol: Who holds what.
-    devices_per_worker: G.
-    statistics: Numbers that batch norm averages in a step, and gradients of
-      these.
-    num_metrics: How many metrics the loss function reports, the loss included.
-
-  Returns:
-    Bytes that all devices together send: rings of gradients, metrics, and
-    statistics of batch norm with their gradients.
-  """
-  S = protocol.num_workers
-  params = params_per_worker(sizes, protocol)
-  numbers = params + num_metrics + statistics
-  return S * 2 * (devices_per_worker - 1) * BYTES_PER_NUMBER * numbers
 
 
 def compiled_flops(run: Round, images: int) -> float | None:

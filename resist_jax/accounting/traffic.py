@@ -1,88 +1,19 @@
-"""Bytes that a protocol sends, predicted from the network's sizes.
+"""Bytes that a protocol sends: predicted from sizes, and read from programs.
 
 The paper counts parameters that workers fetch and bring back. *Wire bytes* are
-what devices really send to other devices, all of them together; `hlo.py` reads
-the same number from a compiled program.
+what devices really send to other devices, all of them together.
 """
 
 from collections.abc import Mapping, Sequence
-import dataclasses
-import math
-from typing import Any
 
-import jax
-import numpy as np
-import optax
-
-from resist_jax.decomposition import (
-  Assignment,
-  num_copies,
-  slots_per_worker,
-  split,
-)
+from resist_jax.accounting import hlo
+from resist_jax.accounting.sizes import Sizes, num_moments, params_per_worker
+from resist_jax.decomposition import Assignment, num_copies
 from resist_jax.exchange import BYTES_PER_NUMBER, Load, all_reduce_bytes
-from resist_jax.rounds import Protocol
-from resist_jax.rounds.moments import take_apart
+from resist_jax.rounds import Protocol, Round
 
-PyTree = Any
 # The assignments before and after a round, by chain.
 Moves = Mapping[str, tuple[Assignment, Assignment]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-  """Parameter counts of a network.
-
-  Attributes:
-    total: All parameters.
-    shared: Those outside the partitioned chains.
-    block: For each partitioned chain, those of one block.
-    num_blocks: For each partitioned chain, its length L.
-  """
-
-  total: int
-  shared: int
-  block: dict[str, int]
-  num_blocks: dict[str, int]
-
-
-def measure(params: Mapping[str, PyTree], chains: Sequence[str]) -> Sizes:
-  """Counts parameters.
-
-  Args:
-    params: Global parameters by name, or their shapes, or a moment of them.
-    chains: Names of the partitioned chains; a moment may have none of one.
-
-  Returns:
-    The sizes.
-  """
-  shared, chain = split(params, chains)
-  lengths = {
-    k: next((x.shape[0] for x in jax.tree.leaves(v) if x.shape), 0)
-    for k, v in chain.items()
-  }
-  blocks = {k: _count(v) // max(lengths[k], 1) for k, v in chain.items()}
-  return Sizes(_count(params), _count(shared), blocks, lengths)
-
-
-def _count(tree: PyTree) -> int:
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
-def params_per_worker(sizes: Sizes, protocol: Protocol) -> int:
-  """Returns the parameters of the largest sub-network.
-
-  Args:
-    sizes: Sizes of the network.
-    protocol: Who holds what.
-
-  Returns:
-    Shared parameters, and K blocks of each partitioned chain.
-  """
-  return sizes.shared + sum(
-    slots_per_worker(*protocol.division(name)) * sizes.block[name]
-    for name in sizes.num_blocks
-  )
 
 
 def round_trip_bytes(sizes: Sizes, protocol: Protocol) -> int:
@@ -140,25 +71,6 @@ def _parts(sizes, protocol, moments) -> list[Sizes]:
   if not protocol.carry:
     return [sizes]
   return [sizes, *([sizes] if moments is None else moments)]
-
-
-def expected_share(protocol: Protocol, chain: str) -> float:
-  """Returns the expected share of workers that hold a block in a round.
-
-  Args:
-    protocol: Who holds what.
-    chain: Name of a partitioned chain.
-
-  Returns:
-    `copies / (S * L)`: 1/S without a minimum depth, the paper's residual scale
-    at test time. With one, its code uses `max(1 / S, min_depth / L)`.
-
-  >>> expected_share(Protocol(4, 50, {'c': 22}), 'c')
-  0.25
-  """
-  division = protocol.division(chain)
-  copies = num_copies(*division)
-  return copies / (division.num_workers * division.num_blocks)
 
 
 def branches(protocol: Protocol, moves: Moves) -> dict[str, int]:
@@ -270,12 +182,6 @@ def _average_bytes(protocol, load, num_devices, pair) -> float:
   return sent - protocol.exchange.bytes(besides, num_devices, *pair)
 
 
-def num_moments(optimizer: optax.GradientTransformation) -> int:
-  """Returns how many numbers an optimiser keeps for each parameter."""
-  state = optimizer.init(np.float32(0))
-  return len(take_apart(optimizer, state).moments)
-
-
 def _outer_bytes(protocol, load, name, num_devices, pair, outer) -> float:
   """Returns the bytes of a chain: it settles, then moves with all moments."""
   before, after = pair
@@ -299,3 +205,56 @@ def _outer_bytes(protocol, load, name, num_devices, pair, outer) -> float:
     + exchange.bytes(moving, num_devices, before, after)
     - twice
   )
+
+
+def compiled_wire_bytes(
+  run: Round, branches: Mapping[str, int], inside: bool = False
+) -> int:
+  """Reads what a compiled round sends between the devices of two workers.
+
+  Args:
+    run: A round that `Round.compile` returned.
+    branches: The branches taken in the round, see `traffic.branches`.
+    inside: Read what devices of the same worker send each other instead.
+
+  Returns:
+    Bytes that all devices together send.
+  """
+  times = {
+    'begin': 1,
+    'share': run.protocol.num_shared,
+    'finish': 1,
+    'round': 1,
+  }
+  return sum(
+    times.get(name, run.protocol.steps)
+    * hlo.wire_bytes(program.as_text(), branches, run.group_size, inside)
+    for name, program in run.programs.items()
+  )
+
+
+def predicted_group_bytes(
+  sizes: Sizes,
+  protocol: Protocol,
+  devices_per_worker: int,
+  statistics: int,
+  num_metrics: int,
+) -> int:
+  """Predicts what a local step sends between the devices of a worker.
+
+  Args:
+    sizes: Sizes of the network, as the protocol cuts it.
+    protocol: Who holds what.
+    devices_per_worker: G.
+    statistics: Numbers that batch norm averages in a step, and gradients of
+      these.
+    num_metrics: How many metrics the loss function reports, the loss included.
+
+  Returns:
+    Bytes that all devices together send: rings of gradients, metrics, and
+    statistics of batch norm with their gradients.
+  """
+  S = protocol.num_workers
+  params = params_per_worker(sizes, protocol)
+  numbers = params + num_metrics + statistics
+  return S * 2 * (devices_per_worker - 1) * BYTES_PER_NUMBER * numbers

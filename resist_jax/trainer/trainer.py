@@ -4,20 +4,17 @@
 `exchange`; all that changes in training is in a `State`, a pytree.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 from functools import cached_property, lru_cache, partial
-import itertools
 import os
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
-import numpy as np
 import optax
 
-from resist_jax import accounting, folders
+from resist_jax import accounting
 from resist_jax.decomposition import Assignment, join
 from resist_jax.errors import is_whole
 from resist_jax.exchange import Exchange, hand_over
@@ -34,20 +31,17 @@ from resist_jax.rounds import (
   make_mesh,
   make_round,
   mesh_sizes,
-  nodes,
   storage,
 )
 from resist_jax.rounds import state as states
 from resist_jax.rounds.arrays import place
-from resist_jax.rounds.mesh import REPLICATED, most_devices, workers_here
+from resist_jax.rounds.mesh import REPLICATED, most_devices
 from resist_jax.rounds.moments import first_halves, fits, reformed
 from resist_jax.rounds.protocol import hold_the_same
 from resist_jax.rounds.state import assignments_on_host
-from resist_jax.trainer import mistakes
+from resist_jax.trainer import batching, files, mistakes
 
 PyTree = Any
-
-_POINTER = 'state.txt'  # Names the newest whole folder, and its digest.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -186,6 +180,11 @@ class Trainer:
     assert self.mesh is not None
     return self.mesh
 
+  @property
+  def steps(self) -> int:
+    """Steps of a round: `local_steps * rounds_at_once`."""
+    return self.local_steps * self.rounds_at_once
+
   def protocol(self, params: Mapping[str, PyTree]) -> Protocol:
     """Returns who holds what of a network.
 
@@ -281,14 +280,10 @@ class Trainer:
       ValueError: If the state is another trainer's, if batches have other
         sizes, or if the loss function does not return `(loss, metrics)`.
     """
+    first, batches = batching.begun(self, batches)
     streamed = isinstance(batches, Iterator)
-    if streamed:
-      batches = _exactly(batches, self._steps)
-      first = next(batches)
-      batches = itertools.chain([first], _alike(self, batches, first))
-    else:
-      first = batches
-    _check_inputs(self, state, first, streamed)
+    _check_state(self, state)
+    batching.check(self, first, streamed)
     if self.programs and self.programs.streamed != streamed:
       kinds = 'arrays [S, T, ...]', 'an iterator of T pytrees [S, ...]'
       raise ValueError(
@@ -319,13 +314,14 @@ class Trainer:
         sizes.
     """
     streamed = isinstance(batches, list)
-    if streamed and len(batches) != self._steps:
+    if streamed and len(batches) != self.steps:
       raise ValueError(
         f'batches is a list of {len(batches)} pytrees; it must hold one for '
-        f'each of {self._steps} steps.'
+        f'each of {self.steps} steps.'
       )
     first = batches[0] if streamed else batches
-    _check_inputs(self, state, first, streamed)
+    _check_state(self, state)
+    batching.check(self, first, streamed)
     for name, wanted in self._division(_lengths(self, state))[1].items():
       found, ours = state.assignments[name].slots.shape, wanted.slots.shape
       if found != ours:  # A person has chosen other slots for this round.
@@ -372,10 +368,6 @@ class Trainer:
       carried=in_nodes_of(self.optimizer, state.carried),
       outer=in_nodes_of(self.outer, state.outer),
     )
-
-  @property
-  def _steps(self) -> int:
-    return self.local_steps * self.rounds_at_once
 
   # What is made once. It ends with this value, as do arrays on the devices.
 
@@ -493,9 +485,9 @@ class Trainer:
       ValueError: If it is no state, or the devices do not divide the workers.
     """
     mistakes.check_is_state(state)
-    sizes = _sizes(state.shared, state.chain, state.num_blocks)
-    moments = _moment_sizes(state.carried, state.num_blocks)
-    outer = _moment_sizes(state.outer, state.num_blocks)
+    sizes = accounting.measure_state(state)
+    moments = accounting.measure_moments(state.carried, state)
+    outer = accounting.measure_moments(state.outer, state)
     D, G = mesh_sizes(self.devices)
     if num_devices is not None:
       S, D = self.num_workers, num_devices
@@ -523,22 +515,11 @@ class Trainer:
         also `whole`.
     """
     mistakes.check_usable(state)
-    folder = folders.resolve(folder, 'folder').absolute()
-    folders.check_writable(folder, 'folder')
-    name = f'round_{int(state.round)}'
-    if storage.pointed_at(folder / _POINTER)[0] == name:
-      name = f'{name}_again'  # The one that is there stays whole meanwhile.
-    described = nodes.described([state.shared, state.chain])
     record = {
-      'nodes': described,
       'chosen': self._has_chosen_slots(state),
       'local_steps': int(self.local_steps),
     }
-    storage.write(folder / name, state, record)
-    if jax.process_index() == 0:
-      storage.point_to(folder / _POINTER, folder / name)
-    if jax.process_count() > 1:  # The others read the pointer next.
-      multihost_utils.sync_global_devices('resist_jax: a state is saved')
+    files.write(folder, state, record)
 
   def restore(
     self,
@@ -564,22 +545,7 @@ class Trainer:
       ValueError: If there is no state, or if it is damaged, or if it is that of
         other parameters than `params`.
     """
-    folder = folders.resolve(folder, 'folder').absolute()
-    name, digest = storage.pointed_at(folder / _POINTER)
-    if not name:
-      raise ValueError(
-        f'folder {folder} holds no state, or its {_POINTER} is damaged: save '
-        'one there first, or restore another folder.'
-      )
-    if not (folder / name).is_dir() or (
-      storage.digest_of_files(folder / name) != digest
-    ):
-      raise ValueError(
-        f'the state in {folder / name} is damaged: its files are not those '
-        'that were saved. Restore another folder.'
-      )
-    stored = storage.read(folder / name, self.devices)
-    return self.resume(_in_their_nodes(stored, params))
+    return self.resume(files.read(folder, self.devices, params))
 
   def resume(self, stored: storage.Stored) -> State:
     """Continues from what the files of a state hold.
@@ -609,63 +575,6 @@ class Trainer:
     state = self.distribute(storage.as_whole(stored), done)
     _check_state(self, state)
     return state
-
-
-def _in_their_nodes(
-  stored: storage.Stored, params: Mapping[str, PyTree] | None
-) -> storage.Stored:
-  """Returns what files hold in the nodes that it had, or raises."""
-  if params is not None:
-    checks.chain_lengths(params, list(stored.state.num_blocks))
-    differ = storage.difference(params, stored.state)
-    if differ:
-      name, ours, theirs = differ
-      raise ValueError(
-        f'params has {name!r} with the shape {ours}, but in the files it is '
-        f'{theirs}: give the parameters of that training.'
-      )
-    return storage.in_form_of(params, stored)
-  described = stored.record.get('nodes', 0)  # Older versions saved none.
-  if described is None:
-    raise ValueError(
-      'params is missing: the parameters have nodes that files do not have, '
-      'such as NamedTuples, so give the parameters that init took, or their '
-      'shapes: restore(folder, params).'
-    )
-  if described:
-    shared, chain = nodes.form_of(described)
-    return storage.in_form_of_halves((shared, chain), stored)
-  return stored
-
-
-def _exactly(batches: Iterable[PyTree], steps: int) -> Iterator[PyTree]:
-  """Yields so many batches; fewer are an error, more stay where they are."""
-  count = 0
-  for batch in itertools.islice(batches, steps):
-    count += 1
-    yield batch
-  if count < steps:
-    raise ValueError(
-      f'batches ended after {count} of {steps} local steps: give an '
-      f'iterator of {steps} pytrees [S, ...] for every round.'
-    )
-
-
-def _alike(
-  trainer: Trainer, batches: Iterable[PyTree], first: PyTree
-) -> Iterator[PyTree]:
-  """Yields batches; one of another structure than the first is an error."""
-  structure = jax.tree.structure(first)
-  for t, batch in enumerate(batches, start=1):
-    if jax.tree.structure(batch) != structure:
-      raise ValueError(
-        f'batches: that of step {t} is {jax.tree.structure(batch)}, the first '
-        f'is {structure}; give all steps the same pytree.'
-      )
-    _check_batch(trainer, batch, streamed=True)
-    if trainer.programs:
-      mistakes.check_compiled(trainer.programs, batch)
-    yield batch
 
 
 def _at_once(trainer: Trainer, count: int) -> Trainer:
@@ -719,40 +628,6 @@ def _make_round(trainer, structure, shapes, lengths, streamed) -> Round:
     on_device=trainer.on_device,
     streamed=streamed,
   )
-
-
-def _moment_sizes(parts, num_blocks) -> list[accounting.Sizes] | None:
-  """Counts the numbers of each moment of an optimiser; None without one."""
-  if parts is None:
-    return None
-  return [_sizes(m['shared'], m['chain'], num_blocks) for m in parts.moments]
-
-
-def _sizes(shared, chain, num_blocks) -> accounting.Sizes:
-  """Counts parameters from arrays `[S, ...]`."""
-
-  def numbers(tree, axes):
-    return sum(int(np.prod(x.shape[axes:])) for x in jax.tree.leaves(tree))
-
-  lengths = {name: int(length) for name, length in num_blocks.items()}
-  blocks = {name: numbers(chain[name], 2) for name in lengths}
-  outside = numbers(shared, 1)
-  inside = sum(lengths[name] * blocks[name] for name in lengths)
-  return accounting.Sizes(outside + inside, outside, blocks, lengths)
-
-
-def _check_inputs(
-  trainer: Trainer, state: State, batch: PyTree, streamed: bool
-) -> None:
-  _check_state(trainer, state)
-  _check_batch(trainer, batch, streamed)
-
-
-def _check_batch(trainer: Trainer, batch: PyTree, streamed: bool) -> None:
-  S = trainer.num_workers
-  here = len(workers_here(trainer.devices, S)) if streamed else S
-  _, G = mesh_sizes(trainer.devices)
-  checks.check_batch(batch, here, None if streamed else trainer._steps, G)
 
 
 def _can_go_on(protocol: Protocol, state: State) -> bool:

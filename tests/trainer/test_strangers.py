@@ -14,7 +14,6 @@ from test_trainer import T, batches, make, network, predicted_and_read, run
 
 import resist_jax as resist
 from resist_jax.exchange import hand_over
-from resist_jax.trainer.trainer import _moment_sizes
 
 WIDTH = 3
 
@@ -451,6 +450,6 @@ def test_bytes_of_two_moments_are_those_of_the_programs(exchange, wire_format):
     optax.adam(0.1), S=2, carry=True, exchange=exchange(wire_format)
   )
   state = trainer.init(network())
-  sizes = _moment_sizes(state.carried, state.num_blocks)
+  sizes = resist.accounting.measure_moments(state.carried, state)
   predicted, read = predicted_and_read(trainer, state, moments=sizes)
   assert predicted == read > 0
