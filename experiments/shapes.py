@@ -9,13 +9,13 @@ from jax.sharding import Mesh, NamedSharding
 import numpy as np
 import optax
 
-from resist_jax import accounting
 from resist_jax.decomposition import Assignment, split
-from resist_jax.exchange import collectives, participation
-from resist_jax.rounds import Protocol, State
+from resist_jax.exchange import participation
+from resist_jax.rounds import Protocol, State, Whole
 from resist_jax.rounds.average import first
 from resist_jax.rounds.mesh import REPLICATED, SHARDED
-from resist_jax.rounds.moments import Parts, take_apart
+from resist_jax.rounds.moments import take_apart
+from resist_jax.rounds.state import error_shapes, map_kept
 
 PyTree = Any
 
@@ -65,46 +65,35 @@ def state(
 
   def hand_out(tree):
     shared, chain = split(tree, protocol.num_blocks)
-    return rows(shared), {
+    chain = {
       name: rows(chain[name], lambda x, k=k: (k, *x.shape[1:]))
       for name in protocol.num_blocks
       for k in [protocol.slots_per_worker(name)]
     }
+    return {'shared': rows(shared), 'chain': chain}
 
   def state_of(optimizer):
     return take_apart(optimizer, jax.eval_shape(optimizer.init, params))
 
-  def hand_out_parts(parts):
-    if parts is None:
-      return None
-    moments = [hand_out(moment) for moment in parts.moments]
-    return Parts(
-      [dict(zip(('shared', 'chain'), m, strict=True)) for m in moments],
-      rows(parts.rest),
-    )
-
-  shared, chain = hand_out(params)
-  carried = state_of(optimizer) if protocol.carry else None
-  outer = state_of(protocol.outer) if protocol.outer else None
-  average = jax.eval_shape(first, params) if protocol.average else None
-  error = norms = None
-  if protocol.keeps_error:
-    size = accounting.measure(split(params, protocol.num_blocks)[0], []).total
-    error = {
-      name: jax.ShapeDtypeStruct(shape, jnp.float32)
-      for name, shape in collectives.error_shapes(size, S).items()
-    }
+  kept = Whole(
+    dict(params),
+    state_of(optimizer) if protocol.carry else None,
+    state_of(protocol.outer) if protocol.outer else None,
+    jax.eval_shape(first, params) if protocol.average else None,
+  )
+  held = hand_out(params)
+  error = {
+    name: jax.ShapeDtypeStruct(shape, jnp.float32)
+    for name, shape in (error_shapes(held['shared'], protocol) or {}).items()
+  }
+  norms = None
   if protocol.judges_updates:
     norms = on_mesh(jax.eval_shape(participation.no_norms), mesh)
+  sharded = {**held, 'error': error or None, **map_kept(kept, hand_out, rows)}
   return State(
-    on_mesh(shared, mesh, SHARDED),
-    on_mesh(chain, mesh, SHARDED),
-    on_mesh(dict(assignments), mesh),
-    np.int32(0),
-    dict(protocol.num_blocks),
-    on_mesh(hand_out_parts(carried), mesh, SHARDED),
-    on_mesh(error, mesh, SHARDED),
-    norms,
-    on_mesh(hand_out_parts(outer), mesh, SHARDED),
-    on_mesh(hand_out_parts(average), mesh, SHARDED),
+    assignments=on_mesh(dict(assignments), mesh),
+    round=np.int32(0),
+    num_blocks=dict(protocol.num_blocks),
+    norms=norms,
+    **on_mesh(sharded, mesh, SHARDED),
   )

@@ -6,7 +6,7 @@ tells which are which (`optax.tree_utils.tree_map_params`), so this holds for
 any optax optimiser.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -124,8 +124,21 @@ def first_halves(
   """
   state = jax.eval_shape(optimizer.init, join(*params))
   moments, rest = take_apart(optimizer, state)
-  halves = [split(moment, params[1]) for moment in moments]
-  return Parts([{'shared': h[0], 'chain': h[1]} for h in halves], rest)
+  return Parts([in_halves(moment, params[1]) for moment in moments], rest)
+
+
+def in_halves(moment: PyTree, chains: Collection[str]) -> dict[str, PyTree]:
+  """Cuts a moment as states hold it.
+
+  Args:
+    moment: Pytree like the parameters.
+    chains: Names of the partitioned chains.
+
+  Returns:
+    `shared`, and `chain` by name.
+  """
+  shared, chain = split(moment, chains)
+  return {'shared': shared, 'chain': chain}
 
 
 def put_together(

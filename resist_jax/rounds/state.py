@@ -3,7 +3,8 @@
 Both are pytrees; nothing else of a training changes from round to round.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -236,49 +237,75 @@ def distribute(
 
   def hand_out(tree):
     shared, chain = split(tree, assignments)
-    return replicate(shared, S, mesh), {
+    chain = {
       name: jax.tree.map(lambda x, a=a: blocks_of(x, a), chain[name])
       for name, a in assignments.items()
     }
+    return {'shared': replicate(shared, S, mesh), 'chain': chain}
 
-  shared, chain = hand_out(whole.params)
-
-  def hand_out_parts(parts):
-    if parts is None:
-      return None
-    moments = [hand_out(moment) for moment in parts.moments]
-    return Parts(
-      [dict(zip(('shared', 'chain'), m, strict=True)) for m in moments],
-      replicate(parts.rest, S, mesh),
-    )
-
+  held = hand_out(whole.params)
   return State(
-    shared,
-    chain,
-    place_assignments(assignments, mesh),
-    np.int32(round_index),
-    dict(protocol.num_blocks),
-    hand_out_parts(whole.carried),
-    no_error(shared, protocol, mesh),
-    place_norms(None, protocol, mesh),
-    hand_out_parts(whole.outer),
-    hand_out_parts(whole.average),
-    np.int32(round_index),
+    **held,
+    assignments=place_assignments(assignments, mesh),
+    round=np.int32(round_index),
+    num_blocks=dict(protocol.num_blocks),
+    error=_no_error(held['shared'], protocol, mesh),
+    norms=place_norms(None, protocol, mesh),
+    draw=np.int32(round_index),
+    **map_kept(whole, hand_out, lambda rest: replicate(rest, S, mesh)),
   )
 
 
-def no_error(
-  shared: PyTree, protocol: Protocol, mesh: Mesh
-) -> dict[str, jax.Array] | None:
-  """Returns error feedback of zeros, or None where a protocol keeps none."""
+def map_kept(
+  of: State | Whole,
+  of_moment: Callable[[PyTree], PyTree],
+  of_rest: Callable[[list[Any]], list[Any]] = lambda rest: rest,
+) -> dict[str, Any]:
+  """Applies functions to all that is kept besides the parameters.
+
+  Args:
+    of: A state or a global network.
+    of_moment: Gets each moment.
+    of_rest: Gets all that is no moment.
+
+  Returns:
+    `carried`, `outer` and `average`, each None where there is none.
+  """
+  return {
+    name: parts
+    and Parts([of_moment(m) for m in parts.moments], of_rest(parts.rest))
+    for name in ('carried', 'outer', 'average')
+    for parts in [getattr(of, name)]
+  }
+
+
+def error_shapes(
+  shared: PyTree, protocol: Protocol
+) -> dict[str, tuple[int, int]] | None:
+  """Returns the shapes of `State.error`.
+
+  Args:
+    shared: Parameters outside the partitioned chains, `[S, ...]`, or shapes.
+    protocol: Whether there is error feedback.
+
+  Returns:
+    `(S, n)` by name; None where the protocol keeps none.
+  """
   if not protocol.keeps_error:
     return None
-  S = protocol.num_workers
+  sizes = [math.prod(x.shape[1:]) for x in jax.tree.leaves(shared)]
   # orbax saves no arrays of size zero, so there is one where all is cut, too.
-  size = max(sum(x[0].size for x in jax.tree.leaves(shared)), 1)
+  return collectives.error_shapes(max(sum(sizes), 1), protocol.num_workers)
+
+
+def _no_error(shared, protocol, mesh) -> dict[str, jax.Array] | None:
+  """Returns error feedback of zeros."""
+  shapes = error_shapes(shared, protocol)
+  if shapes is None:
+    return None
   return {
     name: _place_rows(lambda _, n=n: np.zeros(n), S, (n,), np.float32, mesh)
-    for name, (_, n) in collectives.error_shapes(size, S).items()
+    for name, (S, n) in shapes.items()
   }
 
 
@@ -408,17 +435,13 @@ def assemble(state: State) -> Whole:
     }
     return join(shared, whole)
 
-  def gather_parts(parts):
-    if parts is None:
-      return None
-    return Parts(
-      [gather(**moment) for moment in parts.moments],
-      jax.tree.map(first_copy, parts.rest),
-    )
+  def first_copies(rest):
+    return jax.tree.map(first_copy, rest)
 
-  params = gather(state.shared, state.chain)
-  kept = (state.carried, state.outer, state.average)
-  return Whole(params, *map(gather_parts, kept))
+  return Whole(
+    gather(state.shared, state.chain),
+    **map_kept(state, lambda moment: gather(**moment), first_copies),
+  )
 
 
 def averaged(state: State) -> State:

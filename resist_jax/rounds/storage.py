@@ -34,6 +34,7 @@ from resist_jax.rounds.state import (
   Whole,
   assemble,
   assignments_on_host,
+  map_kept,
   place_assignments,
   place_norms,
   replicate,
@@ -200,7 +201,6 @@ def _read(folder: pathlib.Path, target) -> Stored:
     raise ValueError('its description does not match its digest')
   targets = jax.tree_util.tree_map_with_path(target, saved.metadata)
   arrays: Any = ocp.load(str(folder), targets)
-  shared, chain = _from_parts(arrays['params'])
   carried, outer, average = None, None, None
   norms = description.get('norms')
   if description['carried']:
@@ -210,20 +210,19 @@ def _read(folder: pathlib.Path, target) -> Stored:
   if description.get('average'):
     average = _optimiser_from_parts(arrays['average'])
   state = State(
-    shared,
-    chain,
-    {
+    **_from_parts(arrays['params']),
+    assignments={
       name: Assignment(np.array(table, np.int32))
       for name, table in description['slots'].items()
     },
-    np.int32(description['round']),
-    description['num_blocks'],
-    carried,
-    arrays.get('error', {}).get('workers'),
-    norms and Norms(*norms),
-    outer,
-    average,
-    np.int32(description.get('draw', description['round'])),
+    round=np.int32(description['round']),
+    num_blocks=description['num_blocks'],
+    carried=carried,
+    error=arrays.get('error', {}).get('workers'),
+    norms=norms and Norms(*norms),
+    outer=outer,
+    average=average,
+    draw=np.int32(description.get('draw', description['round'])),
   )
   return Stored(state, description['record'])
 
@@ -269,26 +268,17 @@ def in_form_of_halves(halves: tuple[PyTree, PyTree], stored: Stored) -> Stored:
     halves: Both, as `decomposition.split` returns them.
     stored: See `in_form_of`.
   """
+
+  def formed(shared, chain):
+    return {
+      'shared': with_nodes_of(halves[0], shared),
+      'chain': with_nodes_of(halves[1], chain),
+    }
+
   state = stored.state
-
-  def in_parts(parts):
-    if parts is None:
-      return None
-    moments = [
-      {
-        'shared': with_nodes_of(halves[0], moment['shared']),
-        'chain': with_nodes_of(halves[1], moment['chain']),
-      }
-      for moment in parts.moments
-    ]
-    return Parts(moments, parts.rest)
-
   state = state._replace(
-    shared=with_nodes_of(halves[0], state.shared),
-    chain=with_nodes_of(halves[1], state.chain),
-    carried=in_parts(state.carried),
-    outer=in_parts(state.outer),
-    average=in_parts(state.average),
+    **formed(state.shared, state.chain),
+    **map_kept(state, lambda moment: formed(**moment)),
   )
   return stored._replace(state=state)
 
@@ -352,20 +342,11 @@ def as_whole(stored: Stored) -> Whole:
 def _map_equal(state: State, function) -> State:
   """Applies a function to what is equal on all workers."""
 
-  def in_parts(parts):
-    if parts is None:
-      return None
-    moments = [
-      {**moment, 'shared': function(moment['shared'])}
-      for moment in parts.moments
-    ]
-    return Parts(moments, function(parts.rest))
+  def of_moment(moment):
+    return {**moment, 'shared': function(moment['shared'])}
 
   return state._replace(
-    shared=function(state.shared),
-    carried=in_parts(state.carried),
-    outer=in_parts(state.outer),
-    average=in_parts(state.average),
+    shared=function(state.shared), **map_kept(state, of_moment, function)
   )
 
 
@@ -395,15 +376,11 @@ def _optimiser_parts(parts: Parts) -> dict[str, PyTree]:
 
 def _optimiser_from_parts(arrays: Mapping[str, Any]) -> Parts:
   moments = [_from_parts(parts) for parts in arrays.get('moments', ())]
-  names = ('shared', 'chain')
-  return Parts(
-    [dict(zip(names, moment, strict=True)) for moment in moments],
-    list(arrays.get('rest', ())),
-  )
+  return Parts(moments, list(arrays.get('rest', ())))
 
 
-def _from_parts(parts: PyTree) -> tuple[PyTree, PyTree]:
-  return parts['whole'], parts.get('workers', {})
+def _from_parts(parts: PyTree) -> dict[str, PyTree]:
+  return {'shared': parts['whole'], 'chain': parts.get('workers', {})}
 
 
 def digest_of_files(folder: pathlib.Path) -> str:

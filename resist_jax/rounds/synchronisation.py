@@ -19,7 +19,7 @@ from resist_jax.exchange import (
 from resist_jax.rounds import average as average_lib
 from resist_jax.rounds import outer as outer_lib
 from resist_jax.rounds.local_training import Local
-from resist_jax.rounds.moments import Parts, take_apart
+from resist_jax.rounds.moments import Parts, in_halves, take_apart
 from resist_jax.rounds.protocol import Protocol
 
 PyTree = Any
@@ -226,8 +226,8 @@ def _exchange_moments(
     moved = _exchange_chains(
       protocol, chain, before, after, healthy, first, exchange=exchange
     )
-    pair = collectives.narrow((new, moved), old)
-    exchanged.append(dict(zip(('shared', 'chain'), pair, strict=True)))
+    new, moved = collectives.narrow((new, moved), old)
+    exchanged.append({'shared': new, 'chain': moved})
   return Parts(exchanged, rest)
 
 
@@ -271,9 +271,7 @@ def _outer_step(
     (shared, _exchange_chains(protocol, chain, before, after, None, None))
     for shared, chain in held
   ]
-  moments = [
-    dict(zip(('shared', 'chain'), pair, strict=True)) for pair in moved[1:]
-  ]
+  moments = [{'shared': shared, 'chain': chain} for shared, chain in moved[1:]]
   like = parts.moments
   moments = [
     collectives.narrow(*pair) for pair in zip(moments, like, strict=True)
@@ -300,8 +298,7 @@ def _average(
   (average,), count = average_lib.step(
     protocol.average, join(*new), moved, rounds
   )
-  halves = split(average, protocol.num_blocks)
-  return Parts([dict(zip(('shared', 'chain'), halves, strict=True))], count)
+  return Parts([in_halves(average, protocol.num_blocks)], count)
 
 
 def _exchange_chains(
