@@ -146,6 +146,18 @@ def _row(sharding, x, worker, slot):
   return lax.bitcast_convert_type(found.astype(narrow), x.dtype)
 
 
+def from_here(x: jax.Array | np.ndarray) -> np.ndarray:
+  """Returns on the host what the first device of this process holds.
+
+  Args:
+    x: Replicated, or sharded along its first axis.
+
+  Returns:
+    The array, or its rows on that device.
+  """
+  return np.asarray(x.addressable_data(0) if isinstance(x, jax.Array) else x)
+
+
 def first_copy(x: jax.Array | np.ndarray) -> np.ndarray:
   """Returns on the host what is equal on all workers.
 
@@ -155,5 +167,4 @@ def first_copy(x: jax.Array | np.ndarray) -> np.ndarray:
   Returns:
     `[...]`, read from a device of this process.
   """
-  x = x.addressable_data(0) if isinstance(x, jax.Array) else x
-  return np.asarray(np.asarray(x)[0])  # An array, also where it is a scalar.
+  return np.asarray(from_here(x)[0])  # An array, also where it is a scalar.

@@ -17,7 +17,7 @@ from resist_jax.decomposition import Assignment, join, split
 from resist_jax.errors import FOREIGN, one_line
 from resist_jax.exchange import Norms, collectives, participation
 from resist_jax.rounds import average as average_lib
-from resist_jax.rounds.arrays import first_copy, place, rows
+from resist_jax.rounds.arrays import first_copy, from_here, place, rows
 from resist_jax.rounds.mesh import REPLICATED, SHARDED
 from resist_jax.rounds.moments import Parts, reformed, take_apart
 from resist_jax.rounds.protocol import Protocol
@@ -347,12 +347,7 @@ def assignments_on_host(state: State) -> dict[str, Assignment]:
   They come from the host, not from a program, so nothing is waited for.
   """
   return {
-    name: jax.tree.map(
-      lambda x: np.asarray(
-        x.addressable_data(0) if isinstance(x, jax.Array) else x
-      ),
-      assignment,
-    )
+    name: jax.tree.map(from_here, assignment)
     for name, assignment in state.assignments.items()
   }
 

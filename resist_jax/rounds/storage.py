@@ -20,7 +20,7 @@ import numpy as np
 from resist_jax import folders
 from resist_jax.decomposition import Assignment, split
 from resist_jax.exchange import WORKER, Norms
-from resist_jax.rounds.arrays import first_copy
+from resist_jax.rounds.arrays import first_copy, from_here
 from resist_jax.rounds.mesh import SHARDED
 from resist_jax.rounds.moments import Parts
 from resist_jax.rounds.nodes import (
@@ -110,13 +110,7 @@ def begin(
     'carried': state.carried is not None,
     'outer': state.outer is not None,
     'average': state.average is not None,
-    'norms': state.norms
-    and [
-      np.asarray(
-        x.addressable_data(0) if isinstance(x, jax.Array) else x
-      ).tolist()
-      for x in state.norms
-    ],
+    'norms': state.norms and [from_here(x).tolist() for x in state.norms],
     'record': dict(record),
   }
   description['digest'] = _digest_of_description(description)

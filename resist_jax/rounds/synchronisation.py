@@ -23,6 +23,8 @@ from resist_jax.rounds.moments import Parts, in_halves, take_apart
 from resist_jax.rounds.protocol import Protocol
 
 PyTree = Any
+# The assignment of each chain before and after an exchange.
+Moves = tuple[Mapping[str, Assignment], Mapping[str, Assignment]]
 
 
 class ExchangeState(NamedTuple):
@@ -59,7 +61,7 @@ def synchronise(
   local: Local,
   agreed: tuple[PyTree | None, PyTree | None],
   exchange_state: ExchangeState,
-  moves: tuple[Mapping[str, Assignment], Mapping[str, Assignment]],
+  moves: Moves,
   rounds: jax.Array,
 ) -> tuple[Synchronised, dict[str, jax.Array]]:
   """Aggregates, and hands out the blocks of the next round.
@@ -98,7 +100,7 @@ def synchronise(
     mean = collectives.mean_over_workers(shared, S, healthy=healthy)
     shared = _if_anybody(healthy, mean, agreed_shared)
   if outer is None:
-    chain = _exchange_chains(protocol, chain, *moves, healthy, agreed_chain)
+    chain = _exchange_chains(protocol, chain, moves, healthy, agreed_chain)
   else:
     settled = _settle(protocol, chain, moves[0], healthy, agreed_chain)
     params, outer = _outer_step(
@@ -106,7 +108,8 @@ def synchronise(
       (agreed_shared, agreed_chain),
       (shared, settled),
       outer,
-      (*moves, healthy),
+      moves,
+      healthy,
       rounds,
     )
     shared, chain = split(params, protocol.num_blocks)
@@ -114,7 +117,7 @@ def synchronise(
   carried = None
   if protocol.carry:
     carried = _exchange_moments(
-      protocol, optimizer, local, agreed, *moves, healthy
+      protocol, optimizer, local, agreed, moves, healthy
     )
   shared, chain = collectives.narrow(
     (shared, chain), split(local.params, protocol.num_blocks)
@@ -199,8 +202,7 @@ def _exchange_moments(
   optimizer: optax.GradientTransformation,
   local: Local,
   agreed: tuple[PyTree | None, PyTree | None],
-  before: Mapping[str, Assignment],
-  after: Mapping[str, Assignment],
+  moves: Moves,
   healthy: Healthy | None,
 ) -> Parts:
   """Averages and hands over moments as the parameters that they belong to."""
@@ -224,7 +226,7 @@ def _exchange_moments(
     shared, halves, chains, first_chains, strict=True
   ):
     moved = _exchange_chains(
-      protocol, chain, before, after, healthy, first, exchange=exchange
+      protocol, chain, moves, healthy, first, exchange=exchange
     )
     new, moved = collectives.narrow((new, moved), old)
     exchanged.append({'shared': new, 'chain': moved})
@@ -243,8 +245,10 @@ def _first_moments(protocol, optimizer, agreed) -> tuple[list, list]:
 def _settle(protocol, chains, before, healthy, agreed):
   """Gives all holders of a block its mean; no block moves."""
   stay = {name: assignment.staying() for name, assignment in before.items()}
-  moves = before, stay, healthy
-  return _exchange_chains(protocol, chains, *moves, agreed, scope='settle_{}')
+  moves = before, stay
+  return _exchange_chains(
+    protocol, chains, moves, healthy, agreed, scope='settle_{}'
+  )
 
 
 def _outer_step(
@@ -252,12 +256,12 @@ def _outer_step(
   agreed: tuple[PyTree, PyTree],
   settled: tuple[PyTree, PyTree],
   parts: Parts,
-  moves: tuple,
+  moves: Moves,
+  healthy: Healthy | None,
   rounds: jax.Array,
 ) -> tuple[PyTree, Parts]:
   """Takes a step of the outer optimiser, and hands over what comes of it."""
   assert protocol.outer is not None
-  before, after, healthy = moves
   shared, chain = agreed
   stepped = outer_lib.step(
     protocol.outer, (shared, chain or {}), settled, parts, rounds
@@ -268,7 +272,7 @@ def _outer_step(
   held = [split(tree, protocol.num_blocks) for tree in (new, *stepped.moments)]
   moved = [
     # All holders have the same by now, faulty ones too.
-    (shared, _exchange_chains(protocol, chain, before, after, None, None))
+    (shared, _exchange_chains(protocol, chain, moves))
     for shared, chain in held
   ]
   moments = [{'shared': shared, 'chain': chain} for shared, chain in moved[1:]]
@@ -287,13 +291,13 @@ def _average(
   protocol: Protocol,
   new: tuple[PyTree, PyTree],
   parts: Parts,
-  moves: tuple[Mapping[str, Assignment], Mapping[str, Assignment]],
+  moves: Moves,
   rounds: jax.Array,
 ) -> Parts:
   """Hands over the average over rounds, and adds this one to it."""
   (average,), count = parts
   # All holders of a block have the same average, faulty ones too.
-  moved = _exchange_chains(protocol, average['chain'], *moves, None, None)
+  moved = _exchange_chains(protocol, average['chain'], moves)
   moved = Parts([join(average['shared'], moved)], count)
   (average,), count = average_lib.step(
     protocol.average, join(*new), moved, rounds
@@ -302,17 +306,17 @@ def _average(
 
 
 def _exchange_chains(
-  protocol,
-  chains,
-  before,
-  after,
-  healthy,
-  agreed,
-  scope='{}',
+  protocol: Protocol,
+  chains: Mapping[str, PyTree],
+  moves: Moves,
+  healthy: Healthy | None = None,
+  agreed: Mapping[str, PyTree] | None = None,
+  scope: str = '{}',
   exchange: Exchange | None = None,
-):
+) -> dict[str, PyTree]:
   """Exchanges every chain; `agreed` are their blocks before, or None."""
   exchange = exchange or protocol.exchange
+  before, after = moves
   agreed = agreed or dict.fromkeys(chains)
   exchanged = dict(chains)
   for name, blocks in chains.items():
