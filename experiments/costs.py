@@ -7,11 +7,12 @@ a compiler counted, where the step has been compiled; else operations and memory
 come from formulas. An exchange takes the bytes that the busiest worker sends /
 bandwidth, plus latency * the number of messages that wait for each other: 2 (S
 - 1) in a ring all-reduce; in a hand-over, one for each slot of a worker and two
-for each replica, and as many for each moment that moves with a block. Data
-parallel has T all-reduces in a round. The baselines send float32. A masked psum
-replaces a hand-over where that is impossible. Nothing overlaps, nothing else
-takes time, and the losses that workers exchange are too small to count. Memory
-is that of a worker with its activations, without images.
+for each replica, and as many for each moment that moves with a block; in a
+masked psum, an all-reduce for each of them. Data parallel has T all-reduces in
+a round. The baselines send float32. A masked psum replaces a hand-over where
+that is impossible. Nothing overlaps, nothing else takes time, and the losses
+that workers exchange are too small to count. Memory is that of a worker with
+its activations, without images.
 """
 
 from collections.abc import Mapping
@@ -216,6 +217,10 @@ class Plan:
     moving = times + bool(protocol.average)  # Copies of a block that it takes.
     if protocol.outer is not None:
       moving += accounting.num_moments(protocol.outer)
+    # What holders of a block have learned is averaged before the outer step.
+    settling = protocol.outer is not None
+    if exchange == 'masked_psum':
+      messages += len(lengths) * (moving + settling) * 2 * (S - 1)
     # Only a hand-over sends blocks one by one, and not equally many from all.
     for name in lengths if EXCHANGES.get(exchange) is hand_over else ():
       assigns = Assigner(*protocol.division(name))
@@ -224,7 +229,8 @@ class Plan:
         sizes.block[name], protocol.exchange.format.values
       )
       sent += moving * (max(blocks_sent(assigns)) - mean) * block
-      messages += moving * (assigns.num_columns + 2 * assigns.num_replicas)
+      messages += moving * assigns.num_columns
+      messages += (moving + settling) * 2 * assigns.num_replicas
     return Cost(T * flops, sent, messages, hbm_bytes)
 
   def _passes_of(self, protocol: Protocol) -> int:

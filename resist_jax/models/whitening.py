@@ -29,8 +29,9 @@ def whitening(images: np.ndarray) -> np.ndarray:
   )
   flat = patches.reshape(-1, 4 * images.shape[-1]).astype(np.float64)
   variances, vectors = np.linalg.eigh(flat.T @ flat / len(flat))
-  # The sign of a vector is arbitrary: hosts of one run must choose alike.
-  largest = np.abs(vectors).argmax(axis=0)
+  # The sign of a vector is arbitrary: hosts of one run must choose alike, also
+  # where two of its numbers are equally large, as for images with a plain edge.
+  largest = np.abs(vectors).round(6).argmax(axis=0)
   vectors *= np.sign(vectors[largest, range(len(vectors))])
   filters = (vectors / np.sqrt(variances + _LEAST))[:, ::-1]
   kernel = filters.reshape(2, 2, images.shape[-1], -1)

@@ -16,7 +16,12 @@ import optax
 from resist_jax.decomposition import Assignment, join, split
 from resist_jax.errors import FOREIGN, did_you_mean, one_line
 from resist_jax.rounds.local_training import LossFn
-from resist_jax.rounds.moments import floats_of, put_together, take_apart
+from resist_jax.rounds.moments import (
+  floats_of,
+  is_key,
+  put_together,
+  take_apart,
+)
 from resist_jax.rounds.nodes import names_of_leaves
 
 PyTree = Any
@@ -127,6 +132,11 @@ def check_optimizer(
     raise ValueError(
       'optimizer keeps a raw key, by which all workers, or all rounds, would '
       'draw the same numbers: make it by jax.random.key instead of PRNGKey.'
+    )
+  if carry and any(map(is_key, take_apart(optimizer, state).rest)):
+    raise ValueError(
+      'optimizer draws random numbers, and its key is none of its moments, '
+      f'which {field} and data parallel training keep: use another one.'
     )
   found = set(map(type, jax.tree.leaves(state, is_leaf=_is_periodic)))
   for kind in () if carry else found & _PERIODIC.keys():

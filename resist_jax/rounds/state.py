@@ -8,7 +8,6 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 import numpy as np
 import optax
@@ -19,7 +18,7 @@ from resist_jax.exchange import Norms, collectives, participation
 from resist_jax.rounds import average as average_lib
 from resist_jax.rounds.arrays import first_copy, from_here, place, rows
 from resist_jax.rounds.mesh import REPLICATED, SHARDED
-from resist_jax.rounds.moments import Parts, reformed, take_apart
+from resist_jax.rounds.moments import Parts, is_key, reformed, take_apart
 from resist_jax.rounds.protocol import Protocol
 
 PyTree = Any
@@ -129,7 +128,7 @@ def _first_parts(optimizer, params, protocol, field) -> Parts:
   with jax.default_device(_host_device()):
     opt_state = jax.device_get(_init(optimizer, params, field))
   parts = take_apart(optimizer, opt_state)
-  if any(map(_is_key, parts.rest)):
+  if any(map(is_key, parts.rest)):
     raise ValueError(
       f'{field} is set, but its optimiser draws random numbers, and its key is '
       f'none of its moments: use another one, or do without {field}.'
@@ -182,11 +181,6 @@ def _are_weights(moment: PyTree, params: PyTree) -> bool:
   return any(y.any() for _, y in found) and all(
     np.array_equal(x, y) for x, y in found
   )
-
-
-def _is_key(x) -> bool:
-  dtype = getattr(x, 'dtype', np.dtype(int))  # It may be a number of Python's.
-  return jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def _host_device():

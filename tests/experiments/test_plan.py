@@ -208,6 +208,25 @@ def test_memory_and_carried_momentum(papers):
   assert twice['messages'] == 2 * once['messages']
 
 
+def test_messages_of_a_masked_psum_and_of_an_outer_optimiser(papers):
+  """Each chain is a ring of its own, and holders agree before an outer step."""
+  psum = make_plan(min_depth=6, exchange='masked_psum')
+  outer = {'lr': 1.0, 'momentum': 0.5}
+  ring = 2 * (4 - 1)
+
+  def messages(plan):
+    return plan.predict(4, machine(1e9))['resist']['messages']
+
+  assert messages(psum) == 2 * ring
+  stepping = make_plan(min_depth=6, exchange='masked_psum', outer=outer)
+  # The shared part; the chain, once to agree, then with its outer momentum.
+  assert messages(stepping) == ring + 3 * ring
+  assert messages(papers) == ring + 6 + 2
+  # Columns move with their momentum; the replica also when holders agree.
+  moved = make_plan(min_depth=6, outer=outer)
+  assert messages(moved) == ring + 2 * 6 + 3 * 2
+
+
 def test_too_many_workers_have_a_dash_and_a_reason():
   plan = make_plan(min_depth=0)
   rows = [plan.predict(S, machine(1e9)) for S in (4, 32)]

@@ -332,9 +332,12 @@ def test_a_start_that_is_refused_leaves_the_workdir_free(tmp_path, monkeypatch):
   monkeypatch.setattr(own_network, 'optimizer', lambda *_: noise, raising=False)
   made = config(num_rounds=1)
   made.optimizer.carry_momentum = True
+  finish = config(num_rounds=3)
+  finish.phases.update(full_after=1, protocol='data_parallel')
   with jax.numpy_dtype_promotion('standard'):  # Optax mixes dtypes.
-    with pytest.raises(ConfigError, match='draws random numbers'):
-      train.train(made, tmp_path)
+    for refused in (made, finish):
+      with pytest.raises(ConfigError, match='draws random numbers'):
+        train.train(refused, tmp_path)
     made.optimizer.carry_momentum = False  # As the line says.
     train.train(made, tmp_path)
 

@@ -173,6 +173,17 @@ def test_whitened_patches_are_uncorrelated():
   )
 
 
+def test_the_last_bits_of_images_change_no_sign_of_a_whitening_filter():
+  """Hosts add in other orders, and a plain edge makes many numbers equal."""
+  rng = np.random.default_rng(0)
+  images = np.zeros((50, 12, 12, 1))
+  images[:, 2:-2, 2:-2] = rng.normal(size=(50, 8, 8, 1))
+  kernel = models.whitening(images)
+  for _ in range(20):
+    noisy = images * (1 + 1e-13 * rng.normal(size=images.shape))
+    np.testing.assert_allclose(models.whitening(noisy), kernel, atol=1e-4)
+
+
 def test_whitening_is_measured_on_images_of_all_classes(monkeypatch):
   """Also if they are sorted by class."""
   monkeypatch.setattr(resnet_task, 'WHITENING_PIXELS', 8 * 64)
