@@ -10,11 +10,13 @@ from resist_jax.data.augmentation import (
   Augmentation,
   augment,
   choose,
+  normalise,
 )
 from resist_jax.data.folder_source import listed as listed_files
 from resist_jax.data.folder_source import read as read_files
 from resist_jax.data.given import from_arrays, from_source
-from resist_jax.data.held_out import hold_out, mixed, sample
+from resist_jax.data.held_out import hold_out
+from resist_jax.data.order import batch_indices, mixed, sample
 from resist_jax.data.pipeline import (
   Resident,
   Stream,
@@ -27,10 +29,8 @@ from resist_jax.data.sets import (
   STREAMING,
   Dataset,
   Split,
-  batch_indices,
   load,
   load_test,
-  normalise,
 )
 from resist_jax.data.sources import GIVEN
 from resist_jax.data.sources import is_path as is_own

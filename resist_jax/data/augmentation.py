@@ -1,4 +1,4 @@
-"""Random crops and flips of training images."""
+"""What is done to pixels: crops and flips in training, and their scale."""
 
 from functools import partial
 from typing import NamedTuple
@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from resist_jax.data.sets import Dataset
 from resist_jax.data.streaming import StreamedImages
@@ -43,7 +44,7 @@ class Augmentation(NamedTuple):
       resize it. This runs on the host, while an image is decoded.
     reflect: Whether the added pixels mirror those inside, or are black.
     alternate: Whether each image is mirrored in every other epoch instead, see
-      `sets.batch_indices`; then `flip` is off.
+      `order.batch_indices`; then `flip` is off.
   """
 
   pad: int = 0
@@ -208,3 +209,21 @@ def crop_by_shifts(
       far = lax.slice_in_dim(images, 2**bit, None, axis=axis)
       images = jnp.where(shifts, far, near)
   return images
+
+
+def normalise(
+  images: jax.Array, mean: np.ndarray, std: np.ndarray
+) -> jax.Array:
+  """Scales pixels to mean 0 and deviation 1 over the training set.
+
+  Args:
+    images: `uint8[B, H, W, C]`.
+    mean: See `Dataset.mean`.
+    std: See `Dataset.std`.
+
+  Returns:
+    `float32[B, H, W, C]`.
+  """
+  scale = (1 / (255 * std)).reshape(1, 1, 1, -1)
+  offset = (mean / std).reshape(1, 1, 1, -1)
+  return images.astype(jnp.float32) * scale - offset

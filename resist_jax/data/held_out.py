@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from resist_jax.data.order import mixed
+
 
 def hold_out(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Holds out the test part of a set that has none: a fixed fifth of it.
@@ -37,31 +39,6 @@ def random_parts(count: int, share: float) -> tuple[np.ndarray, np.ndarray]:
   order = mixed(count)
   held_out = max(1, round(share * count))
   return np.sort(order[held_out:]), np.sort(order[:held_out])
-
-
-def mixed(count: int) -> np.ndarray:
-  """Returns the indices of all examples in a random order, always the same.
-
-  Args:
-    count: How many examples there are.
-  """
-  return np.random.default_rng(0).permutation(count)
-
-
-def sample(count: int, most: int) -> np.ndarray:
-  """Chooses examples at random, the same in every run.
-
-  Args:
-    count: How many examples there are.
-    most: How many to choose, or all if there are fewer.
-
-  Returns:
-    Indices, ascending.
-
-  >>> len(sample(5, 3)), sample(2, 3).tolist()
-  (3, [0, 1])
-  """
-  return np.sort(mixed(count)[:most])
 
 
 def stratified(
