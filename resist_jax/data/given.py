@@ -14,6 +14,7 @@ from PIL import Image
 
 from resist_jax.data import headers
 from resist_jax.data.array_source import checked, named, names_of
+from resist_jax.data.order import evenly_spaced
 from resist_jax.data.prepared import Prepared, Source, opener
 from resist_jax.data.sets import STREAMING, Dataset, Reading, assemble
 from resist_jax.data.streaming import MODES, as_image
@@ -224,8 +225,7 @@ def _shape(
   for split, examples in splits.items():
     if not len(examples):
       raise ValueError(f'{split} has no examples.')
-    sample = np.linspace(0, len(examples) - 1, min(len(examples), _LOOKED_AT))
-    for number in map(int, sample):
+    for number in evenly_spaced(len(examples), _LOOKED_AT):
       given = examples[number]['image']
       try:
         with as_image(given) as image:

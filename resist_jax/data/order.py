@@ -98,3 +98,19 @@ def sample(count: int, most: int) -> np.ndarray:
   (3, [0, 1])
   """
   return np.sort(mixed(count)[:most])
+
+
+def evenly_spaced(count: int, most: int) -> list[int]:
+  """Chooses examples at equal distances, the first and the last among them.
+
+  Args:
+    count: How many examples there are.
+    most: How many to choose, or all if there are fewer.
+
+  Returns:
+    Indices, ascending.
+
+  >>> evenly_spaced(9, 3), evenly_spaced(2, 3)
+  ([0, 4, 8], [0, 1])
+  """
+  return np.linspace(0, count - 1, min(count, most)).astype(int).tolist()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 
+from resist_jax.data.order import evenly_spaced
 from resist_jax.errors import ConfigError, one_line
 
 PREPARE_AGAIN = 'prepare the set again'  # TFDS then writes its files anew.
@@ -105,8 +106,8 @@ class Examples:
     Raises:
       ConfigError: If some of them have labels and others have none.
     """
-    sample = np.linspace(0, len(self) - 1, min(len(self), _LOOKED_AT))
-    found = {number: self[number]['label'] for number in map(int, sample)}
+    sample = evenly_spaced(len(self), _LOOKED_AT)
+    found = {number: self[number]['label'] for number in sample}
     without = [n for n, label in found.items() if label is None or label < 0]
     if without and len(without) < len(found):
       raise ConfigError(
@@ -120,9 +121,8 @@ class Examples:
 
     They are not decoded, so that it is the same on every machine.
     """
-    sample = np.linspace(0, len(self) - 1, min(len(self), _DIGESTED))
     found = hashlib.sha256()
-    for number in map(int, sample):
+    for number in evenly_spaced(len(self), _DIGESTED):
       image = self[number]['image']
       content = image
       if isinstance(image, np.ndarray):
