@@ -49,12 +49,11 @@ def resolve(
     raise ConfigError(
       f'{what} is {name!r}, which is no path: name a local one.'
     ) from error
-  names = _VARIABLE.findall(given)
-  unset = [name for name in names if not os.environ.get(name.strip('{}'))]
+  unset = unset_variable(given)
   literal = bool(unset) and os.path.lexists(given)  # Such as a folder `a$b`.
   if unset and not literal:
     raise ConfigError(
-      f'{what} is {given!r}, but ${unset[0]} is not set: set it, or write the '
+      f'{what} is {given!r}, but {unset} is not set: set it, or write the '
       'folder out.'
     )
   path = given
@@ -67,6 +66,13 @@ def resolve(
   if problem:
     raise ConfigError(f'{what} is {given!r}, {problem}')
   return folder
+
+
+def unset_variable(path: str) -> str:
+  """Returns the first `$VAR` or `${VAR}` of a path that is not set, else ''."""
+  names = _VARIABLE.findall(path)
+  unset = [name for name in names if not os.environ.get(name.strip('{}'))]
+  return f'${unset[0]}' if unset else ''
 
 
 def argument(text: str) -> pathlib.Path:

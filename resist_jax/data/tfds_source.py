@@ -14,6 +14,7 @@ from typing import Any
 from absl import logging
 import numpy as np
 
+from resist_jax import folders
 from resist_jax.data.prepared import Examples, Part, Prepared
 from resist_jax.data.streaming import MODES, THREADS
 from resist_jax.errors import ConfigError, did_you_mean, one_line
@@ -110,9 +111,9 @@ def folder_of_sets(data_dir: str) -> str:
   import tensorflow_datasets as tfds  # Slow to import.
 
   folder = os.path.expanduser(os.path.expandvars(data_dir))
-  unset = re.search(r'\$(\w+|\{[^}]*\})', folder)
+  unset = folders.unset_variable(folder)
   if unset or folder.startswith('~'):
-    what = f'{unset[0]} is not set' if unset else 'there is no such user'
+    what = f'{unset} is not set' if unset else 'there is no such user'
     raise ConfigError(
       f'the folder of data sets is {data_dir!r}, but {what}: set data.dir to '
       'the whole path, such as /data/tensorflow_datasets.'
