@@ -12,8 +12,7 @@ from resist_jax.data.augmentation import (
   choose,
   normalise,
 )
-from resist_jax.data.folder_source import listed as listed_files
-from resist_jax.data.folder_source import read as read_files
+from resist_jax.data.folder_source import listed_files, read_files
 from resist_jax.data.given import from_arrays, from_source
 from resist_jax.data.held_out import hold_out
 from resist_jax.data.order import batch_indices, mixed, sample
@@ -32,10 +31,7 @@ from resist_jax.data.sets import (
   load,
   load_test,
 )
-from resist_jax.data.sources import GIVEN
-from resist_jax.data.sources import is_path as is_own
-from resist_jax.data.sources import key as test_key
-from resist_jax.data.sources import same as same_set
+from resist_jax.data.sources import GIVEN, is_own, same_set, test_key
 from resist_jax.data.streaming import StreamedImages
 from resist_jax.data.tables import Table, Tables, from_tables
 

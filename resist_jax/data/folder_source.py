@@ -244,7 +244,7 @@ def _below(
       yield from _below(path, above)
 
 
-def listed(paths: Sequence[str]) -> list[str]:
+def listed_files(paths: Sequence[str]) -> list[str]:
   """Returns the files that paths name, with those in folders.
 
   Args:
@@ -266,7 +266,7 @@ def listed(paths: Sequence[str]) -> list[str]:
   return found
 
 
-def read(
+def read_files(
   paths: Sequence[str], image_shape: tuple[int, ...], resized: bool
 ) -> np.ndarray:
   """Reads image files for a trained network.

@@ -160,7 +160,7 @@ def load(
   """
   _check_arguments(name, validation, streaming, image_size, extra_tests)
   # The files of a person may change from one call to the next.
-  changing = any(map(sources.is_path, (name, *extra_tests)))
+  changing = any(map(sources.is_own, (name, *extra_tests)))
   return (_load if changing else load_once)(
     name,
     data_dir,
@@ -175,12 +175,12 @@ def _load(name, data_dir, validation, splits, reading, extra_tests) -> Dataset:
   source = sources.find(name, data_dir, wanted=splits)
   extra: dict[str, Prepared] = {}
   for other in extra_tests:
-    if sources.same(other, name):
+    if sources.same_set(other, name):
       raise ConfigError(
         f'data.extra_tests names {other!r}, the training data set, whose own '
         'test split is always tested: remove it.'
       )
-    key = sources.key(other)
+    key = sources.test_key(other)
     if key in (*extra, 'train', 'test', 'validation'):
       raise ConfigError(
         f'data.extra_tests names {other!r}, but there is another test that is '

@@ -65,7 +65,7 @@ def find(
   return tfds_source.find(name, data_dir)
 
 
-def is_path(name: str) -> bool:
+def is_own(name: str) -> bool:
   """Returns whether a name is that of a person's own files.
 
   Args:
@@ -96,7 +96,7 @@ def _is_folder(name: str, data_dir: str = '') -> bool:
   return not tfds_source.knows(name, data_dir)
 
 
-def same(name: str, other: str) -> bool:
+def same_set(name: str, other: str) -> bool:
   """Returns whether two names are those of one data set.
 
   Args:
@@ -106,7 +106,7 @@ def same(name: str, other: str) -> bool:
   Returns:
     True if they are equal, or if both are paths that lead to one place.
 
-  >>> same('./photos/', '../photos'), same('./photos/', './photos')
+  >>> same_set('./photos/', '../photos'), same_set('./photos/', './photos')
   (False, True)
   """
   paths, rest = zip(_own(name), _own(other), strict=True)
@@ -120,7 +120,7 @@ def same(name: str, other: str) -> bool:
   return first == second
 
 
-def key(name: str) -> str:
+def test_key(name: str) -> str:
   """Returns what a test on a data set is called in metrics.
 
   Args:
@@ -129,7 +129,7 @@ def key(name: str) -> str:
   Returns:
     Letters, digits and underscores.
 
-  >>> key('imagenet_v2/top-images'), key('/data/My photos/')
+  >>> test_key('imagenet_v2/top-images'), test_key('/data/My photos/')
   ('imagenet_v2_top_images', 'my_photos')
   """
   name = name.removeprefix(hugging_face_source.PREFIX)

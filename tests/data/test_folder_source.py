@@ -464,7 +464,7 @@ def test_a_test_is_called_after_the_end_of_its_path(
 ):
   (tmp_path / 'here').mkdir()
   monkeypatch.chdir(tmp_path / 'here')
-  assert sources.key(name) == key
+  assert sources.test_key(name) == key
 
 
 def test_splits_that_are_not_used_say_nothing_about_the_images(tmp_path):

@@ -321,7 +321,7 @@ def test_a_fourth_channel_is_neither_dropped_nor_made_up(tmp_path):
     data.from_source(late, late[2:6], class_names=NAMES)
   Image.fromarray(some[0]).save(tmp_path / 'a.jpg')
   with pytest.raises(ConfigError, match='no fourth channel'):
-    folder_source.read([str(tmp_path / 'a.jpg')], (8, 8, 4), False)
+    folder_source.read_files([str(tmp_path / 'a.jpg')], (8, 8, 4), False)
   for channels, used in ((3, 4), (4, 3)):
     path = tmp_path / f'{channels}.npz'
     np.savez(path, images=images(9, 8, 8, channels), labels=labels(9))
