@@ -187,17 +187,7 @@ class ResNet(nn.Module):
     Raises:
       ValueError: If the fields `norm`, `stem` or `initial` have unknown values.
     """
-    if self.norm not in ('batch', 'group'):
-      raise ValueError(f'unknown norm {self.norm!r}: use batch or group.')
-    if self.stem not in STEMS:
-      raise ValueError(
-        f'unknown stem {self.stem!r}: use one of {", ".join(STEMS)}.'
-      )
-    if self.initial not in INITIAL:
-      raise ValueError(
-        f'unknown initial values {self.initial!r}: use one of '
-        f'{", ".join(INITIAL)}.'
-      )
+    self._check()
     conv: dict[str, Any] = {
       'dtype': self.dtype,
       'kernel_init': he_normal if self.initial == 'he' else torch_uniform,
@@ -211,27 +201,9 @@ class ResNet(nn.Module):
         saves_traffic=self.saves_traffic,
       )
     if name == 'stem':
-      large = self.stem == 'imagenet'
-      return Stem(
-        self.widths[0],
-        size=7 if large else 3,
-        stride=1 if self.stem == 'small' else 2,
-        whitens=self.stem == 'whitened',
-        norm=None if self.pre_activation else norm,
-        pool=large,
-        name=name,
-        **conv,
-      )
+      return self._stem(name, conv, norm)
     if name == 'classifier':
-      # Otherwise flax's defaults, with a bias of zero.
-      drawn: dict[str, Any] = {}
-      if self.initial != 'he':
-        features = (4 if self.bottleneck else 1) * self.widths[-1]
-        drawn = {
-          'kernel_init': torch_uniform,
-          'bias_init': torch_bias(features),
-        }
-      return Classifier(self.num_classes, name=name, **drawn)
+      return self._classifier(name)
     stage, kind = name.removeprefix('stage').split('_')
     block: Any = Block
     if self.cut_heads and kind != 'chain' and self.has_projection(int(stage)):
@@ -246,6 +218,44 @@ class ResNet(nn.Module):
       gate=self.gate,
       name=name,
     )
+
+  @nn.nowrap
+  def _check(self) -> None:
+    """Raises a ValueError if a field has an unknown value."""
+    if self.norm not in ('batch', 'group'):
+      raise ValueError(f'unknown norm {self.norm!r}: use batch or group.')
+    if self.stem not in STEMS:
+      raise ValueError(
+        f'unknown stem {self.stem!r}: use one of {", ".join(STEMS)}.'
+      )
+    if self.initial not in INITIAL:
+      raise ValueError(
+        f'unknown initial values {self.initial!r}: use one of '
+        f'{", ".join(INITIAL)}.'
+      )
+
+  @nn.nowrap
+  def _stem(self, name: str, conv: Mapping[str, Any], norm: Any) -> Stem:
+    large = self.stem == 'imagenet'
+    return Stem(
+      self.widths[0],
+      size=7 if large else 3,
+      stride=1 if self.stem == 'small' else 2,
+      whitens=self.stem == 'whitened',
+      norm=None if self.pre_activation else norm,
+      pool=large,
+      name=name,
+      **conv,
+    )
+
+  @nn.nowrap
+  def _classifier(self, name: str) -> Classifier:
+    # Otherwise flax's defaults, with a bias of zero.
+    drawn: dict[str, Any] = {}
+    if self.initial != 'he':
+      features = (4 if self.bottleneck else 1) * self.widths[-1]
+      drawn = {'kernel_init': torch_uniform, 'bias_init': torch_bias(features)}
+    return Classifier(self.num_classes, name=name, **drawn)
 
   def with_chain_lengths(self, lengths: Mapping[str, int]) -> 'ResNet':
     """Returns the same network with chains of other lengths.
