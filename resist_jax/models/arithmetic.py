@@ -1,13 +1,14 @@
 """Counts of what one training step of a residual network computes."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 import math
 
 from flax import linen as nn
 import jax
 import numpy as np
 
-from resist_jax.models.blocks import Block, Branch
+from resist_jax.models.blocks import output_of
 from resist_jax.models.layers import BatchNorm, Conv, GroupNorm16
 from resist_jax.models.resnet import ResNet
 
@@ -66,25 +67,24 @@ def num_activations(
   total = 0
   for name, _ in network.pieces():
     module = network.clone(norm_axis=None).make_piece(name)
-    entering: dict[int, jax.Array] = {}  # Arrays that two layers share once.
-
-    def record(next_call, args, kwargs, context, entering=entering):
-      if context.method_name == '__call__' and isinstance(
-        context.module, kinds
-      ):
-        entering[id(args[0])] = args[0]
-      return next_call(*args, **kwargs)
-
-    scale = (np.float32(1),) if isinstance(module, Block | Branch) else ()
-
-    def apply(x, module=module, scale=scale, record=record):
-      with nn.intercept_methods(record):
-        return module.init_with_output(jax.random.key(0), x, *scale)[0]
-
-    x = jax.eval_shape(apply, x)
-    x = x[0] if scale else x
-    total += sum(math.prod(array.shape) for array in entering.values())
+    x, entering = jax.eval_shape(partial(_output_and_inputs, module, kinds), x)
+    total += sum(math.prod(array.shape) for array in entering)
   return total
+
+
+def _output_and_inputs(module, kinds, x):
+  """Applies a piece; returns also what enters its layers of these kinds."""
+  entering = {}  # Arrays that two layers share are there once.
+
+  def record(next_call, args, kwargs, context):
+    if context.method_name == '__call__' and isinstance(context.module, kinds):
+      entering[id(args[0])] = args[0]
+    return next_call(*args, **kwargs)
+
+  with nn.intercept_methods(record):
+    key = jax.random.key(0)
+    y, _ = module.init_with_output(key, x, method=output_of)
+  return y, list(entering.values())
 
 
 def predicted_flops(

@@ -10,11 +10,14 @@ from typing import Any
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from resist_jax.models.accelerated import widen
 from resist_jax.models.layers import Conv, convolve
 
 Layer = Callable[..., Any]
+
+_ONE = np.float32(1)
 
 
 class _Residual(nn.Module):
@@ -201,3 +204,18 @@ class Classifier(nn.Dense):
       Logits, `float32[B, num_classes]`; float64 for images of float64.
     """
     return super().__call__(widen(x).mean(axis=(1, 2)))
+
+
+def output_of(piece: nn.Module, x: Any, scale: Any = _ONE) -> Any:
+  """Applies a piece that stands alone; only blocks take a scale.
+
+  Args:
+    piece: The module, bound to its parameters: give this function as the
+      `method` of its `init` or `apply`.
+    x: What the piece takes.
+    scale: Scale of the residual branch, for a `Block` or `Branch`.
+
+  Returns:
+    What the piece returns, without the None of blocks.
+  """
+  return piece(x, scale)[0] if isinstance(piece, Block | Branch) else piece(x)

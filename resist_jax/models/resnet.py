@@ -21,7 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resist_jax.models.blocks import Block, Branch, Classifier, Shortcut, Stem
+from resist_jax.models.blocks import (
+  Block,
+  Branch,
+  Classifier,
+  Shortcut,
+  Stem,
+  output_of,
+)
 from resist_jax.models.layers import (
   BatchNorm,
   Conv,
@@ -356,13 +363,11 @@ def initial_params(
   init = jax.jit(_init, static_argnums=0, compiler_options=options)
   for position, (name, block) in enumerate(network.pieces()):
     module = modules[name]
-    scale = (jnp.ones(()),) if isinstance(module, Block | Branch) else ()
     key = jax.random.fold_in(jax.random.key(seed), position)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), x)
-    variables = init(module, key, zeros, *scale)
+    variables = init(module, key, zeros)
     if not block:  # The other blocks of a chain keep the shape.
-      x = jax.eval_shape(module.apply, variables, x, *scale)
-      x = x[0] if scale else x
+      x = jax.eval_shape(partial(module.apply, method=output_of), variables, x)
     by_name.setdefault(name, []).append(jax.device_get(variables['params']))
     if block is not None:
       stacked.add(name)
@@ -382,8 +387,8 @@ def _modules(network: ResNet) -> dict[str, Any]:
   return {name: network.make_piece(name) for name, _ in network.pieces()}
 
 
-def _init(module, key, *args):
-  return module.init(key, *args)
+def _init(module, key, x):
+  return module.init(key, x, method=output_of)
 
 
 def head_name(stage: int) -> str:

@@ -17,7 +17,8 @@ import numpy as np
 
 from resist_jax import data
 from resist_jax.exchange import WORKER
-from resist_jax.models import Block, Branch, ResNet
+from resist_jax.models import ResNet
+from resist_jax.models.blocks import output_of
 from resist_jax.rounds import State, mesh_sizes
 from resist_jax.rounds.arrays import place, to_host
 from resist_jax.rounds.mesh import REPLICATED, SHARDED, spread
@@ -214,13 +215,14 @@ def apply_piece(
       params = jax.tree.map(lambda p: at(p, index), params)
     params, x = jax.tree.map(lambda row: row[0], (params, x))
     piece = network.make_piece(name)
-    is_block = isinstance(piece, Block | Branch)
     y, measured = piece.apply(
       {'params': params, 'batch_stats': statistics},
-      *((x, scale) if is_block else (x,)),
+      x,
+      scale,
+      method=output_of,
       mutable=[] if statistics else ['batch_stats'],
     )
-    results = (y[0] if is_block else y, measured.get('batch_stats', {}))
+    results = (y, measured.get('batch_stats', {}))
     return jax.tree.map(lambda row: row[None], results)
 
   specs = (SHARDED, REPLICATED, REPLICATED, REPLICATED, spread(mesh))

@@ -43,6 +43,14 @@ def test_every_family_member_builds(name):
   assert params['classifier']['kernel'].shape[1] == 7
 
 
+@pytest.mark.parametrize('cut_heads', [False, True])
+def test_counting_activations_leaks_nothing_of_the_traced_network(cut_heads):
+  net = models.PreActResNetTiny(num_classes=4, cut_heads=cut_heads)
+  with jax.checking_leaks():
+    lengths = {'stage3_chain': 2}
+    assert models.num_activations(net, (8, 8, 1), lengths, fused=True) > 0
+
+
 def test_depths_are_those_of_the_paper():
   for name, blocks in (('101', 22), ('152', 35), ('200', 49)):
     net = models.FAMILY[f'PreActResNet{name}'](num_classes=10)
