@@ -9,11 +9,10 @@ from resist_jax.report.chart import Chart, Line, Point
 from resist_jax.report.colours import styles
 from resist_jax.report.groups import Group
 from resist_jax.report.sentence import further_tests_of
-from resist_jax.report.units import byte_unit
+from resist_jax.report.units import byte_axis
 
 ACCURACY = 'test accuracy, as deployed (%)'
 BAND = 'A line is the mean of the seeds; its band goes from lowest to highest.'
-_FAR = 20  # Where one run sends so many times as much, bytes need a log axis.
 _COUNTS = {
   'wire_bytes_total': 'sent by all devices',
   'bytes_total': "communication, the paper's count",
@@ -90,9 +89,7 @@ def _by_bytes(
   found = next((c for c in charts if c and _all_sent(c)), None)
   if found is None:
     return None
-  ends = [line.points[-1].x for line in found.lines]
-  log = max(ends) > _FAR * min(ends)
-  unit, unit_name = byte_unit(min(ends) if log else max(ends))
+  log, unit, unit_name = byte_axis([line.points[-1].x for line in found.lines])
   return dataclasses.replace(
     _mapped(found, lambda p: p._replace(x=p.x / unit), log),
     x=f'{found.x} ({unit_name})',

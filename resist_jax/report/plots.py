@@ -16,7 +16,7 @@ import numpy as np
 from resist_jax.errors import printable
 from resist_jax.report.colours import Style, colours, styles
 from resist_jax.report.records import MAX_ROUNDS, Rows
-from resist_jax.report.units import byte_unit
+from resist_jax.report.units import byte_axis
 
 Slots = Sequence[Sequence[int]]  # For each worker, the blocks that it trained.
 
@@ -83,12 +83,9 @@ def accuracy_figure(runs: Mapping[str, Rows], x: str) -> Figure:
     for metric, _, _ in CURVES
   }
   ends = [max(p)[0] for p in points.values() if p]
-  # Data parallel sends T times as much as local SGD. On a linear axis, the
-  # curve of local SGD would be a vertical line at the left edge.
-  log = x == 'bytes_total' and bool(ends) and max(ends) > 20 * min(ends) > 0
-  unit, axis = 1.0, AXES[x]
+  log, unit, axis = False, 1.0, AXES[x]
   if x == 'bytes_total':
-    unit, name = byte_unit(min(ends) if log else max(ends, default=0))
+    log, unit, name = byte_axis(ends)
     axis = f'{axis} ({name}{", logarithmic" if log else ""})'
 
   entries = len(CURVES) + (len(runs) if len(runs) > 1 else 0)

@@ -1,4 +1,8 @@
-"""Numbers of bytes for readers."""
+"""Numbers of bytes for readers, and the axes that show them."""
+
+from collections.abc import Sequence
+
+_FAR = 20  # Where one run sends so many times as much, bytes need a log axis.
 
 
 def byte_unit(num_bytes: float) -> tuple[float, str]:
@@ -33,3 +37,23 @@ def byte_text(num_bytes: float) -> str:
   """
   unit, name = byte_unit(num_bytes)
   return f'{num_bytes / unit:.4g} {name}'
+
+
+def byte_axis(ends: Sequence[float]) -> tuple[bool, float, str]:
+  """Chooses an axis for curves of which some may send much more than others.
+
+  Data parallel sends T times as much as local SGD. On a linear axis, the curve
+  of local SGD would be a vertical line at the left edge.
+
+  Args:
+    ends: The number of bytes at which each curve ends.
+
+  Returns:
+    Whether the axis is logarithmic, the size of its unit in bytes, and the name
+    of the unit.
+
+  >>> byte_axis([5e6, 2e9]), byte_axis([5e8, 2e9])
+  ((True, 1000000.0, 'MB'), (False, 1000000000.0, 'GB'))
+  """
+  log = bool(ends) and max(ends) > _FAR * min(ends) > 0
+  return log, *byte_unit(min(ends) if log else max(ends, default=0))
