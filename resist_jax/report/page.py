@@ -26,7 +26,7 @@ from resist_jax.report.records import (
   is_number,
   load_runs,
 )
-from resist_jax.report.sentence import sentences
+from resist_jax.report.sentence import classes_and_shape, sentences
 
 # For each row of the summary table, its name and the format of its cells. A
 # cell becomes a dash if the summary lacks one of its fields.
@@ -67,7 +67,6 @@ PROVENANCE = (
   ('seconds, with tests', '{seconds_total:,.1f}'),
   ('versions', '{versions_text}'),
 )
-_NAMES = 10  # Classes that a table names.
 _HOW = ('as deployed', 'as in paper')  # For each of `ACCURACIES`.
 NOTE = """As deployed: with fixed norm statistics, measured for the global model
 after training. As in the paper: with the statistics of each test batch.
@@ -136,14 +135,11 @@ def _memory(memory: Any) -> dict[str, int]:
 
 def _images(fields: Summary) -> dict[str, str]:
   """Returns what the images show, and their shape, where that is known."""
-  names, shape = fields.get('class_names'), fields.get('image_shape')
+  count, names, shape = classes_and_shape(fields)
   texts = {}
-  if isinstance(names, list) and names:
-    more = ', …' if names[_NAMES:] else ''
-    texts['classes_text'] = (
-      f'{len(names):,}: {", ".join(map(str, names[:_NAMES]))}{more}'
-    )
-  if isinstance(shape, list) and len(shape) == 3:
+  if count:
+    texts['classes_text'] = f'{count:,}: {names}'
+  if shape:
     texts['image_text'] = '{} x {}, {}'.format(*shape)
   return texts
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import math
 import statistics
+from typing import Any
 
 from resist_jax.report.colours import protocol_name
 from resist_jax.report.compare import (
@@ -12,7 +13,7 @@ from resist_jax.report.compare import (
   compare,
 )
 from resist_jax.report.groups import Group
-from resist_jax.report.records import further_tests
+from resist_jax.report.records import Summary, further_tests
 from resist_jax.report.units import byte_unit
 
 # Settings in which runs of different protocols may differ and be compared.
@@ -20,7 +21,7 @@ _OF_PROTOCOL = (
   'protocol', 'exchange', 'wire_format', 'min_depth', 'depths', 'seed',
   'data.dir', 'checkpoint_every', 'eval_every', 'evaluation.at_start',
 )  # fmt: skip
-_NAMES = 10  # Classes that a sentence names.
+_NAMES = 10  # Classes that a page names.
 
 
 def sentences(groups: Sequence[Group]) -> list[str]:
@@ -90,19 +91,30 @@ def _text(group: Group, field: str) -> str:
 
 def _images(summary) -> str:
   """Says how many classes there are, which ones, and how large an image is."""
-  names, shape = summary.get('class_names'), summary.get('image_shape')
+  count, names, shape = classes_and_shape(summary)
   parts = []
-  if isinstance(names, list) and names:
-    listed = ', '.join(map(str, names[:_NAMES]))
-    more = ', …' if names[_NAMES:] else ''
-    parts.append(f'{len(names):,} classes ({listed}{more})')
-  if isinstance(shape, list) and len(shape) == 3:
+  if count:
+    parts.append(f'{count:,} classes ({names})')
+  if shape:
     height, width, channels = shape
     parts.append(
       f'images of {height} x {width} pixels in {channels} '
       f'channel{"" if channels == 1 else "s"}'
     )
   return f': {", ".join(parts)}' if parts else ''
+
+
+def classes_and_shape(summary: Summary) -> tuple[int, str, list[Any]]:
+  """Returns the number of classes, names of some, and `[H, W, C]` of an image.
+
+  What the summary of a run does not say is 0 or empty.
+  """
+  names, shape = summary.get('class_names'), summary.get('image_shape')
+  names = names if isinstance(names, list) else []
+  more = ', …' if names[_NAMES:] else ''
+  known = isinstance(shape, list) and len(shape) == 3
+  listed = ', '.join(map(str, names[:_NAMES]))
+  return len(names), f'{listed}{more}', shape if known else []
 
 
 def _examples(group: Group) -> str:
