@@ -18,6 +18,7 @@ from resist_jax.models.accelerated import (
 )
 
 NHWC = ('NHWC', 'HWIO', 'NHWC')
+_EPSILON = 1e-5  # Batch norm adds it to the variance.
 
 Initializer = Callable[..., jax.Array]
 
@@ -103,7 +104,6 @@ class BatchNorm(nn.Module):
   - with `mean` and `mean_square`: normalise with these (a deployed model).
 
   Attributes:
-    epsilon: Added to the variance.
     dtype: Dtype of the output; statistics are computed in float32,
       or in float64 for such images.
     axis_name: The mesh axis that splits the batch into equal parts, if any;
@@ -112,7 +112,6 @@ class BatchNorm(nn.Module):
       follows.
   """
 
-  epsilon: float = 1e-5
   dtype: Any = jnp.float32
   axis_name: str | None = None
   saves_traffic: bool = False
@@ -134,7 +133,7 @@ class BatchNorm(nn.Module):
     measured = self.has_variable('batch_stats', 'mean')
     measures = self.is_mutable_collection('batch_stats')
     if relu and self.saves_traffic and not (measured or measures):
-      return norm_relu(x, scale, bias, self.epsilon, self.dtype, self.axis_name)
+      return norm_relu(x, scale, bias, _EPSILON, self.dtype, self.axis_name)
     x = widen(x)
     if measured:
       mean = self.get_variable('batch_stats', 'mean')
@@ -148,7 +147,7 @@ class BatchNorm(nn.Module):
         self.put_variable('batch_stats', 'mean', mean)
         self.put_variable('batch_stats', 'mean_square', mean_square)
     variance = jnp.maximum(mean_square - jnp.square(mean), 0.0)
-    factor = scale * lax.rsqrt(variance + self.epsilon)
+    factor = scale * lax.rsqrt(variance + _EPSILON)
     y = affine(x, factor, bias - mean * factor).astype(self.dtype)
     return nn.relu(y) if relu else y
 

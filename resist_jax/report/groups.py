@@ -66,11 +66,6 @@ class Group:
     known = plots.protocol_of(self.runs[0].rows)
     return known or str(self.summary.get('protocol', ''))
 
-  @property
-  def finished(self) -> bool:
-    """Whether no run has rounds to go."""
-    return not any(run.summary.get('of_rounds') for run in self.runs)
-
   def values(self, field: str) -> list[float]:
     """Returns a number of the summaries, of each seed that has it."""
     found = [run.summary.get(field) for run in self.runs]
