@@ -128,7 +128,17 @@ class Instruction(NamedTuple):
 
 
 class Program(NamedTuple):
-  """A program's text, and what to count in it."""
+  """A parsed program, and what to count in it.
+
+  Attributes:
+    computations: Instructions by the name of their computation.
+    entry: Name of the computation with which the program begins.
+    num_devices: How many devices run it.
+    branches: See `wire_bytes`.
+    group_size: See `wire_bytes`.
+    inside: Whether to count what devices of one group send each other.
+    num_slices: How many TPU slices the devices are in.
+  """
 
   computations: dict[str, list[Instruction]]
   entry: str

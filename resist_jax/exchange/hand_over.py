@@ -34,8 +34,8 @@ def hand_over(wire_format: str = 'float32', spread: bool = False) -> Exchange:
   moves on; owners send the next replicas.
 
   Args:
-    wire_format: float32 (exact), bfloat16 or int8, in which blocks travel in 16
-      bits, and moments as bfloat16.
+    wire_format: float32 (exact), bfloat16 or int8; with int8, blocks that move
+      take 16 bits, and moments are bfloat16.
     spread: Whether each worker gets blocks from all parts of the chain, see
       `decomposition.Assigner`, instead of any blocks (the paper).
 

@@ -16,8 +16,8 @@ class Load(NamedTuple):
   Attributes:
     division: How the chain is divided among workers.
     block_sizes: How many numbers a block has: parameters, and each moment of
-      the optimiser that is carried with them. Empty asks for what a
-      round sends besides blocks; a sum over the sizes is added to that.
+      the optimiser that is carried with them. `Exchange.bytes` adds a sum
+      over these to what a round sends besides blocks; empty leaves only that.
     excludes: Whether faulty workers are excluded from the aggregate.
     stays: Whether each block stays where it is.
   """

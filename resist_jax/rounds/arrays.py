@@ -168,3 +168,11 @@ def first_copy(x: jax.Array | np.ndarray) -> np.ndarray:
     `[...]`, read from a device of this process.
   """
   return np.asarray(from_here(x)[0])  # An array, also where it is a scalar.
+
+
+def kind_of(value: Any) -> str:
+  """Describes a leaf in a message, such as `float32[2, 3]`."""
+  shape, dtype = (getattr(value, name, None) for name in ('shape', 'dtype'))
+  if dtype is None:
+    return f'of the type {type(value).__name__}'
+  return f'{dtype}[{", ".join(map(str, shape or ()))}]'

@@ -3,25 +3,20 @@
 All of them are found from shapes, before anything is compiled.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import inspect
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 import numpy as np
-import optax
 
 from resist_jax.decomposition import Assignment, join, split
-from resist_jax.errors import FOREIGN, did_you_mean, one_line
+from resist_jax.errors import did_you_mean
+from resist_jax.rounds.arrays import kind_of
 from resist_jax.rounds.local_training import LossFn
-from resist_jax.rounds.moments import (
-  floats_of,
-  is_key,
-  put_together,
-  take_apart,
-)
+from resist_jax.rounds.mesh import shapes_on
 from resist_jax.rounds.nodes import names_of_leaves
 
 PyTree = Any
@@ -86,168 +81,8 @@ def metric_names(
     return jax.tree.map(jnp.asarray, found)
 
   params = join(shared, chain)
-  _shapes_on(mesh, called, params, present, batch, key, *extra)
+  shapes_on(mesh, called, params, present, batch, key, *extra)
   return tuple(names)
-
-
-def check_optimizer(
-  optimizer: optax.GradientTransformation,
-  params: PyTree,
-  carry: bool,
-  mesh: Mesh,
-  field: str = 'carry',
-  averaged: bool = True,
-) -> None:
-  """Calls an optimiser on shapes, as a local step will.
-
-  Args:
-    optimizer: The optimiser of local training.
-    params: Shapes of one worker's parameters.
-    carry: Whether its state lasts from round to round.
-    mesh: Where the workers live; the optimiser may name its axes.
-    field: What lets it last, in messages.
-    averaged: Whether all workers get the same gradients.
-
-  Raises:
-    ValueError: If it fails, if its state changes its form, if it needs a state
-      that restarts, or if workers could not agree on a state that lasts.
-  """
-
-  def step(params):
-    state = optimizer.init(params)
-    return state, optimizer.update(params, state, params)[1]
-
-  try:
-    state, after = _shapes_on(mesh, step, params)
-  except FOREIGN as error:
-    raise ValueError(
-      f'optimizer cannot be used ({one_line(error)}): it gets gradients, its '
-      'state and parameters, and nothing else; use one that needs no more, '
-      'such as optax.adamw(1e-3). Masks and labels must be functions, or have '
-      'plain dictionaries where params has a FrozenDict or an nnx.State.'
-    ) from error
-  _check_same_form(state, after)
-  agrees = averaged and carry  # On what it draws, and goes on with.
-  if not agrees and any(map(_is_raw_key, jax.tree.leaves(state))):
-    raise ValueError(
-      'optimizer keeps a raw key, by which all workers, or all rounds, would '
-      'draw the same numbers: make it by jax.random.key instead of PRNGKey.'
-    )
-  if carry and any(map(is_key, take_apart(optimizer, state).rest)):
-    raise ValueError(
-      'optimizer draws random numbers, and its key is none of its moments, '
-      f'which {field} and data parallel training keep: use another one.'
-    )
-  found = set(map(type, jax.tree.leaves(state, is_leaf=_is_periodic)))
-  for kind in () if carry else found & _PERIODIC.keys():
-    raise ValueError(
-      f'optimizer counts steps of its own ({_PERIODIC[kind]}), but its state '
-      f'restarts in every round: set {field}=True, or use another optimiser.'
-    )
-  if carry and not averaged and floats_of(take_apart(optimizer, state).rest):
-    _check_no_estimates(optimizer, params, field)
-
-
-def _is_raw_key(leaf: Any) -> bool:
-  return leaf.dtype == np.uint32 and leaf.shape in ((2,), (4,))
-
-
-# Optimisers that do something else at every k-th step.
-_PERIODIC = {
-  optax.MultiStepsState: 'optax.MultiSteps',
-  optax.ApplyEvery: 'optax.apply_every',
-  optax.contrib.SAMState: 'optax.contrib.sam',
-}
-
-
-def _is_periodic(node: Any) -> bool:
-  return type(node) in _PERIODIC
-
-
-def _check_same_form(before: PyTree, after: PyTree) -> None:
-  """Refuses an optimiser whose state cannot go through a compiled loop."""
-  one, other = (
-    dict(jax.tree_util.tree_leaves_with_path(x)) for x in (before, after)
-  )
-  differ = [k for k in one | other if _form(one, k) != _form(other, k)]
-  if differ:
-    where = jax.tree_util.keystr(differ[0])
-    raise ValueError(
-      f'optimizer has a state whose leaf {where} is {_form(one, differ[0])} '
-      f'after init and {_form(other, differ[0])} after update: let update '
-      'return a state of the same form, or leave out the transformation that '
-      'does not, such as optax.monitor.'
-    )
-  if jax.tree.structure(before) != jax.tree.structure(after):
-    raise ValueError(
-      'optimizer has a state with other nodes after update than after init: '
-      'let both return the same ones.'
-    )
-
-
-def _form(leaves: Mapping[Any, Any], path: Any) -> str:
-  return _kind(leaves[path]) if path in leaves else 'missing'
-
-
-def _check_no_estimates(
-  optimizer: optax.GradientTransformation, params: PyTree, field: str
-) -> None:
-  """Refuses an optimiser that estimates a number from all gradients.
-
-  Nobody averages such a number, so each worker would go on with its own.
-  """
-
-  def filled(value):
-    # Fewer bits would hide the first, small changes of an estimate.
-    return jax.tree.map(
-      lambda x: jnp.full([min(n, 2) for n in x.shape], value, jnp.float32),
-      params,
-    )
-
-  update = jax.jit(optimizer.update)
-
-  def steps(state, gradient):
-    """Returns the state after three steps, and the updates."""
-    params, found = filled(0.5), []
-    for _ in range(3):
-      updates, state = update(filled(gradient), state, params)
-      params = optax.apply_updates(params, updates)
-      found += jax.tree.leaves(updates)
-    return state, found
-
-  try:
-    begun = optimizer.init(filled(0.5))
-    ours, theirs = (
-      take_apart(optimizer, steps(begun, gradient)[0])
-      for gradient in (0.1, 0.9)
-    )
-    # A number that is only recorded changes no update.
-    found, other = (
-      steps(put_together(optimizer, begun, ours._replace(rest=rest)), 0.5)[1]
-      for rest in (ours.rest, theirs.rest)
-    )
-  except FOREIGN:  # Such as one that names an axis of the mesh.
-    return
-  pairs = zip(found, other, strict=True)
-  if not all(np.array_equal(*pair, equal_nan=True) for pair in pairs):
-    raise ValueError(
-      f'{field} is set, but optimizer estimates a number from all gradients, '
-      'and each worker would go on with its own: leave it out, or use an '
-      'optimiser without such numbers, such as optax.adamw(1e-3).'
-    )
-
-
-def _shapes_on(mesh: Mesh, function: Callable, *args: PyTree) -> Any:
-  """Returns shapes of what a function returns that may name axes of a mesh."""
-  everywhere = PartitionSpec()
-  on_mesh = jax.shard_map(
-    function,
-    mesh=mesh,
-    in_specs=everywhere,
-    out_specs=everywhere,
-    check_vma=False,
-  )
-  return jax.eval_shape(on_mesh, *args)
 
 
 def _check_signature(
@@ -307,8 +142,8 @@ def returned_metrics(found: Any) -> tuple[str, ...]:
     jnp.result_type(loss), jnp.floating
   ):
     raise ValueError(
-      f'the loss that loss_fn returns is {_kind(loss)}; it must be a floating '
-      'scalar: take the mean over the batch.'
+      f'the loss that loss_fn returns is {kind_of(loss)}; it must be a '
+      'floating scalar: take the mean over the batch.'
     )
   if not isinstance(metrics, Mapping):
     raise ValueError(
@@ -322,21 +157,14 @@ def returned_metrics(found: Any) -> tuple[str, ...]:
       )
     if not _is_scalar(value):
       raise ValueError(
-        f'the metric {name!r} that loss_fn returns is {_kind(value)}; it must '
-        'be a scalar: take its mean.'
+        f'the metric {name!r} that loss_fn returns is {kind_of(value)}; it '
+        'must be a scalar: take its mean.'
       )
     if name in TAKEN:
       raise ValueError(
         f'loss_fn returns a metric {name!r}, a name that rounds use: rename it.'
       )
   return tuple(metrics)
-
-
-def _kind(value: Any) -> str:
-  shape, dtype = (getattr(value, name, None) for name in ('shape', 'dtype'))
-  if dtype is None:
-    return f'of the type {type(value).__name__}'
-  return f'{dtype}[{", ".join(map(str, shape or ()))}]'
 
 
 def _is_scalar(value: Any) -> bool:

@@ -1,7 +1,9 @@
 """The mesh that workers live on, and how arrays lie on it."""
 
+from collections.abc import Callable
 from functools import cache
 import os
+from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -192,3 +194,15 @@ def workers_here(mesh: Mesh, num_workers: int) -> range:
     if device.process_index == jax.process_index()
   ]
   return range(mine[0] * each, (mine[-1] + 1) * each)
+
+
+def shapes_on(mesh: Mesh, function: Callable, *args: Any) -> Any:
+  """Returns shapes of what a function returns that may name axes of a mesh."""
+  on_mesh = jax.shard_map(
+    function,
+    mesh=mesh,
+    in_specs=REPLICATED,
+    out_specs=REPLICATED,
+    check_vma=False,
+  )
+  return jax.eval_shape(on_mesh, *args)

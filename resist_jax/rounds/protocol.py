@@ -159,7 +159,7 @@ class Protocol:
       chain: Its name.
 
     Returns:
-      Its length, the number of workers, and the depths.
+      Its length, the number of workers, the minimum depth, and the depths.
     """
     min_depth = self.min_depth
     if isinstance(min_depth, Mapping):

@@ -424,7 +424,7 @@ def point_to(pointer: pathlib.Path, folder: pathlib.Path) -> None:
   with folders.replacing(pointer) as part:
     part.write_text(f'{folder.name} {digest_of_files(folder)}\n')
   for other in folder.parent.glob('round_*'):
-    # Also those that a save has left behind which was stopped.
+    # A save that was stopped has left one behind, too.
     ours = re.fullmatch(r'round_\d+(_again)?', other.name)
     if ours and other.name != folder.name and (other / _OF_ORBAX).exists():
       shutil.rmtree(other, ignore_errors=True)

@@ -42,6 +42,7 @@ from resist_jax.decomposition import Division, join, split
 from resist_jax.errors import FOREIGN, ConfigError, message, one_line
 from resist_jax.rounds import LossFn, State, checks, make_mesh, nodes
 from resist_jax.rounds.arrays import to_host
+from resist_jax.rounds.optimizer_check import check_optimizer
 from resist_jax.run import export, optimizer
 from resist_jax.run.config import (
   augmentation,
@@ -422,9 +423,7 @@ def _check_optimizer(task: ModuleTask) -> None:
       parallel = protocol == 'data_parallel'
       carries = config.optimizer.carry_momentum or parallel
       averaged = parallel or config.num_workers == 1
-      checks.check_optimizer(
-        made, shapes, carries, make_mesh(1), field, averaged
-      )
+      check_optimizer(made, shapes, carries, make_mesh(1), field, averaged)
 
 
 def _train_once(task: ModuleTask) -> Callable:

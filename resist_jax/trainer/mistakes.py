@@ -2,7 +2,7 @@
 
 Each gets one line, before anything runs: fields that do not fit, states of
 another trainer, and batches or slots that its compiled programs do not take.
-`rounds.checks` finds the mistakes in parameters, losses and other batches.
+`rounds.checks` finds the mistakes in parameters, losses and sizes of batches.
 """
 
 from collections.abc import Mapping, Sequence

@@ -37,6 +37,7 @@ from resist_jax.rounds import state as states
 from resist_jax.rounds.arrays import place
 from resist_jax.rounds.mesh import REPLICATED, most_devices
 from resist_jax.rounds.moments import first_halves, fits, reformed
+from resist_jax.rounds.optimizer_check import check_optimizer
 from resist_jax.rounds.protocol import hold_the_same
 from resist_jax.rounds.state import assignments_on_host
 from resist_jax.trainer import batching, files, mistakes
@@ -603,7 +604,7 @@ def _make_round(trainer, structure, shapes, lengths, streamed) -> Round:
     )
 
   worker = one_worker(shared), one_worker(chain)
-  checks.check_optimizer(
+  check_optimizer(
     trainer.optimizer,
     join(*worker),
     trainer.carry,
