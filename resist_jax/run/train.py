@@ -165,15 +165,17 @@ def _rounds(
       _record(folder, config, described, done)
     unit, rounds = setup.dataset.unit, config.num_rounds
     with metrics.open_log(folder, done, rounds, writes, unit) as log:
-      loop = Loop(setup, checkpoints, log, callbacks, interrupt)
+      loop = None
       try:
-        loop.begin(restored, started)  # It may refuse the checkpoint.
+        loop = Loop(  # It may refuse the checkpoint.
+          setup, restored, started, checkpoints, log, callbacks, interrupt
+        )
         log.check()
         if writes and restored:
           _record(folder, config, described, done)
         loop.run()
       except ConfigError:
-        begun = restored or loop.progress.round
+        begun = restored or (loop and loop.progress.round)
         if writes and not begun:  # What is mended may begin here.
           for name in ('config.json', workdir_lib.DATA):
             (folder / name).unlink(missing_ok=True)
