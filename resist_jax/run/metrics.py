@@ -1,11 +1,11 @@
 """The log of a run: a JSON line per round, and a progress bar."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 import contextlib
 import json
 import pathlib
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import logging
 import tqdm
@@ -16,20 +16,20 @@ from resist_jax.run.streams import Forgiving
 from resist_jax.run.workdir import is_at
 
 
-class Log(NamedTuple):
-  """How a run logs; a process that does not write does nothing.
+class Log:
+  """The log in a process that does not write it: nothing is done."""
 
-  Attributes:
-    begin: Says that the rounds begin; see `MetricsLog.begin`.
-    before: Logs a test before the first round; see `MetricsLog.before`.
-    write: Logs the row of a round; see `MetricsLog.write`.
-    check: Checks that the log is still there; see `MetricsLog.check`.
-  """
+  def begin(self) -> None:
+    """See `MetricsLog.begin`."""
 
-  begin: Callable[[], None]
-  before: Callable[[Mapping[str, Any]], None]
-  write: Callable[[Mapping[str, Any]], None]
-  check: Callable[[], None]
+  def before(self, row: Mapping[str, Any]) -> None:
+    """See `MetricsLog.before`."""
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    """See `MetricsLog.write`."""
+
+  def check(self) -> None:
+    """See `MetricsLog.check`."""
 
 
 @contextlib.contextmanager
@@ -53,13 +53,13 @@ def open_log(
     The log.
   """
   if not writes:
-    yield Log(lambda: None, *2 * (lambda row: None,), lambda: None)
+    yield Log()
     return
   with MetricsLog(workdir, start_round, num_rounds, unit) as log:
-    yield Log(log.begin, log.before, log.write, log.check)
+    yield log
 
 
-class MetricsLog:
+class MetricsLog(Log):
   """Appends one row for each round to `metrics.jsonl`."""
 
   def __init__(
