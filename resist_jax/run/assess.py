@@ -239,12 +239,12 @@ def _check_same(run: Trained, model: Predictor, dataset: data.Dataset) -> None:
   """Refuses data of other classes, and warns of other examples."""
   known = tuple(model.class_names), tuple(model.image_shape)
   there = tuple(dataset.class_names), dataset.train.images.shape[1:]
-  said = same_data.changes(run, dataset)
+  differ = same_data.changes(run, dataset)
   if known != there:
+    how = same_data.told(differ) or 'other classes, or images of another size'
     raise ConfigError(
       f'the data set {run.config.data.name!r} is not what the run was trained '
-      f'on ({said or "other classes, or images of another size"}): bring that '
-      'back.'
+      f'on ({how}): bring that back.'
     )
-  if said:
-    print(same_data.warning(said), file=sys.stderr)
+  if differ:
+    print(same_data.warning(differ), file=sys.stderr)

@@ -96,14 +96,14 @@ def _task(run: Trained, asked: Asked) -> ModuleTask:
 
 def _check_same(run: Trained, task: ModuleTask) -> None:
   """Refuses data of other classes, and warns of other examples."""
-  said = same_data.changes(run, task.dataset)
-  if 'classes:' in said:
+  differ = same_data.changes(run, task.dataset)
+  if 'classes' in differ:
     raise ConfigError(
       f'the data set {run.config.data.name!r} is not what the run was trained '
-      f'on ({said}): bring that back.'
+      f'on ({same_data.told(differ)}): bring that back.'
     )
-  if said:
-    print(same_data.warning(said), file=sys.stderr)
+  if differ:
+    print(same_data.warning(differ), file=sys.stderr)
 
 
 def _made(config: ml_collections.ConfigDict) -> ModuleTask:

@@ -8,6 +8,7 @@ For a person's own files it also holds a digest of some images, as they are
 stored: their pixels depend on the decoder.
 """
 
+from collections.abc import Mapping
 import pathlib
 from typing import Any
 
@@ -80,11 +81,11 @@ def check(folder: pathlib.Path, found: dict[str, Any]) -> None:
   Raises:
     ConfigError: If the data differ.
   """
-  said = told(folder, found)
-  if said:
+  differ = _differences(folder, found)
+  if differ:
     raise ConfigError(
-      f'workdir {folder} belongs to a run on other data ({said}): bring back '
-      'the data that it began with, or choose another workdir.'
+      f'workdir {folder} belongs to a run on other data ({told(differ)}): '
+      'bring back the data that it began with, or choose another workdir.'
     )
 
 
@@ -105,14 +106,12 @@ def agree(old: Any, new: Any) -> bool:
   return old == new
 
 
-def told(folder: pathlib.Path, found: dict[str, Any]) -> str:
-  """Says what differs from the beginning of a run; '' for nothing.
+def _differences(folder: pathlib.Path, found: dict[str, Any]) -> dict[str, str]:
+  """Returns what differs from the beginning of a run, and how.
 
-  Args:
-    folder: Its workdir. An older run may have recorded nothing.
-    found: See `describe`.
+  An older run may have recorded nothing.
   """
-  before, parts = _recorded(folder), []
+  before, differ = _recorded(folder), {}
   for name in sorted(_LASTING & found.keys() & before.keys()):
     old, new = before[name], found[name]
     if agree(old, new):
@@ -125,28 +124,36 @@ def told(folder: pathlib.Path, found: dict[str, Any]) -> str:
     else:
       part = f'{len(old)} then, {len(new)} now'
       pairs = zip(old, new, strict=False)
-      differ = next((pair for pair in pairs if pair[0] != pair[1]), None)
-      if differ:
-        part = f'{differ[0]} then, {differ[1]} now'
-    parts.append(f'{name}: {part}')
-  return '; '.join(parts)
+      unlike = next((pair for pair in pairs if pair[0] != pair[1]), None)
+      if unlike:
+        part = f'{unlike[0]} then, {unlike[1]} now'
+    differ[name] = part
+  return differ
 
 
-def changes(run: Trained, dataset: Dataset) -> str:
-  """Says how the data of a finished run have changed since; '' for nothing.
+def changes(run: Trained, dataset: Dataset) -> dict[str, str]:
+  """Returns how the data of a finished run have changed since.
 
   Args:
     run: The run.
     dataset: Its data now.
+
+  Returns:
+    What was then and what is now, by what `describe` calls it.
   """
-  return told(run.folder, describe(dataset, run.config.data.name))
+  return _differences(run.folder, describe(dataset, run.config.data.name))
 
 
-def warning(said: str) -> str:
+def told(differ: Mapping[str, str]) -> str:
+  """Returns changes as one text; see `changes`."""
+  return '; '.join(f'{name}: {how}' for name, how in differ.items())
+
+
+def warning(differ: Mapping[str, str]) -> str:
   """Returns what an evaluation prints; see `changes`."""
   return (
-    f'the data have changed since the training ({said}): a test may hold '
-    'examples that were trained on.'
+    f'the data have changed since the training ({told(differ)}): a test may '
+    'hold examples that were trained on.'
   )
 
 
