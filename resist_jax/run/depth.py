@@ -13,6 +13,7 @@ import numpy as np
 from resist_jax import accounting
 from resist_jax.errors import ConfigError
 from resist_jax.rounds import Protocol
+from resist_jax.run.config import chosen_depths
 
 Scales = Mapping[str, np.ndarray]
 
@@ -109,10 +110,9 @@ def trained_scales(
   """
   if config.residual_scale != 'training' or config.protocol != 'resist':
     return dict.fromkeys(lengths, 1.0)
-  depths = config.depths if isinstance(config.depths, tuple | list) else ()
-  least = {name: cuts[name] for name in lengths}
+  least, depths = {name: cuts[name] for name in lengths}, chosen_depths(config)
   protocol = Protocol(
-    config.num_workers, 1, dict(lengths), min_depth=least, depths=tuple(depths)
+    config.num_workers, 1, dict(lengths), min_depth=least, depths=depths
   )
   return {
     name: 1 / accounting.expected_share(protocol, name) for name in lengths
