@@ -23,17 +23,16 @@ class WorkdirLostError(RuntimeError):
   """A run writes to files that are no longer in its workdir."""
 
 
-def nearest(name: str, names: Iterable[str], most: int = 3) -> list[str]:
+def nearest(name: str, names: Iterable[str]) -> list[str]:
   """Returns the names that somebody may have meant.
 
   Args:
     name: What was written.
     names: What there is.
-    most: How many names to return.
 
   Returns:
-    Those that contain it, else the one that is spelled most alike; none if none
-    is near.
+    Up to three of those that contain it, else the one that is spelled most
+    alike; none if none is near.
 
   >>> nearest('cosin', ['step', 'cosine'])
   ['cosine']
@@ -47,7 +46,7 @@ def nearest(name: str, names: Iterable[str], most: int = 3) -> list[str]:
   longer = [other for other in spelled if len(given) > 2 and given in other]
   alike = difflib.get_close_matches(given, spelled, 1)
   found = sorted(longer, key=len) or alike
-  return [spelled[other] for other in found][:most]
+  return [spelled[other] for other in found[:3]]
 
 
 def did_you_mean(name: str, names: Iterable[str], form: str = '{}') -> str:

@@ -77,30 +77,6 @@ class Exported:
     return Results(counts, measured, 0)
 
 
-def evaluator(
-  model: Predictor,
-  dataset: data.Dataset,
-  batch_size: int = 100,
-  statistics_images: int = 2000,
-) -> Evaluator:
-  """Returns what tests an exported network as training does.
-
-  Args:
-    model: The network.
-    dataset: The sets to test on, and the training images.
-    batch_size: See `Evaluator`.
-    statistics_images: See `Evaluator`; 0 keeps the statistics of the model.
-
-  Returns:
-    What to call with None in the place of a state.
-  """
-  fixed = None if statistics_images else model.variables['batch_stats']
-  forward = Exported(model, model.scales)
-  return Evaluator(
-    forward, dataset, 1, batch_size, statistics_images, fixed=fixed
-  )
-
-
 def confusion(
   model: Predictor, split: data.Split, batch_size: int
 ) -> np.ndarray:
@@ -150,9 +126,15 @@ def assess(run: Trained, asked: Asked) -> dict[str, Any]:
   lengths = _lengths(run, model)
   depths = depth.asked(asked.depths, max(lengths.values(), default=0))
   dataset, whole = _dataset(run, model, asked)
-  fields = run.config.evaluation
-  size, images = fields.batch_size, fields.statistics_images if whole else 0
-  test = evaluator(model, dataset, size, images)
+  size = run.config.evaluation.batch_size
+  test = Evaluator(
+    Exported(model, model.scales),
+    dataset,
+    num_devices=1,
+    batch_size=size,
+    statistics_images=run.config.evaluation.statistics_images,
+    fixed=None if whole else _fixed(model),
+  )
   found = {
     'class_names': list(model.class_names),
     'names': list(resnet_task.MEASURES),

@@ -38,7 +38,7 @@ class BlockWalk:
     dataset: data.Dataset,
     scales: Mapping[str, np.ndarray],
     mesh: Mesh,
-    batches_at_once: int = 32,
+    batches_at_once: int,
   ):
     """Prepares the walk.
 

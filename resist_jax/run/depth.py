@@ -146,19 +146,18 @@ def keep(
   return kept
 
 
-def choose(length: int, most: int = 8) -> list[int]:
-  """Chooses the depths to measure: all, or some that grow evenly by a factor.
+def choose(length: int) -> list[int]:
+  """Chooses depths to measure: all, or up to 8 that grow evenly by a factor.
 
   Args:
     length: L, the blocks of the longest chain.
-    most: How many depths at most, 0 and L included.
 
   >>> choose(5), choose(22)
   ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 5, 8, 13, 22])
   """
-  if length < most:
+  if length < 8:
     return list(range(length + 1))
-  grown = np.geomspace(1, length, most - 1)
+  grown = np.geomspace(1, length, 7)  # Besides 0.
   return [0, *np.unique(np.rint(grown).astype(int)).tolist()]
 
 

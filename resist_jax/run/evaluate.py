@@ -117,8 +117,8 @@ class Evaluator:
   forward: Forward
   dataset: data.Dataset
   num_devices: int
-  batch_size: int = 100
-  statistics_images: int = 2000
+  batch_size: int
+  statistics_images: int
   fixed: PyTree = None
 
   def statistics(self, state: State) -> dict[str, PyTree]:

@@ -132,7 +132,7 @@ def _measured(place: Place) -> tuple[Place, Place]:
 def variables(
   given: Mapping[str, np.ndarray],
   network: ResNet,
-  names: Callable[[str], str] = str,
+  names: Callable[[str], str],
 ) -> dict[str, Any]:
   """Returns the variables of a network from its arrays in PyTorch.
 

@@ -42,11 +42,11 @@ class Asked(NamedTuple):
     depth_examples: Examples of each test for shallower networks.
   """
 
-  data: str = ''
-  data_dir: str | None = None
-  depths: str = 'some'
-  draws: int = 3
-  depth_examples: int = 2000
+  data: str
+  data_dir: str | None
+  depths: str
+  draws: int
+  depth_examples: int
 
   def reading(
     self, config: ml_collections.ConfigDict
