@@ -70,11 +70,11 @@ class SaveError(OSError):
       process is lost or the wall clock jumps.
   """
 
-  def __init__(self, step: int, error: Exception, folder: pathlib.Path):
+  def __init__(self, round_index: int, error: Exception, folder: pathlib.Path):
     """Composes the message.
 
     Args:
-      step: The round of the checkpoint.
+      round_index: The round of the checkpoint.
       error: What was raised while the checkpoint was written.
       folder: The workdir of the run.
     """
@@ -89,7 +89,7 @@ class SaveError(OSError):
     elif isinstance(error, FileExistsError):
       advice = f'move that out of {folder}'
     super().__init__(
-      f'the checkpoint of round {step} cannot be written '
+      f'the checkpoint of round {round_index} cannot be written '
       f'({message(error)[:100]}): {advice}; the same command goes on from the '
       'checkpoint before.'
     )
@@ -142,22 +142,23 @@ class Checkpoints:
       NonFiniteError: If the state is not finite; nothing is written.
       SaveError: If it or the one before cannot be written.
     """
-    step = progress['round']
+    round_index = progress['round']
     finite, sums = examine(state, self._mesh)
     if not finite:
       raise NonFiniteError(
-        f'round {step}: the parameters that its aggregate gave are not finite'
+        f'round {round_index}: the parameters that its aggregate gave are not '
+        'finite'
       )
     self.finish()
     self._best = best  # Only now: the best one before goes when this is whole.
-    with self._save_errors(step):
+    with self._save_errors(round_index):
       # Not through orbax's checkpoint manager, in which a process that fails
       # and the others wait for each other.
       if jax.process_index() == 0:
-        self._make_way(step)
+        self._make_way(round_index)
       record = {**progress, _SUMS: sums}
-      begun = storage.begin(self._path(step), state, record, _TIMEOUT)
-      self._saving = step, begun
+      begun = storage.begin(self._path(round_index), state, record, _TIMEOUT)
+      self._saving = round_index, begun
 
   def finish(self, wait: bool = True) -> None:
     """Finishes the save that was begun, if there is one.
@@ -170,8 +171,8 @@ class Checkpoints:
     """
     if self._saving is None:
       return
-    step, writing = self._saving
-    with self._save_errors(step):
+    round_index, writing = self._saving
+    with self._save_errors(round_index):
       try:
         writing.result(None if wait else 0)
       except TimeoutError:
@@ -179,19 +180,19 @@ class Checkpoints:
           raise
         return
       if jax.process_index() == 0:
-        folders.flush(self._path(step))  # Before older ones are deleted.
-        self._write_manifest(step)
-        self._delete_old(step)
-    self._saving, self._latest = None, step
+        folders.flush(self._path(round_index))  # Before older ones are deleted.
+        self._write_manifest(round_index)
+        self._delete_old(round_index)
+    self._saving, self._latest = None, round_index
     self._note_good()
 
   @contextlib.contextmanager
-  def _save_errors(self, step: int) -> Iterator[None]:
+  def _save_errors(self, round_index: int) -> Iterator[None]:
     try:
       yield
     except Exception as error:  # orbax and its codecs raise many types.
       self._saving = None
-      raise SaveError(step, error, self._workdir) from error
+      raise SaveError(round_index, error, self._workdir) from error
 
   def tested(self, round_index: int) -> None:
     """Records that a test was finite: what was saved before it is known good.
@@ -221,9 +222,9 @@ class Checkpoints:
     if self._good is None or self._latest == self._good:
       return None
     if jax.process_index() == 0:
-      for step in self._own():
-        if step > self._good:
-          self._set_aside(step)
+      for round_index in self._own():
+        if round_index > self._good:
+          self._set_aside(round_index)
     # A process that ends soon afterwards would end the others meanwhile.
     processes.barrier()
     return self._good
@@ -239,29 +240,29 @@ class Checkpoints:
         the newest intact one cannot be read after all.
     """
     try:
-      step = self._choose()
+      round_index = self._choose()
     except PermissionError as error:
       raise ValueError(
         f'a checkpoint cannot be read ({message(error)}): let this user read '
         f"all of {self._folder}, or move what is another's away."
       ) from error
-    if step == _NONE:
+    if round_index == _NONE:
       return None
-    if step == _DAMAGED:
+    if round_index == _DAMAGED:
       raise ValueError(
-        f'all {len(self._steps())} checkpoints in {self._folder} are damaged: '
+        f'all {len(self._rounds())} checkpoints in {self._folder} are damaged: '
         'choose another workdir to start from round 0.'
       )
-    good = self._known_good(step) if jax.process_index() == 0 else _NONE
+    good = self._known_good(round_index) if jax.process_index() == 0 else _NONE
     (good,) = _from_process_0(good)
-    self._latest, self._good = step, None if good == _NONE else good
+    self._latest, self._good = round_index, None if good == _NONE else good
     try:
-      stored = storage.read(self._path(step), self._mesh)
+      stored = storage.read(self._path(round_index), self._mesh)
     except (ValueError, TypeError, KeyError) as error:
       raise ValueError(
-        f'the checkpoint of round {step} cannot be read '
-        f'({one_line(error)[:100]}): move {self._path(step)} away to go on '
-        'from the one before.'
+        f'the checkpoint of round {round_index} cannot be read '
+        f'({one_line(error)[:100]}): move {self._path(round_index)} away to '
+        'go on from the one before.'
       ) from error
     progress = {k: v for k, v in stored.record.items() if k != _SUMS}
     return Restored(stored, progress)
@@ -269,54 +270,54 @@ class Checkpoints:
   def _choose(self) -> int:
     """Returns the round of the newest intact one, `_NONE` or `_DAMAGED`."""
     first = jax.process_index() == 0
-    steps = self._steps() if first else []
-    at_the_end = _DAMAGED if steps else _NONE
+    rounds = self._rounds() if first else []
+    at_the_end = _DAMAGED if rounds else _NONE
     while True:
-      found = self._newest(steps, at_the_end) if first else (_NONE, False)
-      step, listed = _from_process_0(*found)
-      if step < 0 or listed:
-        return step
-      problem = self._read_problem(step)
+      found = self._newest(rounds, at_the_end) if first else (_NONE, False)
+      round_index, listed = _from_process_0(*found)
+      if round_index < 0 or listed:
+        return round_index
+      problem = self._read_problem(round_index)
       if not _in_any_process(bool(problem)):
         if first:
-          self._write_manifest(step)
-        return step
+          self._write_manifest(round_index)
+        return round_index
       if first:
-        _warn(step, problem or 'another process cannot read it', steps)
+        _warn(round_index, problem or 'another process cannot read it', rounds)
 
-  def _newest(self, steps: list[int], at_the_end: int) -> tuple[int, bool]:
+  def _newest(self, rounds: list[int], at_the_end: int) -> tuple[int, bool]:
     """Takes rounds from the end of a list, up to one that may be intact.
 
     Returns:
-      `(step, listed)`: the round, or `at_the_end`; and False if the checkpoint
-      has to be read, because no manifest says whether it is intact.
+      `(round_index, listed)`: the round, or `at_the_end`; and False if the
+      checkpoint has to be read, because no manifest says whether it is intact.
     """
-    while steps:
-      step = steps.pop()
-      listed = self._listed(step)
+    while rounds:
+      round_index = rounds.pop()
+      listed = self._listed(round_index)
       if listed is None:
         logging.warning(
           'the checkpoint of round %d has no manifest, because the run was '
           'killed or the manifests were not copied: it is used if it can be '
           'read and its checksums match',
-          step,
+          round_index,
         )
-        return step, False
+        return round_index, False
       try:
-        problem = check(self._path(step), listed)
+        problem = check(self._path(round_index), listed)
       except PermissionError:
         raise
       except OSError as error:
         problem = message(error)[:100]
       if problem is None:
-        return step, True
-      _warn(step, problem, steps)
+        return round_index, True
+      _warn(round_index, problem, rounds)
     return at_the_end, True
 
-  def _read_problem(self, step: int) -> str:
+  def _read_problem(self, round_index: int) -> str:
     """Reads a whole checkpoint; returns why that fails, or ''."""
     try:
-      stored = storage.read_on_host(self._path(step))
+      stored = storage.read_on_host(self._path(round_index))
       found = stored.record['round']
       sums = stored.record.get(_SUMS)  # Older versions saved none.
     except PermissionError:
@@ -326,70 +327,74 @@ class Checkpoints:
     # Files may have the same arrays in another order.
     if sums and sorted(sums) != sorted(sums_on_host(stored.state)):
       return 'its numbers are not as they were written'
-    return '' if found == step else f'it is that of round {found}'
+    return '' if found == round_index else f'it is that of round {found}'
 
-  def _steps(self) -> list[int]:
+  def _rounds(self) -> list[int]:
     """Returns the rounds that have a checkpoint, intact or damaged."""
     saved = workdir.saved_rounds(self._folder)
-    listed = [s for s in self._manifest_steps() if self._path(s).is_dir()]
+    listed = [r for r in self._listed_rounds() if self._path(r).is_dir()]
     return sorted({*saved, *listed})
 
   def _own(self) -> list[int]:
     """Returns the rounds whose checkpoint this run has certainly written."""
     saved = workdir.saved_rounds(self._folder)
-    return [step for step in saved if self._listed(step)]
+    return [r for r in saved if self._listed(r)]
 
-  def _manifest_steps(self) -> list[int]:
+  def _listed_rounds(self) -> list[int]:
     paths = self._manifests.glob('[0-9]*.json')
     return [int(path.stem) for path in paths if path.stem.isdecimal()]
 
-  def _path(self, step: int) -> pathlib.Path:
-    return self._folder / str(step)
+  def _path(self, round_index: int) -> pathlib.Path:
+    return self._folder / str(round_index)
 
-  def _manifest_path(self, step: int) -> pathlib.Path:
-    return self._manifests / f'{step}.json'
+  def _manifest_path(self, round_index: int) -> pathlib.Path:
+    return self._manifests / f'{round_index}.json'
 
-  def _listed(self, step: int) -> dict[str, str] | None:
+  def _listed(self, round_index: int) -> dict[str, str] | None:
     """Returns the manifest of a checkpoint; None if there is none."""
-    return workdir.json_object(self._manifest_path(step)) or None
+    return workdir.json_object(self._manifest_path(round_index)) or None
 
-  def _write_manifest(self, step: int) -> None:
-    files = manifest(self._path(step)).items()
+  def _write_manifest(self, round_index: int) -> None:
+    files = manifest(self._path(round_index)).items()
     # Files with such names are those of tools, such as Finder, and of NFS.
     own = {name: sha for name, sha in files if '/.' not in f'/{name}'}
     self._manifests.mkdir(exist_ok=True)
-    workdir.write_json(self._manifest_path(step), own)
+    workdir.write_json(self._manifest_path(round_index), own)
 
   def _known_good(self, latest: int) -> int:
     """Returns the newest known good one up to a round, or `_NONE`."""
     tested = workdir.json_object(self._manifests / 'good.json').get('round')
     if not isinstance(tested, int):
       return _NONE
-    steps = [s for s in self._own() if s <= min(tested, latest)]
-    return max(steps, default=_NONE)
+    rounds = [r for r in self._own() if r <= min(tested, latest)]
+    return max(rounds, default=_NONE)
 
-  def _make_way(self, step: int) -> None:
+  def _make_way(self, round_index: int) -> None:
     """Removes what has the name of a checkpoint that is to be written."""
-    path = self._path(step)
-    if step in self._own():
+    path = self._path(round_index)
+    if round_index in self._own():
       shutil.rmtree(path)
-    elif step in self._steps():  # Orbax wrote it, and it could not be read.
-      self._set_aside(step)
+    elif round_index in self._rounds():  # By orbax, and it cannot be read.
+      self._set_aside(round_index)
     elif os.path.lexists(path):
-      raise FileExistsError(f'checkpoints/{step} is something else')
-    self._manifest_path(step).unlink(missing_ok=True)
+      raise FileExistsError(f'checkpoints/{round_index} is something else')
+    self._manifest_path(round_index).unlink(missing_ok=True)
 
-  def _set_aside(self, step: int) -> None:
+  def _set_aside(self, round_index: int) -> None:
     """Moves a checkpoint out of the way, into the folder `set_aside`."""
     aside = self._workdir / 'set_aside'
-    logging.warning('the checkpoint of round %d is moved to %s', step, aside)
+    logging.warning(
+      'the checkpoint of round %d is moved to %s', round_index, aside
+    )
     aside.mkdir(exist_ok=True)
-    shutil.rmtree(aside / str(step), ignore_errors=True)
-    (aside / f'{step}.json').unlink(missing_ok=True)
+    shutil.rmtree(aside / str(round_index), ignore_errors=True)
+    (aside / f'{round_index}.json').unlink(missing_ok=True)
     # `checkpoints` may be a link to another disk.
-    shutil.move(self._path(step), aside / str(step))
-    if self._manifest_path(step).exists():
-      shutil.move(self._manifest_path(step), aside / f'{step}.json')
+    shutil.move(self._path(round_index), aside / str(round_index))
+    if self._manifest_path(round_index).exists():
+      shutil.move(
+        self._manifest_path(round_index), aside / f'{round_index}.json'
+      )
 
   def _delete_old(self, newest: int) -> None:
     """Deletes what this run wrote, but for what it may have to go back to.
@@ -400,13 +405,13 @@ class Checkpoints:
     """
     own = self._own()
     # `[-0:]` is all of them.
-    newer = [s for s in own if s <= newest][-self._keep :]
+    newer = [r for r in own if r <= newest][-self._keep :]
     keep = {*newer, self._good, self._best}
-    for step in set(own) - keep:
-      shutil.rmtree(self._path(step), ignore_errors=True)
-    for step in self._manifest_steps():
-      if not self._path(step).exists():
-        self._manifest_path(step).unlink()
+    for round_index in set(own) - keep:
+      shutil.rmtree(self._path(round_index), ignore_errors=True)
+    for round_index in self._listed_rounds():
+      if not self._path(round_index).exists():
+        self._manifest_path(round_index).unlink()
 
 
 def _from_process_0(*numbers: int) -> list[int]:
@@ -423,10 +428,10 @@ def _in_any_process(found: bool) -> bool:
   return bool(multihost_utils.process_allgather(np.array(found)).any())
 
 
-def _warn(step: int, problem: str, others: list[int]) -> None:
+def _warn(round_index: int, problem: str, others: list[int]) -> None:
   logging.warning(
     'the checkpoint of round %d is damaged (%s); %s',
-    step,
+    round_index,
     problem,
     f'falling back to round {others[-1]}' if others else 'there is no other',
   )
