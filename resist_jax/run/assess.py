@@ -69,10 +69,10 @@ class Exported:
     """Applies the network to batches; see `evaluate.Forward`."""
     del gathered
     counts, measured = [], []
-    for group in batches:
-      used = statistics if group.fixed else {}
-      found, own = self.logits(group.images()[0], used)
-      counts.append(count(found, group.labels()[0])[None])
+    for batch in batches:
+      used = statistics if batch.fixed else {}
+      found, own = self.logits(batch.images()[0], used)
+      counts.append(count(found, batch.labels()[0])[None])
       measured.append(jax.tree.map(lambda x: np.asarray(x)[None], own))
     return Results(counts, measured, 0)
 

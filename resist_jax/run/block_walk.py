@@ -67,79 +67,79 @@ class BlockWalk:
     counts, measured, sent = [], [], 0
     for start in range(0, len(batches), self._batches_at_once):
       part = batches[start : start + self._batches_at_once]
-      found, own, bytes_sent = self._walk(part, gathered, statistics)
-      counts += found
-      measured += [self._collection(steps) for steps in own]
+      counted, own, bytes_sent = self._walk(part, gathered, statistics)
+      counts += counted
+      measured += [self._collection(found) for found in own]
       sent += bytes_sent
     return Results(counts, measured, sent)
 
-  def _walk(self, groups, state, statistics):
+  def _walk(self, batches, state, statistics):
     """Takes batches through the network, without waiting for results.
 
     Returns:
-      For each of the groups, its `evaluate.count`, and by step the statistics
-      of its batches, `[D, C]`; none where they are fixed. Then the bytes sent.
+      For each of the batches, its `evaluate.count`, and by piece its
+      statistics, `[D, C]`; none where they are fixed. Then the bytes sent.
     """
     chain, sent = state.chain, 0
-    steps = self._network.pieces()
-    fixed = {step: self._fixed(statistics, step) for step in steps}
-    measured: list[dict] = [{} for _ in groups]
-    waiting: list[Any] = [None] * len(groups)
+    pieces = self._network.pieces()
+    fixed = {piece: self._fixed(statistics, piece) for piece in pieces}
+    measured: list[dict] = [{} for _ in batches]
+    waiting: list[Any] = [None] * len(batches)
     # All batches pass through what every device has, one after another; a block
     # that has to be fetched is used by all of them before it is dropped.
-    runs = itertools.groupby(steps, lambda s: s if s[0] in chain else None)
+    runs = itertools.groupby(pieces, lambda p: p if p[0] in chain else None)
     for cut, part in runs:
       run, params = list(part), state.shared  # Drops the block before.
       if cut is not None:
         params, bytes_sent = self._fetch(state, cut, waiting)
         sent += bytes_sent
-      for g, group in enumerate(groups):
-        x = waiting[g]
+      for b, batch in enumerate(batches):
+        x = waiting[b]
         if x is None:
-          x = self._normalise(self._put(group.images()))
+          x = self._normalise(self._put(batch.images()))
         for name, i in run:
           index = None if i is None else np.int32(0 if cut else i)
           scale = self._scales[name][i] if name in self._scales else _ONE
-          stats = fixed[name, i] if group.fixed else {}
+          stats = fixed[name, i] if batch.fixed else {}
           weights = (params[name], index, scale, stats)
           x, found = apply_piece(self._mesh, self._network, name, *weights, x)
-          measured[g][name, i] = found
-        waiting[g] = x
+          measured[b][name, i] = found
+        waiting[b] = x
     counts = [
-      _count(logits, self._put(group.labels()))
-      for group, logits in zip(groups, waiting, strict=True)
+      _count(logits, self._put(batch.labels()))
+      for batch, logits in zip(batches, waiting, strict=True)
     ]
     return counts, measured, sent
 
-  def _collection(self, steps: Mapping[tuple[str, int | None], PyTree]):
+  def _collection(self, measured: Mapping[tuple[str, int | None], PyTree]):
     """Brings the statistics of all pieces to the host, chains stacked."""
-    steps = to_host(dict(steps))
+    measured = to_host(dict(measured))
     collection = {}
-    for name, pieces in itertools.groupby(steps, lambda step: step[0]):
-      found = [steps[piece] for piece in pieces]
+    for name, pieces in itertools.groupby(measured, lambda piece: piece[0]):
+      found = [measured[piece] for piece in pieces]
       stats = found[0]
-      if (name, None) not in steps:
+      if (name, None) not in measured:
         stats = jax.tree.map(lambda *x: np.stack(x, axis=1), *found)
       if stats:
         collection[name] = stats
     return collection
 
-  def _fetch(self, state, step, waiting):
+  def _fetch(self, state, piece, waiting):
     """Brings a block to every device, `{name: [D, 1, ...]}`; counts bytes."""
     if self._mesh.devices.flat[0].platform == 'cpu':
       # XLA's CPU collectives abort the process when a device comes 40 seconds
       # late: no device may have batches to compute before this.
       jax.block_until_ready(waiting)
-    (D, G), (name, i) = mesh_sizes(self._mesh), step
+    (D, G), (name, i) = mesh_sizes(self._mesh), piece
     slots = assignments_on_host(state)[name].slots
     worker, slot = np.argwhere(slots == i)[0].astype(np.int32)
     block = fetch_block(self._mesh, state.chain[name], worker, slot)
     copies = sum(x.nbytes for x in jax.tree.leaves(block))  # D of them.
     return {name: block}, 2 * (D - 1) * copies // D * G
 
-  def _fixed(self, statistics, step):
-    """Places the statistics of one step on every device."""
-    name, i = step
+  def _fixed(self, statistics, piece):
+    """Places the statistics of one piece on every device."""
+    name, i = piece
     stats = statistics.get(name, {})
     if i is not None:
       stats = jax.tree.map(lambda x: x[i], stats)

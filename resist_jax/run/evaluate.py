@@ -169,10 +169,10 @@ class Evaluator:
     results = self.forward.apply(batches, gathered, statistics)
     right, broken = collections.Counter(), collections.Counter()
     total = collections.Counter()
-    for group, found in zip(batches, to_host(results.counts), strict=True):
-      right[group.name] += int(found[:, 0].sum())
-      broken[group.name] += int(found[:, 1].sum())
-      total[group.name] += int((group.rows >= 0).sum())
+    for batch, found in zip(batches, to_host(results.counts), strict=True):
+      right[batch.name] += int(found[:, 0].sum())
+      broken[batch.name] += int(found[:, 1].sum())
+      total[batch.name] += int((batch.rows >= 0).sum())
     accuracies = {name: right[name] / total[name] for name in total}
     # `+broken` has no zeros.
     return Evaluation(accuracies, +broken, sent + more + results.wire_bytes)
@@ -273,10 +273,10 @@ class WholeNetwork:
     by_row = NamedSharding(self._mesh, spread(self._mesh))
     fixed = place(statistics, NamedSharding(self._mesh, REPLICATED))
     counts, measured = [], []
-    for g, group in enumerate(batches):
-      images, labels = place((group.images(), group.labels()), by_row)
-      used = fixed if group.fixed else {}
-      jax.block_until_ready(counts[max(g - _AHEAD, 0) : g - _AHEAD + 1])
+    for b, batch in enumerate(batches):
+      images, labels = place((batch.images(), batch.labels()), by_row)
+      used = fixed if batch.fixed else {}
+      jax.block_until_ready(counts[max(b - _AHEAD, 0) : b - _AHEAD + 1])
       found, own = self.program(*gathered, used, images, labels)
       counts.append(found)
       measured.append(own)
