@@ -85,6 +85,21 @@ def value_of(config: ml_collections.ConfigDict, name: str) -> Any:
   return config
 
 
+def value_if_there(config: ml_collections.ConfigDict, name: str) -> Any:
+  """Returns the value of a field; None if a card has left it out.
+
+  Args:
+    config: A config, perhaps without some fields and sections.
+    name: See `value_of`.
+  """
+  found: Any = config
+  for part in name.split('.'):
+    if not isinstance(found, ml_collections.ConfigDict):
+      return None
+    found = found.get(part)
+  return found
+
+
 def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Returns the value of each field, by its dotted name.
 

@@ -1,53 +1,33 @@
 """A run as a process: its devices, its exit code, its line on an error."""
 
-import ast
-from collections.abc import Iterator
 import errno
-import hashlib
-import importlib.metadata
-import importlib.util
 import math
-import os
 import pathlib
 import re
 import signal
 import sys
-import sysconfig
 import traceback
 from typing import Any, NoReturn
 
 from absl import logging
 import jax
 from jax._src import xla_bridge  # Nothing public says whether it has begun.
-from ml_collections import ConfigDict
 
-import resist_jax
-from resist_jax import folders, report
+from resist_jax import report
 from resist_jax.data.prepared import may_be_back
 from resist_jax.errors import (
-  FOREIGN,
   ConfigError,
   NonFiniteError,
   WorkdirLostError,
   one_line,
 )
-from resist_jax.run import places, processes, train
+from resist_jax.run import places, processes, same_program, train
 from resist_jax.run.checkpoint import SaveError
 from resist_jax.run.command import Options
-from resist_jax.run.config import for_processes
+from resist_jax.run.config import for_processes, value_if_there
 from resist_jax.run.interrupt import Interrupted
 from resist_jax.run.meeting import MeetingError
 
-# Options of JAX that change what a program computes, or whether it ends.
-_JAX_OPTIONS = (
-  'jax_enable_x64', 'jax_default_matmul_precision', 'jax_default_prng_impl',
-  'jax_threefry_partitionable', 'jax_platforms', 'jax_random_seed_offset',
-  'jax_debug_nans', 'jax_debug_infs', 'jax_disable_jit',
-  'jax_cpu_collectives_implementation',
-)  # fmt: skip
-_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'orbax-checkpoint')
-# Packages by which JAX finds accelerators; without them it takes the CPU.
-_PLUGINS = re.compile('jax[-_]cuda|jax[-_]rocm|libtpu')
 # What the error of a broken collective or barrier contains.
 _BROKEN = re.compile(
   r'gloo|nccl|^(CANCELLED|DEADLINE_EXCEEDED|UNAVAILABLE)\b', re.IGNORECASE
@@ -165,7 +145,7 @@ def _start(options: Options) -> None:
     _seconds(config, 'timeout', 60), _seconds(config, 'progress_timeout', 1800)
   )
   # A process that is alone has nothing to compare, and starts sooner.
-  description = _description(config) if place else {}
+  description = same_program.describe(config) if place else {}
   count = processes.start(place, description, patience)
   config: Any = for_processes(config, count)  # A card may lack fields.
   counts = [config.get(n, 1) for n in ('num_workers', 'devices_per_worker')]
@@ -192,133 +172,9 @@ def _start(options: Options) -> None:
 
 def _seconds(config: Any, name: str, default: float) -> float:
   """Returns a field of `faults`; `validate` will report a mistake in it."""
-  value = _value(config, 'faults', name)
+  value = value_if_there(config, f'faults.{name}')
   usable = isinstance(value, int | float) and 0 < value < 1e9
   return value if usable else default
-
-
-def _value(config: Any, section: str, name: str) -> Any:
-  """Returns a field of a section; None if a card has left either out."""
-  found = config.get(section)
-  return found.get(name) if isinstance(found, ConfigDict) else None
-
-
-def _description(config: Any) -> dict[str, Any]:
-  """Returns what all processes of a run must have in common.
-
-  Each host may keep the data in a folder of its own; `train` compares the data.
-  """
-  fields = config.to_dict()
-  if isinstance(fields.get('data'), dict):
-    fields['data'].pop('dir', None)
-  return {
-    'config': fields,
-    'versions': {name: importlib.metadata.version(name) for name in _PACKAGES},
-    'kinds of device': _accelerators(),
-    'code of resist_jax': _digest_of(resist_jax.__name__),
-    **_own_code(config),
-    'jax.config': {
-      name: str(getattr(jax.config, name, None)) for name in _JAX_OPTIONS
-    },
-  }
-
-
-def _accelerators() -> dict[str, Any]:
-  """Returns by which packages JAX finds accelerators, and which are there.
-
-  A host without its driver would train on the CPU, and the others wait for it.
-  """
-  if getattr(jax.config, 'jax_platforms', None) == 'cpu':
-    return {}
-  names = {d.name or '' for d in importlib.metadata.distributions()}
-  packages = sorted(filter(_PLUGINS.match, names))
-  return {
-    'packages for accelerators': packages,
-    # Without such a package, JAX takes the CPU beside any GPU.
-    'an NVIDIA GPU': bool(packages) and os.path.exists('/dev/nvidiactl'),
-  }
-
-
-def _own_code(config: Any) -> dict[str, str]:
-  """Returns digests of the modules and files that a config names."""
-  names = [_value(config, 'model', 'module')]
-  schedule = _value(config, 'optimizer', 'schedule')
-  if isinstance(schedule, str) and ':' in schedule:
-    names.append(schedule.rpartition(':')[0])
-  return {
-    f'code of {name}': _digest_of(name)
-    for name in names
-    if name and isinstance(name, str)
-  }
-
-
-def _digest_of(name: str) -> str:
-  """Returns some digits of a digest of a module's code.
-
-  Args:
-    name: The name of a module, whose whole package counts, or `FILE.py`. A
-      module that is a file counts with those beside it that it imports.
-
-  Returns:
-    The digits; nothing where it is not found, which `validate` will report.
-  """
-  try:
-    if name.endswith('.py'):
-      files = _with_imports(folders.resolve(name, 'the file'))
-    else:
-      spec = importlib.util.find_spec(name.partition('.')[0])
-      assert spec
-      roots = [*map(pathlib.Path, spec.submodule_search_locations or ())]
-      files = [(p, r) for r in roots for p in sorted(r.rglob('*.py'))]
-      if not roots:
-        files = _with_imports(pathlib.Path(spec.origin or ''))
-    sha = hashlib.sha256()
-    for path, root in files:
-      sha.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return sha.hexdigest()[:12]
-  except FOREIGN:
-    return ''
-
-
-def _with_imports(
-  file: pathlib.Path,
-) -> list[tuple[pathlib.Path, pathlib.Path]]:
-  """Returns a file and those beside it that it imports, with their folder.
-
-  They are found by reading the files, without running them.
-  """
-  folder, found, new = file.parent, {file}, [file]
-  if str(folder) in (
-    sysconfig.get_path('purelib'),
-    sysconfig.get_path('platlib'),
-  ):
-    return [(file, folder)]  # Beside it lies all that is installed.
-  while new:
-    for place in _imported(new.pop(), folder):
-      for path in (place.with_suffix('.py'), place / '__init__.py'):
-        if path.is_file() and path not in found:
-          found.add(path)
-          new.append(path)
-  return [(path, folder) for path in sorted(found)]
-
-
-def _imported(
-  file: pathlib.Path, folder: pathlib.Path
-) -> Iterator[pathlib.Path]:
-  """Yields the paths of the modules that a file imports, without suffix."""
-  for node in ast.walk(ast.parse(file.read_bytes())):
-    above, names = folder, []
-    if isinstance(node, ast.Import):
-      names = [alias.name for alias in node.names]
-    elif isinstance(node, ast.ImportFrom):
-      before = f'{node.module}.' if node.module else ''
-      names = [f'{before}{alias.name}' for alias in node.names]
-      above = file.parents[node.level - 1] if node.level else folder
-    for name in names:
-      place = above
-      for part in name.split('.'):  # Packages are imported with what they hold.
-        place = place / part
-        yield place
 
 
 def _fail(error: object, code: int) -> NoReturn:

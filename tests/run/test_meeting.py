@@ -19,7 +19,7 @@ from several import LIMIT, ROOT, TINY, Several
 from experiments.launch import local
 from resist_jax.errors import ConfigError
 from resist_jax.run import config as config_lib
-from resist_jax.run import meeting, program
+from resist_jax.run import meeting, same_program
 from resist_jax.run.meeting import MeetingError, Place
 
 
@@ -476,7 +476,7 @@ def test_code_of_ones_own_is_compared(tmp_path, monkeypatch):
     made = config_lib.get_config()
     made.model.module = 'ours.net'
     made.optimizer.schedule = f'{tmp_path}/rates.py:rate'
-    found.append(program._description(made))
+    found.append(same_program.describe(made))
   assert found[0] == found[3]
   said = meeting.difference({0: found[0], 1: found[1]}, '')
   assert 'code of ours.net' in said
@@ -485,15 +485,15 @@ def test_code_of_ones_own_is_compared(tmp_path, monkeypatch):
 
 def test_what_jax_draws_and_where_it_runs_is_compared():
   made = config_lib.get_config()
-  here = program._description(made)
+  here = same_program.describe(made)
   with jax.debug_nans(True):
-    there = program._description(made)
+    there = same_program.describe(made)
   assert 'jax_debug_nans' in meeting.difference({0: here, 1: there}, '')
   assert 'jax_random_seed_offset' in here['jax.config']
   assert here['kinds of device'] == {}  # On CPUs, nobody asks.
   jax.config.update('jax_platforms', None)
   try:
-    there = program._description(made)
+    there = same_program.describe(made)
   finally:
     jax.config.update('jax_platforms', 'cpu')
   assert {*there['kinds of device']} == {
@@ -515,10 +515,10 @@ def test_files_that_a_module_imports_are_its_code(tmp_path, monkeypatch):
   made = config_lib.get_config()
   made.model.module = 'ours'
   made.optimizer.schedule = f'{tmp_path}/ours.py:rate'
-  found = [program._description(made)]
+  found = [same_program.describe(made)]
   for name in ('inner/others', 'inner/layers', 'inner/deep', 'plain/more'):
     (tmp_path / f'{name}.py').write_text('WIDTH = 2')
-    found.append(program._description(made))
+    found.append(same_program.describe(made))
   assert found[0] == found[1]  # It imports no others.
   for name in ('ours', f'{tmp_path}/ours.py'):
     digests = [one[f'code of {name}'] for one in found[1:]]
