@@ -14,7 +14,7 @@ that of some cases to a file of its own.
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import json
 import os
 import pathlib
@@ -31,7 +31,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.runs import RESULTS, parsed, provenance, write_record
+from experiments.runs import (
+  RESULTS,
+  load,
+  machine,
+  parsed,
+  provenance,
+  write_record,
+)
+from experiments.table import Table
 from resist_jax import Trainer, exchange, folders, make_mesh, models
 from resist_jax.errors import Parser
 from resist_jax.run import optimizer
@@ -336,6 +344,29 @@ def _compare(folder: pathlib.Path, only: str) -> list[dict[str, Any]]:
         row = {'platform': platform, 'case': case.name}
         rows.append({**row, **difference(ours, reference)})
   return rows
+
+
+def tables() -> Iterator[Table]:
+  """Yields rounds on an accelerator beside the same rounds on a CPU."""
+  for record in load('accelerator/*.json'):
+    device = machine(record['provenance'], count=False)
+    names = {'cpu': 'CPU', 'accelerator': device.split(',')[0]}
+    rows = [
+      [names[r['platform']], r['case'].replace('_', ' ')]
+      + [f'{r["largest"]:.1e}', f'{r["of_norm"]:.1e}']
+      for r in record['results']
+    ]
+    config = record['config']
+    caption = (
+      f'The parameters after {config["rounds"]} rounds of '
+      f'{config["local_steps"]} steps, compared with those of the same rounds '
+      f'on a CPU in float64. {config["workers"]} workers share one device '
+      f'({device}). "Largest" is the largest difference '
+      'in a parameter array divided by the largest value of that array; "norm" '
+      'is the norm of all differences divided by the norm of all parameters.'
+    )
+    head = ['device', 'protocol, precision, program', 'largest', 'norm']
+    yield Table(caption, record['command'], head, rows)
 
 
 if __name__ == '__main__':

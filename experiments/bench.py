@@ -17,6 +17,7 @@ other options need.
 """
 
 import argparse
+from collections.abc import Iterator
 import json
 import resource
 import statistics
@@ -29,7 +30,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.runs import RESULTS, command, parsed, provenance, write_record
+from experiments.runs import (
+  RESULTS,
+  command,
+  load,
+  machine,
+  parsed,
+  provenance,
+  write_record,
+)
+from experiments.table import Table
 from resist_jax import Trainer, accounting, data, folders, models
 from resist_jax.decomposition import (
   Assignment,
@@ -392,6 +402,40 @@ def _in_turn(functions, repeats: int, calls: int = 1) -> list[float]:
       if turn:
         seconds.append((time.perf_counter() - started) / calls)
   return [statistics.median(seconds) for seconds in times]
+
+
+def tables() -> Iterator[Table]:
+  """Yields the parts of a round, for each machine and dtype."""
+  records = [*load('bench/*_both.json'), *load('bench/*bench_*.json')]
+  for record in records:
+    if 'workers' not in record['results'][0]:  # Steps alone were measured.
+      continue
+    kinds = record['results'][0]['exchange_share_of_round_at_T_50']
+    head = ['network', 'step of a worker', 'over a plain step']
+    head += [kind.replace('_', ' ') for kind in kinds]
+    head += ['compile', 'images/s, all']
+    rows = []
+    for r in record['results']:
+      shares = r['exchange_share_of_round_at_T_50']
+      rows.append(
+        [
+          f'{r["network"]}, batch {r["batch_size"]}, {r["blocks"]} blocks',
+          f'{r["step_seconds"]:.3g} s',
+          f'{r["step_over_bare"]:.2f}',
+          *(f'{share:.1%}' for share in shares.values()),
+          f'{r["compile_seconds_of_round"]:.1f} s',
+          f'{r["images_per_second"]:.0f}',
+        ]
+      )
+    first = record['results'][0]
+    caption = (
+      f'{first["workers"]} workers on {first["devices"]} devices in '
+      f'{first["dtype"]}, {machine(record["provenance"], count=False)}. The '
+      'second column of numbers divides a step by a plain jitted step of the '
+      'same sub-network. Exchanges are shares of the time of a round of 50 '
+      'steps.'
+    )
+    yield Table(caption, record['command'], head, rows)
 
 
 if __name__ == '__main__':

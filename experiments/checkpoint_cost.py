@@ -18,11 +18,11 @@ from typing import Any
 
 import jax
 
-from experiments.experiment import machine
 from experiments.runs import (
   RESULTS,
   command,
   load_card,
+  machine,
   parsed,
   provenance,
   write_record,

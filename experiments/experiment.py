@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from experiments import runs
 from experiments.pictures import Picture
-from experiments.runs import RESULTS, load_card, run
+from experiments.runs import RESULTS, load_card, machine, run
 from experiments.table import Table
 from resist_jax import folders
 from resist_jax.errors import ConfigError, NonFiniteError, Parser, refused
@@ -248,21 +248,6 @@ def on_each_machine(
     for where in sorted(machines)
   }
   return {where: here for where, here in divided.items() if all(here.values())}
-
-
-def machine(provenance: Mapping[str, Any], count: bool = True) -> str:
-  """Describes the machine and the version of JAX for readers.
-
-  Args:
-    provenance: That of a result.
-    count: Whether to tell how many accelerators a run had, if several.
-  """
-  number, device = provenance['device'].split(' x ')
-  if device == 'cpu':
-    device = f'{provenance["cores"]} cores of {provenance["processor"]}'
-  elif count and number != '1':
-    device = f'{number} x {device}'
-  return f'{device}, JAX {provenance["versions"]["jax"]}'
 
 
 def named(cells: Sequence[Cell], only: str) -> list[Cell]:

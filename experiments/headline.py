@@ -14,13 +14,12 @@ from experiments.experiment import (
   Cell,
   Record,
   Results,
-  machine,
   of_runs,
   on_each_machine,
   seconds,
   spread,
 )
-from experiments.runs import load
+from experiments.runs import load, machine
 from experiments.table import Table
 
 WORKERS = 4

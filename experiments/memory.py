@@ -9,6 +9,7 @@ times a second. The largest sum of both is a bound of what a device held.
 """
 
 import collections
+from collections.abc import Iterator
 import json
 import sys
 import tempfile
@@ -18,7 +19,8 @@ from typing import Any
 
 import jax
 
-from experiments.runs import RESULTS, parsed, provenance, write_record
+from experiments.runs import RESULTS, load, parsed, provenance, write_record
+from experiments.table import Table
 from resist_jax import accounting
 from resist_jax.errors import Parser
 from resist_jax.run import config as config_lib
@@ -147,6 +149,22 @@ def main() -> int:
     return 1
   print('no device exceeded the budget')
   return 0
+
+
+def tables() -> Iterator[Table]:
+  """Yields what a device held, beside its budget and the whole chain."""
+  for r in load('memory/*.json'):
+    names = ('chain_bytes', 'budget_bytes', 'bound_bytes')
+    names = (*names, 'parameter_bytes_per_device')
+    caption = (
+      'A run trains, tests, saves and resumes a network whose chain is larger '
+      'than the memory budget of a device. MiB of the whole chain, of the '
+      'budget, of the most that a device held (arrays and scratch memory, data '
+      'included), and of the parameters on it.'
+    )
+    head = ['whole chain', 'budget', 'most held', 'parameters held']
+    row = [f'{r[name] / 2**20:.0f}' for name in names]
+    yield Table(caption, 'python -m experiments.memory', head, [row])
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 """Result files with their provenance, and the training runs that make them."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import contextlib
 import functools
 import importlib.metadata
@@ -319,6 +319,21 @@ def provenance(device: str = '') -> dict[str, Any]:
       if name.startswith(_SETTINGS)
     },
   }
+
+
+def machine(provenance: Mapping[str, Any], count: bool = True) -> str:
+  """Describes the machine and the version of JAX for readers.
+
+  Args:
+    provenance: That of a result.
+    count: Whether to tell how many accelerators a run had, if several.
+  """
+  number, device = provenance['device'].split(' x ')
+  if device == 'cpu':
+    device = f'{provenance["cores"]} cores of {provenance["processor"]}'
+  elif count and number != '1':
+    device = f'{number} x {device}'
+  return f'{device}, JAX {provenance["versions"]["jax"]}'
 
 
 # Variables of the environment that change programs or their speed.

@@ -9,8 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.experiment import machine
 from experiments.namespaces import LINKS
+from experiments.runs import machine
 from experiments.slow_network import FOLDER, METHODS
 from experiments.table import Table
 from resist_jax.report import plots

@@ -30,9 +30,15 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from experiments.experiment import machine
 from experiments.launch.local import free_port
-from experiments.runs import RESULTS, command, parsed, provenance, write_record
+from experiments.runs import (
+  RESULTS,
+  command,
+  machine,
+  parsed,
+  provenance,
+  write_record,
+)
 from experiments.table import Table
 from resist_jax import folders
 from resist_jax.errors import Parser

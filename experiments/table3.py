@@ -21,13 +21,13 @@ from experiments.experiment import (
   Experiment,
   Record,
   Results,
-  machine,
   main,
   of_runs,
   on_each_machine,
   quiet,
   seconds,
 )
+from experiments.runs import machine
 from experiments.table import Table
 
 # Target accuracies, as shares of the final accuracy of local SGD.

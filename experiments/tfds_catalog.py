@@ -27,7 +27,7 @@ from PIL import Image
 import tensorflow_datasets as tfds
 from tensorflow_datasets.testing import mocking
 
-from experiments.runs import RESULTS, provenance, write_record
+from experiments.runs import RESULTS, load, provenance, write_record
 from experiments.table import Table
 from resist_jax import data
 from resist_jax.errors import ConfigError, Parser, one_line
@@ -58,8 +58,7 @@ def main() -> int:
     'listed': len(listed),
     'sets': found,
   }
-  for table in tables(record):
-    print(table.text())
+  print(_table(record).text())
   if not args.only:
     write_record(RESULT, record)
   return 0
@@ -190,12 +189,12 @@ def _kind(line: str, folder: str) -> str:
   return line
 
 
-def tables(record: Mapping[str, Any]) -> Iterator[Table]:
-  """Yields the table of a result.
+def tables() -> Iterator[Table]:
+  """Yields the table of the result, if there is one."""
+  return map(_table, load('tfds_catalog/*.json'))
 
-  Args:
-    record: What the result file holds.
-  """
+
+def _table(record: Mapping[str, Any]) -> Table:
   by_reason = collections.defaultdict(list)
   for name, found in record['sets'].items():
     by_reason[found['reason'] or 'works'].append(name)
@@ -210,7 +209,7 @@ def tables(record: Mapping[str, Any]) -> Iterator[Table]:
     'own builder, and read. Where TFDS could not build a set here, it is '
     'unknown whether it has images.'
   )
-  yield Table(caption, COMMAND, ['', 'sets', 'names'], rows)
+  return Table(caption, COMMAND, ['', 'sets', 'names'], rows)
 
 
 if __name__ == '__main__':

@@ -42,11 +42,11 @@ from experiments.experiment import (
   Experiment,
   Record,
   Results,
-  machine,
   main,
   of_runs,
   quiet,
 )
+from experiments.runs import machine
 from experiments.table import Table
 from experiments.table2 import DATA, NAMES, WORKERS
 

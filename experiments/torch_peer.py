@@ -9,6 +9,7 @@ counts.
     --batch_size=128 --dtype=bfloat16 --compile --steps=20 --runs=1 --out=FILE
 """
 
+from collections.abc import Iterator
 import json
 import pathlib
 import re
@@ -16,8 +17,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
-from experiments.runs import RESULTS, command, parsed, provenance, write_record
+from experiments.runs import (
+  RESULTS,
+  command,
+  load,
+  machine,
+  parsed,
+  provenance,
+  write_record,
+)
+from experiments.table import Table
 from resist_jax.errors import ConfigError, Parser, one_line, refused
 
 FOLDER = RESULTS / 'bench'
@@ -203,6 +214,97 @@ def _jax(args) -> dict:
       stdout=subprocess.DEVNULL,
     )
     return json.loads(out.read_text())['results'][0]
+
+
+def tables() -> Iterator[Table]:
+  """Yields a step here beside one in PyTorch, for each machine and setting."""
+  alike: dict[Any, list[Any]] = {}
+  for r in [*load('bench/peer_*.json'), *load('bench/*torch_*.json')]:
+    where = machine(r['provenance'], count=False)
+    precision = '' if r['precision'] == 'highest' else r['precision']
+    key = where, r['batch_size'], r['blocks'], precision or r['dtype']
+    alike.setdefault(key, []).append(r)
+  for key, records in alike.items():
+    yield _beside_torch(key, records)
+
+
+def _beside_torch(key, records) -> Table:
+  where, batch_size, blocks, precision = key
+  first = records[0]
+  on_cpu = first['provenance']['device'].endswith(' cpu')
+  goal = 'The goal was a ratio of at most 1.2. ' if on_cpu else ''
+  kept = (
+    ' "Kept": the C library of both keeps the memory of a step for the next '
+    'one, as docs/running.md says.'
+  )
+  caption = (
+    f"One step of the paper's sub-ResNet ({blocks} blocks, batch size "
+    f'{batch_size}{"" if on_cpu else f", {precision}"}) here and in plain '
+    f'PyTorch. {goal}Medians of {first["runs"]} alternating runs, and of their '
+    f'ratios, {where}.{kept if on_cpu else ""}'
+  )
+  rows = []
+  for r in records:
+    keeps = 'MALLOC_TRIM_THRESHOLD_' in r['provenance'].get('environment', {})
+    times = [r[k] for k in ('jax_seconds', 'torch_seconds')]
+    rows.append(
+      ([('freed', 'kept')[keeps]] if on_cpu else [r['versions']['torch']])
+      + [f'{x:.2f}' if on_cpu else f'{x:.5f}' for x in times]
+      + [f'{r["ratio"]:.2f}']
+    )
+  head = ['JAX, seconds', 'PyTorch, seconds', 'ratio']
+  head = ['memory' if on_cpu else 'PyTorch', *head]
+  return Table(caption, first['command'], head, rows)
+
+
+def accelerator_tables() -> Iterator[Table]:
+  """Yields both networks' steps in bfloat16 beside the device's own rate."""
+  for r in load('bench/*_torch.json'):
+    rows = []
+    for network in r['results']:
+      flop = {
+        x['blocks']: (x['flop_per_second'], x['flop_per_second_of_matmul'])
+        for record in load('bench/*_bfloat16_*.json')
+        if 'results' in record and record['provenance'] == r['provenance']
+        for x in record['results']
+        if 'flop_per_second' in x
+      }
+      ours, peak = flop[network['blocks']]
+      theirs = {
+        name: seconds
+        for name, seconds in network['torch_seconds'].items()
+        if 'again' not in name
+      }
+      eager = min(v for k, v in theirs.items() if 'compiled' not in k)
+      graphs = theirs.get('compiled, reduce-overhead')
+      rows.append(
+        [
+          f'{network["network"]}, {network["blocks"]} blocks',
+          f'{1e3 * network["jax_seconds"]:.2f} ms',
+          f'{ours / 1e12:.0f} TFLOP/s',
+          f'{ours / peak:.0%}',
+          f'{1e3 * eager:.2f} ms',
+          f'{1e3 * graphs:.2f} ms' if graphs else '',
+        ]
+      )
+    torch = r['versions']['torch']
+    caption = (
+      "A step of the paper's networks in bfloat16, batch size "
+      f'{r["batch_size"]}, {machine(r["provenance"], count=False)}, and of '
+      f'PyTorch {torch} '
+      'with automatic mixed precision. "Share of a product" is the rate '
+      'divided by that of a large product of matrices on the same device. '
+      'PyTorch compiled uses CUDA graphs; the full network was not compiled. '
+      'Medians of calls of 20 steps. The full network takes --workers=1.'
+    )
+    head = ['network', 'JAX', 'rate', 'share of a product', 'PyTorch, eager']
+    head.append('PyTorch, compiled')
+    command = (
+      'python -m experiments.torch_peer --torch=PYTHON --workers=4 '
+      f'--batch_size={r["batch_size"]} --dtype={r["dtype"]} --steps=20 '
+      '--compile --out=FILE'
+    )
+    yield Table(caption, command, head, rows)
 
 
 if __name__ == '__main__':

@@ -8,6 +8,7 @@ written to experiments/results/unequal/digits.json. This needs Linux and two
 cores.
 """
 
+from collections.abc import Iterator
 import json
 import os
 import pathlib
@@ -21,7 +22,8 @@ import time
 from typing import Any
 
 from experiments.launch import local
-from experiments.runs import RESULTS, provenance, write_record
+from experiments.runs import RESULTS, load, machine, provenance, write_record
+from experiments.table import Table
 from resist_jax import report
 from resist_jax.errors import ConfigError, Parser, refused
 
@@ -122,6 +124,24 @@ def main() -> None:
     'provenance': provenance('2 x cpu'),
   }
   write_record(TARGET, record)
+
+
+def tables() -> Iterator[Table]:
+  """Yields the seconds of a round with each kind of depths."""
+  for r in load('unequal/*.json'):
+    rows = [
+      [name, ' and '.join(map(str, r['runs'][name][-1]['blocks']))]
+      + [f'{seconds:.2f} s']
+      for name, seconds in r['seconds_round'].items()
+    ]
+    caption = (
+      'Seconds of a round of two processes with a core each, on handwritten '
+      'digits. The second process is paused so often that it has '
+      f'{r["speed_of_process_1"]:.0%} of the speed of the first. Medians of '
+      f'{len(next(iter(r["runs"].values())))} alternating runs on '
+      f'{machine(r["provenance"])}.'
+    )
+    yield Table(caption, r['command'], ['depths', 'blocks', 'a round'], rows)
 
 
 if __name__ == '__main__':

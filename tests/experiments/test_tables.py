@@ -6,6 +6,7 @@ import pytest
 
 from experiments import (
   ablation,
+  accelerator,
   claims,
   deeper,
   ensemble,
@@ -15,7 +16,6 @@ from experiments import (
   paper,
   pictures,
   runs,
-  sections,
   table2,
   table3,
   to_accuracy,
@@ -298,7 +298,7 @@ def test_accelerators_have_a_section(tmp_path, monkeypatch):
   (tmp_path / 'accelerator').mkdir()
   (tmp_path / 'accelerator' / 'GPU.json').write_text(json.dumps(made))
   monkeypatch.setattr(runs, 'RESULTS', tmp_path)
-  (table,) = sections._accelerator()
+  (table,) = accelerator.tables()
   assert [row[0] for row in table.rows] == ['CPU', 'GPU']
   assert table.rows[1][1:] == ['local sgd', '1.0e-09', '1.0e-10']
   assert '(GPU, JAX 1)' in table.caption

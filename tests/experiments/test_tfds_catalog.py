@@ -26,7 +26,7 @@ def test_a_set_that_cannot_be_read_says_why():
 
 def test_the_table_counts_the_sets_of_the_result():
   record = json.loads(tfds_catalog.RESULT.read_text())
-  (table,) = tfds_catalog.tables(record)
+  (table,) = tfds_catalog.tables()
   counts = {reason: int(count) for reason, count, _ in table.rows}
   assert sum(counts.values()) == len(record['sets'])
   works = [name for name, s in record['sets'].items() if not s['reason']]
