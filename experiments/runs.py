@@ -158,6 +158,26 @@ def read(path: pathlib.Path) -> dict[str, Any]:
   return record
 
 
+def first_test(
+  rows: Sequence[dict[str, Any]], accuracy: float
+) -> dict[str, Any] | None:
+  """Returns the row of the first test that reaches an accuracy.
+
+  Args:
+    rows: The rounds of a run, tested or not.
+    accuracy: Test accuracy with fixed statistics, from 0 to 1.
+
+  Returns:
+    The row, or None if no test reaches it.
+
+  >>> rows = [{}, {'test_accuracy': 0.5}]
+  >>> first_test(rows, 0.4), first_test(rows, 0.6)
+  ({'test_accuracy': 0.5}, None)
+  """
+  tests = (row for row in rows if row.get('test_accuracy', -1) >= accuracy)
+  return next(tests, None)
+
+
 def parsed(
   parser: argparse.ArgumentParser, free: Sequence[str] = ()
 ) -> argparse.Namespace:

@@ -25,7 +25,7 @@ import tempfile
 from typing import Any
 
 from experiments.namespaces import LINKS, Host, Link, NotPossibleError, hosts
-from experiments.runs import RESULTS, provenance, write_record
+from experiments.runs import RESULTS, first_test, provenance, write_record
 from resist_jax import report
 from resist_jax.errors import Parser
 
@@ -95,6 +95,7 @@ def measure(
   rows = report.read_rows(folder / 'metrics.jsonl')
   whole = _seconds_of_a_round(rows)
   local = statistics.median(row['seconds_local'] for row in rows[1:])
+  reached = first_test(rows, TARGET)
   counted = {}
   if len(sent) == 2:
     counted = {
@@ -108,7 +109,7 @@ def measure(
     'seconds_local': local,
     'seconds_exchange': whole - local,
     **counted,
-    'seconds_to_target': _seconds_to(rows),
+    'seconds_to_target': reached['seconds_training'] if reached else None,
     'seconds_training': rows[-1]['seconds_training'],
     'test_accuracy': summary['test_accuracy'],
     'summary': summary,
@@ -166,13 +167,6 @@ def _seconds_of_a_round(rows: list[dict[str, Any]]) -> float:
     (rows[j]['seconds_training'] - rows[i]['seconds_training']) / (j - i)
     for i, j in itertools.pairwise(read)
   )
-
-
-def _seconds_to(rows: list[dict[str, Any]]) -> float | None:
-  for row in rows:
-    if row.get('test_accuracy', 0) >= TARGET:
-      return row['seconds_training']
-  return None
 
 
 def settings() -> Iterator[tuple[str, str, Link, pathlib.Path]]:

@@ -27,33 +27,11 @@ from experiments.experiment import (
   quiet,
   seconds,
 )
-from experiments.runs import machine
+from experiments.runs import first_test, machine
 from experiments.table import Table
 
 # Target accuracies, as shares of the final accuracy of local SGD.
 TARGETS = {'smoke': 0.9, 'cpu': 0.9, 'paper': 0.99}
-
-
-def seconds_to(record: Record, accuracy: float) -> float | None:
-  """Returns the seconds of training until a test reaches an accuracy.
-
-  Args:
-    record: Result of a run.
-    accuracy: Test accuracy with fixed statistics, from 0 to 1.
-
-  Returns:
-    Seconds of training, or None if no test reaches it.
-
-  >>> row = {'test_accuracy': 0.5, 'seconds_training': 2.0}
-  >>> seconds_to({'curve': [{}, row]}, 0.4), seconds_to({'curve': [row]}, 0.6)
-  (2.0, None)
-  """
-  times = [
-    row['seconds_training']
-    for row in record['curve']
-    if row.get('test_accuracy', -1) >= accuracy
-  ]
-  return times[0] if times else None
 
 
 def tables(results: Results) -> list[Table]:
@@ -129,8 +107,8 @@ def _rows(group: Group, share: float) -> Iterator[list[str]]:
   base = seconds(group.runs['local_sgd']) or math.nan
   theirs = paper.SECONDS[group.data]
   for protocol, records in group.runs.items():
-    reached = [seconds_to(record, target) for record in records]
-    times = [time for time in reached if time is not None]
+    tests = [first_test(record['curve'], target) for record in records]
+    times = [row['seconds_training'] for row in tests if row]
     trained = seconds(records) or math.nan
     published = theirs.get(protocol, {}).get(group.workers)
     yield [

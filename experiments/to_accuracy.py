@@ -46,7 +46,7 @@ from experiments.experiment import (
   of_runs,
   quiet,
 )
-from experiments.runs import machine
+from experiments.runs import first_test, machine
 from experiments.table import Table
 from experiments.table2 import DATA, NAMES, WORKERS
 
@@ -165,27 +165,12 @@ def seconds_of_a_step(record: Record) -> float:
   return statistics.median(rounds) / record['config']['local_steps']
 
 
-def round_at(record: Record, accuracy: float) -> Record | None:
-  """Returns the row of the first test that reaches an accuracy.
-
-  Args:
-    record: Result of a run.
-    accuracy: Test accuracy with fixed statistics, from 0 to 1.
-
-  Returns:
-    The row, or None if no test reaches it.
-  """
-  rows = record['curve']
-  found = (r for r in rows if r.get('test_accuracy', -1) >= accuracy)
-  return next(found, None)
-
-
 def sent_until(record: Record, end: Record) -> float:
   """Returns the bytes that workers with a device each send up to a round.
 
   Args:
     record: Result of a run.
-    end: The row of the round, see `round_at`.
+    end: The row of the round, see `first_test`.
 
   Returns:
     Bytes, predicted where the run had fewer devices.
@@ -278,7 +263,8 @@ class Trained(NamedTuple):
 
   def _to(self, target: float, seconds: float | None, sent: bool = True) -> str:
     """Returns means of the runs that reach a target, with bytes if `sent`."""
-    found = [(r, row) for r in self.records if (row := round_at(r, target))]
+    ends = [(r, first_test(r['curve'], target)) for r in self.records]
+    found = [(record, row) for record, row in ends if row]
     if not found:
       return 'not reached'
     parts = self._cost(found, seconds, sent)

@@ -122,8 +122,6 @@ def test_seconds_of_a_round_are_between_rows_that_say_the_same():
   rows = [row(1.0), row(2.0, test_accuracy=0.5), row(3.9)]
   rows.append(row(4.0, test_accuracy=0.96))
   assert slow_network._seconds_of_a_round(rows) == 1.0
-  assert slow_network._seconds_to(rows) == 4.0
-  assert slow_network._seconds_to(rows[:3]) is None
 
 
 def test_every_method_has_a_name_and_valid_flags():
