@@ -6,6 +6,7 @@ python -m experiments.protocols_report
 from collections.abc import Iterator, Mapping, Sequence
 import pathlib
 import statistics
+import sys
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -14,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from experiments.costs import Cost, Machine
 from experiments.experiment import of_runs
 from experiments.protocols import PROTOCOLS, stem
-from experiments.runs import RESULTS, of_seeds
+from experiments.runs import RESULTS, of_seeds, show_results
 from experiments.table import Table
 from resist_jax.report import colours, plots
 
@@ -31,17 +32,18 @@ SETTING = 'a worker of 1 TFLOP/s with a link of 100 Mbit/s'
 X_AXES = {'steps': 'steps', 'bytes': 'MB sent', 'seconds': 'predicted seconds'}
 
 
-def load(name: str) -> dict[str, Runs]:
+def load(name: str, results: pathlib.Path = RESULTS) -> dict[str, Runs]:
   """Returns the results of an experiment at the cpu scale.
 
   Args:
     name: A key of `TITLES`.
+    results: The folder that holds the results of all experiments.
 
   Returns:
     For each set of data, its runs.
   """
   found: dict[str, dict[tuple[str, int], list[Record]]] = {}
-  for record in of_seeds(RESULTS / name / 'cpu', ''):
+  for record in of_seeds(results / name / 'cpu', ''):
     config = record['config']
     runs = found.setdefault(config['data'], {})
     key = config['protocol'], config['num_workers']
@@ -77,18 +79,19 @@ def seconds(record: Record) -> float | None:
   return Cost(flops, sent, 0).seconds(MACHINE)['round']
 
 
-def tables(name: str) -> Iterator[Table]:
+def tables(name: str, results: pathlib.Path = RESULTS) -> Iterator[Table]:
   """Yields a table for each set of data that has results.
 
   Args:
     name: A key of `TITLES`.
+    results: See `load`.
 
   Yields:
     The tables.
   """
-  for runs in load(name).values():
+  for runs in load(name, results).values():
     records = [record for found in runs.values() for record in found]
-    results = [k for k in UNITS if k in records[0]['summary']]
+    tested = [k for k in UNITS if k in records[0]['summary']]
     rows = []
     for (protocol, S), found in runs.items():
       # All seeds compute as much, but no compiler counts it on accelerators.
@@ -97,14 +100,14 @@ def tables(name: str) -> Iterator[Table]:
       total = (seconds(record) or 0) * record['config']['rounds']
       rows.append(
         [str(S), PROTOCOLS[protocol]]
-        + [_spread([r['summary'][key] for r in found], key) for key in results]
+        + [_spread([r['summary'][key] for r in found], key) for key in tested]
         + [f'{summary["params_per_worker"] / summary["params_total"]:.0%}']
         + [f'{flops / 1e9:.2g}' if flops else '']
         + [f'{found[0]["curve"][-1]["bytes"] / 1e6:,.0f}']
         + [f'{total:.3g}' if total else '']
       )
     head = ['S', 'protocol']
-    head += [f'{k.replace("_", " ")}, {UNITS[k]}' for k in results]
+    head += [f'{k.replace("_", " ")}, {UNITS[k]}' for k in tested]
     head += ['weights on a worker', 'GFLOP a step', 'MB sent', 'seconds']
     yield Table(_caption(records), f'python -m experiments.{name}', head, rows)
 
@@ -147,17 +150,19 @@ def _caption(records: Sequence[Record]) -> str:
   )
 
 
-def figures(name: str) -> dict[str, Figure]:
+def figures(name: str, results: pathlib.Path = RESULTS) -> dict[str, Figure]:
   """Draws the test loss against steps, bytes and predicted seconds.
 
   Args:
     name: A key of `TITLES`.
+    results: See `load`.
 
   Returns:
     Figures by name.
   """
   return {
-    f'loss_{stem(data)}': _figure(runs) for data, runs in load(name).items()
+    f'loss_{stem(data)}': _figure(runs)
+    for data, runs in load(name, results).items()
   }
 
 
@@ -240,15 +245,14 @@ def _curve(
   return costs[x], losses
 
 
-def main() -> None:
+def show(results: pathlib.Path) -> None:
   """Prints the tables, and writes the figures beside the results."""
   for name in TITLES:
-    for table in tables(name):
+    for table in tables(name, results):
       print(table.caption, table.text(), sep='\n', end='\n\n')
-    for title, figure in figures(name).items():
-      path: pathlib.Path = RESULTS / name / 'cpu' / f'{title}.png'
-      figure.savefig(path, dpi=150)
+    for title, figure in figures(name, results).items():
+      figure.savefig(results / name / 'cpu' / f'{title}.png', dpi=150)
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(show_results(__doc__, show))

@@ -1,7 +1,7 @@
 """Result files with their provenance, and the training runs that make them."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import functools
 import importlib.metadata
@@ -20,7 +20,7 @@ import jax
 import ml_collections
 
 from resist_jax import folders, report
-from resist_jax.errors import ConfigError, one_line
+from resist_jax.errors import ConfigError, Parser, one_line, refused
 from resist_jax.run import cards, train, workdir
 
 # Files in the workdir of a run: whether its seconds count, and where it began
@@ -209,6 +209,33 @@ def parsed(
       'with the code: name a file with --out.'
     )
   return args
+
+
+def show_results(doc: str | None, show: Callable[[pathlib.Path], None]) -> int:
+  """Runs a command that shows results, those in the folder of `--results`.
+
+  Args:
+    doc: The docstring of its module, whose first line becomes the help.
+    show: Shows what the folder of all results holds.
+
+  Returns:
+    The exit code.
+  """
+  parser = Parser(description=(doc or '').split('\n')[0])
+  parser.add_argument(
+    '--results',
+    type=folders.argument,
+    default=RESULTS,
+    help='folder of the results of all experiments',
+  )
+  results = parser.parse_args().results
+  try:
+    if not results.is_dir():
+      raise ConfigError(f'--results={results} is no folder.')
+    show(results)
+  except ConfigError as error:  # A result file is damaged.
+    return refused(error)
+  return 0
 
 
 def command(name: str) -> str:

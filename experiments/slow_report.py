@@ -4,19 +4,21 @@ python -m experiments.slow_report
 """
 
 from collections.abc import Mapping
-import json
+import pathlib
+import sys
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from experiments.namespaces import LINKS
-from experiments.runs import machine
+from experiments.runs import RESULTS, machine, read, show_results
 from experiments.slow_network import FOLDER, METHODS
 from experiments.table import Table
 from resist_jax.report import plots
 from resist_jax.report.colours import ENSEMBLE
 
 Record = Mapping[str, Any]
+Records = Mapping[tuple[str, str], Record]  # By link and method.
 NAMES = {
   'data_parallel': 'data parallel',
   'local_sgd': 'local SGD',
@@ -27,23 +29,26 @@ NAMES = {
 }
 
 
-def load(network: str) -> dict[tuple[str, str], Record]:
-  """Returns the results of a network by link and method."""
-  paths = sorted(FOLDER.glob(f'{network}_*.json'))
-  records = [json.loads(path.read_text()) for path in paths]
+def load(network: str, results: pathlib.Path = RESULTS) -> Records:
+  """Returns the results of a network by link and method.
+
+  Args:
+    network: A key of `slow_network.NETWORKS`.
+    results: The folder that holds the results of all experiments.
+  """
+  paths = sorted((results / FOLDER.name).glob(f'{network}_*.json'))
+  records = [read(path) for path in paths]
   return {(r['link'], r['method']): r for r in records}
 
 
-def exchange_seconds(
-  records: Mapping[tuple[str, str], Record], link: str, method: str
-) -> float | None:
+def exchange_seconds(records: Records, link: str, method: str) -> float | None:
   """Returns the seconds of a round that are not local training.
 
   Data parallel communicates in each step, so its seconds cannot be separated:
   they are those of its round without the local training of local SGD.
 
   Args:
-    records: Results by link and method.
+    records: See `load`.
     link: Name of the link.
     method: A key of `METHODS`.
 
@@ -59,13 +64,19 @@ def exchange_seconds(
   return record['seconds_exchange']
 
 
-def tables() -> list[Table]:
-  """Returns the tables that have results."""
-  return [*_exchange_table(), *_learning_table()]
+def tables(results: pathlib.Path = RESULTS) -> list[Table]:
+  """Returns the tables that have results.
+
+  Args:
+    results: See `load`.
+  """
+  return [
+    *_exchange_table(load('paper_shares', results)),
+    *_learning_table(load('digits', results)),
+  ]
 
 
-def _exchange_table() -> list[Table]:
-  records = load('paper_shares')
+def _exchange_table(records: Records) -> list[Table]:
   links = [x.name for x in LINKS if any(x.name == k for k, _ in records)]
   if not links:
     return []
@@ -109,8 +120,7 @@ def _exchange_table() -> list[Table]:
   return [Table(caption, some['command'], head, rows)]
 
 
-def _learning_table() -> list[Table]:
-  records = load('digits')
+def _learning_table(records: Records) -> list[Table]:
   if not records:
     return []
   rows = []
@@ -135,9 +145,13 @@ def _learning_table() -> list[Table]:
   return [Table(caption, some['command'], head, rows)]
 
 
-def figures() -> dict[str, Figure]:
-  """Draws the seconds of a round by link: local training and exchange."""
-  records = load('paper_shares')
+def figures(results: pathlib.Path = RESULTS) -> dict[str, Figure]:
+  """Draws the seconds of a round by link: local training and exchange.
+
+  Args:
+    results: See `load`.
+  """
+  records = load('paper_shares', results)
   links = [
     x.name
     for x in LINKS
@@ -172,13 +186,13 @@ def figures() -> dict[str, Figure]:
   return {'slow_links': figure}
 
 
-def main() -> None:
+def show(results: pathlib.Path) -> None:
   """Prints the tables, and writes the figure beside the results."""
-  for table in tables():
+  for table in tables(results):
     print(table.caption, table.text(), sep='\n', end='\n\n')
-  for name, figure in figures().items():
-    figure.savefig(FOLDER / f'{name}.png', dpi=150)
+  for name, figure in figures(results).items():
+    figure.savefig(results / FOLDER.name / f'{name}.png', dpi=150)
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(show_results(__doc__, show))

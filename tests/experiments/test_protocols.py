@@ -162,8 +162,7 @@ def test_a_command_writes_what_the_report_shows(tmp_path, monkeypatch):
   assert not list((tmp_path / 'runs').rglob('*.json'))
 
   (folder / 'smoke').rename(folder / 'cpu')
-  monkeypatch.setattr(protocols_report, 'RESULTS', tmp_path)
-  (table,) = protocols_report.tables('vision_transformer')
+  (table,) = protocols_report.tables('vision_transformer', tmp_path)
   ((S, name, loss, *_),) = table.rows
   tested = [
     json.loads(p.read_text())['summary']['test_loss']
@@ -171,12 +170,12 @@ def test_a_command_writes_what_the_report_shows(tmp_path, monkeypatch):
   ]
   assert (S, name) == ('2', 'ResIST')
   assert loss.startswith(f'{np.mean(tested):.3f} ± ')
-  (figure,) = protocols_report.figures('vision_transformer').values()
+  (figure,) = protocols_report.figures('vision_transformer', tmp_path).values()
   drawn = figure.axes[0].lines[0].get_xydata()
   np.testing.assert_allclose(drawn[-1], [6, np.mean(tested)])
 
 
-def test_runs_on_accelerators_have_no_predicted_seconds(tmp_path, monkeypatch):
+def test_runs_on_accelerators_have_no_predicted_seconds(tmp_path):
   budget = {'rounds': 2, 'local_steps': 3, 'batch': 4}
   shape = {'length': 5, 'layers': 6, 'width': 7}
   record = {
@@ -190,12 +189,11 @@ def test_runs_on_accelerators_have_no_predicted_seconds(tmp_path, monkeypatch):
               for r in (1, 2)],
   }  # fmt: skip
   runs.write_record(tmp_path / 'language/cpu/b_resist_s2_seed0.json', record)
-  monkeypatch.setattr(protocols_report, 'RESULTS', tmp_path)
-  (table,) = protocols_report.tables('language')
+  (table,) = protocols_report.tables('language', tmp_path)
   ((*_, flops, _, seconds),) = table.rows
   assert (flops, seconds) == ('', '')
   assert 'windows of 5 bytes' in table.caption
-  ((name, figure),) = protocols_report.figures('language').items()
+  ((name, figure),) = protocols_report.figures('language', tmp_path).items()
   assert name == 'loss_b'
   steps, sent, predicted = figure.axes
   assert len(steps.lines) == len(sent.lines) == 1

@@ -1,13 +1,14 @@
 """What commands that measure record, and what they refuse."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 from several import ROOT
 
-from experiments import runs
+from experiments import protocols_report, runs, slow_report
 
 
 @pytest.mark.parametrize(
@@ -80,6 +81,7 @@ def test_seconds_of_an_unknown_beginning_do_not_count(tmp_path, monkeypatch):
     (['slow_network', '--only=typo'], "--only is 'typo'"),
     (['torch_peer', '--torch=/no/python'], '--torch=/no/pyth'),
     (['torch_peer', f'--torch={sys.executable}', '--precision=x'], 'precision'),
+    (['slow_report', '--results=/no/folder'], '--results=/no/folder is no'),
   ],
 )
 def test_a_wrong_option_is_one_line(words, said, tmp_path):
@@ -109,3 +111,26 @@ def test_another_measurement_does_not_replace_a_committed_result(words):
   (line,) = ran.stderr.splitlines()
   assert words[1].partition('=')[0] in line
   assert 'name a file with --out' in line
+
+
+@pytest.mark.parametrize(
+  ('report', 'name'),
+  [(slow_report, 'slow_network'), (protocols_report, 'language')],
+)
+def test_a_report_shows_the_results_of_another_folder(
+  report, name, tmp_path, monkeypatch, capsys
+):
+  only_json = shutil.ignore_patterns('*.png')
+  shutil.copytree(runs.RESULTS / name, tmp_path / name, ignore=only_json)
+  monkeypatch.setattr(sys, 'argv', ['report', f'--results={tmp_path}'])
+  assert runs.show_results(report.__doc__, report.show) == 0
+  assert 'ResIST' in capsys.readouterr().out
+  drawn, kept = (
+    {path.name for path in root.rglob('*.png')}
+    for root in (tmp_path, runs.RESULTS / name)
+  )
+  assert drawn == kept != set()
+  damaged = next(tmp_path.rglob('*.json'))
+  damaged.write_text('{')
+  assert runs.show_results(report.__doc__, report.show) == 2
+  assert str(damaged) in capsys.readouterr().err
