@@ -25,6 +25,7 @@ from experiments.runs import (
   machine,
   parsed,
   provenance,
+  read,
   write_record,
 )
 from experiments.table import Table
@@ -78,7 +79,7 @@ def tables() -> Iterator[Table]:
   """Yields what checkpoints cost, if it has been measured."""
   if not RESULT.exists():
     return
-  r = json.loads(RESULT.read_text())
+  r = read(RESULT)
   config, waited = r['config'], r['seconds_waited']
   caption = (
     f'Rounds of {config["model"]["name"]} ({config["local_steps"]} steps, '

@@ -6,7 +6,6 @@ Nothing here knows an outcome: each verdict is worked out from result files.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import itertools
-import json
 import statistics
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from experiments import (
   table3,
 )
 from experiments.experiment import Cell, Results, seconds
-from experiments.runs import RESULTS
+from experiments.runs import load
 from resist_jax.report.compare import POINTS, RULE, compare
 
 HOLDS, IN_PART, FAILS = 'holds', 'holds in part', 'does not hold'
@@ -362,8 +361,7 @@ OF_EXPERIMENT: dict[str, Callable[[Results], list[Claim]]] = {
 
 
 def _table1() -> dict[str, Any] | None:
-  path = RESULTS / 'table1' / 'table1.json'
-  return json.loads(path.read_text()) if path.exists() else None
+  return next(iter(load('table1/*.json')), None)
 
 
 def counts() -> list[Claim]:

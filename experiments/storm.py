@@ -34,6 +34,7 @@ from experiments.launch.local import free_port
 from experiments.runs import (
   RESULTS,
   command,
+  load,
   machine,
   parsed,
   provenance,
@@ -274,9 +275,7 @@ def repeated(logged: list[Logged]) -> list[int]:
 
 def tables() -> Iterator[Table]:
   """Yields what storms cost, beside the run without one, if there are any."""
-  records = [
-    json.loads(path.read_text()) for path in sorted(FOLDER.glob('*.json'))
-  ]
+  records = load('storm/*.json')
   if not records:
     return
   rows = [

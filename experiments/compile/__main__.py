@@ -67,11 +67,15 @@ def main() -> int:
       print(f'{case.name} is left out: {message(error)}', file=sys.stderr)
       continue
     write_record(path, found)
-  for table in tables.tables(options.out, folder.name):
-    print(table.caption, table.text(), sep='\n\n')
+  try:
+    for table in tables.tables(options.out, folder.name):
+      print(table.caption, table.text(), sep='\n\n')
+    records = tables.load(folder)
+  except ConfigError as error:  # A record is damaged.
+    return refused(error)
   return any(
     program['faults']
-    for found in tables.load(folder)
+    for found in records
     for program in found['programs'].values()
   )
 

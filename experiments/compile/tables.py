@@ -1,13 +1,12 @@
 """The tables of compiled programs, from their records."""
 
 from collections.abc import Iterator, Mapping
-import json
 import pathlib
 import shlex
 from typing import Any
 
 from experiments.compile import chips, targets
-from experiments.runs import RESULTS
+from experiments.runs import RESULTS, read
 from experiments.table import Table
 
 FOLDER = RESULTS / 'compile'
@@ -47,7 +46,7 @@ def load(folder: pathlib.Path) -> list[dict[str, Any]]:
   Returns:
     The records, by name.
   """
-  return [json.loads(p.read_text()) for p in sorted(folder.glob('*.json'))]
+  return [read(path) for path in sorted(folder.glob('*.json'))]
 
 
 def _table(records: list[dict[str, Any]]) -> Table:

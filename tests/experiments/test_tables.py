@@ -7,6 +7,7 @@ import pytest
 from experiments import (
   ablation,
   accelerator,
+  checkpoint_cost,
   claims,
   deeper,
   ensemble,
@@ -16,11 +17,15 @@ from experiments import (
   paper,
   pictures,
   runs,
+  slow_report,
+  storm,
   table2,
   table3,
   to_accuracy,
 )
+from experiments.compile import tables as compiled
 from experiments.experiment import Results, jobs
+from resist_jax.errors import ConfigError
 
 
 def record(accuracy, seed=0, seconds=10.0):
@@ -302,6 +307,27 @@ def test_accelerators_have_a_section(tmp_path, monkeypatch):
   assert [row[0] for row in table.rows] == ['CPU', 'GPU']
   assert table.rows[1][1:] == ['local sgd', '1.0e-09', '1.0e-10']
   assert '(GPU, JAX 1)' in table.caption
+
+
+@pytest.mark.parametrize(
+  ('name', 'shown'),
+  [
+    ('storm/calm.json', lambda root: storm.tables()),
+    ('table1/table1.json', lambda root: claims.counts()),
+    ('checkpoint_cost/a.json', lambda root: checkpoint_cost.tables()),
+    ('slow_network/digits_a.json', slow_report.tables),
+    ('compile/target/a.json', lambda root: compiled.tables(root / 'compile')),
+  ],
+)
+def test_a_damaged_result_is_named(name, shown, tmp_path, monkeypatch):
+  damaged = tmp_path / name
+  damaged.parent.mkdir(parents=True)
+  damaged.write_text('{"provenance": ')
+  monkeypatch.setattr(runs, 'RESULTS', tmp_path)
+  monkeypatch.setattr(checkpoint_cost, 'RESULT', damaged)
+  with pytest.raises(ConfigError, match='cannot be read') as refusal:
+    list(shown(tmp_path))
+  assert str(damaged) in str(refusal.value)
 
 
 def test_levers_gain_over_the_run_of_the_same_seed(tmp_path):
