@@ -108,7 +108,7 @@ class Experiment:
     cells: Returns what is trained at a scale.
     tables: Returns tables of the results; none without results.
     figures: Returns figures of the results by name of the file, without its
-      suffix; None for a figure without results.
+      suffix; None for a figure without results. By default there are none.
     train: Trains a config, writes the result file and deletes the workdir:
       `train(config, target, folder)`.
     scales: At which scales it is run.
@@ -119,7 +119,7 @@ class Experiment:
   title: str
   cells: Callable[[str], Sequence[Cell]]
   tables: Callable[[Results], Sequence[Table]]
-  figures: Callable[[Results], Mapping[str, Drawn]]
+  figures: Callable[[Results], Mapping[str, Drawn]] = lambda results: {}
   train: Callable[[ConfigDict, pathlib.Path, pathlib.Path], None] = run
   scales: Sequence[str] = SCALES
   beside: Callable[[str], Sequence[Cell]] = lambda scale: ()

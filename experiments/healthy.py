@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from experiments.experiment import (
   Cell,
-  Drawn,
   Experiment,
   Results,
   main,
@@ -101,13 +100,7 @@ def tables(results: Results) -> list[Table]:
   return [Table(caption, command, head, rows)]
 
 
-def figures(results: Results) -> Mapping[str, Drawn]:
-  """Draws nothing."""
-  del results
-  return {}
-
-
-EXPERIMENT = Experiment('healthy', 'Healthy updates', cells, tables, figures)
+EXPERIMENT = Experiment('healthy', 'Healthy updates', cells, tables)
 
 if __name__ == '__main__':
   main(EXPERIMENT, __doc__)

@@ -20,7 +20,6 @@ from ml_collections import ConfigDict
 from experiments import costs
 from experiments.experiment import (
   Cell,
-  Drawn,
   Experiment,
   Record,
   Results,
@@ -287,18 +286,11 @@ def _columns(records: Sequence[Record], without: Sequence[Record]) -> list[str]:
   ]
 
 
-def figures(results: Results) -> Mapping[str, Drawn]:
-  """Returns none: the table says it all."""
-  del results
-  return {}
-
-
 EXPERIMENT = Experiment(
   'levers',
   'Levers that the paper does not have',
   cells,
   tables,
-  figures,
   scales=('smoke', 'cpu90'),
 )
 
