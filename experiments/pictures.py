@@ -229,20 +229,17 @@ def _unit(x: str, largest: float) -> tuple[float, str]:
 
 def steps(
   panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
-  ylabel: str = 'test accuracy (%)',
   xlabel: str = '',
   sharey: bool = True,
   names: Sequence[str] = (),
 ) -> Picture | None:
-  """Makes charts of a number by a setting, side by side.
+  """Makes charts of the test accuracy by a setting, side by side.
 
   Args:
-    panels: For each panel by title, and each line by label, the values of the
-      seeds by setting, in order.
-    ylabel: Name of the number.
+    panels: For each panel by title, and each line by label, the accuracies of
+      the seeds by setting, in order.
     xlabel: Name of the setting.
-    sharey: Whether the numbers of different panels can be compared, so that the
-      panels share an axis.
+    sharey: See `curves`.
     names: The order of settings, some of which may have no values.
 
   Returns:
@@ -266,5 +263,5 @@ def steps(
       )
       for label, line in panel.items()
     ]
-    charts.append(Chart(title, xlabel, ylabel, lines, shown))
+    charts.append(Chart(title, xlabel, 'test accuracy (%)', lines, shown))
   return Picture(chart.limited(charts, sharey), sharey)

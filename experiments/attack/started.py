@@ -86,11 +86,11 @@ class Started:
         env={**os.environ, **path, **(env or {})},
       )
 
-  def end(self, limit: float = LIMIT) -> Ended:
-    """Waits for its end, and kills it after a limit."""
+  def end(self) -> Ended:
+    """Waits for its end, and kills it after `LIMIT`."""
     code: int | None
     try:
-      code = self.process.wait(limit)
+      code = self.process.wait(LIMIT)
     except subprocess.TimeoutExpired:
       self.kill()
       code = None
