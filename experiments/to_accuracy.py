@@ -173,10 +173,12 @@ def sent_until(record: Record, end: Record) -> float:
     end: The row of the round, see `first_test`.
 
   Returns:
-    Bytes, predicted where the run had fewer devices.
+    Bytes, predicted where the run had fewer devices, or may have had.
   """
   summary = record['summary']
-  if summary['num_devices'] == summary['num_workers']:
+  # A run that was moved may have begun with fewer devices.
+  moved = 'begun' in record['provenance']
+  if summary['num_devices'] == summary['num_workers'] and not moved:
     return end['wire_bytes_total']
   rows = [row for row in record['curve'] if row['round'] <= end['round']]
   return costs.sent({**record, 'curve': rows})

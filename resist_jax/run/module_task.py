@@ -135,6 +135,11 @@ class ModuleTask:
     found = jax.eval_shape(self.test_loss, self.shapes(), batch, {})
     return checks.returned_metrics(found)
 
+  @property
+  def has_momenta(self) -> bool:
+    """See `task.Task`."""
+    return function_of(self.module, 'optimizer') is None
+
   def init(self, seed: int) -> PyTree:
     """See `task.Task`."""
     return self.network.init(seed)
@@ -257,15 +262,15 @@ class ModuleTask:
 
   def rescale(self, params: PyTree, factors: Mapping[str, float]) -> PyTree:
     """See `task.Task`."""
-    own = function_of(self.module, 'rescale')
+    own, name = function_of(self.module, 'rescale'), self.config.model.module
     if own is None:
       raise ConfigError(
         f'the residual scale of {", ".join(factors)} changes with num_workers, '
-        f'and {self.config.model.module} defines no function rescale(config, '
-        'params, factors): keep num_workers, or add it, or begin with '
-        'residual_scale none.'
+        f'and {name} defines no function rescale(config, params, factors): '
+        'keep num_workers, or add it, or begin with residual_scale none.'
       )
-    return own(self.config, params, factors)
+    with _told(f'rescale(config, params, factors) of {name}'):
+      return own(self.config, params, factors)
 
   def save(
     self,

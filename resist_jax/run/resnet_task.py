@@ -51,6 +51,11 @@ class ResNetTask:
     return classification.METRICS
 
   @property
+  def has_momenta(self) -> bool:
+    """See `task.Task`."""
+    return True  # It is SGD.
+
+  @property
   def measures(self) -> tuple[str, ...]:
     """See `task.Task`."""
     return MEASURES

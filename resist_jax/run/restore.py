@@ -136,6 +136,8 @@ def _rescaled(setup: Setup, whole: Whole, factors: dict[str, float]) -> Whole:
   """Keeps the global network the same where its residual scale changes."""
   # Larger parameters have smaller gradients, and change less.
   shrinking = {chain: 1 / factor for chain, factor in factors.items()}
+  # Others may be squares or weights, or masked: they begin anew.
+  carried = whole.carried if setup.task.has_momenta else None
 
   def rescaled(parts: Parts | None, factors: dict[str, float]) -> Parts | None:
     if parts is None:
@@ -145,7 +147,7 @@ def _rescaled(setup: Setup, whole: Whole, factors: dict[str, float]) -> Whole:
 
   return Whole(
     setup.task.rescale(whole.params, factors),
-    rescaled(whole.carried, shrinking),
+    rescaled(carried, shrinking),
     rescaled(whole.outer, shrinking),
     rescaled(whole.average, factors),
   )

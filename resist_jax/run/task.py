@@ -53,6 +53,8 @@ class Task(Protocol):
       at least; see `decomposition.slots_per_worker`.
     metrics: What the loss reports beside itself.
     measures: What a test of a set measures, without the name of the set.
+    has_momenta: Whether all moments of the optimiser follow the gradients, so
+      that they shrink as parameters grow.
   """
 
   @property
@@ -72,6 +74,11 @@ class Task(Protocol):
 
   @property
   def measures(self) -> tuple[str, ...]:
+    """See above."""
+    ...
+
+  @property
+  def has_momenta(self) -> bool:
     """See above."""
     ...
 

@@ -349,6 +349,12 @@ def stand_still(monkeypatch):
   )
 
 
+def rescale(_, params, factors):
+  blocks = params['blocks']
+  out = blocks['out'] * factors['blocks']
+  return {**params, 'blocks': {**blocks, 'out': out}}
+
+
 def test_other_workers_need_a_module_that_rescales(tmp_path, monkeypatch):
   stand_still(monkeypatch)
   train.train(config(num_rounds=1), tmp_path)
@@ -359,11 +365,6 @@ def test_other_workers_need_a_module_that_rescales(tmp_path, monkeypatch):
     train.train(fewer, tmp_path)
   assert {p: p.read_bytes() for p in tmp_path.glob('*.json')} == written
 
-  def rescale(_, params, factors):
-    blocks = params['blocks']
-    out = blocks['out'] * factors['blocks']
-    return {**params, 'blocks': {**blocks, 'out': out}}
-
   monkeypatch.setattr(own_network, 'rescale', rescale, raising=False)
   train.train(fewer, tmp_path)
   after, others = export.load_parameters(tmp_path)
@@ -372,6 +373,38 @@ def test_other_workers_need_a_module_that_rescales(tmp_path, monkeypatch):
     before['blocks']['out'] * scales['blocks'][0],
     rtol=1e-6,
   )
+
+
+def test_moments_of_own_optimisers_begin_anew_where_scales_change(
+  tmp_path, monkeypatch
+):
+  """They may be squares, and a masked one has no array to rescale."""
+
+  def several(config, schedule):
+    kinds = {'a': optax.sgd(schedule), 'b': optax.adam(schedule)}
+    return optax.multi_transform(
+      kinds,
+      lambda params: jax.tree.map_with_path(
+        lambda path, _: 'a' if path[0].key == 'blocks' else 'b', params
+      ),
+    )
+
+  monkeypatch.setattr(own_network, 'optimizer', several, raising=False)
+  monkeypatch.setattr(own_network, 'rescale', rescale, raising=False)
+  with jax.numpy_dtype_promotion('standard'):  # Adam mixes dtypes.
+    for workers in (4, 2):
+      made = config(
+        num_rounds=6 - workers, num_workers=workers, num_devices=workers
+      )
+      made.optimizer.carry_momentum = True
+      summary = train.train(made, tmp_path)
+    assert summary['rounds'] == 4
+    # What the function itself raises is a line.
+    monkeypatch.setattr(own_network, 'rescale', lambda *_: {}['blocks'])
+    made = config(num_rounds=6)
+    made.optimizer.carry_momentum = True
+    with pytest.raises(ConfigError, match=r'rescale\(config, params, factors'):
+      train.train(made, tmp_path)
 
 
 def test_a_chain_may_lie_inside_a_dictionary(tmp_path, monkeypatch):
