@@ -8,11 +8,12 @@ come from formulas. An exchange takes the bytes that the busiest worker sends /
 bandwidth, plus latency * the number of messages that wait for each other: 2 (S
 - 1) in a ring all-reduce; in a hand-over, one for each slot of a worker and two
 for each replica, and as many for each moment that moves with a block; in a
-masked psum, an all-reduce for each of them. Data parallel has T all-reduces in
-a round. The baselines send float32. A masked psum replaces a hand-over where
-that is impossible. Nothing overlaps, nothing else takes time, and the losses
-that workers exchange are too small to count. Memory is that of a worker with
-its activations, without images.
+masked psum, an all-reduce for each of them. Before an outer step, the holders
+of a block agree: two more messages for each replica, or one more all-reduce.
+Data parallel has T all-reduces in a round. The baselines send float32. A masked
+psum replaces a hand-over where that is impossible. Nothing overlaps, nothing
+else takes time, and the losses that workers exchange are too small to count.
+Memory is that of a worker with its activations, without images.
 """
 
 from collections.abc import Mapping

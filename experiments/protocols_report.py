@@ -245,14 +245,23 @@ def _curve(
   return costs[x], losses
 
 
-def show(results: pathlib.Path) -> None:
-  """Prints the tables, and writes the figures beside the results."""
+def _all_tables(results: pathlib.Path) -> Iterator[Table]:
   for name in TITLES:
-    for table in tables(name, results):
-      print(table.caption, table.text(), sep='\n', end='\n\n')
-    for title, figure in figures(name, results).items():
-      figure.savefig(results / name / 'cpu' / f'{title}.png', dpi=150)
+    yield from tables(name, results)
+
+
+def _drawn(results: pathlib.Path) -> dict[pathlib.Path, Figure]:
+  return {
+    results / name / 'cpu' / f'{title}.png': figure
+    for name in TITLES
+    for title, figure in figures(name, results).items()
+  }
+
+
+def main() -> int:
+  """Shows the results of a folder; returns the exit code."""
+  return show_results(__doc__, _all_tables, _drawn)
 
 
 if __name__ == '__main__':
-  sys.exit(show_results(__doc__, show))
+  sys.exit(main())

@@ -1,7 +1,7 @@
 """Result files with their provenance, and the training runs that make them."""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import contextlib
 import functools
 import importlib.metadata
@@ -211,12 +211,17 @@ def parsed(
   return args
 
 
-def show_results(doc: str | None, show: Callable[[pathlib.Path], None]) -> int:
+def show_results(
+  doc: str | None,
+  tables: Callable[[pathlib.Path], Iterable[Any]],
+  figures: Callable[[pathlib.Path], Mapping[pathlib.Path, Any]],
+) -> int:
   """Runs a command that shows results, those in the folder of `--results`.
 
   Args:
     doc: The docstring of its module, whose first line becomes the help.
-    show: Shows what the folder of all results holds.
+    tables: Gets the folder of all results; returns a `Table` of each.
+    figures: Gets it, too; returns figures by the files that they go to.
 
   Returns:
     The exit code.
@@ -232,7 +237,16 @@ def show_results(doc: str | None, show: Callable[[pathlib.Path], None]) -> int:
   try:
     if not results.is_dir():
       raise ConfigError(f'--results={results} is no folder.')
-    show(results)
+    listed = list(tables(results))
+    for table in listed:
+      print(table.caption, table.text(), sep='\n', end='\n\n')
+    if not listed:
+      print(f'no table yet: {results} holds no results of this kind.')
+    for path, figure in figures(results).items():
+      try:
+        figure.savefig(path, dpi=150)
+      except OSError as error:  # Such as results that may only be read.
+        print(f'a figure is not written: {error}', file=sys.stderr)
   except ConfigError as error:  # A result file is damaged.
     return refused(error)
   return 0

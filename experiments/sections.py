@@ -70,9 +70,9 @@ INTRODUCTION = (
   'file if it has no such option.',
   'At the cpu scale, a network with an eighth of the width trains for two '
   'epochs on two cores. Do not compare its accuracies with those of the paper. '
-  'A number without ± is one run; ± is the standard deviation over two or '
-  'three seeds. Differences of less than a point, or between fewer than three '
-  'seeds, do not rank two methods.',
+  'An accuracy of ours without ± is that of one run; ± is the standard '
+  'deviation over two or three seeds. Differences of less than a point, or '
+  'between fewer than three seeds, do not rank two methods.',
   'Two accuracies are reported. "Deployed" is the accuracy of the global '
   'network with fixed normalisation statistics, measured over training images '
   'after training, as a deployed model would have them. "Test-batch '

@@ -186,13 +186,15 @@ def figures(results: pathlib.Path = RESULTS) -> dict[str, Figure]:
   return {'slow_links': figure}
 
 
-def show(results: pathlib.Path) -> None:
-  """Prints the tables, and writes the figure beside the results."""
-  for table in tables(results):
-    print(table.caption, table.text(), sep='\n', end='\n\n')
-  for name, figure in figures(results).items():
-    figure.savefig(results / FOLDER.name / f'{name}.png', dpi=150)
+def _drawn(results: pathlib.Path) -> dict[pathlib.Path, Figure]:
+  folder = results / FOLDER.name
+  return {folder / f'{k}.png': figure for k, figure in figures(results).items()}
+
+
+def main() -> int:
+  """Shows the results of a folder; returns the exit code."""
+  return show_results(__doc__, tables, _drawn)
 
 
 if __name__ == '__main__':
-  sys.exit(show_results(__doc__, show))
+  sys.exit(main())

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import shapes, table2
+from experiments import shapes
 from experiments.runs import command, load, provenance, write_record
 from experiments.table import Table
 from resist_jax import accounting, folders, models, report
@@ -324,7 +324,7 @@ def _read(compiled: list[dict[str, Any]]) -> str:
 def counts() -> Iterator[Table]:
   """Yields the paper's Table 1, from the sizes of its network."""
   for record in load('table1/*.json'):
-    names = table2.NAMES
+    names = {'local_sgd': 'local SGD', 'resist': 'ResIST'}
     rows = [
       [names[protocol], workers, f'{record["ours"][protocol][workers]:.3f}']
       + [f'{theirs:.3f}']

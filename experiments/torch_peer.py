@@ -260,6 +260,8 @@ def _beside_torch(key, records) -> Table:
 def accelerator_tables() -> Iterator[Table]:
   """Yields both networks' steps in bfloat16 beside the device's own rate."""
   for r in load('bench/*_torch.json'):
+    if 'results' not in r:  # Of the command, which writes another form.
+      continue
     rows = []
     for network in r['results']:
       flop = {
@@ -297,9 +299,11 @@ def accelerator_tables() -> Iterator[Table]:
       'with automatic mixed precision. "Share of a product" is the rate '
       'divided by that of a large product of matrices on the same device. '
       'PyTorch compiled uses CUDA graphs; the full network was not compiled. '
-      'Medians of calls of 20 steps. The full network takes --workers=1. JAX '
-      'and PyTorch ran apart, and this file was put together by hand; an eager '
-      f'step that was measured twice took {again:.0%} longer.'
+      'Medians of calls of 20 steps. JAX and PyTorch ran apart, and the result '
+      'file was put together by hand: the command below measures both in turn, '
+      'one network a call (the full one with --workers=1), and writes another '
+      'form of file. An eager step that was measured twice took '
+      f'{again:.0%} longer.'
     )
     head = ['network', 'JAX', 'rate', 'share of a product', 'PyTorch, eager']
     head.append('PyTorch, compiled')

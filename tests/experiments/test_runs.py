@@ -123,7 +123,7 @@ def test_a_report_shows_the_results_of_another_folder(
   only_json = shutil.ignore_patterns('*.png')
   shutil.copytree(runs.RESULTS / name, tmp_path / name, ignore=only_json)
   monkeypatch.setattr(sys, 'argv', ['report', f'--results={tmp_path}'])
-  assert runs.show_results(report.__doc__, report.show) == 0
+  assert report.main() == 0
   assert 'ResIST' in capsys.readouterr().out
   drawn, kept = (
     {path.name for path in root.rglob('*.png')}
@@ -132,5 +132,8 @@ def test_a_report_shows_the_results_of_another_folder(
   assert drawn == kept != set()
   damaged = next(tmp_path.rglob('*.json'))
   damaged.write_text('{')
-  assert runs.show_results(report.__doc__, report.show) == 2
+  assert report.main() == 2
   assert str(damaged) in capsys.readouterr().err
+  shutil.rmtree(tmp_path / name)
+  assert report.main() == 0
+  assert 'no table yet' in capsys.readouterr().out
