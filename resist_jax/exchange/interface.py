@@ -17,7 +17,8 @@ class Load(NamedTuple):
     division: How the chain is divided among workers.
     block_sizes: How many numbers a block has: parameters, and each moment of
       the optimiser that is carried with them. `Exchange.bytes` adds a sum
-      over these to what a round sends besides blocks; empty leaves only that.
+      over these to what a round sends besides blocks; with none of them, only
+      the latter remains.
     excludes: Whether faulty workers are excluded from the aggregate.
     stays: Whether each block stays where it is.
   """

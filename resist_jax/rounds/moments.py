@@ -127,6 +127,20 @@ def first_halves(
   return Parts([in_halves(moment, params[1]) for moment in moments], rest)
 
 
+def counts_by_itself(
+  optimizer: optax.GradientTransformation, params: PyTree
+) -> bool:
+  """Returns whether schedules inside an optimiser count its own updates.
+
+  Args:
+    optimizer: The optimiser.
+    params: Its parameters, or their shapes.
+  """
+  state = jax.eval_shape(optimizer.init, params)
+  nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, _COUNTING))
+  return any(isinstance(node, _COUNTING) for node in nodes)
+
+
 def is_key(leaf: Any) -> bool:
   """Returns whether a leaf of a state is a random key of JAX."""
   dtype = getattr(leaf, 'dtype', None)  # It may be a number of Python's.

@@ -72,8 +72,9 @@ def check_optimizer(
     )
   if carry and any(map(is_key, take_apart(optimizer, state).rest)):
     raise ValueError(
-      'optimizer draws random numbers, and its key is none of its moments, '
-      f'which {field} and data parallel training keep: use another one.'
+      'optimizer draws random numbers, and its key is none of its moments: use '
+      f'another one, or do without {field} and data parallel rounds, which '
+      'keep its state.'
     )
   found = set(map(type, jax.tree.leaves(state, is_leaf=_is_periodic)))
   for kind in () if carry else found & _PERIODIC.keys():

@@ -126,12 +126,13 @@ class Loop:
     # With the time now, it gives the seconds of the whole run.
     self._before = self.progress.seconds_total - started
     self._clock = Clock(self.progress.seconds_training)
-    # A run that has stopped early stays in the phase of its last round.
-    ended = bool(stopping.reason(setup.config, self.progress.best))
+    # A run that has ended, early or not, stays in the phase of its last round.
+    early = bool(stopping.reason(setup.config, self.progress.best))
+    ended = early or self.progress.round == setup.config.num_rounds
     self.phase, self.state = restore.start(setup, restored, ended)
     self._at_once = {1: self.phase}
     self._prepare_phase()
-    if ended or self.progress.round == setup.config.num_rounds:
+    if ended:
       count = self.progress.last.get('rounds', 1)
       again = restore.at_once(setup, self.phase, self.state, {count})
       self.phase = again[count]

@@ -2,10 +2,12 @@
 
 import dataclasses
 
+from absl import logging
+
 from resist_jax import data
 from resist_jax.errors import ConfigError, message
 from resist_jax.rounds import State, Whole, storage
-from resist_jax.rounds.moments import Parts
+from resist_jax.rounds.moments import Parts, counts_by_itself
 from resist_jax.run import phases
 from resist_jax.run.checkpoint import Restored
 from resist_jax.run.phases import Phase
@@ -35,7 +37,15 @@ def start(
   stored = storage.in_form_of(setup.task.shapes(), restored.stored)
   _check_network(setup, stored.state)
   done = restored.progress['round']
-  name = phases.name_at(setup.config, done - 1 if ended else done)
+  name = phases.name_at(setup.config, done)
+  if ended:  # Fewer rounds may have ended it before the last phase.
+    by_config = phases.name_at(setup.config, done - 1)
+    name = restored.progress['last'].get('protocol', by_config)
+    if name != by_config:
+      logging.warning(
+        'the last round was one of %s; by num_rounds and phases it would be '
+        'one of %s', name, by_config,
+      )  # fmt: skip
   phase = phases.make_phase(setup, name)
   factors = _scale_changes(setup, restored)
   if not factors:
@@ -136,8 +146,16 @@ def _rescaled(setup: Setup, whole: Whole, factors: dict[str, float]) -> Whole:
   """Keeps the global network the same where its residual scale changes."""
   # Larger parameters have smaller gradients, and change less.
   shrinking = {chain: 1 / factor for chain, factor in factors.items()}
-  # Others may be squares or weights, or masked: they begin anew.
-  carried = whole.carried if setup.task.has_momenta else None
+  carried = whole.carried
+  if carried is not None and not setup.task.has_momenta:
+    made = setup.task.make_optimizer(setup.schedule)
+    if counts_by_itself(made, setup.task.shapes()):
+      raise ConfigError(
+        'the optimiser counts its updates, and would begin anew where the '
+        'residual scale changes: keep num_workers, or begin with '
+        'residual_scale none.'
+      )
+    carried = None  # Squares, weights and masked moments begin anew.
 
   def rescaled(parts: Parts | None, factors: dict[str, float]) -> Parts | None:
     if parts is None:

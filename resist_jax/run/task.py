@@ -53,8 +53,8 @@ class Task(Protocol):
       at least; see `decomposition.slots_per_worker`.
     metrics: What the loss reports beside itself.
     measures: What a test of a set measures, without the name of the set.
-    has_momenta: Whether all moments of the optimiser follow the gradients, so
-      that they shrink as parameters grow.
+    has_momenta: Whether all moments of the optimiser are sums of gradients,
+      which are smaller where parameters are larger.
   """
 
   @property

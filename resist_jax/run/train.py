@@ -155,7 +155,6 @@ def _rounds(
       if ended or stopping.reason(config, best):
         settings = restored.progress.get('settings', {})
         workdir_lib.check_ended(folder, config.to_dict(), settings)
-        _check_last_phase(folder, config, restored.progress)
     measured = restored.progress.get('depths_by_speed') if restored else None
     setup = speed.with_depths(setup, measured or ())
     done = restored.progress['round'] if restored else 0
@@ -189,22 +188,6 @@ def _rounds(
         raise
       log.check()
   return loop
-
-
-def _check_last_phase(
-  folder: pathlib.Path,
-  config: ml_collections.ConfigDict,
-  progress: Mapping[str, Any],
-) -> None:
-  """Refuses to name another protocol than that of the last round of a run."""
-  name = phases.name_at(config, progress['round'] - 1)
-  trained = progress['last'].get('protocol', name)
-  if trained != name:
-    raise ConfigError(
-      f'the last round in {folder} was one of {trained}, but by num_rounds '
-      f'{config.num_rounds} and phases.full_after {config.phases.full_after} '
-      f'it is one of {name}: set phases.full_after to 0.'
-    )
 
 
 def _record(

@@ -55,7 +55,7 @@ def read(
     params: See `Trainer.restore`.
 
   Returns:
-    What the files hold, in the nodes that the parameters had.
+    What the files hold, with the nodes that the parameters had.
 
   Raises:
     ValueError: See `Trainer.restore`.
@@ -80,7 +80,7 @@ def read(
 def _in_their_nodes(
   stored: storage.Stored, params: Mapping[str, PyTree] | None
 ) -> storage.Stored:
-  """Returns what files hold in the nodes that it had, or raises."""
+  """Returns what files hold with the nodes of the parameters, or raises."""
   if params is not None:
     checks.chain_lengths(params, list(stored.state.num_blocks))
     differ = storage.difference(params, stored.state)

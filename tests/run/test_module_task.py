@@ -338,6 +338,13 @@ def test_a_start_that_is_refused_leaves_the_workdir_free(tmp_path, monkeypatch):
     for refused in (made, finish):
       with pytest.raises(ConfigError, match='draws random numbers'):
         train.train(refused, tmp_path)
+  # Only the first state of this one tells, when the config has been written.
+  factored = optax.adafactor(0.1)
+  monkeypatch.setattr(own_network, 'optimizer', lambda *_: factored)
+  with jax.numpy_dtype_promotion('standard'):
+    with pytest.raises(ConfigError, match='keeps a moment of shape'):
+      train.train(made, tmp_path)
+    assert not list(tmp_path.glob('*.json'))
     made.optimizer.carry_momentum = False  # As the line says.
     train.train(made, tmp_path)
 
@@ -399,6 +406,15 @@ def test_moments_of_own_optimisers_begin_anew_where_scales_change(
       made.optimizer.carry_momentum = True
       summary = train.train(made, tmp_path)
     assert summary['rounds'] == 4
+    steps = optax.MultiSteps(optax.sgd(0.1), 4).gradient_transformation()
+    monkeypatch.setattr(own_network, 'optimizer', lambda *_: steps)
+    counting = config(num_rounds=1)
+    counting.optimizer.carry_momentum = True
+    train.train(counting, tmp_path / 'counting')
+    counting.update(num_rounds=2, num_workers=2, num_devices=2)
+    with pytest.raises(ConfigError, match='counts its updates'):
+      train.train(counting, tmp_path / 'counting')
+    monkeypatch.setattr(own_network, 'optimizer', several)
     # What the function itself raises is a line.
     monkeypatch.setattr(own_network, 'rescale', lambda *_: {}['blocks'])
     made = config(num_rounds=6)
