@@ -225,6 +225,8 @@ def figures(results: Results) -> Mapping[str, Drawn]:
         ours[title] = [100 * value for value in values]
         known = title if title in TITLES.values() else '+ tuned l'
         papers[known] = [theirs(workers, title)]
+    if len(ours) < 2:  # A single column shows no effect.
+      continue
     panels = {
       f'ours, {workers} workers': {'ResIST': ours},
       f'the paper, {workers} workers': {'ResIST': papers},
