@@ -70,7 +70,8 @@ def check_optimizer(
       'optimizer keeps a raw key, by which all workers, or all rounds, would '
       'draw the same numbers: make it by jax.random.key instead of PRNGKey.'
     )
-  if carry and any(map(is_key, take_apart(optimizer, state).rest)):
+  rest = take_apart(optimizer, state).rest if carry else []
+  if any(map(is_key, rest)):
     raise ValueError(
       'optimizer draws random numbers, and its key is none of its moments: use '
       f'another one, or do without {field} and data parallel rounds, which '
@@ -82,7 +83,7 @@ def check_optimizer(
       f'optimizer counts steps of its own ({_PERIODIC[kind]}), but its state '
       f'restarts in every round: set {field}=True, or use another optimiser.'
     )
-  if carry and not averaged and floats_of(take_apart(optimizer, state).rest):
+  if not averaged and floats_of(rest):
     _check_no_estimates(optimizer, params, field)
 
 
