@@ -18,6 +18,7 @@ import resist_jax
 from resist_jax.run import fields
 
 project = 'resist_jax'
+smartquotes_action = 'qe'  # Two dashes begin an option: they stay.
 author = 'the resist_jax authors'
 release = importlib.metadata.version('resist_jax')
 
