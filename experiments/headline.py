@@ -112,9 +112,9 @@ def _costs() -> Table:
   millions, steps = summary['params_total'] / 1e6, summary['local_steps']
   values = table2.INITIAL[initial].replace(', ', ', with ', 1)
   caption = (
-    'Four workers. *CIFAR-100* and *training* are the test accuracy in % and '
-    "the seconds of training with the paper's network and settings in "
-    f'bfloat16{values}, where all workers take turns on one device. '
+    'Four workers. *CIFAR-100* is the test accuracy in %, and *training* the '
+    "seconds of training. Both are of the paper's network and settings in "
+    f'bfloat16{values}; all workers take turns on one device. '
     f'{of_runs(on_gpu)}{_timed_on(on_gpu, where)} '
     '*Sent in a round* is what all workers together '
     "send in 50 steps of the paper's ResNet101, read from the compiled "

@@ -265,6 +265,7 @@ def _complete(task: Task, protocol, S, seed, name, options) -> None:
     if task.data == 'python':  # Longer or shorter in each version of it.
       config = {**config, 'text_bytes': done.get('text_bytes')}
     _check_same(config, done, target)
+    print(f'{run_name} has a result already')
     return
   begin(target)
   folder = options.runs / name / options.scale / run_name

@@ -64,10 +64,11 @@ INTRODUCTION = (
   'reports (C. Dun, C. R. Wolfe, C. M. Jermaine, A. Kyrillidis, UAI 2022). '
   'Every number comes from a result file that is kept with the code, together '
   'with its configuration, seed, commit, versions and machine. The command '
-  'above a table makes its result files again, and those that are still '
-  'missing; --only=NAME makes one. Where a command skips what has a result, '
-  'give it an empty folder (--results=FOLDER), or delete the result '
-  'file if it has no such option.',
+  'above a table makes its results. Many commands train only what has no '
+  'result yet: to train it again, name an empty folder with --results=FOLDER, '
+  'or delete the result file where a command has no such option. --only=NAME '
+  'makes one; a name that does not exist, such as --only=names, lists them '
+  'all. Some commands take hours or days.',
   'At the cpu scale, a network with an eighth of the width trains for two '
   'epochs on two cores. Do not compare its accuracies with those of the paper. '
   'An accuracy of ours without ± is that of one run; ± is the standard '

@@ -193,7 +193,10 @@ def main() -> None:
     parser.error(f'--only is {options.only!r}, but no name contains it.')
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   for network, method, link, target in settings():
-    if options.only not in target.stem or target.exists():
+    if options.only not in target.stem:
+      continue
+    if target.exists():
+      print(f'{target.stem} has a result already')
       continue
     print(target.stem, file=sys.stderr, flush=True)
     folder = pathlib.Path(tempfile.mkdtemp())

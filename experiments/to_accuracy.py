@@ -8,9 +8,9 @@ people know: ResIST, local SGD and data parallel for as many steps. Because a
 round of local SGD computes and sends more than twice as much as one of ResIST,
 ResIST is also trained for twice as many rounds, local SGD for half of them, and
 data parallel for half and a quarter of them, each with a schedule that ends
-with the run. "Levers" are those of the card `resist_plus`. A run takes hours
-and may share the machine: kill it and give the same command again, and it goes
-on from its last checkpoint.
+with the run. The outer momentum is that of the card `resist_plus`. A run takes
+hours and may share the machine: kill it and give the same command again, and it
+goes on from its last checkpoint.
 
 Seconds are those of training alone, without compilation, tests and checkpoints.
 A machine may do other work meanwhile (`--busy`), and runs may be trained on
@@ -51,11 +51,11 @@ from experiments.table import Table
 from experiments.table2 import DATA, NAMES, WORKERS
 
 # What each run changes in the recipe of the scale, and its part of a file name.
-PLAIN, LEVERS = '', ', levers'
-LESS = ', without whitened stem and rate of biases'
+PLAIN, LEVERS = '', ', outer momentum'
+LESS = ', without whitened stem and without the higher rate of biases'
 HALF, QUARTER = ', half the rounds', ', a quarter of the rounds'
-LEVERS_HALF = ', levers, half the rounds'
-TWICE = ', levers, twice the rounds'
+LEVERS_HALF = ', outer momentum, half the rounds'
+TWICE = ', outer momentum, twice the rounds'
 RECIPES = {
   PLAIN: '',
   LESS: '_less',
@@ -341,8 +341,9 @@ def on_a_quiet(where: str) -> str:
   if not where:
     return ''
   return (
-    ' Seconds are rounds times the seconds of a round in short runs without '
-    f'levers on {where}, which did nothing else.'
+    ' Seconds are the rounds of a run times the seconds of a round in short '
+    f'runs on {where}, which did nothing else. The short runs have no outer '
+    'momentum, so the time that it takes is left out.'
   )
 
 

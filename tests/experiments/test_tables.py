@@ -412,14 +412,14 @@ def test_seconds_of_two_machines_are_not_compared(tmp_path):
   shown, predicted = to_accuracy.tables(results)
   resist, local = (row[5] for row in shown.rows)
   assert (resist, local) == ('0.00 GB', '10 s, 0.00 GB')
-  assert 'levers on 2 cores of P, JAX 8' in shown.caption
+  assert 'runs on 2 cores of P, JAX 8' in shown.caption
   assert {row[1] for row in predicted.rows} == {'local SGD'}
   both = [on(8, record(0.1)), on(7, record(0.1, seed=1, seconds=30.0))]
   put(results, to_accuracy.pace('local_sgd', 4), *both)
   shown, _ = to_accuracy.tables(results)
   resist, local = (row[5] for row in shown.rows)
   assert (resist, local) == ('10 s, 0.00 GB', '30 s, 0.00 GB')
-  assert 'levers on 2 cores of P, JAX 7' in shown.caption
+  assert 'runs on 2 cores of P, JAX 7' in shown.caption
 
 
 def test_a_run_of_one_round_has_no_pace(tmp_path):
