@@ -393,7 +393,7 @@ def sent() -> tuple[float, float] | None:
   record = _table1()
   read = {
     (r['protocol'], r['exchange'], r['wire_format'], r['workers']): r['read']
-    for r in (record['compiled'] if record else ())
+    for r in (record or {}).get('compiled', ())
   }
   ours = read.get(('resist', 'hand_over', 'float32', 4))
   theirs = read.get(('local_sgd', 'all_reduce', 'float32', 4))

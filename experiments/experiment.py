@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from experiments import runs
 from experiments.pictures import Picture
-from experiments.runs import RESULTS, load_card, machine, run
+from experiments.runs import RESULTS, conditions, load_card, machine, run
 from experiments.table import Table
 from resist_jax import folders
 from resist_jax.errors import ConfigError, NonFiniteError, Parser, refused
@@ -239,10 +239,12 @@ def on_each_machine(
     For each machine that has all of these names, its results by name.
   """
   found = {name: quiet(records) for name, records in runs.items()}
-  machines = {machine(r['provenance']) for some in found.values() for r in some}
+  machines = {
+    conditions(r['provenance']) for some in found.values() for r in some
+  }
   divided = {
     where: {
-      name: [r for r in records if machine(r['provenance']) == where]
+      name: [r for r in records if conditions(r['provenance']) == where]
       for name, records in found.items()
     }
     for where in sorted(machines)
@@ -286,16 +288,20 @@ def _timing(results: Results, cell: Cell, number: int) -> int:
   records = results.of(cell)
   if not records:
     return 0
-  here = machine(runs.here(), count=False)
+  here = _timed_by(runs.here())
   seeds = [
     record['summary']['seed']
-    for record in records
-    if machine(record['provenance'], count=False) == here
+    for record in quiet(records)
+    if _timed_by(record['provenance']) == here
   ]
   if number < len(seeds):
     return seeds[number]
   taken = {record['summary']['seed'] for record in records}
   return next(seed for seed in itertools.count() if seed not in taken)
+
+
+def _timed_by(provenance: Mapping[str, Any]) -> tuple[str, Any]:
+  return machine(provenance, count=False), provenance.get('environment', {})
 
 
 def show(experiment: Experiment, results: Results) -> None:

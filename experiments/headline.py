@@ -19,7 +19,7 @@ from experiments.experiment import (
   seconds,
   spread,
 )
-from experiments.runs import load, machine
+from experiments.runs import conditions, load
 from experiments.table import Table
 
 WORKERS = 4
@@ -51,7 +51,7 @@ COSTS = (
 
 def tables() -> list[Table]:
   """Returns what is learned on CIFAR-10, and what a round costs."""
-  return [*_learned(), _costs()]
+  return [*_learned(), *_costs()]
 
 
 def _learned() -> list[Table]:
@@ -85,9 +85,11 @@ def _learned() -> list[Table]:
   return [Table(caption, '', head, rows)]
 
 
-def _costs() -> Table:
+def _costs() -> list[Table]:
   links = slow_report.load('paper_shares')
   link = '100 Mbit/s'
+  if (link, 'data_parallel') not in links:
+    return []
   rows, on_digits, on_gpu = [], [], []
   initial = _initial()
   where = _machine_of(initial)
@@ -103,10 +105,10 @@ def _costs() -> Table:
       + [wire_format] * (wire_format != 'float32')
     )
     waited = slow_report.exchange_seconds(links, link, method)
-    sent = _sent(protocol, exchange, wire_format) / 1e9
     rows.append(
-      [name, *_accuracy_and_seconds(records, where), f'{sent:.2f} GB']
-      + [f'{waited:.2f} s', results.percent(run)]
+      [name, *_accuracy_and_seconds(records, where)]
+      + [_sent(protocol, exchange, wire_format)]
+      + ['' if waited is None else f'{waited:.2f} s', results.percent(run)]
     )
   summary = links[link, 'data_parallel']['summary']
   millions, steps = summary['params_total'] / 1e6, summary['local_steps']
@@ -125,7 +127,7 @@ def _costs() -> Table:
     f'{of_runs(on_digits)}'
   )
   head = ['', 'CIFAR-100', 'training', 'sent in a round']
-  return Table(caption, '', [*head, f'exchange, {link}', 'digits'], rows)
+  return [Table(caption, '', [*head, f'exchange, {link}', 'digits'], rows)]
 
 
 def _paper_runs(protocol: str, initial: str) -> list[Record]:
@@ -148,7 +150,7 @@ def _initial() -> str:
 
 def _timed_on(records: Sequence[Record], where: str) -> str:
   """Says whose seconds are shown if the runs are of several machines."""
-  several = len({machine(r['provenance']) for r in records}) > 1
+  several = len({conditions(r['provenance']) for r in records}) > 1
   return f' *Training* was timed on {where}.' if several and where else ''
 
 
@@ -162,7 +164,7 @@ def _accuracy_and_seconds(records: Sequence[Record], where: str) -> list[str]:
   if not records:
     return ['', '']
   accuracies = [100 * r['summary']['test_accuracy'] for r in records]
-  here = [r for r in records if machine(r['provenance']) == where]
+  here = [r for r in records if conditions(r['provenance']) == where]
   trained = seconds(here)
   return [spread(accuracies), f'{trained:.0f} s' if trained else '']
 
@@ -175,13 +177,11 @@ def _digits(protocol: str, wire_format: str) -> tuple[Results, Cell]:
   return results, quantised.cell('digits', protocol, wire_format)
 
 
-def _sent(protocol: str, exchange: str, wire_format: str) -> int:
-  """Returns the bytes that the compiled programs of a round send."""
-  (counted,) = load('table1/*.json')
+def _sent(protocol: str, exchange: str, wire_format: str) -> str:
+  """Returns what the compiled programs of a round send; '' without a result."""
   kind = protocol, exchange, wire_format, WORKERS
-  (sent,) = [
-    r['read']
-    for r in counted['compiled']
-    if (r['protocol'], r['exchange'], r['wire_format'], r['workers']) == kind
-  ]
-  return sent
+  for counted in load('table1/*.json'):
+    for r in counted.get('compiled', ()):
+      if (r['protocol'], r['exchange'], r['wire_format'], r['workers']) == kind:
+        return f'{r["read"] / 1e9:.2f} GB'
+  return ''

@@ -204,6 +204,8 @@ def _point(x: float, values: Sequence[float]) -> Point:
 
 
 def _workers_share_devices(run: Record) -> bool:
+  if 'begun' in run.get('provenance', {}):  # Perhaps on fewer devices.
+    return True
   summary = run.get('summary', {})
   return summary.get('num_devices', 1) < summary.get('num_workers', 1)
 

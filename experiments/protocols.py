@@ -25,6 +25,7 @@ from experiments.runs import (
   begin,
   begin_run,
   history,
+  paths_of_seeds,
   provenance,
   read,
   write_record,
@@ -267,6 +268,10 @@ def _complete(task: Task, protocol, S, seed, name, options) -> None:
     _check_same(config, done, target)
     print(f'{run_name} has a result already')
     return
+  for path in paths_of_seeds(target.parent):  # Means are over one text.
+    other = read(path)['config']
+    if other['data'] == task.data:
+      _check_same({'text_bytes': config.get('text_bytes')}, other, path)
   begin(target)
   folder = options.runs / name / options.scale / run_name
   begin_run(folder, options.busy)

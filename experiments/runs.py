@@ -22,6 +22,7 @@ import ml_collections
 from resist_jax import folders, report
 from resist_jax.errors import ConfigError, Parser, one_line, refused
 from resist_jax.run import cards, train, workdir
+from resist_jax.run.lock import locked
 
 # Files in the workdir of a run: whether its seconds count, and where it began
 # and went on.
@@ -208,6 +209,11 @@ def parsed(
       f'--{changed[0]} measures something else than the result that is kept '
       'with the code: name a file with --out.'
     )
+  if not args.out:
+    try:
+      folders.check_writable(RESULTS, 'the folder of results')
+    except ConfigError as error:
+      parser.error(f'{error} Or name a file with --out.')
   return args
 
 
@@ -278,20 +284,20 @@ def begin_run(folder: pathlib.Path, busy: bool) -> None:
     busy: Whether other work runs on the machine.
 
   Raises:
-    ConfigError: If nothing can be written there.
+    ConfigError: If nothing can be written there, or if it is being trained.
   """
   folders.check_writable(folder, '--runs')
-  folder.mkdir(parents=True, exist_ok=True)
   path, now = folder / _BEGUN, here()
-  # A start that was refused leaves nothing but these.
-  is_new = {path.name for path in folder.iterdir()} <= {_BUSY, _BEGUN, 'lock'}
-  if is_new:
-    (folder / _BUSY).unlink(missing_ok=True)
-  begun = [] if is_new else _beginnings(folder)
-  if busy or not (is_new or any(_speed(x) == _speed(now) for x in begun)):
-    (folder / _BUSY).touch()
-  if begun[-1:] != [now]:
-    workdir.replace_text(path, json.dumps([*begun, now]))
+  with locked(folder):  # A second copy of the command is refused here.
+    # A start that was refused later leaves nothing but these.
+    is_new = {path.name for path in folder.iterdir()} <= {_BUSY, _BEGUN, 'lock'}
+    if is_new:
+      (folder / _BUSY).unlink(missing_ok=True)
+    begun = [] if is_new else _beginnings(folder)
+    if busy or not (is_new or any(_speed(x) == _speed(now) for x in begun)):
+      (folder / _BUSY).touch()
+    if begun[-1:] != [now]:
+      workdir.replace_text(path, json.dumps([*begun, now]))
 
 
 def history(folder: pathlib.Path) -> dict[str, Any]:
@@ -395,6 +401,25 @@ def machine(provenance: Mapping[str, Any], count: bool = True) -> str:
   elif count and number != '1':
     device = f'{number} x {device}'
   return f'{device}, JAX {provenance["versions"]["jax"]}'
+
+
+def conditions(provenance: Mapping[str, Any]) -> str:
+  """Describes for readers what the seconds of a result depend on.
+
+  Args:
+    provenance: That of a result.
+
+  Returns:
+    The machine, and the variables of the environment that may change its speed.
+  """
+  found = provenance.get('environment', {})
+  names = [
+    f'{name}*' if name.endswith('_') else name
+    for name in _SETTINGS
+    if any(variable.startswith(name) for variable in found)
+  ]
+  said = f', with {" and ".join(names)} set' if names else ''
+  return f'{machine(provenance)}{said}'
 
 
 # Variables of the environment that change programs or their speed.

@@ -115,9 +115,14 @@ def _exchange_table(records: Records) -> list[Table]:
     'the kernel counted them, and as the accounting predicts them. The network '
     f'has {some["summary"]["params_total"] / 1e6:.1f} million parameters, '
     'divided between blocks and the shared part as in the paper. One run each, '
-    f'on {machine(some["provenance"])}.'
+    f'on {_machines(records)}.'
   )
   return [Table(caption, some['command'], head, rows)]
+
+
+def _machines(records: Records) -> str:
+  found = {machine(record['provenance']) for record in records.values()}
+  return ' and on '.join(sorted(found))
 
 
 def _learning_table(records: Records) -> list[Table]:
@@ -139,7 +144,7 @@ def _learning_table(records: Records) -> list[Table]:
     f'Handwritten digits on links of {some["link"]}: seconds of a round, of '
     f'{some["rounds"]} rounds, and of training until the first test that '
     f'reaches {some["target"]:.0%}; and the accuracy after the last round. One '
-    f'run each, four processes on {machine(some["provenance"])}.'
+    f'run each, four processes on {_machines(records)}.'
   )
   head = ['method', 'a round', 'all', f'to {some["target"]:.0%}', 'accuracy']
   return [Table(caption, some['command'], head, rows)]

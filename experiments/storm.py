@@ -339,6 +339,8 @@ def main() -> int:
     help='where outputs stay; else they do not',
   )
   options = parsed(parser, free=['seed', 'calm', 'folder'])
+  # So that the hosts, which have sessions of their own, end as well.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   args = [
     '--config=digits:smoke', '--config.model.name=PreActResNet18',
     '--config.model.stage_sizes=1,6', '--config.model.widths=8,8',

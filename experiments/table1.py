@@ -98,7 +98,7 @@ def main() -> None:
   if args.compiled:
     result['compiled'] = list(compiled_rows(params, sizes))
   if args.out:
-    about = command('experiments.table1')
+    about = f'{command("experiments.table1")} --out=FILE'
     record = {'command': about, 'provenance': provenance(), **result}
     write_record(args.out, record)
   print(json.dumps(result, indent=2) if args.json else text(result))
@@ -336,7 +336,7 @@ def counts() -> Iterator[Table]:
       "in a round, by the paper's count, for its ResNet101 on CIFAR-100."
     )
     head = ['protocol', 'workers', 'ours', 'the paper']
-    yield Table(caption, 'python -m experiments.table1', head, rows)
+    yield Table(caption, record['command'], head, rows)
 
 
 def wire() -> Iterator[Table]:
@@ -344,7 +344,7 @@ def wire() -> Iterator[Table]:
   for record in load('table1/*.json'):
     exact = record['wire']['local_sgd']['all_reduce']['float32']
     rows = []
-    for r in record['compiled']:
+    for r in record.get('compiled', ()):
       # A minimum depth changes nothing in what a masked psum sends.
       kind = r['protocol'], r['exchange']
       if r['workers'] != 4 or kind == (
@@ -369,7 +369,8 @@ def wire() -> Iterator[Table]:
     )
     head = ['protocol', 'exchange', 'format', 'GB predicted']
     head += ['GB in the compiled program', 'of local SGD, exact']
-    yield Table(caption, record['command'], head, rows)
+    if rows:
+      yield Table(caption, record['command'], head, rows)
 
 
 if __name__ == '__main__':

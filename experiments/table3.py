@@ -27,7 +27,7 @@ from experiments.experiment import (
   quiet,
   seconds,
 )
-from experiments.runs import first_test, machine
+from experiments.runs import conditions, first_test
 from experiments.table import Table
 
 # Target accuracies, as shares of the final accuracy of local SGD.
@@ -91,7 +91,9 @@ def each_group(
   both = {protocol: runs[protocol] for protocol in ('resist', 'local_sgd')}
   for name in on_each_machine(both):
     here = {
-      protocol: [r for r in quiet(records) if machine(r['provenance']) == name]
+      protocol: [
+        r for r in quiet(records) if conditions(r['provenance']) == name
+      ]
       for protocol, records in runs.items()
     }
     found = {protocol: records for protocol, records in here.items() if records}

@@ -15,8 +15,7 @@ goes on from its last checkpoint.
 Seconds are those of training alone, without compilation, tests and checkpoints.
 A machine may do other work meanwhile (`--busy`), and runs may be trained on
 several machines. So seconds are the steps of a run times the seconds of a step
-on one machine that did nothing else. Short runs measure it, those named `pace`,
-and runs without `--busy`:
+on one machine that did nothing else. Short runs measure it, those named `pace`:
 
   python -m experiments.to_accuracy --scale=cpu90 --data_dir=FOLDER --only=pace
 
@@ -46,7 +45,7 @@ from experiments.experiment import (
   of_runs,
   quiet,
 )
-from experiments.runs import first_test, machine
+from experiments.runs import conditions, first_test
 from experiments.table import Table
 from experiments.table2 import DATA, NAMES, WORKERS
 
@@ -214,11 +213,9 @@ class Trained(NamedTuple):
     made = cell(data, protocol, workers, recipe)
     records = results.of(made)
     steps: dict[str, list[float]] = {}
-    for timed in quiet(
-      [*results.of(pace(protocol, workers, recipe)), *records]
-    ):
+    for timed in quiet(results.of(pace(protocol, workers, recipe))):
       if timed['curve'][1:]:  # A single round is that which warms up.
-        where = machine(timed['provenance'])
+        where = conditions(timed['provenance'])
         steps.setdefault(where, []).append(seconds_of_a_step(timed))
     seconds = {
       where: statistics.median(values) * records[0]['config']['local_steps']

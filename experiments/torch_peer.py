@@ -11,6 +11,7 @@ counts.
 
 from collections.abc import Iterator
 import json
+import os
 import pathlib
 import re
 import statistics
@@ -178,7 +179,8 @@ def _measure(args) -> None:
     'all': {'jax': ours, 'torch': theirs},
   }
   print(json.dumps(record, indent=2))
-  path = args.out or FOLDER / f'peer_batch{args.batch_size}.json'
+  kept = '_kept' if 'MALLOC_TRIM_THRESHOLD_' in os.environ else ''
+  path = args.out or FOLDER / f'peer_batch{args.batch_size}{kept}.json'
   write_record(path, record)
 
 

@@ -61,6 +61,11 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.error(f'--only is {options.only!r}; use {", ".join(KINDS)}.')
   if not 0 < options.share <= 1:
     parser.error(f'--share is {options.share}; it must be above 0, at most 1.')
+  if options.share < 1 and options.results == FOLDER:
+    parser.error(
+      '--share makes only a part of the result that is kept with the code: '
+      'name a folder with --results.'
+    )
   logging.set_verbosity(logging.WARNING)  # orbax reports every step it takes.
   bad = 0
   with tempfile.TemporaryDirectory(prefix='attack') as name:

@@ -53,9 +53,10 @@ def _table(records: list[dict[str, Any]]) -> Table:
   first = records[0]
   target, scale = targets.parse(first['target']), first['scale']
   chip = target.chip
+  compilers = ' and '.join(dict.fromkeys(map(compiler, records)))
   caption = (
     f'Programs compiled for {target.name} at the {scale} scale by '
-    f'{compiler(first)}; '
+    f'{compilers}; '
     'none was run. In brackets, how far the prediction is off: "=" means not '
     'at all. Workers are S, on D devices or groups of G. Memory is that of a '
     'device; "sent" is what all devices together send in one execution, in '

@@ -17,6 +17,12 @@ import numpy as np
 PyTree = Any
 
 
+def is_key(leaf: Any) -> bool:
+  """Returns whether a leaf is a random key of JAX."""
+  dtype = getattr(leaf, 'dtype', None)  # It may be a number of Python's.
+  return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
 def place(tree: PyTree, sharding: Sharding) -> PyTree:
   """Copies arrays that every process has to the devices.
 
@@ -35,7 +41,8 @@ def place(tree: PyTree, sharding: Sharding) -> PyTree:
   def put(x):
     if isinstance(x, jax.Array) and x.sharding == sharding:
       return x
-    x = np.asarray(x)
+    if not is_key(x):  # NumPy has none.
+      x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
 
   return jax.tree.map(put, tree)

@@ -62,6 +62,12 @@ def make_mesh(
     for process in range(processes)
   ]
   each = num_devices // processes
+  fewest = min(map(len, by_process))
+  if fewest < each:
+    raise ValueError(
+      f'num_devices is {num_devices}, {each} of each process, but one has only '
+      f'{fewest}: use at most {processes * fewest}.'
+    )
   devices = [d for found in by_process for d in found[:each]]
   if devices_per_worker > 1:
     groups = np.array(devices).reshape(-1, devices_per_worker)

@@ -141,12 +141,6 @@ def counts_by_itself(
   return any(isinstance(node, _COUNTING) for node in nodes)
 
 
-def is_key(leaf: Any) -> bool:
-  """Returns whether a leaf of a state is a random key of JAX."""
-  dtype = getattr(leaf, 'dtype', None)  # It may be a number of Python's.
-  return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-
-
 def in_halves(moment: PyTree, chains: Collection[str]) -> dict[str, PyTree]:
   """Cuts a moment as states hold it.
 

@@ -15,11 +15,10 @@ import numpy as np
 import optax
 
 from resist_jax.errors import FOREIGN, one_line
-from resist_jax.rounds.arrays import kind_of
+from resist_jax.rounds.arrays import is_key, kind_of
 from resist_jax.rounds.mesh import shapes_on
 from resist_jax.rounds.moments import (
   floats_of,
-  is_key,
   put_together,
   take_apart,
 )

@@ -16,9 +16,9 @@ from resist_jax.decomposition import Assignment, join, split
 from resist_jax.errors import FOREIGN, one_line
 from resist_jax.exchange import Norms, collectives, participation
 from resist_jax.rounds import average as average_lib
-from resist_jax.rounds.arrays import first_copy, from_here, place, rows
+from resist_jax.rounds.arrays import first_copy, from_here, is_key, place, rows
 from resist_jax.rounds.mesh import REPLICATED, SHARDED
-from resist_jax.rounds.moments import Parts, is_key, reformed, take_apart
+from resist_jax.rounds.moments import Parts, reformed, take_apart
 from resist_jax.rounds.protocol import Protocol
 
 PyTree = Any

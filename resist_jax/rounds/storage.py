@@ -43,6 +43,8 @@ from resist_jax.rounds.state import (
 PyTree = Any
 
 _OF_ORBAX = 'orbax.checkpoint'  # A file in each folder that orbax has written.
+# The end of the name, as a pattern, of a folder that orbax has not finished.
+_UNFINISHED = r'\.orbax-checkpoint-tmp(?:-[0-9]+)?'
 
 
 class Stored(NamedTuple):
@@ -236,9 +238,14 @@ def difference(params: PyTree, state: State) -> tuple[str, Any, Any] | None:
     shared, chain = split(params, state.num_blocks)
   except KeyError:
     shared, chain = params, {}
+  held = {
+    name: (int(state.num_blocks[chain_name]), *shape)
+    for chain_name, slots in state.chain.items()
+    for name, shape in shapes_by_name({chain_name: slots}, 2).items()
+  }
   return first_difference(
-    {**shapes_by_name(shared), **shapes_by_name(chain, 1)},
-    {**shapes_by_name(state.shared), **shapes_by_name(state.chain, 2)},
+    {**shapes_by_name(shared), **shapes_by_name(chain)},
+    {**shapes_by_name(state.shared), **held},
   )
 
 
@@ -380,6 +387,9 @@ def _from_parts(parts: PyTree) -> dict[str, PyTree]:
 def digest_of_files(folder: pathlib.Path) -> str:
   """Returns a digest of the names and bytes of a folder's files.
 
+  Files whose names begin with a dot do not count: tools such as Finder, and
+  network file systems, put such files beside those that were saved.
+
   Args:
     folder: Any folder.
 
@@ -388,9 +398,12 @@ def digest_of_files(folder: pathlib.Path) -> str:
   """
   sha = hashlib.sha256()
   for path in sorted(p for p in folder.rglob('*') if p.is_file()):
+    name = path.relative_to(folder)
+    if any(part.startswith('.') for part in name.parts):
+      continue
     with path.open('rb') as file:
       content = hashlib.file_digest(file, 'sha256').hexdigest()
-    sha.update(f'{path.relative_to(folder)} {content}\n'.encode())
+    sha.update(f'{name} {content}\n'.encode())
   return sha.hexdigest()
 
 
@@ -424,9 +437,10 @@ def point_to(pointer: pathlib.Path, folder: pathlib.Path) -> None:
   with folders.replacing(pointer) as part:
     part.write_text(f'{folder.name} {digest_of_files(folder)}\n')
   for other in folder.parent.glob('round_*'):
-    # A save that was stopped has left one behind, too.
-    ours = re.fullmatch(r'round_\d+(_again)?', other.name)
-    if ours and other.name != folder.name and (other / _OF_ORBAX).exists():
+    # Saves that were stopped have left some behind, too, whole or in part.
+    ours = re.fullmatch(rf'round_\d+(_again)?({_UNFINISHED})?', other.name)
+    made = ours and (ours[2] or (other / _OF_ORBAX).exists())
+    if made and other.name != folder.name:
       shutil.rmtree(other, ignore_errors=True)
 
 

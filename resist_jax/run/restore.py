@@ -60,16 +60,6 @@ def start(
 
 def _check_network(setup: Setup, state: State) -> None:
   """Refuses a checkpoint of other parameters, as of an edited module."""
-  wanted_blocks = {k: setup.sizes.num_blocks.get(k) for k in state.num_blocks}
-  saved = {k: int(n) for k, n in state.num_blocks.items()}
-  if setup.chains and any(
-    n is not None and n != saved[k] for k, n in wanted_blocks.items()
-  ):
-    raise ConfigError(
-      f'the chains have {saved} blocks in the checkpoint, but '
-      f'{wanted_blocks} in the network: bring the network back as it was, or '
-      'choose another workdir.'
-    )
   differ = storage.difference(setup.task.shapes(), state)
   if differ:
     name, wanted, found = ('missing' if x is None else x for x in differ)

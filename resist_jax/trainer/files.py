@@ -37,6 +37,7 @@ def write(
   described = nodes.described([state.shared, state.chain])
   storage.write(folder / name, state, {'nodes': described, **record})
   if jax.process_index() == 0:
+    folders.flush(folder / name)  # Before the older one is deleted.
     storage.point_to(folder / _POINTER, folder / name)
   if jax.process_count() > 1:  # The others read the pointer next.
     multihost_utils.sync_global_devices('resist_jax: a state is saved')
@@ -82,7 +83,7 @@ def _in_their_nodes(
 ) -> storage.Stored:
   """Returns what files hold with the nodes of the parameters, or raises."""
   if params is not None:
-    checks.chain_lengths(params, list(stored.state.num_blocks))
+    checks.chain_lengths(params, list(stored.state.num_blocks))  # Or raises.
     differ = storage.difference(params, stored.state)
     if differ:
       name, ours, theirs = differ

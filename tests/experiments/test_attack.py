@@ -96,6 +96,12 @@ def test_the_page_shows_the_committed_counts(kind):
   assert record['provenance']['commit'] != 'unknown'
 
 
+def test_a_part_does_not_replace_the_whole_result(capsys):
+  with pytest.raises(SystemExit, match='2'):
+    program.main(['--only=inputs', '--share=0.5'])
+  assert 'name a folder with --results' in capsys.readouterr().err
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize(
   'kind', rest_is_slow(list(program.KINDS), ['inputs', 'pairs'])

@@ -200,6 +200,16 @@ def test_runs_on_accelerators_have_no_predicted_seconds(tmp_path):
   assert not predicted.lines
 
 
+def test_a_mean_is_not_taken_over_two_texts(tmp_path, monkeypatch, capsys):
+  """As of another version of Python, whose sources are longer."""
+  folder = tmp_path / 'language' / 'smoke'
+  config = {'data': 'python', 'text_bytes': 9, 'seed': 5}
+  runs.write_record(folder / 'python_resist_s2_seed5.json', {'config': config})
+  words = '--scale=smoke', '--only=resist_s2', f'--results={tmp_path}'
+  assert command(monkeypatch, language, *words) == 2
+  assert 'is of a run with text_bytes 9, and' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
   ('module', 'words', 'wanted'),
   [

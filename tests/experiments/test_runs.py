@@ -9,6 +9,8 @@ import pytest
 from several import ROOT
 
 from experiments import protocols_report, runs, slow_report
+from resist_jax.errors import ConfigError
+from resist_jax.run.lock import locked
 
 
 @pytest.mark.parametrize(
@@ -64,6 +66,15 @@ def test_a_start_that_was_refused_is_no_beginning(tmp_path, monkeypatch):
   runs.begin_run(tmp_path, busy=True)
   monkeypatch.setattr(runs, 'here', lambda: A)
   runs.begin_run(tmp_path, busy=False)
+  assert runs.history(tmp_path) == {'commit': 'a'}
+
+
+def test_a_second_copy_of_a_command_is_no_beginning(tmp_path, monkeypatch):
+  monkeypatch.setattr(runs, 'here', lambda: A)
+  runs.begin_run(tmp_path, busy=False)
+  monkeypatch.setattr(runs, 'here', lambda: {**A, 'commit': 'b'})
+  with locked(tmp_path), pytest.raises(ConfigError, match='is in use by'):
+    runs.begin_run(tmp_path, busy=True)
   assert runs.history(tmp_path) == {'commit': 'a'}
 
 

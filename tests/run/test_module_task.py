@@ -264,8 +264,9 @@ def test_a_module_whose_network_has_changed_is_refused(tmp_path, monkeypatch):
   monkeypatch.undo()
   network = own_network.network(longer)
   monkeypatch.setattr(own_network, 'network', lambda _: network)
-  with pytest.raises(ConfigError, match=r"'blocks': 4} blocks in the checkpoi"):
-    train.train(config(num_rounds=2), tmp_path)
+  for protocol in ('resist', 'local_sgd'):
+    with pytest.raises(ConfigError, match=r'are \(4, .* checkpoint, but \(6, '):
+      train.train(config(num_rounds=2, protocol=protocol), tmp_path)
 
 
 def test_memory_counts_every_moment_of_a_module(tmp_path, monkeypatch):

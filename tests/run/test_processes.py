@@ -64,6 +64,11 @@ try:
   setup.prepare(made)
 except ConfigError as error:
   print(error)
+from resist_jax import make_mesh
+try:
+  make_mesh(6)
+except ValueError as error:
+  print(error)
 jax.distributed.shutdown()
 """
 
@@ -77,12 +82,18 @@ jax.config.update('jax_num_cpu_devices', 2)
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from resist_jax import Trainer
 def loss_fn(params, present, batch, key):
-  return params['out'].sum(), {}
+  noise = jax.random.normal(batch['key'])
+  return params['out'].sum() + 0 * noise, {'noise': noise}
 trainer = Trainer(
   loss_fn, optax.sgd(0.1), chains=('blocks',), num_workers=4, local_steps=1)
 state = trainer.init({'blocks': {'w': jnp.ones((4, 3))}, 'out': jnp.ones(3)})
 for _ in range(6):
   trainer.save(sys.argv[3], state)
+keys = jax.random.split(jax.random.key(0), (4, 1))
+_, metrics = trainer.round(trainer.restore(sys.argv[3]), {'key': keys})
+mine = metrics['noise'].addressable_shards
+wanted = jax.vmap(jax.random.normal)(keys[:, 0])
+assert all((x.data == wanted[x.index]).all() for x in mine), wanted
 print(int(trainer.restore(sys.argv[3]).round))
 jax.distributed.shutdown()
 """
@@ -117,6 +128,7 @@ def test_hosts_with_unequal_numbers_of_devices_are_told(tmp_path):
   assert said == {
     'the processes have [2, 3] devices: give each equally many, such as by '
     'JAX_LOCAL_DEVICE_IDS=0,1.\n'
+    'num_devices is 6, 3 of each process, but one has only 2: use at most 4.\n'
   }
 
 

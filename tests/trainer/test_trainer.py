@@ -613,6 +613,24 @@ def test_other_workers_and_exchanges_continue_from_the_same_network(tmp_path):
   assert np.isfinite(metrics['loss']).all()
 
 
+def test_a_state_of_another_depth_is_refused(tmp_path):
+  trainer, params = make(), network()
+  trainer.save(tmp_path, trainer.init(params))
+  twice = jax.tree.map(lambda x: np.concatenate([x, x]), params['inner'])
+  deeper = {**params, 'inner': twice}
+  with pytest.raises(ValueError, match=rf'with the shape \({2 * L}, '):
+    trainer.restore(tmp_path, deeper)
+
+
+def test_files_of_tools_do_not_damage_a_state(tmp_path):
+  trainer = make()
+  trainer.save(tmp_path, trainer.init(network()))
+  (tmp_path / 'round_0' / '.DS_Store').write_text('of Finder')
+  (tmp_path / 'round_0' / '.Spotlight').mkdir()
+  (tmp_path / 'round_0' / '.Spotlight' / 'index').write_text('of Spotlight')
+  assert int(trainer.restore(tmp_path).round) == 0
+
+
 def test_a_damaged_state_is_refused(tmp_path):
   trainer = make(optax.sgd(RATE))
   trainer.save(tmp_path, trainer.init(network()))
@@ -1037,6 +1055,7 @@ def test_a_save_that_stops_leaves_the_state_before(tmp_path, monkeypatch):
     before = trainer.params(restored)
     jax.tree.map(np.testing.assert_array_equal, before, network())
   (tmp_path / 'round_7').mkdir()  # Not written by `save`.
+  (tmp_path / 'round_9.orbax-checkpoint-tmp').mkdir()  # Of a save, killed.
   state, _ = trainer.round(state, batches(1, 4))
   trainer.save(tmp_path, state)
   assert int(trainer.restore(tmp_path).round) == 2
