@@ -82,16 +82,14 @@ def _draw(axes: Any, made: Chart) -> None:
   """Draws a chart on axes."""
   for line in made.lines:
     xs, ys, low, high, seeds = zip(*line.points, strict=True)
-    look = line.style
+    style = line.style
     axes.plot(
-      xs, ys, color=look.colour, label=line.name, marker=look.marker,
-      markersize=4, linewidth=1.6,
-      linestyle=(0, look.dashes) if look.dashes else '-',
-    )  # fmt: skip
+      xs, ys, label=line.name, markersize=4, linewidth=1.6, **style.look
+    )
     if max(seeds) > 1 and made.categories:
-      axes.vlines(xs, low, high, color=look.colour, linewidth=4, alpha=0.3)
+      axes.vlines(xs, low, high, color=style.colour, linewidth=4, alpha=0.3)
     elif max(seeds) > 1:
-      axes.fill_between(xs, low, high, color=look.colour, alpha=0.16, lw=0)
+      axes.fill_between(xs, low, high, color=style.colour, alpha=0.16, lw=0)
   axes.set_title(made.title, fontsize='medium')
   axes.set_xlabel(made.x)
   axes.set_ylim(made.limits)

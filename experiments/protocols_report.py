@@ -182,12 +182,10 @@ def _figure(runs: Runs) -> Figure:
         if count == S and (curve := _curve(found, x)):
           axes.plot(
             *curve,
-            color=looks[protocol].colour,
-            linestyle=_dashes(looks[protocol]),
             label=PROTOCOLS[protocol],
-            marker=looks[protocol].marker,
             markersize=2.5,
             linewidth=1.2,
+            **looks[protocol].look,
           )
       axes.set_xlabel(X_AXES[x] if workers[-1] == S else '')
       plots.style_axes(axes)
@@ -215,10 +213,6 @@ def _kind(name: str) -> str:
   if name == 'diloco':
     return 'local_sgd'
   return next(kind for kind in colours.PROTOCOLS if name.startswith(kind))
-
-
-def _dashes(look: colours.Style) -> Any:
-  return (0, look.dashes) if look.dashes else '-'
 
 
 def _curve(

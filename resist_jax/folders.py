@@ -75,16 +75,25 @@ def unset_variable(path: str) -> str:
   return f'${unset[0]}' if unset else ''
 
 
-def argument(text: str) -> pathlib.Path:
+def argument(
+  text: str, check: Callable[[pathlib.Path, str], None] | None = None
+) -> pathlib.Path:
   """Returns the path that an argument of a command names; see `resolve`.
 
   Args:
     text: The argument.
+    check: Gets the path, and what messages call it; None for no check.
 
   Raises:
     ArgumentTypeError: If it names none; the message says why.
   """
-  return _argument(text)
+  try:
+    path = resolve(text, 'it')
+    if check:
+      check(path, 'the path')
+  except ConfigError as error:
+    raise argparse.ArgumentTypeError(str(error)) from error
+  return path
 
 
 def output_file(text: str) -> pathlib.Path:
@@ -96,7 +105,7 @@ def output_file(text: str) -> pathlib.Path:
   Raises:
     ArgumentTypeError: If no such file can be written; the message says why.
   """
-  return _argument(text, check_file)
+  return argument(text, check_file)
 
 
 def output_folder(text: str) -> pathlib.Path:
@@ -108,19 +117,7 @@ def output_folder(text: str) -> pathlib.Path:
   Raises:
     ArgumentTypeError: If nothing can be written there; the message says why.
   """
-  return _argument(text, check_writable)
-
-
-def _argument(
-  text: str, check: Callable[[pathlib.Path, str], None] | None = None
-) -> pathlib.Path:
-  try:
-    path = resolve(text, 'it')
-    if check:
-      check(path, 'the path')
-  except ConfigError as error:
-    raise argparse.ArgumentTypeError(str(error)) from error
-  return path
+  return argument(text, check_writable)
 
 
 def _problem(path: str, is_text: bool) -> str:

@@ -167,7 +167,7 @@ def _begin(folder: pathlib.Path) -> tuple[int, str]:
       raise ConfigError(str(error)) from error
     done = restored.progress['round'] if restored else 0
     workdir.write_json(folder / 'config.json', config.to_dict())
-    with metrics.open_log(folder, done, ROUNDS, True):
+    with metrics.MetricsLog(folder, done, ROUNDS):
       pass
   return (done, _digest(restored.stored)) if restored else (0, '')
 

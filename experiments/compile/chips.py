@@ -1,7 +1,6 @@
 """Accelerators to compile for: what a device of each can do.
 
-The figures are those that the makers publish: dense bfloat16 products, memory,
-and what one link of a device carries in one direction.
+The figures are those that the makers publish, for dense products in bfloat16.
 """
 
 from typing import Any, NamedTuple
@@ -12,9 +11,7 @@ class Chip(NamedTuple):
 
   Attributes:
     flops: Floating-point operations a second, in bfloat16.
-    memory: Bytes.
     bandwidth: Bytes a second between the device and its memory.
-    link: Bytes a second that a device sends through one of its links.
     generation: What the compiler calls a TPU; empty for a GPU.
     clock: Cycles a second of a TPU's core; None where it is not known.
     devices: How many devices JAX finds in a chip.
@@ -23,9 +20,7 @@ class Chip(NamedTuple):
   """
 
   flops: float
-  memory: float
   bandwidth: float
-  link: float
   generation: str = ''
   clock: float | None = None
   devices: int = 1
@@ -34,16 +29,16 @@ class Chip(NamedTuple):
 
 CHIPS = {
   # JAX makes one device of the two cores of a v4 chip, and so must we.
-  'v4': Chip(275e12, 32 * 2**30, 1228e9, 45e9, 'v4', 1.05e9, config='megacore'),
-  'v5e': Chip(197e12, 16 * 2**30, 819e9, 45e9, 'v5e', 1.5e9),
-  'v5p': Chip(459e12, 95 * 2**30, 2765e9, 90e9, 'v5', 1.75e9),
-  'v6e': Chip(918e12, 32 * 2**30, 1640e9, 90e9, 'v6e'),
-  # Half a chip, except for the links, which belong to the whole one.
-  'tpu7x': Chip(1153e12, 96 * 2**30, 3690e9, 100e9, 'tpu7x', devices=2),
-  'a100': Chip(312e12, 80e9, 2039e9, 300e9),
-  'h100': Chip(989e12, 80e9, 3352e9, 450e9),
-  'h200': Chip(989e12, 141e9, 4800e9, 450e9),
-  'b200': Chip(2250e12, 180e9, 7672e9, 900e9),
+  'v4': Chip(275e12, 1228e9, 'v4', 1.05e9, config='megacore'),
+  'v5e': Chip(197e12, 819e9, 'v5e', 1.5e9),
+  'v5p': Chip(459e12, 2765e9, 'v5', 1.75e9),
+  'v6e': Chip(918e12, 1640e9, 'v6e'),
+  # Half a chip.
+  'tpu7x': Chip(1153e12, 3690e9, 'tpu7x', devices=2),
+  'a100': Chip(312e12, 2039e9),
+  'h100': Chip(989e12, 3352e9),
+  'h200': Chip(989e12, 4800e9),
+  'b200': Chip(2250e12, 7672e9),
 }
 
 # What XLA's GPU compiler asks about a GPU that is not there. Limits of blocks

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -271,8 +272,8 @@ def _by_blocks(found: Problem, held, mesh: Mesh) -> dict[str, Call]:
       x,
     )
     programs[f'apply {name}'] = walk, args
-    x = shapes.on_mesh(jax.eval_shape(_partial(walk, 3, args), *args[3:])[0],
-                       mesh, spread(mesh))  # fmt: skip
+    piece = functools.partial(walk, *args[:3])
+    x = shapes.on_mesh(jax.eval_shape(piece, *args[3:])[0], mesh, spread(mesh))
   return programs
 
 
@@ -290,10 +291,6 @@ def _plain(found: Problem, mesh: Mesh) -> dict[str, Call]:
   args = jax.eval_shape(init, wide), images, labels
   # Each device does the same: a TPU program takes all of them.
   return {'plain step': (update, shapes.on_mesh(args, mesh))}
-
-
-def _partial(function, count: int, args: tuple) -> Callable:
-  return lambda *rest: function(*args[:count], *rest)
 
 
 def _rows(tree: Mapping[str, PyTree], mesh: Mesh, leading: tuple[int, ...]):

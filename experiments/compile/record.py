@@ -154,7 +154,6 @@ def predict(
     'arguments': _argument_bytes(_read_arguments(name, call[1], found)),
     'scratch': _scratch(name, case, found, target) if name in TRAINS else {},
     'wire': _predicted_wire(name, case, found),
-    'flops': _flops(name, case, found),
   }
 
 
@@ -204,14 +203,6 @@ def _scratch(name, case, found, target) -> dict[str, int]:
 def _lengths(found: Problem) -> dict[str, int]:
   protocol = found.protocol
   return {k: protocol.slots_per_worker(k) for k in protocol.num_blocks}
-
-
-def _flops(name, case, found) -> float | None:
-  """Predicts the operations of one local step of a device."""
-  if found.task is None or name not in TRAINS:
-    return None
-  per_image = found.task.flops(_lengths(found))
-  return per_image * found.batch_size / case.devices_per_worker
 
 
 def _predicted_wire(name, case, found) -> dict[str, float]:

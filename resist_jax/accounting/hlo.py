@@ -120,12 +120,6 @@ class Instruction(NamedTuple):
     found = re.findall(pattern, self.attributes)
     return [name for value in found for name in _NAME.findall(value)]
 
-  def lists(self, attribute: str) -> list[list[int]]:
-    """Returns an attribute such as `{{0,1},{2,3}}`; none from `{}`."""
-    found = re.search(rf'\b{attribute}=\{{([\d,{{}}]*)\}}', self.attributes)
-    lists = re.findall(r'\{([\d,]+)\}', found[1]) if found else []
-    return [[int(number) for number in x.split(',')] for x in lists]
-
 
 class Program(NamedTuple):
   """A parsed program, and what to count in it.
@@ -371,7 +365,7 @@ def _collective_bytes(program: Program, instruction: Instruction) -> int:
     raise ValueError(f'Cannot count {instruction.name}: {instruction.op_name}')
   size *= program.num_slices  # Each of them runs this text.
   if kind == 'collective-permute':
-    pairs = instruction.lists('source_target_pairs')
+    pairs = _lists(instruction.attributes, 'source_target_pairs')
     return size * sum(s != t and program.counts((s, t)) for s, t in pairs)
   groups = replica_groups(instruction.attributes, program.num_devices)
   counted = filter(program.counts, groups)
@@ -505,9 +499,14 @@ def replica_groups(attributes: str, num_devices: int) -> list[list[int]]:
   mesh = r'replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}'
   if found := re.search(mesh, attributes):
     return _along_axes(*found.groups())
-  listed = re.search(r'replica_groups=\{([\d,{}]*)\}', attributes)
-  groups = re.findall(r'\{([\d,]+)\}', listed[1]) if listed else []
-  return [_numbers(group) for group in groups] or [list(range(num_devices))]
+  return _lists(attributes, 'replica_groups') or [list(range(num_devices))]
+
+
+def _lists(attributes: str, name: str) -> list[list[int]]:
+  """Reads an attribute such as `{{0,1},{2,3}}`; none from `{}`."""
+  found = re.search(rf'\b{name}=\{{([\d,{{}}]*)\}}', attributes)
+  lists = re.findall(r'\{([\d,]+)\}', found[1]) if found else []
+  return [_numbers(x) for x in lists]
 
 
 def _along_axes(mesh: str, order: str, axes: str) -> list[list[int]]:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from resist_jax.data.sets import Dataset
-from resist_jax.data.streaming import StreamedImages
 from resist_jax.errors import ConfigError
 
 FILLS = ('black', 'reflection')
@@ -84,7 +83,7 @@ def choose(
   images = dataset.train.images
   side = min(images.shape[1:3])
   if kind == 'auto':
-    if isinstance(images, StreamedImages) and images.resized:
+    if dataset.resized:
       kind = 'resized_crop_flip'
     elif side < 24:  # A shift by one of 8 pixels is already large.
       kind = 'flip'

@@ -93,14 +93,11 @@ def _where(data_dir: str) -> str:
 
 
 def _given(data_dir: str) -> str:
-  return folder_of_sets(data_dir or os.environ.get('TFDS_DATA_DIR', ''))
-
-
-def folder_of_sets(data_dir: str) -> str:
   """Returns the folder that `data.dir` names.
 
   Args:
-    data_dir: A path, in which `~` and `$NAME` are filled in, or a URL.
+    data_dir: A path, in which `~` and `$NAME` are filled in, or a URL; empty
+      for that in TFDS_DATA_DIR.
 
   Returns:
     The path or URL.
@@ -110,6 +107,7 @@ def folder_of_sets(data_dir: str) -> str:
   """
   import tensorflow_datasets as tfds  # Slow to import.
 
+  data_dir = data_dir or os.environ.get('TFDS_DATA_DIR', '')
   folder = os.path.expanduser(os.path.expandvars(data_dir))
   unset = folders.unset_variable(folder)
   if unset or folder.startswith('~'):

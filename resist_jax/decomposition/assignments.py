@@ -316,8 +316,7 @@ class Assigner:
     L, S, K = self.num_blocks, self.num_workers, self.num_slots
     R = self.num_replicas
     # One column lends once along each offset, so nobody gets a block twice.
-    columns = range(-(-R // max(S - 1, 1)))
-    drawn = [1 + rng.permutation(S - 1) for _ in columns]
+    drawn = [1 + rng.permutation(S - 1) for _ in self.source_columns]
     offsets = np.concatenate([*drawn, np.zeros(0, int)])[:R]
     blocks = self._held(owned, offsets)
     # The slot of a block is its rank among the worker's blocks.

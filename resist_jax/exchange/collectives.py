@@ -83,8 +83,7 @@ def zero_unhealthy(tree: PyTree, healthy: Healthy | None) -> PyTree:
   here, zero = with_zero(healthy.here)
 
   def keep(x):
-    shape = (len(x),) + (1,) * (x.ndim - 1)
-    return jnp.where(here.reshape(shape), x, zero.astype(x.dtype))
+    return jnp.where(leading(here, x), x, zero.astype(x.dtype))
 
   return jax.tree.map(keep, tree)
 
@@ -232,6 +231,11 @@ def sum_over_workers(
     error = {'sent': x - sent, 'mean': total - decode(messages)}
   gathered = lax.all_gather(messages, WORKER, axis=0, tiled=True)
   return decode(gathered).reshape(-1)[:n], error
+
+
+def leading(numbers: jax.Array, x: jax.Array) -> jax.Array:
+  """Shapes numbers so that they broadcast along the first axes of an array."""
+  return numbers.reshape(numbers.shape + (1,) * (x.ndim - numbers.ndim))
 
 
 def flatten(tree: PyTree):

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import lax
-from jax.flatten_util import ravel_pytree
 import jax.numpy as jnp
 
 from resist_jax.decomposition import Assigner, Assignment, Division, Route
@@ -19,6 +18,8 @@ from resist_jax.exchange import compression
 from resist_jax.exchange.collectives import (
   WORKER,
   Healthy,
+  flatten,
+  leading,
   with_zero,
   zero_unhealthy,
 )
@@ -190,20 +191,15 @@ def _return_replicas(
     copies = _add(copies, home, counts.astype(jnp.float32))
 
   def divide(x):
-    return x / _per_slot(jnp.maximum(copies, 1), x).astype(x.dtype)
+    return x / leading(jnp.maximum(copies, 1), x).astype(x.dtype)
 
   if assigns.num_replicas:
     blocks = jax.tree.map(divide, blocks)
   if agreed is None:
     return blocks
   return jax.tree.map(
-    lambda x, old: jnp.where(_per_slot(copies, x) > 0, x, old), blocks, agreed
+    lambda x, old: jnp.where(leading(copies, x) > 0, x, old), blocks, agreed
   )
-
-
-def _per_slot(numbers: jax.Array, x: jax.Array) -> jax.Array:
-  """Shapes `[W, K]` so that it broadcasts against `[W, K, ...]`."""
-  return numbers.reshape(numbers.shape + (1,) * (x.ndim - 2))
 
 
 def _pick(blocks: PyTree, slot: jax.Array) -> PyTree:
@@ -233,11 +229,8 @@ def _rounded(blocks: PyTree, encoding: str) -> PyTree:
   if encoding == 'float32':
     return blocks
 
-  def round_one(block):
-    flat, unravel = ravel_pytree(block)
-    return unravel(compression.rounded(flat, encoding))
-
-  return jax.vmap(round_one)(blocks)
+  flat, unflatten = flatten(blocks)
+  return unflatten(jax.vmap(lambda x: compression.rounded(x, encoding))(flat))
 
 
 def _reverse(route: Route) -> Route:
@@ -261,18 +254,17 @@ def _send(
   Returns:
     Pytree of arrays `[W, ...]`: what each worker received, or zeros.
   """
-  one = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), blocks)
-  empty, unravel = ravel_pytree(one)
 
   def follow(route: Route):
     def branch(blocks):
       if all(source == target for source, target in route):
         return blocks
-      flat = jax.vmap(lambda t: ravel_pytree(t)[0])(blocks)
+      flat, unflatten = flatten(blocks)
       messages = jax.vmap(lambda x: compression.encode(x, encoding))(flat)
       messages = _deliver(messages, route)
-      decode = partial(compression.decode, count=empty.size, encoding=encoding)
-      return jax.vmap(unravel)(jax.vmap(decode)(messages))
+      count = flat.shape[1]
+      decode = partial(compression.decode, count=count, encoding=encoding)
+      return unflatten(jax.vmap(decode)(messages))
 
     return branch
 

@@ -16,6 +16,7 @@ from resist_jax.exchange.collectives import (
   Healthy,
   all_reduce_bytes,
   flatten,
+  leading,
   sum_over_workers,
   zero_unhealthy,
 )
@@ -144,8 +145,7 @@ def exchange(
     blocks, holders = _healthy_holders(blocks, agreed, slots, L, healthy)
 
   def divide(total):
-    shape = (L,) + (1,) * (total.ndim - 1)
-    return total / holders.reshape(shape).astype(total.dtype)
+    return total / leading(holders, total).astype(total.dtype)
 
   def take_next(mean):
     return jax.vmap(decomposition.take, in_axes=(None, 0))(mean, next_slots)
@@ -185,8 +185,7 @@ def _healthy_holders(blocks, agreed, slots, num_blocks, healthy):
     lost = jnp.take(trusted == 0, slots, mode='fill', fill_value=False)
 
     def restore(x, old):
-      shape = lost.shape + (1,) * (x.ndim - 2)
-      return jnp.where(lost.reshape(shape), old, x)
+      return jnp.where(leading(lost, x), old, x)
 
     blocks = jax.tree.map(restore, blocks, agreed)
   return blocks, jnp.where(trusted > 0, trusted, held)

@@ -18,15 +18,8 @@ def whitening(images: np.ndarray) -> np.ndarray:
     `float32[2, 2, C, 8 C]`: 4 C filters, the strongest variance first, then
     their negatives.
   """
-  rows, columns = images.shape[1] - 1, images.shape[2] - 1
-  patches = np.stack(
-    [
-      images[:, i : i + rows, j : j + columns]
-      for i in range(2)
-      for j in range(2)
-    ],
-    axis=-2,
-  )
+  windows = np.lib.stride_tricks.sliding_window_view(images, (2, 2), (1, 2))
+  patches = np.moveaxis(windows, 3, -1)  # [N, H - 1, W - 1, 2, 2, C]
   flat = patches.reshape(-1, 4 * images.shape[-1]).astype(np.float64)
   variances, vectors = np.linalg.eigh(flat.T @ flat / len(flat))
   # The sign of a vector is arbitrary: hosts of one run must choose alike, also

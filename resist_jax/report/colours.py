@@ -6,7 +6,7 @@ Markers differ, too, for prints without colours.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
@@ -48,6 +48,12 @@ class Style(NamedTuple):
   colour: str
   marker: str
   dashes: tuple[float, ...] = ()
+
+  @property
+  def look(self) -> dict[str, Any]:
+    """The same as arguments of a line in matplotlib."""
+    dashes = (0, self.dashes) if self.dashes else '-'
+    return {'color': self.colour, 'linestyle': dashes, 'marker': self.marker}
 
 
 def protocol_name(protocol: str) -> str:

@@ -1,11 +1,11 @@
 """The learning curves of a report, each group of seeds as mean and band."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 from html import escape
 
 from resist_jax.report import chart
-from resist_jax.report.chart import Chart, Line, Point
+from resist_jax.report.chart import Chart, Line
 from resist_jax.report.colours import styles
 from resist_jax.report.groups import Group
 from resist_jax.report.sentence import further_tests_of
@@ -86,31 +86,30 @@ def _by_bytes(
     _chart(groups, 'By bytes', count, metric, y, scale, name)
     for count, name in _COUNTS.items()
   )
-  found = next((c for c in charts if c and _all_sent(c)), None)
+  found = next(
+    (made for made in charts if made and all(map(_has_sent, made.lines))), None
+  )
   if found is None:
     return None
   log, unit, unit_name = byte_axis([line.points[-1].x for line in found.lines])
+  lines = [
+    dataclasses.replace(
+      line,
+      points=[
+        point._replace(x=point.x / unit)
+        for point in line.points
+        if point.x > 0 or not log
+      ],
+    )
+    for line in found.lines
+  ]
   return dataclasses.replace(
-    _mapped(found, lambda p: p._replace(x=p.x / unit), log),
-    x=f'{found.x} ({unit_name})',
-    log=log,
+    found, x=f'{found.x} ({unit_name})', lines=lines, log=log
   )
 
 
-def _all_sent(made: Chart) -> bool:
-  return all(line.points[-1].x > 0 for line in made.lines)
-
-
-def _mapped(
-  made: Chart, change: Callable[[Point], Point], positive: bool
-) -> Chart:
-  lines = [
-    dataclasses.replace(
-      line, points=[change(p) for p in line.points if p.x > 0 or not positive]
-    )
-    for line in made.lines
-  ]
-  return dataclasses.replace(made, lines=lines)
+def _has_sent(line: Line) -> bool:
+  return line.points[-1].x > 0
 
 
 def _others(groups: Sequence[Group]) -> Iterator[Chart]:

@@ -1,6 +1,6 @@
 """Runs that differ in nothing but their seed, as one."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import itertools
 import json
@@ -118,28 +118,18 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
       key = str(number)
     buckets.setdefault(key, []).append(run)
   made = [Group(_label(b), b, _merged(b)) for b in buckets.values()]
-  protocols = [group.protocol for group in made]
   if len(made) == 1:
     return made
+  names = [group.name for group in made]
+  protocols = [group.protocol for group in made]
   if len(set(protocols)) == len(made) and set(protocols) <= set(PROTOCOLS):
-    return _renamed(made, lambda group: protocol_name(group.protocol))
-  seen: dict[str, int] = {}
-  for group in made:
-    seen[group.name] = seen.get(group.name, 0) + 1
-  return _renamed(
-    made,
-    lambda group: (
-      group.name
-      if seen[group.name] == 1
-      else f'{group.name}, {made.index(group) + 1}'
-    ),
-  )
-
-
-def _renamed(
-  groups: Sequence[Group], name: Callable[[Group], str]
-) -> list[Group]:
-  return [dataclasses.replace(group, name=name(group)) for group in groups]
+    names = [protocol_name(protocol) for protocol in protocols]
+  return [
+    dataclasses.replace(
+      group, name=name if names.count(name) == 1 else f'{name}, {number}'
+    )
+    for number, (group, name) in enumerate(zip(made, names, strict=True), 1)
+  ]
 
 
 def _label(runs: Sequence[Run]) -> str:

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 import numpy as np
 
 from resist_jax.errors import printable
-from resist_jax.report.colours import Style, colours, styles
+from resist_jax.report.colours import colours, styles
 from resist_jax.report.records import MAX_ROUNDS, Rows
 from resist_jax.report.units import byte_axis
 
@@ -91,7 +91,7 @@ def accuracy_figure(runs: Mapping[str, Rows], x: str) -> Figure:
   entries = len(CURVES) + (len(runs) if len(runs) > 1 else 0)
   figure = Figure(figsize=(6.4, 3.5 + 0.21 * entries), layout='constrained')
   axes = figure.add_subplot()
-  looks = [_look(style) for style in styles(map(protocol_of, runs.values()))]
+  looks = [style.look for style in styles(map(protocol_of, runs.values()))]
   for label, look in zip(runs, looks, strict=True):
     for metric, _, style in CURVES:
       xs, ys = np.reshape(points[label, metric], (-1, 2)).T
@@ -122,11 +122,6 @@ def protocol_of(rows: Rows) -> str:
   """Returns the protocol of a run's rounds; that of most, if it changed."""
   found = [p for row in rows if isinstance(p := row.get('protocol'), str)]
   return max(found, key=found.count, default='')
-
-
-def _look(style: Style) -> dict[str, Any]:
-  dashes = (0, style.dashes) if style.dashes else '-'
-  return {'color': style.colour, 'linestyle': dashes, 'marker': style.marker}
 
 
 def _accuracy_legend(figure: Figure, looks: Mapping[str, Any]) -> None:

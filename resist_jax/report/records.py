@@ -125,7 +125,7 @@ def _load_run(path: Path, label: str) -> Run:
         f'{path} has no {name}: give the workdir of a run that finished at '
         'least one round, or a folder of such workdirs.'
       )
-  config = _flatten(_read_json(path / 'config.json'))
+  config = flatten(_read_json(path / 'config.json'))
   if 'phases.full_after' in config:  # Older runs had no choice.
     config.setdefault('phases.protocol', 'local_sgd')
   rows = _drawn_rows(path / 'metrics.jsonl')
@@ -228,7 +228,7 @@ def _read_json(path: Path) -> dict[str, Any]:
   with contextlib.suppress(ValueError, RecursionError):
     read = json.loads(path.read_text('utf-8'))
     if isinstance(read, dict):
-      json.dumps(_flatten(read))
+      json.dumps(flatten(read))
       value = read
   if not isinstance(value, dict):
     raise ConfigError(
@@ -356,12 +356,12 @@ def _summary_so_far(config: Summary, rows: Rows) -> dict[str, Any]:
   return fields
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
   """Returns a nested mapping as one level with dotted names."""
   flat = {}
   for name, value in tree.items():
     if isinstance(value, dict):
-      flat |= _flatten(value, f'{prefix}{name}.')
+      flat |= flatten(value, f'{prefix}{name}.')
     else:
       flat[f'{prefix}{name}'] = value
   return flat

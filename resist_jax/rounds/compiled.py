@@ -408,15 +408,12 @@ class _Functions(NamedTuple):
 def _on_mesh(training, groups, mesh) -> _Functions:
   """Maps the functions of a round over the devices."""
   protocol = training.protocol
-  on_mesh = partial(jax.shard_map, check_vma=True)
+  on_mesh = partial(jax.shard_map, mesh=mesh, check_vma=True)
   _, batch = batch_specs(mesh)
   held: Any = (SHARDED, SHARDED, SHARDED)
   kept: Any = (SHARDED, SHARDED, SHARDED, REPLICATED)
   begin = on_mesh(
-    training.begin,
-    mesh=mesh,
-    in_specs=(*held, REPLICATED),
-    out_specs=SHARDED,
+    training.begin, in_specs=(*held, REPLICATED), out_specs=SHARDED
   )
   # A loss may begin a loop with a constant, which JAX's check would refuse. The
   # check also decides what gradients mean: without it, each device has its own.
@@ -432,13 +429,11 @@ def _on_mesh(training, groups, mesh) -> _Functions:
   }
   sharing = on_mesh(
     partial(share, protocol),
-    mesh=mesh,
     in_specs=(SHARDED, SHARDED, REPLICATED),
     out_specs=SHARDED,
   )
   finish = on_mesh(
     partial(synchronise, protocol, training.optimizer),
-    mesh=mesh,
     in_specs=(
       SHARDED, SHARDED, ExchangeState(*kept), REPLICATED, REPLICATED,
     ),

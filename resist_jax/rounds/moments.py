@@ -23,8 +23,7 @@ _CONDITIONAL = (
   optax.ConditionallyMaskState,
   optax.ConditionallyTransformState,
 )
-
-
+# Their inner optimisers count updates, not steps.
 _COUNTING = optax.MultiStepsState, optax.contrib.SAMState
 
 

@@ -13,7 +13,8 @@ PyTree = Any
 # The same for all partitioned chains, or by name; see `slots_per_worker`.
 MinDepth = int | None | Mapping[str, int | None]
 
-ASSIGNING = 2**31 - 1  # No round has this number, so no other draw repeats.
+# In a seed, it tells assignments from rounds, none of which has this number.
+ASSIGNING = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +150,7 @@ class Protocol:
     """
     return (
       shared if self.keeps_shared else None,
-      chain if self.keeps_blocks else None,
+      chain if self.keeps_blocks or not chain else None,
     )
 
   def division(self, chain: str) -> Division:

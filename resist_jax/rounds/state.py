@@ -95,23 +95,19 @@ def with_carried(
   Raises:
     ValueError: If a moment does not keep the blocks of a chain apart.
   """
-  carried, outer, average = whole.carried, whole.outer, whole.average
-  if not protocol.carry:
-    carried = None
-  elif carried is None:
-    carried = _first_parts(optimizer, whole.params, protocol, 'carry')
-  else:
-    carried = _in_nodes_of(optimizer, whole.params, carried, 'carry')
-  if protocol.outer is None:
-    outer = None
-  elif outer is None:
-    outer = _first_parts(protocol.outer, whole.params, protocol, 'outer')
-  else:
-    outer = _in_nodes_of(protocol.outer, whole.params, outer, 'outer')
-  if not protocol.average:
-    average = None
-  elif average is None:
-    average = average_lib.first(whole.params)
+
+  def kept(optimizer, parts, field):
+    if parts is None:
+      return _first_parts(optimizer, whole.params, protocol, field)
+    return _in_nodes_of(optimizer, whole.params, parts, field)
+
+  carried, outer, average = None, None, None
+  if protocol.carry:
+    carried = kept(optimizer, whole.carried, 'carry')
+  if protocol.outer is not None:
+    outer = kept(protocol.outer, whole.outer, 'outer')
+  if protocol.average:
+    average = whole.average or average_lib.first(whole.params)
   return whole._replace(carried=carried, outer=outer, average=average)
 
 

@@ -79,7 +79,6 @@ def synchronise(
   Returns:
     What the state of the next round holds, and metrics `[W]` by name.
   """
-  S = protocol.num_workers
   error, outer, average, norms = exchange_state
   agreed_shared, agreed_chain = collectives.widen(agreed)
   moments = []
@@ -90,15 +89,9 @@ def synchronise(
   healthy = None if protocol.average_gradients else judged
 
   shared, chain = split(collectives.widen(local.params), protocol.num_blocks)
-  if protocol.sends_changes:
-    encoding = protocol.exchange.format.changes
-    changed = collectives.add_mean_change(
-      agreed_shared, shared, error, S, encoding, healthy
-    )
-    shared, error = _if_anybody(healthy, changed, (agreed_shared, error))
-  elif not protocol.average_gradients:  # With these, all are equal already.
-    mean = collectives.mean_over_workers(shared, S, healthy=healthy)
-    shared = _if_anybody(healthy, mean, agreed_shared)
+  shared, error = _exchange_shared(
+    protocol, shared, agreed_shared, error, healthy
+  )
   if outer is None:
     chain = _exchange_chains(protocol, chain, moves, healthy, agreed_chain)
   else:
@@ -186,7 +179,7 @@ def _judge(
   if protocol.judges_updates:
     shared, chain = agreed
     after = split(local.params, protocol.num_blocks)
-    norms = participation.update_norms((shared, chain or {}), after)
+    norms = participation.update_norms((shared, chain), after)
     metrics['update_norm'] = norms
   elif protocol.average_gradients or not protocol.exclude_faulty:
     return None, recent, metrics
@@ -195,6 +188,21 @@ def _judge(
     losses, finite, protocol.num_workers, limits, norms, recent
   )
   return healthy, recent, {**metrics, 'healthy': healthy.here}
+
+
+def _exchange_shared(protocol, shared, agreed, error, healthy):
+  """Averages the shared part; also returns what rounding removed."""
+  S = protocol.num_workers
+  if protocol.sends_changes:
+    encoding = protocol.exchange.format.changes
+    changed = collectives.add_mean_change(
+      agreed, shared, error, S, encoding, healthy
+    )
+    return _if_anybody(healthy, changed, (agreed, error))
+  if protocol.average_gradients:  # All are equal already.
+    return shared, error
+  mean = collectives.mean_over_workers(shared, S, healthy=healthy)
+  return _if_anybody(healthy, mean, agreed), error
 
 
 def _exchange_moments(
@@ -236,7 +244,7 @@ def _exchange_moments(
 def _first_moments(protocol, optimizer, agreed) -> tuple[list, list]:
   """Returns the moments of the parameters as last agreed, in halves."""
   shared, chain = agreed
-  state = jax.vmap(optimizer.init)(join(shared, chain or {}))
+  state = jax.vmap(optimizer.init)(join(shared, chain))
   moments = collectives.widen(take_apart(optimizer, state).moments)
   halves = [split(moment, protocol.num_blocks) for moment in moments]
   return [half[0] for half in halves], [half[1] for half in halves]
@@ -264,10 +272,10 @@ def _outer_step(
   assert protocol.outer is not None
   shared, chain = agreed
   stepped = outer_lib.step(
-    protocol.outer, (shared, chain or {}), settled, parts, rounds
+    protocol.outer, (shared, chain), settled, parts, rounds
   )
   old = Parts([join(**moment) for moment in parts.moments], parts.rest)
-  stays = join(shared, chain or {}), old
+  stays = join(shared, chain), old
   new, stepped = _if_anybody(healthy, stepped, stays)
   held = [split(tree, protocol.num_blocks) for tree in (new, *stepped.moments)]
   moved = [

@@ -88,17 +88,17 @@ class Callbacks:
         f'callbacks is {callbacks!r}; it must be a list of functions.'
       )
     for callback in callbacks:
-      _check_arguments(callback)
       if not callable(callback) or isinstance(callback, type):
         raise ValueError(
           f'callbacks hold {callback!r}, which is no function of a row and a '
           'state: give functions, or objects of a class with __call__.'
         )
+      _check_arguments(callback)
     self._callbacks = (*own, *callbacks)
     self._summary: Mapping[str, Any] | None = None
 
   @property
-  def read_state(self) -> bool:
+  def reads_state(self) -> bool:
     """Whether any of them reads the state of a round."""
     return any(getattr(c, 'reads_state', True) for c in self._callbacks)
 
@@ -110,7 +110,7 @@ class Callbacks:
       state: See `Callback`.
     """
     for callback in self._callbacks:
-      given: Any = state if self.read_state else None
+      given: Any = state if self.reads_state else None
       callback(dict(row), given)
 
   @contextlib.contextmanager
@@ -144,11 +144,10 @@ def _check_arguments(callback: Any) -> None:
   try:
     inspect.signature(callback).bind({}, None)
   except TypeError as error:
-    if callable(callback) and not isinstance(callback, type):
-      raise ValueError(
-        f'callbacks hold {callback!r}, which does not take a row and a state '
-        f'({error}): give it two arguments.'
-      ) from error
+    raise ValueError(
+      f'callbacks hold {callback!r}, which does not take a row and a state '
+      f'({error}): give it two arguments.'
+    ) from error
   except ValueError:  # A function in C may not list its arguments.
     return
 

@@ -4,7 +4,7 @@
 process. Nothing here imports JAX, so that `--help` answers at once.
 """
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 import re
 import textwrap
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from ml_collections import config_flags
 import resist_jax
 from resist_jax import folders
 from resist_jax.errors import ConfigError, did_you_mean, message
+from resist_jax.report.records import flatten
 from resist_jax.run import cards, fields
 
 _WIDTH = 79
@@ -103,7 +104,9 @@ def parse(argv: Sequence[str], values: flags.FlagValues) -> Options:
     program, *words = argv
     found, words = _last_of({'config'}, words)
     config = cards.load(found.get('config', cards.DEFAULT))
-    found, words = _last_of({*_TUPLES, *_tuples(config.to_dict())}, words)
+    card = flatten(config.to_dict()).items()
+    tuples = {f'config.{k}' for k, v in card if isinstance(v, tuple | list)}
+    found, words = _last_of(_TUPLES | tuples, words)
     words = [program, *(f'--{n}={v}' for n, v in found.items()), *words]
     config_flags.DEFINE_config_dict(
       'config', config, _FLAGS['config=CARD'], flag_values=values,
@@ -224,15 +227,6 @@ def _before_dashes(argv: Sequence[str]) -> list[str]:
   return words[: words.index('--')] if '--' in words else words
 
 
-def _tuples(config: Mapping[str, Any], above: str = 'config.') -> Iterator[str]:
-  """Yields the flags of the fields that hold tuples in a card."""
-  for name, value in config.items():
-    if isinstance(value, Mapping):
-      yield from _tuples(value, f'{above}{name}.')
-    elif isinstance(value, tuple | list):
-      yield above + name
-
-
 def _last_of(
   names: Set[str], argv: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
@@ -279,7 +273,7 @@ def _no_field(
   words: Sequence[str], config: ml_collections.ConfigDict | None
 ) -> str:
   """Returns a line about a field that the config has not."""
-  known = sorted(_leaves(config)) if config is not None else []
+  known = sorted(flatten(config.to_dict())) if config is not None else []
   flags = (re.match(r'--?(?:no)?config\.([^=]+)', word) for word in words)
   names = [found[1] for found in flags if found]
   name = next((n for n in names if n not in known), 'of that name')
@@ -290,15 +284,6 @@ def _no_field(
   else:
     hint, rest = did_you_mean(name, known), '--help lists all fields.'
   return f'unknown config field {name}. {hint}{rest}'
-
-
-def _leaves(config: Any, prefix: str = '') -> Iterator[str]:
-  """Yields the dotted names of all fields."""
-  for name, value in config.items():
-    if isinstance(value, ml_collections.ConfigDict):
-      yield from _leaves(value, f'{prefix}{name}.')
-    else:
-      yield f'{prefix}{name}'
 
 
 def _unknown(name: str, values: flags.FlagValues) -> str:

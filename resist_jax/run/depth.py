@@ -64,24 +64,12 @@ def networks(
       kept = {}
       for name, length in lengths.items():
         number = round(blocks * length / longest)
-        chosen = (
-          first(number, length) if draw < 0 else drawn(number, length, draw)
-        )
+        chosen = np.arange(number) if draw < 0 else drawn(number, length, draw)
         whole = scales.get(name, np.ones(length, np.float32))
         most = trained.get(name, 1.0)
         kept[name] = keep(np.asarray(whole), chosen, most)
       order = 'first' if draw < 0 else 'random'
       yield Shallower(order, blocks, max(draw, 0), {**scales, **kept})
-
-
-def first(count: int, length: int) -> np.ndarray:
-  """Returns the first blocks of a chain, `int[count]`.
-
-  Args:
-    count: How many.
-    length: L, the blocks of the chain.
-  """
-  return np.arange(min(count, length))
 
 
 def drawn(count: int, length: int, draw: int) -> np.ndarray:

@@ -206,7 +206,7 @@ class Loop:
     self._running = Dispatched(done, self.phase, before, after, measured)
     # Where the host dispatches steps, it has waited for them: the clock is read
     # now, or the time of the next round would count for this one.
-    waits = 'seconds_local' in measured or self._callbacks.read_state
+    waits = 'seconds_local' in measured or self._callbacks.reads_state
     # To gather the rows of several processes is a program, too: behind the next
     # round, it would read the clock at the end of that.
     return waits or jax.process_count() > 1

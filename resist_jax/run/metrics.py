@@ -1,7 +1,6 @@
 """The log of a run: a JSON line per round, and a progress bar."""
 
-from collections.abc import Iterator, Mapping
-import contextlib
+from collections.abc import Mapping
 import json
 import pathlib
 import sys
@@ -30,33 +29,6 @@ class Log:
 
   def check(self) -> None:
     """See `MetricsLog.check`."""
-
-
-@contextlib.contextmanager
-def open_log(
-  workdir: pathlib.Path,
-  start_round: int,
-  num_rounds: int,
-  writes: bool,
-  unit: str = 'images',
-) -> Iterator[Log]:
-  """Opens the log in the process that writes it.
-
-  Args:
-    workdir: Workdir of the run.
-    start_round: Number of rounds completed.
-    num_rounds: Number of rounds in the whole run.
-    writes: Whether this process writes the log.
-    unit: What the examples are called.
-
-  Yields:
-    The log.
-  """
-  if not writes:
-    yield Log()
-    return
-  with MetricsLog(workdir, start_round, num_rounds, unit) as log:
-    yield log
 
 
 class MetricsLog(Log):

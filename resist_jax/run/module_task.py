@@ -131,8 +131,20 @@ class ModuleTask:
   @functools.cached_property
   def metrics(self) -> tuple[str, ...]:
     """See `task.Task`; they are found by tracing the loss."""
+    return self.traced(None)
+
+  def traced(self, key: jax.Array | None) -> tuple[str, ...]:
+    """Calls the loss on the shapes of an example; returns names of its metrics.
+
+    Args:
+      key: What the loss gets as its key: one in training, None in a test.
+
+    Raises:
+      ValueError: If what the loss returns cannot be used.
+    """
     batch = self.examples(next(iter(self.dataset.tests)), np.zeros(1, int))
-    found = jax.eval_shape(self.test_loss, self.shapes(), batch, {})
+    loss = functools.partial(self.test_loss, key=key)
+    found = jax.eval_shape(loss, self.shapes(), batch, {})
     return checks.returned_metrics(found)
 
   @property
@@ -174,22 +186,27 @@ class ModuleTask:
     return loss_fn
 
   def test_loss(
-    self, params: PyTree, batch: PyTree, scales: Mapping[str, Any]
+    self,
+    params: PyTree,
+    batch: PyTree,
+    scales: Mapping[str, Any],
+    key: jax.Array | None = None,
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Calls the module's loss of the whole network, without a key.
+    """Calls the module's loss of the whole network.
 
     Args:
       params: Global parameters.
       batch: Examples as read, see `examples`.
       scales: Residual scale of each chain that ResIST cuts, `float32[L]`; 1
         for any other chain.
+      key: Key of the loss; None in tests.
 
     Returns:
       `(loss, metrics)`.
     """
     scaled = self._scaled(params, {}, scales)
     loss = self.module.loss(self.config)
-    return loss(params, scaled, self._normalised(batch), None)
+    return loss(params, scaled, self._normalised(batch), key)
 
   def _scaled(self, params, present, scale) -> dict[str, jax.Array]:
     """Returns the factor of each slot of each chain; 0 where it is empty."""
@@ -409,7 +426,7 @@ def _check(task: ModuleTask) -> None:
         "it returns a metric 'perplexity', a name that tests use: rename it."
       )
   with _told(f'loss(config) of {name}'):
-    checks.returned_metrics(jax.eval_shape(_train_once(task), shapes))
+    task.traced(jax.random.key(0))
   if config.protocol == 'resist':
     _check_chains(config, name, lengths)
 
@@ -429,18 +446,6 @@ def _check_optimizer(task: ModuleTask) -> None:
       carries = config.optimizer.carry_momentum or parallel
       averaged = parallel or config.num_workers == 1
       check_optimizer(made, shapes, carries, make_mesh(1), field, averaged)
-
-
-def _train_once(task: ModuleTask) -> Callable:
-  """Returns the loss of the parameters on one training example."""
-  batch = task.examples(next(iter(task.dataset.tests)), np.zeros(1, int))
-  loss_fn = task.module.loss(task.config)
-
-  def once(params):
-    scaled = task._scaled(params, {}, {})
-    return loss_fn(params, scaled, task._normalised(batch), jax.random.key(0))
-
-  return once
 
 
 @contextlib.contextmanager

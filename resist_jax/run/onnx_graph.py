@@ -47,7 +47,7 @@ class Graph:
     """Adds a norm."""
     kind = self.about['norm']
     parts = [self.take(f'{name}.{part}') for part in ('weight', 'bias')]
-    more = {'epsilon': plain.epsilon(kind)}
+    more = {'epsilon': plain.EPSILON[kind]}
     if kind == 'batch':
       measured = ('running_mean', 'running_var')
       parts += [self.take(f'{name}.{part}') for part in measured]

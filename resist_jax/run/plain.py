@@ -16,7 +16,8 @@ from resist_jax.models import ResNet, rescale_branches, without_gates
 from resist_jax.run.export import Predictor
 
 Arrays = dict[str, np.ndarray]
-_EPSILON = {'batch': 1e-5, 'group': 1e-6}
+# What a norm adds to variances, by its kind.
+EPSILON = {'batch': 1e-5, 'group': 1e-6}
 
 
 def describe(model: Predictor) -> dict[str, Any]:
@@ -214,8 +215,3 @@ def _fill(tree: Mapping[str, Any], place: Place, value: np.ndarray) -> None:
       f'{at.shape}, by our order of axes: the network is another one.'
     )
   at[...] = value
-
-
-def epsilon(norm: str) -> float:
-  """Returns what a norm of a kind adds to variances."""
-  return _EPSILON[norm]

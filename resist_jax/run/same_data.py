@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from resist_jax import data
+from resist_jax.data.order import evenly_spaced
 from resist_jax.errors import ConfigError
 from resist_jax.rounds import storage
 from resist_jax.run import workdir as workdir_lib
@@ -51,8 +52,8 @@ def describe(dataset: Dataset, name: str) -> dict[str, Any]:
   else:
     found['called'] = dataset.name
   for name, split in {'train': dataset.train, **dataset.tests}.items():
-    index = np.linspace(0, len(split) - 1, min(len(split), _SAMPLE))
-    sample = _sample(split, index.astype(int), arrays)
+    index = np.array(evenly_spaced(len(split), _SAMPLE), int)
+    sample = _sample(split, index, arrays)
     digests = {k: storage.digest_of_arrays(x)[:12] for k, x in sample.items()}
     if isinstance(split, data.Split) and split.content:
       digests['content'] = split.content

@@ -140,9 +140,7 @@ def naming(
 
 
 def _check_crops(config, dataset: data.Dataset) -> None:
-  images = dataset.train.images
-  crops = isinstance(images, data.StreamedImages) and images.resized
-  if config.data.augment.startswith('resized') and not crops:
+  if config.data.augment.startswith('resized') and not dataset.resized:
     raise ConfigError(
       f'data.augment is {config.data.augment!r}, but the images of the data '
       'set that the program gives are not resized while they are read: give '

@@ -163,8 +163,11 @@ def _rounds(
     )
     if writes and not restored:  # Without a config, the log counts as lost.
       _record(folder, config, described, done)
-    unit, rounds = setup.dataset.unit, config.num_rounds
-    with metrics.open_log(folder, done, rounds, writes, unit) as log:
+    with (
+      metrics.MetricsLog(folder, done, config.num_rounds, setup.dataset.unit)
+      if writes
+      else contextlib.nullcontext(metrics.Log())
+    ) as log:
       loop = None
       try:
         loop = Loop(  # It may refuse the checkpoint.

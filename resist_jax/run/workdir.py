@@ -107,9 +107,7 @@ def _changed(
   """Returns the old and the new value of each field that has changed."""
   # A field that is younger than the run had what is now its default.
   groups = {name: {} for name, value in now.items() if isinstance(value, dict)}
-  defaults = {
-    field.name: json.loads(json.dumps(field.default)) for field in each()
-  }
+  defaults = _as_json({field.name: field.default for field in each()})
   return {
     name: (old, new)
     for name, (old, new) in differences({**groups, **before}, now).items()

@@ -335,9 +335,9 @@ class Trainer:
     return _with_programs(self, run)
 
   def _has_chosen_slots(self, state: State) -> bool:
-    """Returns whether a person chose the slots, where these are all there is.
+    """Returns whether a person chose the slots, which then are all there is.
 
-    Nothing says so but that they are not those that the exchange assigns.
+    No field records it: they differ from those that the exchange assigns.
     """
     found = assignments_on_host(state)
     slots_alone = all(a.owned is None for a in found.values())

@@ -139,9 +139,9 @@ class Quick(callbacks.Callback):
 
 def test_only_who_reads_the_state_holds_up_an_accelerator():
   called = callbacks.Callbacks([Quick()])
-  assert not called.read_state
+  assert not called.reads_state
   called({'round': 1}, object())
-  assert callbacks.Callbacks([Quick(), Told()]).read_state
+  assert callbacks.Callbacks([Quick(), Told()]).reads_state
 
 
 # TensorBoard.

@@ -106,7 +106,7 @@ def test_a_shallower_network_runs_at_the_scale_of_the_training():
   assert trained_at == {'chain': 4.0}
   whole = np.ones(12, np.float32)
   for blocks, want in ((2, 4.0), (3, 4.0), (6, 2.0), (12, 1.0)):
-    kept = depth.keep(whole, depth.first(blocks, 12), trained_at['chain'])
+    kept = depth.keep(whole, np.arange(blocks), trained_at['chain'])
     assert kept[:blocks].tolist() == [want] * blocks
   # With a minimum depth, 16 copies of 12 blocks are held by 4 workers.
   assert depth.trained_scales(config, lengths, cuts) == {'chain': 3.0}

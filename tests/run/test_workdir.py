@@ -77,7 +77,7 @@ def test_a_log_notices_that_its_workdir_is_lost(lose, tmp_path):
   folder = tmp_path / 'run'
   folder.mkdir()
   workdir.write_json(folder / 'config.json', {})
-  with metrics.open_log(folder, 0, 10, True) as log:
+  with metrics.MetricsLog(folder, 0, 10) as log:
     log.write(row(1))
     log.write(row(2))
     lose(folder)
