@@ -203,7 +203,7 @@ def tables(results: Results) -> list[Table]:
   shorter = ', half of its rounds' if results.scale == 'cpu90' else ''
   caption = (
     f'Test accuracy in % on CIFAR-10, {results.scale} scale{shorter}. Each row '
-    'adds one change to the row above it with the same number of workers. A '
+    'keeps the changes of the rows above it with the same number of workers. A '
     'row that sets l, the steps in a round, replaces the l above it. A row '
     'with a comma is that before the comma with another setting. The paper '
     f'tuned l and does not give its value. {of_runs(found)}'

@@ -30,6 +30,7 @@ from experiments.table import Table
 from resist_jax import data, decomposition
 from resist_jax.run import export, train
 from resist_jax.run.config import build_model
+from resist_jax.run.lock import locked
 
 WORKERS = {'smoke': (2,), 'cpu': (2, 4), 'paper': (2, 4, 8)}
 
@@ -91,10 +92,11 @@ def train_ensemble(
   begin(target)
   members = [member(config, number) for number in range(config.num_workers)]
   names = [f'member{number}' for number in range(len(members))]
-  summaries = [
-    train.train(alone, str(folder / name))
-    for alone, name in zip(members, names, strict=True)
-  ]
+  with locked(folder):  # A second copy of the command is refused at its start.
+    summaries = [
+      train.train(alone, str(folder / name))
+      for alone, name in zip(members, names, strict=True)
+    ]
   test = data.load(
     config.data.name, config.data.dir, config.data.validation
   ).tests['test']

@@ -210,11 +210,20 @@ def parsed(
       'with the code: name a file with --out.'
     )
   if not args.out:
-    try:
-      folders.check_writable(RESULTS, 'the folder of results')
-    except ConfigError as error:
-      parser.error(f'{error} Or name a file with --out.')
+    check_results(parser)
   return args
+
+
+def check_results(parser: argparse.ArgumentParser) -> None:
+  """Refuses to measure what could not be written to the folder of results.
+
+  Args:
+    parser: That of the command, which ends if nothing can be written.
+  """
+  try:
+    folders.check_writable(RESULTS, 'the folder of results')
+  except ConfigError as error:
+    parser.error(str(error))
 
 
 def show_results(
@@ -383,7 +392,7 @@ def provenance(device: str = '') -> dict[str, Any]:
     'environment': {
       name: value
       for name, value in sorted(os.environ.items())
-      if name.startswith(_SETTINGS)
+      if name.startswith(_FLAGS + _ALLOCATOR)
     },
   }
 
@@ -411,19 +420,22 @@ def conditions(provenance: Mapping[str, Any]) -> str:
 
   Returns:
     The machine, and the variables of the environment that may change its speed.
+    Those of the allocator are many and long, so only their names are told.
   """
   found = provenance.get('environment', {})
-  names = [
+  told = [f'{name}={found[name]}' for name in _FLAGS if name in found]
+  told += [
     f'{name}*' if name.endswith('_') else name
-    for name in _SETTINGS
+    for name in _ALLOCATOR
     if any(variable.startswith(name) for variable in found)
   ]
-  said = f', with {" and ".join(names)} set' if names else ''
+  said = f', with {" and ".join(told)} set' if told else ''
   return f'{machine(provenance)}{said}'
 
 
 # Variables of the environment that change programs or their speed.
-_SETTINGS = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'MALLOC_', 'GLIBC_TUNABLES')
+_FLAGS = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')
+_ALLOCATOR = ('MALLOC_', 'GLIBC_TUNABLES')
 # New results, tables and pictures do not change the code.
 _CODE = ('.', ':!experiments/results', ':!README.md', ':!RESULTS.md')
 

@@ -66,9 +66,9 @@ INTRODUCTION = (
   'with its configuration, seed, commit, versions and machine. The command '
   'above a table makes its results. Many commands train only what has no '
   'result yet: to train it again, name an empty folder with --results=FOLDER, '
-  'or delete the result file where a command has no such option. --only=NAME '
-  'makes one; a name that does not exist, such as --only=names, lists them '
-  'all. Some commands take hours or days.',
+  'or delete the result file where a command has no such option. Where a '
+  'command has --only, --only=NAME makes one result, and most list all names '
+  'if none fits, as with --only=names. Some commands take hours or days.',
   'At the cpu scale, a network with an eighth of the width trains for two '
   'epochs on two cores. Do not compare its accuracies with those of the paper. '
   'An accuracy of ours without ± is that of one run; ± is the standard '

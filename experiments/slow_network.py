@@ -25,7 +25,13 @@ import tempfile
 from typing import Any
 
 from experiments.namespaces import LINKS, Host, Link, NotPossibleError, hosts
-from experiments.runs import RESULTS, first_test, provenance, write_record
+from experiments.runs import (
+  RESULTS,
+  check_results,
+  first_test,
+  provenance,
+  write_record,
+)
 from resist_jax import report
 from resist_jax.errors import Parser
 
@@ -190,7 +196,11 @@ def main() -> None:
   )
   options = parser.parse_args()
   if not any(options.only in target.stem for *_, target in settings()):
-    parser.error(f'--only is {options.only!r}, but no name contains it.')
+    names = ', '.join(target.stem for *_, target in settings())
+    parser.error(
+      f'--only is {options.only!r}, but no name contains it: {names}.'
+    )
+  check_results(parser)
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   for network, method, link, target in settings():
     if options.only not in target.stem:

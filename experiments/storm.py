@@ -141,8 +141,12 @@ class Run:
       [*launcher, meet, '--only_meet'], stdout=subprocess.PIPE
     )
     assert self._place.stdout
-    # Otherwise a host would take the place.
-    if not self._place.stdout.readline():
+    try:  # Otherwise a host would take the place.
+      met = self._place.stdout.readline()
+    except BaseException:
+      self._place.kill()
+      raise
+    if not met:
       sys.exit(self._place.wait())  # It has said why.
     words = [f'--hosts=1:{HOSTS}', meet, '--address=127.0.0.1', '--']
     self._begun = time.monotonic()

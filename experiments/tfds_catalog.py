@@ -27,7 +27,13 @@ from PIL import Image
 import tensorflow_datasets as tfds
 from tensorflow_datasets.testing import mocking
 
-from experiments.runs import RESULTS, load, provenance, write_record
+from experiments.runs import (
+  RESULTS,
+  check_results,
+  load,
+  provenance,
+  write_record,
+)
 from experiments.table import Table
 from resist_jax import data
 from resist_jax.errors import ConfigError, Parser, one_line
@@ -46,6 +52,8 @@ def main() -> int:
   parser = Parser(description=(__doc__ or '').split('\n')[0])
   parser.add_argument('--only', default='', help='sets with this in their name')
   args = parser.parse_args()
+  if not args.only:
+    check_results(parser)
   listed = tfds.list_builders(with_community_datasets=False)
   found: dict[str, dict[str, Any]] = {}
   for name in filter(lambda name: args.only in name, listed):

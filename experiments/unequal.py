@@ -22,7 +22,14 @@ import time
 from typing import Any
 
 from experiments.launch import local
-from experiments.runs import RESULTS, load, machine, provenance, write_record
+from experiments.runs import (
+  RESULTS,
+  check_results,
+  load,
+  machine,
+  provenance,
+  write_record,
+)
 from experiments.table import Table
 from resist_jax import report
 from resist_jax.errors import ConfigError, Parser, refused
@@ -102,7 +109,9 @@ def _cores() -> list[int]:
 
 def main() -> None:
   """Measures both settings in turn, and writes the result."""
-  Parser(description=(__doc__ or '').split('\n')[0]).parse_args()
+  parser = Parser(description=(__doc__ or '').split('\n')[0])
+  parser.parse_args()
+  check_results(parser)
   cores = _cores()
   results: dict[str, list[dict[str, Any]]] = {name: [] for name in DEPTHS}
   for _ in range(REPEATS):

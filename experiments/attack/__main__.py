@@ -20,7 +20,7 @@ import jax
 from experiments.attack import damages, inputs, judged, kills, order, pairs
 from experiments.runs import RESULTS, write_record
 from resist_jax import folders
-from resist_jax.errors import Parser
+from resist_jax.errors import ConfigError, Parser
 
 FOLDER = RESULTS / 'attack'
 KINDS = {
@@ -61,11 +61,15 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.error(f'--only is {options.only!r}; use {", ".join(KINDS)}.')
   if not 0 < options.share <= 1:
     parser.error(f'--share is {options.share}; it must be above 0, at most 1.')
-  if options.share < 1 and options.results == FOLDER:
+  if options.share < 1 and options.results.resolve() == FOLDER.resolve():
     parser.error(
       '--share makes only a part of the result that is kept with the code: '
       'name a folder with --results.'
     )
+  try:
+    folders.check_writable(options.results, '--results')
+  except ConfigError as error:
+    parser.error(str(error))
   logging.set_verbosity(logging.WARNING)  # orbax reports every step it takes.
   bad = 0
   with tempfile.TemporaryDirectory(prefix='attack') as name:

@@ -53,6 +53,7 @@ def main() -> int:
       print('\n'.join(case.name for case in wanted))
       return 0
     target.devices()
+    folders.check_writable(options.out, '--out')
   except (ConfigError, re.error) as error:
     return refused(error)
   folder = options.out / f'{options.scale}_{file_name(target)}'

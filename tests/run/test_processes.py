@@ -54,7 +54,7 @@ UNEQUAL = """
 import sys
 import jax
 process = int(sys.argv[2])
-jax.config.update('jax_num_cpu_devices', (2, 3)[process])
+jax.config.update('jax_num_cpu_devices', (2, 4)[process])
 jax.distributed.initialize(sys.argv[1], 2, process)
 from resist_jax.errors import ConfigError
 from resist_jax.run import config, setup
@@ -93,7 +93,7 @@ keys = jax.random.split(jax.random.key(0), (4, 1))
 _, metrics = trainer.round(trainer.restore(sys.argv[3]), {'key': keys})
 mine = metrics['noise'].addressable_shards
 wanted = jax.vmap(jax.random.normal)(keys[:, 0])
-assert all((x.data == wanted[x.index]).all() for x in mine), wanted
+assert all(abs(x.data - wanted[x.index]).max() < 1e-6 for x in mine), wanted
 print(int(trainer.restore(sys.argv[3]).round))
 jax.distributed.shutdown()
 """
@@ -126,7 +126,7 @@ def test_hosts_with_unequal_numbers_of_devices_are_told(tmp_path):
   ]  # fmt: skip
   said = {p.communicate(timeout=LIMIT)[0] for p in started}
   assert said == {
-    'the processes have [2, 3] devices: give each equally many, such as by '
+    'the processes have [2, 4] devices: give each equally many, such as by '
     'JAX_LOCAL_DEVICE_IDS=0,1.\n'
     'num_devices is 6, 3 of each process, but one has only 2: use at most 4.\n'
   }
