@@ -459,11 +459,11 @@ def test_a_save_that_fails_says_whether_to_try_again(
   save(tmp_path, 1)
 
   def fail(*args, **kwargs):
+    monkeypatch.setattr(jax, 'process_count', lambda: count)
     raise error
 
   begin = (lambda *args, **kwargs: mock.Mock(result=fail)) if late else fail
   monkeypatch.setattr(ocp, 'save_async', begin)
-  monkeypatch.setattr(jax, 'process_count', lambda: count)
   with pytest.raises(SaveError, match='the checkpoint of round 2') as caught:
     save(tmp_path, 2)
   assert caught.value.retryable == again
