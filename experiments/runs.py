@@ -214,14 +214,17 @@ def parsed(
   return args
 
 
-def check_results(parser: argparse.ArgumentParser) -> None:
+def check_results(
+  parser: argparse.ArgumentParser, folder: pathlib.Path = RESULTS
+) -> None:
   """Refuses to measure what could not be written to the folder of results.
 
   Args:
     parser: That of the command, which ends if nothing can be written.
+    folder: The folder.
   """
   try:
-    folders.check_writable(RESULTS, 'the folder of results')
+    folders.check_writable(folder, 'the folder of results')
   except ConfigError as error:
     parser.error(str(error))
 

@@ -18,9 +18,9 @@ from absl import logging
 import jax
 
 from experiments.attack import damages, inputs, judged, kills, order, pairs
-from experiments.runs import RESULTS, write_record
+from experiments.runs import RESULTS, check_results, write_record
 from resist_jax import folders
-from resist_jax.errors import ConfigError, Parser
+from resist_jax.errors import Parser
 
 FOLDER = RESULTS / 'attack'
 KINDS = {
@@ -66,10 +66,7 @@ def main(args: Sequence[str] | None = None) -> int:
       '--share makes only a part of the result that is kept with the code: '
       'name a folder with --results.'
     )
-  try:
-    folders.check_writable(options.results, '--results')
-  except ConfigError as error:
-    parser.error(str(error))
+  check_results(parser, options.results)
   logging.set_verbosity(logging.WARNING)  # orbax reports every step it takes.
   bad = 0
   with tempfile.TemporaryDirectory(prefix='attack') as name:

@@ -44,7 +44,7 @@ PyTree = Any
 
 _OF_ORBAX = 'orbax.checkpoint'  # A file in each folder that orbax has written.
 # The end of the name, as a pattern, of a folder that orbax has not finished.
-_UNFINISHED = r'\.orbax-checkpoint-tmp(?:-[0-9]+)?'
+UNFINISHED = r'\.orbax-checkpoint-tmp(?:-[0-9]+)?'
 
 
 class Stored(NamedTuple):
@@ -438,7 +438,7 @@ def point_to(pointer: pathlib.Path, folder: pathlib.Path) -> None:
     part.write_text(f'{folder.name} {digest_of_files(folder)}\n')
   for other in folder.parent.glob('round_*'):
     # Saves that were stopped have left some behind, too, whole or in part.
-    ours = re.fullmatch(rf'round_\d+(_again)?({_UNFINISHED})?', other.name)
+    ours = re.fullmatch(rf'round_\d+(_again)?({UNFINISHED})?', other.name)
     made = ours and (ours[2] or (other / _OF_ORBAX).exists())
     if made and other.name != folder.name:
       shutil.rmtree(other, ignore_errors=True)

@@ -46,7 +46,7 @@ _TIMEOUT = 20 * 24 * 3600
 _NONE, _DAMAGED = -1, -2  # Returned instead of a round.
 _SUMS = 'sums'  # What `examined` found, beside the progress.
 # What orbax calls a checkpoint that it has not finished.
-_UNFINISHED = re.compile(r'[0-9]+\.orbax-checkpoint-tmp(-[0-9]+)?')
+_UNFINISHED = re.compile(f'[0-9]+{storage.UNFINISHED}')
 
 
 class Restored(NamedTuple):

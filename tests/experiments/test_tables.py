@@ -184,6 +184,9 @@ def test_seconds_to_an_accuracy_are_those_of_a_quiet_machine(tmp_path):
     ['100 Mbit/s', '3 s'],
     ['1 Gbit/s', '1 s'],
   ]
+  mark_busy(results.target(to_accuracy.pace('resist', 4), 0))
+  ((row,),) = (table.rows for table in to_accuracy.tables(results))
+  assert row[5] == '2.00 GB'
 
 
 def test_a_table_names_the_command_that_makes_it_again():
