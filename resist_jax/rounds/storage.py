@@ -9,15 +9,12 @@ from collections.abc import Mapping
 import hashlib
 import json
 import pathlib
-import re
-import shutil
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
-from resist_jax import folders
 from resist_jax.decomposition import Assignment, split
 from resist_jax.exchange import WORKER, Norms
 from resist_jax.rounds.arrays import first_copy, from_here
@@ -42,7 +39,6 @@ from resist_jax.rounds.state import (
 
 PyTree = Any
 
-_OF_ORBAX = 'orbax.checkpoint'  # A file in each folder that orbax has written.
 # The end of the name, as a pattern, of a folder that orbax has not finished.
 UNFINISHED = r'\.orbax-checkpoint-tmp(?:-[0-9]+)?'
 
@@ -384,29 +380,6 @@ def _from_parts(parts: PyTree) -> dict[str, PyTree]:
   return {'shared': parts['whole'], 'chain': parts.get('workers', {})}
 
 
-def digest_of_files(folder: pathlib.Path) -> str:
-  """Returns a digest of the names and bytes of a folder's files.
-
-  Files whose names begin with a dot do not count: tools such as Finder, and
-  network file systems, put such files beside those that were saved.
-
-  Args:
-    folder: Any folder.
-
-  Returns:
-    SHA-256, as hexadecimal digits.
-  """
-  sha = hashlib.sha256()
-  for path in sorted(p for p in folder.rglob('*') if p.is_file()):
-    name = path.relative_to(folder)
-    if any(part.startswith('.') for part in name.parts):
-      continue
-    with path.open('rb') as file:
-      content = hashlib.file_digest(file, 'sha256').hexdigest()
-    sha.update(f'{name} {content}\n'.encode())
-  return sha.hexdigest()
-
-
 def digest_of_arrays(tree: PyTree) -> str:
   """Returns a digest of the bytes of a pytree's arrays.
 
@@ -425,38 +398,3 @@ def digest_of_arrays(tree: PyTree) -> str:
   for leaf in jax.tree.leaves(tree):
     sha.update(np.ascontiguousarray(leaf).view(np.uint8).data)
   return sha.hexdigest()
-
-
-def point_to(pointer: pathlib.Path, folder: pathlib.Path) -> None:
-  """Makes a folder beside a pointer the newest whole one, and drops the others.
-
-  Args:
-    pointer: A file that names the newest whole folder and its digest.
-    folder: A folder beside it that was written, `round_N` or `round_N_again`.
-  """
-  with folders.replacing(pointer) as part:
-    part.write_text(f'{folder.name} {digest_of_files(folder)}\n')
-  for other in folder.parent.glob('round_*'):
-    # Saves that were stopped have left some behind, too, whole or in part.
-    ours = re.fullmatch(rf'round_\d+(_again)?({UNFINISHED})?', other.name)
-    made = ours and (ours[2] or (other / _OF_ORBAX).exists())
-    if made and other.name != folder.name:
-      shutil.rmtree(other, ignore_errors=True)
-
-
-def pointed_at(pointer: pathlib.Path) -> tuple[str, str]:
-  """Reads what `point_to` wrote.
-
-  Args:
-    pointer: The file.
-
-  Returns:
-    The name of the newest whole folder, and its digest; '' if there is none, or
-    if the pointer is damaged.
-  """
-  if not pointer.is_file():
-    return '', ''
-  found = re.fullmatch(rb'(\w+) ([0-9a-f]{64})\n', pointer.read_bytes())
-  if not found:
-    return '', ''
-  return found[1].decode(), found[2].decode()

@@ -35,9 +35,9 @@ from orbax.checkpoint import v1 as ocp
 from resist_jax import folders
 from resist_jax.errors import NonFiniteError, message, one_line
 from resist_jax.rounds import State, storage
+from resist_jax.rounds.manifest import check, manifest
 from resist_jax.run import processes, workdir
 from resist_jax.run.examined import examine, sums_on_host
-from resist_jax.run.manifest import check, manifest
 
 KEEP = 3  # The newest and two older ones, in case newer ones are damaged.
 # Seconds that orbax waits. It uses the wall clock, which may jump, and
@@ -355,11 +355,9 @@ class Checkpoints:
     return workdir.json_object(self._manifest_path(round_index)) or None
 
   def _write_manifest(self, round_index: int) -> None:
-    files = manifest(self._path(round_index)).items()
-    # Files with such names are those of tools, such as Finder, and of NFS.
-    own = {name: sha for name, sha in files if '/.' not in f'/{name}'}
+    files = manifest(self._path(round_index))
     self._manifests.mkdir(exist_ok=True)
-    workdir.write_json(self._manifest_path(round_index), own)
+    workdir.write_json(self._manifest_path(round_index), files)
 
   def _known_good(self, latest: int) -> int:
     """Returns the newest known good one up to a round, or `_NONE`."""

@@ -22,7 +22,7 @@ from resist_jax import data, folders
 from resist_jax.errors import message
 from resist_jax.models.resnet import ResNet
 from resist_jax.rounds import nodes
-from resist_jax.run.manifest import check, manifest
+from resist_jax.rounds.manifest import check, manifest
 from resist_jax.run.workdir import json_object, write_json
 
 PyTree = Any

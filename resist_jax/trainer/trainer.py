@@ -335,9 +335,10 @@ class Trainer:
     return _with_programs(self, run)
 
   def _has_chosen_slots(self, state: State) -> bool:
-    """Returns whether a person chose the slots, which then are all there is.
+    """Returns whether the caller gave the assignments of the next round.
 
-    No field records it: they differ from those that the exchange assigns.
+    No field says so, but these hold slots alone, and other slots than those
+    that the protocol assigns.
     """
     found = assignments_on_host(state)
     slots_alone = all(a.owned is None for a in found.values())

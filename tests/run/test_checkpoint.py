@@ -17,11 +17,11 @@ import pytest
 
 from resist_jax.decomposition import Assignment
 from resist_jax.errors import NonFiniteError
-from resist_jax.rounds import State, make_mesh, storage
+from resist_jax.rounds import State, make_mesh, manifest, storage
 from resist_jax.rounds.mesh import SHARDED
 from resist_jax.rounds.moments import Parts
 from resist_jax.rounds.storage import digest_of_arrays
-from resist_jax.run import checkpoint, examined, manifest, workdir
+from resist_jax.run import checkpoint, examined, workdir
 from resist_jax.run.checkpoint import KEEP, Checkpoints, SaveError
 
 # When one read of a damaged checkpoint fails, orbax closes its event loop while

@@ -99,33 +99,30 @@ jax.distributed.shutdown()
 """
 
 
-@pytest.mark.faults
-def test_processes_save_the_same_round_again(tmp_path):
+def in_two_processes(code, *arguments):
+  """Runs a program in two processes, and returns what each has printed."""
   coordinator = f'127.0.0.1:{local.free_port()}'
   started = [
     subprocess.Popen(
-      [sys.executable, '-c', SAVES, coordinator, str(process), tmp_path / 'x'],
+      [sys.executable, '-c', code, coordinator, str(process), *arguments],
       cwd=ROOT, stdout=subprocess.PIPE, text=True,
     )
     for process in range(2)
   ]  # fmt: skip
   said = [process.communicate(timeout=LIMIT)[0] for process in started]
   assert [process.returncode for process in started] == [0, 0]
+  return said
+
+
+@pytest.mark.faults
+def test_a_trainer_saves_a_round_again_and_takes_keys(tmp_path):
+  said = in_two_processes(SAVES, tmp_path / 'x')
   assert [text.splitlines()[-1] for text in said] == ['0', '0']
 
 
 @pytest.mark.faults
-def test_hosts_with_unequal_numbers_of_devices_are_told(tmp_path):
-  coordinator = f'127.0.0.1:{local.free_port()}'
-  started = [
-    subprocess.Popen(
-      [sys.executable, '-c', UNEQUAL, coordinator, str(process)],
-      cwd=ROOT, stdout=subprocess.PIPE, text=True,
-    )
-    for process in range(2)
-  ]  # fmt: skip
-  said = {p.communicate(timeout=LIMIT)[0] for p in started}
-  assert said == {
+def test_hosts_with_unequal_numbers_of_devices_are_told():
+  assert set(in_two_processes(UNEQUAL)) == {
     'the processes have [2, 4] devices: give each equally many, such as by '
     'JAX_LOCAL_DEVICE_IDS=0,1.\n'
     'num_devices is 6, 3 of each process, but one has only 2: use at most 4.\n'

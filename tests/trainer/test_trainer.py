@@ -1,6 +1,8 @@
 """A Trainer of somebody's network is Algorithm 1, with any optax optimiser."""
 
 import dataclasses
+import errno
+import hashlib
 import json
 import operator
 from unittest import mock
@@ -14,8 +16,9 @@ import pytest
 
 import resist_jax as resist
 from resist_jax.decomposition import Assignment
-from resist_jax.rounds import storage
+from resist_jax.rounds.manifest import manifest
 from resist_jax.rounds.state import assignments_on_host
+from resist_jax.trainer import files
 
 L, T, B, WIDTH = 5, 3, 4, 6
 RATE = 0.05
@@ -589,11 +592,16 @@ def test_the_state_of_an_older_version_is_restored(tmp_path):
   for name in ('draw', 'average', 'digest'):
     del metadata['custom_metadata'][name]
   path.write_text(json.dumps(metadata))
-  storage.point_to(tmp_path / 'state.txt', folder)
+  listed = ''.join(f'{k} {v}\n' for k, v in manifest(folder).items())
+  digest = hashlib.sha256(listed.encode()).hexdigest()
+  (tmp_path / 'state.txt').write_text(f'round_1 {digest}\n')  # No list.
   restored = trainer.restore(tmp_path)
   assert restored.draw == 1
   ends = [trainer.round(x, batches(1, 4))[0] for x in (restored, state)]
   jax.tree.map(np.testing.assert_array_equal, *map(trainer.params, ends))
+  path.write_text(json.dumps(metadata, indent=1))
+  with pytest.raises(ValueError, match='files are not those that were saved'):
+    trainer.restore(tmp_path)
 
 
 def test_other_workers_and_exchanges_continue_from_the_same_network(tmp_path):
@@ -628,24 +636,55 @@ def test_files_of_tools_do_not_damage_a_state(tmp_path):
   (tmp_path / 'round_0' / '.DS_Store').write_text('of Finder')
   (tmp_path / 'round_0' / '.Spotlight').mkdir()
   (tmp_path / 'round_0' / '.Spotlight' / 'index').write_text('of Spotlight')
+  (tmp_path / 'round_0' / 'Thumbs.db').write_text('of Explorer')
   assert int(trainer.restore(tmp_path).round) == 0
 
 
 def test_a_damaged_state_is_refused(tmp_path):
   trainer = make(optax.sgd(RATE))
   trainer.save(tmp_path, trainer.init(network()))
-  files = [p for p in tmp_path.rglob('*') if p.is_file() and p.stat().st_size]
-  data = max(files, key=lambda p: p.stat().st_size)
+  inside = (tmp_path / 'round_0').rglob('*')
+  saved = [p for p in inside if p.is_file() and p.stat().st_size]
+  data = max(saved, key=lambda p: p.stat().st_size)
   content = bytearray(data.read_bytes())
   content[len(content) // 2] ^= 1
   data.write_bytes(content)
-  with pytest.raises(ValueError, match='is damaged'):
+  with pytest.raises(
+    ValueError, match=r'damaged: \S+ is not as it was written'
+  ):
+    trainer.restore(tmp_path)
+  data.unlink()
+  with pytest.raises(ValueError, match=r'damaged: \S+ is missing'):
     trainer.restore(tmp_path)
   with pytest.raises(ValueError, match='holds no state'):
     trainer.restore(tmp_path / 'empty')
 
 
-@pytest.mark.parametrize('content', [b'', b'\xff\n', bytes(78), b'../run 1\n'])
+def test_a_state_that_may_not_be_read_is_not_called_damaged(
+  tmp_path, monkeypatch
+):
+  """Tests run as root, which may read everything."""
+  trainer = make(optax.sgd(RATE))
+  trainer.save(tmp_path, trainer.init(network()))
+
+  def forbidden(folder, files):
+    raise PermissionError(errno.EACCES, 'Permission denied', str(folder))
+
+  monkeypatch.setattr(files, 'check', forbidden)
+  with pytest.raises(ValueError, match=r'Permission denied.*let this user'):
+    trainer.restore(tmp_path)
+
+
+@pytest.mark.parametrize(
+  'content',
+  [
+    b'',
+    b'\xff\n',
+    bytes(78),
+    b'../run 1\n',
+    b'round_0 %b\na 1\n' % (b'0' * 64),
+  ],
+)
 def test_a_damaged_pointer_is_refused_and_written_again(content, tmp_path):
   trainer = make(optax.sgd(RATE))
   trainer.save(tmp_path, trainer.init(network()))
@@ -1043,10 +1082,10 @@ def test_a_save_that_stops_leaves_the_state_before(tmp_path, monkeypatch):
   state = trainer.init(network())
   trainer.save(tmp_path, state)
   state, _ = trainer.round(state, batches(0, 4))
-  for step in ('point_to', 'digest_of_files'):
+  for step in ('_point_to', 'manifest'):
     with monkeypatch.context() as patch:
       stopped = mock.Mock(side_effect=KeyboardInterrupt)
-      patch.setattr(storage, step, stopped)
+      patch.setattr(files, step, stopped)
       with pytest.raises(KeyboardInterrupt):
         trainer.save(tmp_path, state)
       stopped.assert_called_once()

@@ -1,6 +1,8 @@
 """A list of a folder's files with the SHA-256 of each, which shows damage.
 
-Files that a list does not name, such as `.DS_Store`, are none of its business.
+Files that a list does not name may come and go. It never names those whose
+names begin with a dot: tools such as Finder, and network file systems, put such
+files beside those that were saved.
 """
 
 from collections.abc import Mapping
@@ -17,10 +19,15 @@ def manifest(folder: pathlib.Path) -> dict[str, str]:
   Returns:
     For each file, its path in the folder and its SHA-256 as hexadecimal digits.
   """
-  return {
-    path.relative_to(folder).as_posix(): _sha256(path)
+  names = {
+    path: path.relative_to(folder).as_posix()
     for path in sorted(folder.rglob('*'))
     if path.is_file()
+  }
+  return {
+    name: _sha256(path)
+    for path, name in names.items()
+    if '/.' not in f'/{name}'
   }
 
 
