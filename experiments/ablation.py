@@ -26,7 +26,7 @@ from experiments.experiment import (
   of_runs,
 )
 from experiments.table import Table
-from resist_jax.run.config import value_of
+from resist_jax.run.fields import value_of
 
 # All blocks of all sections are partitioned, branches are not scaled at test
 # time, and norms come after convolutions.

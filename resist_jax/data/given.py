@@ -16,9 +16,9 @@ from resist_jax.data import headers
 from resist_jax.data.array_source import checked, named, names_of
 from resist_jax.data.order import evenly_spaced
 from resist_jax.data.prepared import Prepared, Source, opener
-from resist_jax.data.sets import STREAMING, Dataset, Reading, assemble
+from resist_jax.data.sets import Dataset, Reading, assemble, check_reading
 from resist_jax.data.streaming import MODES, as_image
-from resist_jax.errors import is_whole, one_line
+from resist_jax.errors import one_line
 
 _AGAIN = 'correct the program that makes it'
 _LOOKED_AT = 32  # Examples of a split that show the shape of all.
@@ -111,7 +111,7 @@ def from_source(
     ValueError: If an example has another form; the message says which one, and
       what to change.
   """
-  _check_reading(image_size, streaming)
+  check_reading(streaming, 1 if image_size is None else image_size)
   ours, theirs = (getattr(source, 'classes', None) for source in (train, test))
   both = isinstance(ours, list | tuple) and isinstance(theirs, list | tuple)
   if both and [*ours] != [*theirs]:
@@ -135,18 +135,6 @@ def from_source(
   }
   reading = Reading(streaming, image_size or 0)
   return _made(name, splits, shape, names, reading)
-
-
-def _check_reading(image_size: Any, streaming: str) -> None:
-  if image_size is not None and not (is_whole(image_size) and image_size > 0):
-    raise ValueError(
-      f'image_size is {image_size!r}; it must be a whole number of pixels a '
-      'side, at least 1, or None.'
-    )
-  if streaming not in STREAMING:
-    raise ValueError(
-      f'streaming is {streaming!r}; use one of {", ".join(STREAMING)}.'
-    )
 
 
 @dataclasses.dataclass(frozen=True)

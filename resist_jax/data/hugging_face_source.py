@@ -90,7 +90,8 @@ def find(name: str, wanted: Sequence[str] = ()) -> Prepared:
         'splits alike.'
       )
     numbers = _numbers(title, table.features, label, classes)
-    splits[split] = Rows(_encoded(table, image), image, label, numbers)
+    encoded = table.cast_column(image, _package().Image(decode=False))
+    splits[split] = Rows(encoded, image, label, numbers)
   # Images without labels are neither trained on nor tested.
   labelled = {
     split: rows
@@ -184,10 +185,6 @@ def _numbers(
       'class_encode_column before the set is split.'
     )
   return tuple(map(classes.index, names))
-
-
-def _encoded(table: Any, image: str) -> Any:
-  return table.cast_column(image, _package().Image(decode=False))
 
 
 def _package() -> Any:

@@ -218,6 +218,15 @@ def _check_arguments(name, validation, streaming, image_size, extra_tests):
       f'validation is {validation!r}; it must be a share of the training set, '
       'at least 0 and less than 1.'
     )
+  check_reading(streaming, image_size)
+  if isinstance(extra_tests, str):
+    raise ConfigError(
+      f'extra_tests is {extra_tests!r}; it must hold names: [{extra_tests!r}].'
+    )
+
+
+def check_reading(streaming: Any, image_size: Any) -> None:
+  """Raises a ConfigError if images cannot be read so; see `load`."""
   if streaming not in STREAMING:
     raise ConfigError(
       f'streaming is {streaming!r}; use one of {", ".join(STREAMING)}.'
@@ -226,10 +235,6 @@ def _check_arguments(name, validation, streaming, image_size, extra_tests):
     raise ConfigError(
       f'image_size is {image_size!r}; it must be a whole number of pixels, at '
       'least 1.'
-    )
-  if isinstance(extra_tests, str):
-    raise ConfigError(
-      f'extra_tests is {extra_tests!r}; it must hold names: [{extra_tests!r}].'
     )
 
 

@@ -36,8 +36,8 @@ def find(
 
   Args:
     name: `digits`, a folder of images, a file `*.npz`, `huggingface:NAME`, or
-      a name of the TFDS catalog. A name that may be a folder or a set of that
-      catalog is the set.
+      a name of the TFDS catalog. Where a folder and a set of that catalog have
+      the name, the set is taken.
     data_dir: The folder of prepared TFDS data sets; see `tfds_source.find`.
     class_names: The classes of the set that this one is a test for; empty for
       a set to train on.

@@ -6,7 +6,7 @@ import dataclasses
 import io
 import math
 import os
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image
@@ -98,12 +98,36 @@ class Records:
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamedImages:
+class _Streamed:
+  """A part of N examples, which are read when they are indexed.
+
+  Attributes:
+    records: The records that hold them.
+    numbers: Their positions among the records, `int32[N]`.
+  """
+
+  records: Records
+  numbers: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.numbers)
+
+  def take(self, index: np.ndarray, axis: int = 0) -> Self:
+    """Returns this part of some examples, without reading it.
+
+    Args:
+      index: Their numbers, `int[n]`.
+      axis: As for NumPy; only 0.
+    """
+    assert axis == 0
+    return dataclasses.replace(self, numbers=self.numbers[index])
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedImages(_Streamed):
   """Behaves as an array `uint8[N, H, W, C]` that reads images when indexed.
 
   Attributes:
-    records: The records that hold the images.
-    numbers: Positions of the N images among the records, `int32[N]`.
     image_shape: `(H, W, C)`.
     resized: Whether images are cropped at the centre and resized to H x W. If
       not, all images must have the size H x W already.
@@ -115,8 +139,6 @@ class StreamedImages:
       neither made up nor dropped.
   """
 
-  records: Records
-  numbers: np.ndarray
   image_shape: tuple[int, int, int]
   resized: bool
   kept: float = 7 / 8
@@ -128,22 +150,6 @@ class StreamedImages:
   def shape(self) -> tuple[int, ...]:
     """`(N, H, W, C)`."""
     return (len(self.numbers), *self.image_shape)
-
-  def __len__(self) -> int:
-    return len(self.numbers)
-
-  def take(self, index: np.ndarray, axis: int = 0) -> 'StreamedImages':
-    """Returns some images without reading them.
-
-    Args:
-      index: Their numbers, `int[n]`.
-      axis: As for NumPy; only 0.
-
-    Returns:
-      The images, n of them.
-    """
-    assert axis == 0
-    return dataclasses.replace(self, numbers=self.numbers[index])
 
   def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
     """Reads images.
@@ -266,34 +272,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamedLabels:
-  """Behaves as an array `int32[N]` that reads labels when indexed.
-
-  Attributes:
-    records: The records that hold the labels.
-    numbers: Positions of the N examples among the records, `int32[N]`.
-  """
-
-  records: Records
-  numbers: np.ndarray
+class StreamedLabels(_Streamed):
+  """Behaves as an array `int32[N]` that reads labels when indexed."""
 
   dtype = np.dtype(np.int32)
-
-  def __len__(self) -> int:
-    return len(self.numbers)
-
-  def take(self, index: np.ndarray, axis: int = 0) -> 'StreamedLabels':
-    """Returns some labels without reading them.
-
-    Args:
-      index: Their numbers, `int[n]`.
-      axis: As for NumPy; only 0.
-
-    Returns:
-      The labels, n of them.
-    """
-    assert axis == 0
-    return dataclasses.replace(self, numbers=self.numbers[index])
 
   def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
     """Reads labels.

@@ -14,7 +14,7 @@ from resist_jax.report.compare import (
 )
 from resist_jax.report.groups import Group
 from resist_jax.report.records import Summary, further_tests
-from resist_jax.report.units import byte_unit
+from resist_jax.report.units import byte_text
 
 # Settings in which runs of different protocols may differ and be compared.
 _OF_PROTOCOL = (
@@ -215,7 +215,7 @@ def _alone(group: Group) -> list[str]:
   beside = f': {" and ".join(parts)}' if parts else ''
   seconds = group.values('seconds_training')
   time = f' Training took {_seconds(seconds)}.' if seconds else ''
-  return [f'{_all(kind)} {_bytes(sent)} in a round{beside}.{time}']
+  return [f'{_all(kind)} {byte_text(sent, 3)} in a round{beside}.{time}']
 
 
 def _sent(group: Group, *others: Group, field: str) -> tuple[str, float]:
@@ -317,11 +317,6 @@ def _share(share: float) -> str:
 def _percent(share: float) -> str:
   digits = 0 if share >= 0.1 else -math.floor(math.log10(share)) - 1
   return f'{share:.{digits}%}'
-
-
-def _bytes(count: float) -> str:
-  unit, name = byte_unit(count)
-  return f'{count / unit:.3g} {name}'
 
 
 def _seconds(values: Sequence[float]) -> str:

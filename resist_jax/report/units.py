@@ -23,11 +23,12 @@ def byte_unit(num_bytes: float) -> tuple[float, str]:
   return 1.0, 'B'
 
 
-def byte_text(num_bytes: float) -> str:
+def byte_text(num_bytes: float, digits: int = 4) -> str:
   """Returns a number of bytes for readers.
 
   Args:
     num_bytes: At least 0.
+    digits: How many significant ones are shown.
 
   Returns:
     The number in B, kB, MB, GB or more, each 1000 times the one before.
@@ -36,7 +37,7 @@ def byte_text(num_bytes: float) -> str:
   '12.35 MB'
   """
   unit, name = byte_unit(num_bytes)
-  return f'{num_bytes / unit:.4g} {name}'
+  return f'{num_bytes / unit:.{digits}g} {name}'
 
 
 def byte_axis(ends: Sequence[float]) -> tuple[bool, float, str]:

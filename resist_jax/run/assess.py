@@ -1,6 +1,6 @@
 """How good a trained ResNet is: in which classes, and at which depth."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import dataclasses
 from functools import partial
 import sys
@@ -36,11 +36,9 @@ class Exported:
 
   Attributes:
     model: The network.
-    scales: Residual scale of each block, `float32[L]` by chain.
   """
 
   model: Predictor
-  scales: Mapping[str, np.ndarray]
 
   def gather(self, state: Any) -> tuple[None, int]:
     """Returns nothing: the network is here."""
@@ -60,7 +58,7 @@ class Exported:
     model = self.model
     pixels = data.normalise(jax.numpy.asarray(images), model.mean, model.std)
     params = model.variables['params']
-    found, own = _apply(model.network, params, statistics, pixels, self.scales)
+    found, own = _apply(model.network, params, statistics, pixels, model.scales)
     return found, own.get('batch_stats', {})
 
   def apply(
@@ -92,7 +90,7 @@ def confusion(
   """
   n = len(model.class_names)
   found = np.zeros((n, n), int)
-  forward, statistics = Exported(model, model.scales), _fixed(model)
+  forward, statistics = Exported(model), model.variables['batch_stats']
   for start in range(0, len(split), batch_size):
     rows = np.arange(start, start + batch_size)
     rows[rows >= len(split)] = -1  # Filled up, so that one program is enough.
@@ -101,10 +99,6 @@ def confusion(
     taken = np.asarray(logits.argmax(axis=-1))[real]
     np.add.at(found, (split.labels[rows[real]], taken), 1)
   return found
-
-
-def _fixed(model: Predictor) -> PyTree:
-  return model.variables['batch_stats']
 
 
 def assess(run: Trained, asked: Asked) -> dict[str, Any]:
@@ -128,12 +122,12 @@ def assess(run: Trained, asked: Asked) -> dict[str, Any]:
   dataset, whole = _dataset(run, model, asked)
   size = run.config.evaluation.batch_size
   test = Evaluator(
-    Exported(model, model.scales),
+    Exported(model),
     dataset,
     num_devices=1,
     batch_size=size,
     statistics_images=run.config.evaluation.statistics_images,
-    fixed=None if whole else _fixed(model),
+    fixed=None if whole else model.variables['batch_stats'],
   )
   found = {
     'class_names': list(model.class_names),
@@ -168,7 +162,7 @@ def _at(
   test: Evaluator, model: Predictor, network: depth.Shallower
 ) -> dict[str, float]:
   """Tests a shallower network inside the trained one."""
-  forward = Exported(model, network.scales)
+  forward = Exported(dataclasses.replace(model, scales=network.scales))
   return dataclasses.replace(test, forward=forward)(None).measures
 
 

@@ -398,8 +398,8 @@ class Checkpoints:
     """Deletes what this run wrote, but for what it may have to go back to.
 
     That is `newest`, as many before it as are to be kept, the newest known good
-    one, and the best one where that is kept. Later ones are damaged, or the run
-    would have resumed from them.
+    one, and the best one where that is kept. Those of later rounds are deleted,
+    too: the run did not resume from them, so they are damaged.
     """
     own = self._own()
     # `[-0:]` is all of them.

@@ -19,31 +19,23 @@ from resist_jax.run.config import (
   check_divisions,
   chosen_depths,
   differences,
+  flat,
   get_config,
   protocols,
-  value_of,
 )
-from resist_jax.run.fields import each
+from resist_jax.run.fields import each, value_of
 from resist_jax.run.module_task import load
 from resist_jax.run.optimizer import SCHEDULES
 
 PROTOCOLS = ('resist', 'local_sgd', 'data_parallel')
 # What a field may hold, and what a message calls it, by the default's type.
-_TYPES: dict[type, Any] = {
-  bool: bool,
-  int: int,
-  float: int | float,
-  str: str,
-  tuple: tuple | list,
-  dict: ml_collections.ConfigDict,
-}
-_NAMES = {
-  bool: 'True or False',
-  int: 'a whole number',
-  float: 'a number',
-  str: 'text',
-  tuple: 'a tuple',
-  dict: 'a ConfigDict',
+_TYPES: dict[type, tuple[Any, str]] = {
+  bool: (bool, 'True or False'),
+  int: (int, 'a whole number'),
+  float: (int | float, 'a number'),
+  str: (str, 'text'),
+  tuple: (tuple | list, 'a tuple'),
+  dict: (ml_collections.ConfigDict, 'a ConfigDict'),
 }
 AUGMENTATIONS = (
   'resized_crop_flip', 'resized_crop', 'crop_flip', 'crop', 'flip', 'none',
@@ -297,28 +289,25 @@ def _check_types(config) -> None:
     value, default = value_of(config, field.name), field.default
     # A bool is an int for Python, but no number of workers.
     is_bool = isinstance(value, bool) == isinstance(default, bool)
-    if field.any_type or (is_bool and isinstance(value, _TYPES[type(default)])):
+    kind, called = _TYPES[type(default)]
+    if field.any_type or (is_bool and isinstance(value, kind)):
       continue
     raise ConfigError(
-      f'{field.name} is {value!r}; it must be {_NAMES[type(default)]}, such as '
-      f'{default!r}.'
+      f'{field.name} is {value!r}; it must be {called}, such as {default!r}.'
     )
 
 
 def _check_finite(config) -> None:
-  for field in each():
-    value = value_of(config, field.name)
+  for name, value in flat(config).items():
     numbers = value if isinstance(value, tuple | list) else (value,)
     if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
-      raise ConfigError(
-        f'{field.name} is {value}; it must be finite: give a number.'
-      )
+      raise ConfigError(f'{name} is {value}; it must be finite: give a number.')
     # Steps, rounds and examples are counted in 32 bits.
-    if field.name != 'seed' and any(
+    if name != 'seed' and any(
       isinstance(x, int) and abs(x) >= 2**31 for x in numbers
     ):
       raise ConfigError(
-        f'{field.name} is {value}; it must be less than 2**31: lower it.'
+        f'{name} is {value}; it must be less than 2**31: lower it.'
       )
 
 

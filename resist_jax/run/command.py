@@ -209,9 +209,7 @@ def _entries(pairs) -> list[str]:
 
 def _setting(field: fields.Field, card: ml_collections.ConfigDict) -> str:
   """Returns a field with its default as one would type them."""
-  value = card
-  for name in field.name.split('.'):
-    value = value[name]
+  value = fields.value_of(card, field.name)
   if isinstance(value, ml_collections.ConfigDict):
     value = value.to_dict()
   text = f'{field.name}={_typed(field.default)}'

@@ -11,7 +11,7 @@ import ml_collections
 from resist_jax import data, exchange, models
 from resist_jax.decomposition import Division
 from resist_jax.errors import ConfigError
-from resist_jax.run.fields import each
+from resist_jax.run.fields import each, value_of
 from resist_jax.run.fields import get_config as get_config
 
 # Exchanges by the name that a config gives them; each takes a wire format.
@@ -73,24 +73,12 @@ def protocols(config: ml_collections.ConfigDict) -> set[str]:
   return {config.protocol, *([config.phases.protocol] if full else [])}
 
 
-def value_of(config: ml_collections.ConfigDict, name: str) -> Any:
-  """Returns the value of a field.
-
-  Args:
-    config: One that has the field.
-    name: Dotted, such as `optimizer.momentum`.
-  """
-  for part in name.split('.'):
-    config = config[part]
-  return config
-
-
 def value_if_there(config: ml_collections.ConfigDict, name: str) -> Any:
   """Returns the value of a field; None if a card has left it out.
 
   Args:
     config: A config, perhaps without some fields and sections.
-    name: See `value_of`.
+    name: See `fields.value_of`.
   """
   found: Any = config
   for part in name.split('.'):

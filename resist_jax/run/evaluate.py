@@ -40,7 +40,7 @@ _AHEAD = 2  # Batches that wait on the devices for the one before them.
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-  """Batches side by side: device d computes row d, in groups too.
+  """One batch for each device, those of a group included.
 
   Attributes:
     name: The measurement that these batches count for.
@@ -276,7 +276,8 @@ class WholeNetwork:
     for b, batch in enumerate(batches):
       images, labels = place((batch.images(), batch.labels()), by_row)
       used = fixed if batch.fixed else {}
-      jax.block_until_ready(counts[max(b - _AHEAD, 0) : b - _AHEAD + 1])
+      if b >= _AHEAD:
+        counts[b - _AHEAD].block_until_ready()
       found, own = self.program(*gathered, used, images, labels)
       counts.append(found)
       measured.append(own)

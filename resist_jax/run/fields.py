@@ -529,6 +529,18 @@ def each() -> Iterator[Field]:
     yield from fields
 
 
+def value_of(config: ml_collections.ConfigDict, name: str) -> Any:
+  """Returns the value of a field.
+
+  Args:
+    config: One that has the field.
+    name: Dotted, such as `optimizer.momentum`.
+  """
+  for part in name.split('.'):
+    config = config[part]
+  return config
+
+
 def get_config() -> ml_collections.ConfigDict:
   """Returns the paper's CIFAR setting for four workers, on digits.
 

@@ -29,28 +29,16 @@ class Format(NamedTuple):
   Attributes:
     package: What is needed to write it.
     name: Name of what is written.
+    write: Writes a network to a path.
     files: What always lies in it, if it is a folder; empty for a file.
     others: What may lie beside these.
   """
 
   package: str
   name: str
+  write: Callable[[Any, pathlib.Path], None]
   files: tuple[str, ...] = ()
   others: tuple[str, ...] = ()
-
-
-FORMATS = {
-  'safetensors': Format('safetensors', 'model.safetensors'),
-  'torch': Format(
-    'torch', 'torch',
-    ('network.pt', 'network.py', 'network.json'), ('__pycache__',),
-  ),
-  'savedmodel': Format(
-    'tensorflow', 'savedmodel',
-    ('saved_model.pb', 'variables'), ('fingerprint.pb', 'assets'),
-  ),
-  'onnx': Format('onnx', 'model.onnx'),
-}  # fmt: skip
 
 
 def write(model: Predictor | Parameters, kind: str, path: pathlib.Path) -> None:
@@ -82,7 +70,7 @@ def write(model: Predictor | Parameters, kind: str, path: pathlib.Path) -> None:
   check(kind, path)
   path.parent.mkdir(parents=True, exist_ok=True)
   with folders.replacing(path) as part:
-    _WRITERS[kind](model, part)
+    FORMATS[kind].write(model, part)
 
 
 def check(kind: str, path: pathlib.Path) -> None:
@@ -294,9 +282,15 @@ def _onnx(model: Predictor, path: pathlib.Path) -> None:
   onnx.save_model(graph, str(path), format='protobuf')
 
 
-_WRITERS: dict[str, Callable[[Any, pathlib.Path], None]] = {
-  'safetensors': _safetensors,
-  'torch': _torch,
-  'savedmodel': _savedmodel,
-  'onnx': _onnx,
-}
+FORMATS = {
+  'safetensors': Format('safetensors', 'model.safetensors', _safetensors),
+  'torch': Format(
+    'torch', 'torch', _torch,
+    ('network.pt', 'network.py', 'network.json'), ('__pycache__',),
+  ),
+  'savedmodel': Format(
+    'tensorflow', 'savedmodel', _savedmodel,
+    ('saved_model.pb', 'variables'), ('fingerprint.pb', 'assets'),
+  ),
+  'onnx': Format('onnx', 'model.onnx', _onnx),
+}  # fmt: skip

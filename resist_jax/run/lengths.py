@@ -10,11 +10,11 @@ compiled.
 
 from collections.abc import Sequence
 import dataclasses
-import itertools
 import math
 
 import jax
 import ml_collections
+import numpy as np
 import optax
 
 
@@ -38,7 +38,7 @@ class Lengths:
       done: How many are done, less than there are.
 
     Returns:
-      A power of two, with which no phase is exceeded.
+      A power of two, so that these rounds end no later than their phase.
     """
     if not self.rates:
       return 1
@@ -94,5 +94,5 @@ def make(
   rate = jax.jit(schedule)
   steps = config.local_steps
   found = [float(rate(r * steps)) for r in range(config.num_rounds)]
-  largest = list(itertools.accumulate(reversed(found), max))
-  return Lengths(config, tuple(reversed(largest)))
+  largest = np.maximum.accumulate(found[::-1])[::-1]  # From each round on.
+  return Lengths(config, tuple(largest.tolist()))

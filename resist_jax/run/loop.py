@@ -38,11 +38,6 @@ class Clock:
     self._seconds = seconds
     self._since: float | None = None
 
-  @property
-  def stopped(self) -> bool:
-    """Whether the clock is not running."""
-    return self._since is None
-
   def start(self) -> None:
     """Starts the clock if it is not running."""
     self._since = self._since or time.perf_counter()
@@ -80,8 +75,8 @@ class Loop:
   Attributes:
     setup: Setup of the run.
     state: What the workers hold.
-    phase: The phase of the next round, or after the last one that of the last;
-      its trainer takes as many rounds at once as the round before did.
+    phase: The phase of the next round, or of the last one if none follows. Its
+      trainer takes as many rounds at once as the newest round did.
     progress: What is done.
     test: What tests the global network.
   """
@@ -355,11 +350,11 @@ def _gathered(
     'signum': interrupt.signum or 0,
     'seconds_local': arrays.pop('seconds_local', 0),
   }
-  gathered = {k: _allgather_scalar(setup, v) for k, v in here.items()}
+  gathered = {k: _in_rows(setup, v) for k, v in here.items()}
   return to_host({**arrays, **gathered})
 
 
-def _allgather_scalar(setup: Setup, number: float) -> jax.Array:
+def _in_rows(setup: Setup, number: float) -> jax.Array:
   """Returns `float32[S]`: each process's number, in its workers' rows."""
   S = setup.config.num_workers
   here = len(workers_here(setup.mesh, S))

@@ -169,16 +169,19 @@ class ModuleTask:
     self, scale: Mapping[str, float], axis_name: str | None
   ) -> LossFn:
     """See `task.Task`."""
-    loss, prepared = self.module.loss(self.config), self._augmented(axis_name)
-    images = not isinstance(self.dataset, data.Tables)
+    loss, chosen = self.module.loss(self.config), None
+    if isinstance(self.dataset, data.Dataset):
+      chosen = augmentation(self.config, self.dataset)
 
     def loss_fn(params, present, batch, key, constants=None):
       if constants is not None:
         batch = self._picked(constants, batch)
       scaled = self._scaled(params, present, scale)
-      if images:  # With one key, the loss would draw as the changes do.
+      if chosen:  # With one key, the loss would draw as the changes do.
         images_key, key = jax.random.split(key)
-        batch = prepared(images_key, batch)
+        images, labels = batch
+        images = data.augment(images_key, images, chosen, axis_name)
+        batch = self._normalised((images, labels))
       if axis_name is not None:  # Each device has other examples.
         key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
       return loss(params, scaled, batch, key)
@@ -224,20 +227,6 @@ class ModuleTask:
     image_shape = self.dataset.train.images.shape[1:]
     mirrors = augmentation(self.config, self.dataset).alternate
     return data.pick(constants, numbers, image_shape, mirrors)
-
-  def _augmented(self, axis_name: str | None) -> Callable:
-    """Returns what happens to the examples of a training batch."""
-    dataset = self.dataset
-    if isinstance(dataset, data.Tables):
-      return lambda key, batch: batch
-    chosen = augmentation(self.config, dataset)
-
-    def augment(key, batch):
-      images, labels = batch
-      images = data.augment(key, images, chosen, axis_name)
-      return self._normalised((images, labels))
-
-    return augment
 
   def _normalised(self, batch: PyTree) -> PyTree:
     if isinstance(self.dataset, data.Tables):

@@ -195,7 +195,8 @@ class _Monitor:
     """Ends this process if it or another one was silent for too long."""
     now = time.monotonic()
     last_check, self._last_check = self._last_check, now
-    # The others count from its last heartbeat, some time before a suspension.
+    # Others measure its silence from its last heartbeat, which it sent some
+    # time before it was suspended.
     suspended = now - last_check
     gap = max(self._largest_gap, now - self._last_sent)
     if suspended > self._timeout / 2:

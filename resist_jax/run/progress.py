@@ -39,8 +39,8 @@ class Progress:
       does not ask for them.
     best: What `stopping` remembers of the tests.
     last: The newest row of the log.
-    tests: The examples of the tests of the newest row, by name; see
-      `same_data.describe`.
+    tests: The examples on which the newest row was tested, by the name of the
+      test; see `same_data.describe`.
     peaks: Bytes of a device that the largest program of each protocol needs.
     settings: The fields of `TRAINED_BY` in the newest round.
   """

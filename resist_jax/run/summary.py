@@ -39,7 +39,7 @@ def summarise(
     JSON values.
   """
   config, last = setup.config, progress['last']
-  devices = setup.mesh.devices
+  typical = phases.describe(setup, phases.typical_name(config))
   tests = tuple(f'{name}_' for name in setup.task.dataset.tests)
   measures = {k: v for k, v in last.items() if k.startswith(tests)}
   best = progress['best_test_accuracy_paper']
@@ -52,7 +52,7 @@ def summarise(
     'model': config.model.module or config.model.name,
     'num_workers': config.num_workers,
     'depths': list(setup.depths),
-    'num_devices': devices.size,
+    'num_devices': setup.mesh.devices.size,
     'devices_per_worker': config.devices_per_worker,
     'rounds': progress['round'],
     'local_steps': config.local_steps,
@@ -66,23 +66,27 @@ def summarise(
     'final_train_loss': last['train_loss'],
     'left_out_total': progress['left_out_total'],
     **_sizes(setup),
-    **_traffic(setup, phase, progress, draw),
-    **_memory_and_flops(setup, phase, progress['peaks']),
+    **_traffic(setup, phase, typical, progress, draw),
+    **_memory_and_flops(setup, phase, typical, progress['peaks']),
     'seconds_training': progress['seconds_training'],
     'seconds_total': progress['seconds_total'],
     'images_per_second': (
       progress['images_total'] / progress['seconds_training']
     ),
     'seed': config.seed,
-    'device': f'{devices.flat[0].device_kind}, {os.cpu_count()} cores on host',
-    'versions': {
-      'python': platform.python_version(),
-      **{
-        name: importlib.metadata.version(name)
-        for name in ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint')
-      },
-    },
+    **_conditions(setup),
     'params_hash': digest_of_arrays(params),
+  }
+
+
+def _conditions(setup: Setup) -> dict[str, Any]:
+  """Returns what the run ran on, and with which packages."""
+  kind = setup.mesh.devices.flat[0].device_kind
+  names = 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint'
+  versions = {name: importlib.metadata.version(name) for name in names}
+  return {
+    'device': f'{kind}, {os.cpu_count()} cores on host',
+    'versions': {'python': platform.python_version(), **versions},
   }
 
 
@@ -111,11 +115,14 @@ def _sizes(setup: Setup) -> dict[str, Any]:
 
 
 def _traffic(
-  setup: Setup, phase: Phase, progress: Mapping[str, Any], draw: int
+  setup: Setup,
+  phase: Phase,
+  typical: Traffic,
+  progress: Mapping[str, Any],
+  draw: int,
 ) -> dict[str, Any]:
   """Returns bytes of a round and of the run, and those of the baselines."""
   config = setup.config
-  typical = phases.describe(setup, phases.typical_name(config))
   before = phase.protocol.assign(config.seed, draw - 1)
   after = phase.protocol.assign(config.seed, draw, before)
   sent = typical.wire_bytes()
@@ -162,11 +169,10 @@ def _depths(phase: Traffic) -> dict[str, int]:
 
 
 def _memory_and_flops(
-  setup: Setup, phase: Phase, peaks: Mapping[str, int]
+  setup: Setup, phase: Phase, typical: Traffic, peaks: Mapping[str, int]
 ) -> dict[str, Any]:
   """Returns memory and arithmetic of a device: predicted, and compiled."""
   config, devices = setup.config, setup.mesh.devices.size
-  typical = phases.describe(setup, phases.typical_name(config))
   images = config.batch_size * config.num_workers // devices
   programs = phase.trainer.programs
   assert programs is not None

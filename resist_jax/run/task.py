@@ -26,8 +26,8 @@ class Evaluation(NamedTuple):
     measures: What the test found, by names that begin with that of the set. For
       images, shares of 1: for each set, `NAME_accuracy` with recalibrated fixed
       statistics and `NAME_accuracy_paper` with those of each batch.
-    broken: For each of these whose outputs are not all finite, the number of
-      examples that have such an output.
+    broken: By the same names, how many examples have an output that is not
+      finite; no entry where none has.
     wire_bytes: What all devices together sent for it.
   """
 

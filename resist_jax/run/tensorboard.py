@@ -19,7 +19,7 @@ from resist_jax.run.config import flat
 
 # The folder of hyper-parameters, which TensorBoard shows as a run of its own.
 FINAL = 'final'
-_ROWS, _COLUMNS = 4, 8  # Training images that are shown.
+_SHOWN = 32  # Training images; tensorboardX lays them out in rows of eight.
 _LEAST_PIXELS = 32  # A side of each; smaller images are enlarged.
 
 
@@ -47,8 +47,8 @@ class TensorBoard(callbacks.Callback):
     text = '\n'.join(f'    {line}' for line in lines)
     self._writer.add_text('config', text, run.round)
     if run.round == 0 and isinstance(run.dataset, data.Dataset):
-      picture = grid(run.dataset.train)
-      self._writer.add_image('training_images', picture, 0, dataformats='HWC')
+      images = shown(run.dataset.train)
+      self._writer.add_images('training_images', images, 0, dataformats='NHWC')
 
   def __call__(self, row: Mapping[str, Any], state: Any) -> None:
     """Writes each number of a row."""
@@ -99,25 +99,19 @@ class TensorBoard(callbacks.Callback):
     )
 
 
-def grid(split: data.Split) -> np.ndarray:
-  """Returns a picture of some training images, as they are stored.
+def shown(split: data.Split) -> np.ndarray:
+  """Returns some training images as they are stored, the small ones enlarged.
 
   Args:
     split: The training images.
 
   Returns:
-    `uint8[H, W, C]`: up to four rows of eight images, the rest black.
+    `uint8[n, H, W, C]`, at most 32 images.
   """
-  some = split.take(data.sample(len(split), _ROWS * _COLUMNS))
+  some = split.take(data.sample(len(split), _SHOWN))
   images = np.asarray(some.in_memory().images)
   larger = max(1, _LEAST_PIXELS // min(images.shape[1:3]))
-  images = images.repeat(larger, axis=1).repeat(larger, axis=2)
-  rows = min(_ROWS, -(-len(images) // _COLUMNS))
-  count, height, width, channels = images.shape
-  shown = np.zeros((rows * _COLUMNS, height, width, channels), np.uint8)
-  shown[:count] = images
-  shown = shown.reshape(rows, _COLUMNS, height, width, channels)
-  return shown.swapaxes(1, 2).reshape(rows * height, _COLUMNS * width, channels)
+  return images.repeat(larger, axis=1).repeat(larger, axis=2)
 
 
 def _write_final(

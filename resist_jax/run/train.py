@@ -17,7 +17,6 @@ from resist_jax.errors import ConfigError, NonFiniteError
 from resist_jax.rounds import assemble, averaged
 from resist_jax.run import (
   metrics,
-  optimizer,
   phases,
   processes,
   same_data,
@@ -77,7 +76,7 @@ def train(
   first = jax.process_index() == 0
   called = Callbacks(callbacks, _own(config) if first else ())
   setup = prepare(config, dataset)
-  optimizer.schedule(config)  # If one fails, nothing is written yet.
+  _ = setup.schedule  # If it fails, nothing is written yet.
   stopping.judged_by(setup)
   if jax.process_count() > 1:
     described = describe_data(setup.dataset)
@@ -140,21 +139,13 @@ def _rounds(
 ) -> Loop:
   """Trains all rounds; callbacks learn of the end when `after` closes."""
   config, writes = setup.config, jax.process_index() == 0
-  judged_by = stopping.judged_by(setup)
   _check_not_lost(folder)
   described = setup.described if writes else {}
   same_data.check(folder, described)
   checkpoints = Checkpoints(folder, setup.mesh, config.keep_checkpoints)
   with Interrupt() as interrupt:
     processes.doing('the start')
-    restored = _restore(checkpoints, setup)
-    if restored:
-      best = _best_so_far(folder, setup.config, restored.progress, judged_by)
-      restored = restored._replace(progress={**restored.progress, 'best': best})
-      ended = restored.progress['round'] == config.num_rounds
-      if ended or stopping.reason(config, best):
-        settings = restored.progress.get('settings', {})
-        workdir_lib.check_ended(folder, config.to_dict(), settings)
+    restored = _restore(folder, checkpoints, setup)
     measured = restored.progress.get('depths_by_speed') if restored else None
     setup = speed.with_depths(setup, measured or ())
     done = restored.progress['round'] if restored else 0
@@ -286,7 +277,9 @@ def _best_so_far(
   return best
 
 
-def _restore(checkpoints: Checkpoints, setup: Setup) -> Restored | None:
+def _restore(
+  folder: pathlib.Path, checkpoints: Checkpoints, setup: Setup
+) -> Restored | None:
   """Returns the newest checkpoint, or None before the first round."""
   try:
     restored = checkpoints.restore()
@@ -294,11 +287,16 @@ def _restore(checkpoints: Checkpoints, setup: Setup) -> Restored | None:
     raise ConfigError(str(error)) from error
   if restored is None:
     return None
-  done = restored.progress['round']
-  if done > setup.config.num_rounds:
+  config, progress = setup.config, restored.progress
+  done = progress['round']
+  if done > config.num_rounds:
     raise ConfigError(
-      f'num_rounds is {setup.config.num_rounds}, but this workdir has trained '
+      f'num_rounds is {config.num_rounds}, but this workdir has trained '
       f'{done} rounds already: raise num_rounds or choose another workdir.'
     )
+  best = _best_so_far(folder, config, progress, stopping.judged_by(setup))
+  if done == config.num_rounds or stopping.reason(config, best):
+    settings = progress.get('settings', {})
+    workdir_lib.check_ended(folder, config.to_dict(), settings)
   logging.info('going on after round %d', done)
-  return restored
+  return restored._replace(progress={**progress, 'best': best})

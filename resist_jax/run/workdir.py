@@ -213,7 +213,7 @@ def is_at(path: pathlib.Path, file: IO) -> bool:
 
   Args:
     path: Where the file was when it was opened.
-    file: The file; another one that is put in its place counts as another.
+    file: The file. One that was put in its place since is another file.
   """
   try:
     return os.path.samestat(path.stat(), os.fstat(file.fileno()))
