@@ -62,12 +62,13 @@ _HOMES = {
   'Trainer': 'trainer',
   'make_mesh': 'rounds',
 }
+_ROOMS = 'data', 'models', 'report', 'run'
 
 
 def __getattr__(name: str) -> Any:
   if name in _HOMES:
     return getattr(importlib.import_module(f'{__name__}.{_HOMES[name]}'), name)
-  if name in __all__:
+  if name in (*__all__, *_ROOMS):
     return importlib.import_module(f'{__name__}.{name}')
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 

@@ -279,7 +279,7 @@ class Assigner:
     that of the same rank for all of them.
     """
     full = self.num_blocks // self.num_workers
-    order = owned.argsort(axis=1)
+    order = np.asarray(owned).argsort(axis=1)
     if full < self.num_columns:
       extra, more = rng.integers(full + 1), owned[:, -1] < self.num_blocks
       last = np.append(np.delete(np.arange(full + 1), extra), extra)

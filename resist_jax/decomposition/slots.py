@@ -239,15 +239,16 @@ def sample_slots(
   L, S = num_blocks, num_workers
   counts = blocks_per_worker(L, S, min_depth, depths)
   owned = blocks_owned(L, S, depths)
-  if not isinstance(key, jax.Array | np.ndarray):
+  try:
+    deal_key, copy_key = jax.random.split(key)
+  except TypeError as error:
     raise ValueError(
       f'key is {key!r}; it must be a PRNG key, such as jax.random.key(0).'
-    )
-  deal_key, copy_key = jax.random.split(key)
+    ) from error
 
   order = jax.random.permutation(deal_key, L).astype(jnp.int32)
   pack = jnp.pad(order, (0, 1), constant_values=L)
-  dealt = jnp.sort(pack[jnp.array(round_robin(owned))], axis=1)
+  dealt = jnp.sort(pack[jnp.array(round_robin(owned), jnp.int32)], axis=1)
   if min_depth is None:  # Without this the last workers would never hold one.
     return jax.random.permutation(copy_key, dealt)
   if counts == owned:
@@ -332,16 +333,20 @@ def aggregate(chains: PyTree, slots: jax.Array, chain: PyTree) -> PyTree:
   _check_held(chains, slots, chain)
   num_blocks = jax.tree.leaves(chain)[0].shape[0]
   slots = jnp.where(slots < 0, slots + num_blocks, slots)  # As `take` reads it.
-  holders = block_count(slots, num_blocks)
+  # A worker may hold a block more than once.
+  holders = block_sum(jnp.ones(slots.shape, jnp.int32), slots, num_blocks)
 
   def mean(blocks, old):
     old = jnp.asarray(old)  # In the widest numbers that JAX has here.
+    whole = jnp.issubdtype(old.dtype, jnp.integer)
     # As the exchanges do: sums of fewer bits lose what many holders add.
-    wide = old.dtype if old.dtype.itemsize > 4 else jnp.float32
+    least = jnp.int32 if whole else jnp.float32
+    wide = old.dtype if old.dtype.itemsize >= 4 else least
     total = block_sum(blocks.astype(wide), slots, num_blocks)
     shape = (num_blocks,) + (1,) * (old.ndim - 1)
     count = holders.reshape(shape).astype(wide)
-    mean = total / jnp.maximum(count, 1)
+    divide = jnp.floor_divide if whole else jnp.divide
+    mean = divide(total, jnp.maximum(count, 1))
     return jnp.where(count > 0, mean.astype(old.dtype), old)
 
   return jax.tree.map(mean, chains, chain)

@@ -20,6 +20,8 @@ from resist_jax.exchange.collectives import (
   Healthy,
   flatten,
   leading,
+  narrow,
+  widen,
   with_zero,
   zero_unhealthy,
 )
@@ -138,6 +140,7 @@ def exchange(
   The choice of column j is made in the scope `move_j`, that of replica r in
   `return_r` and `lend_r`.
   """
+  given, blocks, agreed = blocks, widen(blocks), widen(agreed)
   assigns = assigner(division)
   W, C = len(jax.tree.leaves(blocks)[0]), assigns.num_columns
   first = lax.axis_index(WORKER) * W
@@ -163,7 +166,7 @@ def exchange(
     block = _pick(moved, new.place[:, assigns.source_column(r)])
     block = send(block, assigns.replica_routes(r), new.offsets[r], f'lend_{r}')
     moved = _put(moved, new.place[:, C + r], block)
-  return moved
+  return narrow(moved, given)
 
 
 def _return_replicas(

@@ -52,7 +52,8 @@ class Exchange(NamedTuple):
       it, or None.
     exchange: `exchange(division, blocks, before, after, healthy, agreed)` runs
       inside `shard_map` on the W workers of a device. `blocks` is a pytree
-      `[W, K, ...]`; the result has the same shape and holds the next blocks.
+      `[W, K, ...]`; the result has the same shapes and dtypes and holds the
+      next blocks.
       Both assignments are whole, `[S, ...]`. `healthy` are the workers to
       average over, None for all. `agreed` is `blocks` before local training,
       which a block without a healthy holder returns to; None for zeros.

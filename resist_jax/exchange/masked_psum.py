@@ -17,7 +17,9 @@ from resist_jax.exchange.collectives import (
   all_reduce_bytes,
   flatten,
   leading,
+  narrow,
   sum_over_workers,
+  widen,
   zero_unhealthy,
 )
 from resist_jax.exchange.interface import Exchange, Load
@@ -133,6 +135,7 @@ def exchange(
   encoding: str,
 ) -> PyTree:
   """See `Exchange.exchange`; a rounded format needs some temporaries more."""
+  given, blocks, agreed = blocks, widen(blocks), widen(agreed)
   L, S = division.num_blocks, division.num_workers
   W = len(jax.tree.leaves(blocks)[0])
   first = lax.axis_index(WORKER) * W
@@ -156,7 +159,7 @@ def exchange(
       mine = decomposition.block_sum(x, slots, L)
       return take_next(divide(lax.psum(mine, WORKER)))
 
-    return jax.tree.map(exchange_leaf, blocks)
+    return narrow(jax.tree.map(exchange_leaf, blocks), given)
 
   def scatter(x, slots_s):
     return divide(decomposition.block_sum(x[None], slots_s[None], L))
@@ -165,7 +168,7 @@ def exchange(
   flat, unflatten = flatten(each)
   total, _ = sum_over_workers(flat, S, encoding)
   whole = unflatten(total[None])
-  return jax.tree.map(lambda x: take_next(x[0]), whole)
+  return narrow(jax.tree.map(lambda x: take_next(x[0]), whole), given)
 
 
 def _healthy_holders(blocks, agreed, slots, num_blocks, healthy):

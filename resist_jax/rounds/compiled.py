@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from resist_jax.decomposition import Assignment
-from resist_jax.rounds import device_groups
+from resist_jax.rounds import checks, device_groups
 from resist_jax.rounds.arrays import place, place_parts
 from resist_jax.rounds.device_groups import DeviceGroup
 from resist_jax.rounds.local_training import LocalTraining, LossFn
@@ -197,8 +197,12 @@ class Round:
       process, in seconds.
 
     Raises:
-      ValueError: If the exchange cannot reach `assignments`.
+      ValueError: If the exchange cannot reach `assignments`, or if batches have
+        other sizes.
     """
+    if not self.streamed:
+      S, T = self.protocol.num_workers, self.protocol.steps
+      checks.check_batch(batches, S, T, self.group_size)
     after = place_assignments(
       self._next_assignments(state, assignments), self.mesh
     )
@@ -261,7 +265,8 @@ class Round:
       }
       for tree in (local, (_slots(state.assignments), constants))
     )
-    for t, batch in enumerate(self._by_step(batches)):
+    steps = range(self.protocol.steps)
+    for t, batch in zip(steps, self._by_step(batches), strict=True):
       batch = self._place(batch)
       if self.streamed or waits:
         # One batch is trained on while the next arrives; no third one waits.

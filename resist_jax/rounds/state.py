@@ -206,7 +206,8 @@ def distribute(
     The state before a round, on the mesh.
 
   Raises:
-    ValueError: If the network lacks what the protocol keeps beside it.
+    ValueError: If the network lacks what the protocol keeps beside it, or if no
+      worker is to hold some block.
   """
   S = protocol.num_workers
   for name in ('outer', 'average'):
@@ -214,6 +215,15 @@ def distribute(
       raise ValueError(
         f'whole.{name} is None, but the protocol has {name}: begin with '
         'with_carried(whole, optimizer, protocol).'
+      )
+  if protocol.outer is None:  # A protocol before this one may have kept it.
+    whole = whole._replace(outer=None)
+  for name, length in protocol.num_blocks.items():
+    lost = set(range(length)) - set(np.ravel(assignments[name].slots).tolist())
+    if lost:
+      raise ValueError(
+        f'no worker holds block {min(lost)} of {name}: let the slots of '
+        'assignments hold each block.'
       )
 
   def blocks_of(x, assignment):

@@ -157,6 +157,17 @@ def test_sizes_that_are_impossible_are_refused_with_the_reason(
     decomposition.sample_slots(jax.random.key(0), L, S, min_depth)
 
 
+def test_a_chain_of_no_blocks_deals_none():
+  slots = decomposition.sample_slots(jax.random.key(0), 0, 2, min_depth=None)
+  assert (slots.shape, slots.dtype) == ((2, 0), jnp.int32)
+
+
+@pytest.mark.parametrize('key', [3, None, np.int32(0), np.array([0, 1])])
+def test_what_is_no_key_is_refused(key):
+  with pytest.raises(ValueError, match='it must be a PRNG key'):
+    decomposition.sample_slots(key, 6, 2)
+
+
 def random_chain(L, seed=0):
   rng = np.random.default_rng(seed)
   return {
@@ -202,6 +213,23 @@ def test_aggregate_keeps_blocks_that_nobody_held():
   got = decomposition.aggregate(chains, slots, chain)
   np.testing.assert_array_equal(got['a'][2:], chain['a'][2:])
   np.testing.assert_array_equal(got['a'][:2], 9.0)
+
+
+def test_a_block_that_a_worker_holds_twice_counts_twice():
+  chain, chains = {'w': jnp.zeros(2)}, {'w': jnp.array([[5.0, 9.0, 1.0]])}
+  got = decomposition.aggregate(chains, jnp.array([[0, 0, -1]]), chain)
+  np.testing.assert_array_equal(got['w'], [7.0, 1.0])
+
+
+@pytest.mark.parametrize('dtype', ['int8', 'int32', 'uint32', 'float16'])
+def test_equal_copies_of_large_numbers_stay_what_they_are(dtype):
+  """Such as raw random keys, which float32 would round."""
+  kind = jnp.finfo if dtype == 'float16' else jnp.iinfo
+  large = np.array([kind(dtype).max // 2, 3], dtype)
+  slots = jnp.array([[0, 1], [1, 2]], jnp.int32)
+  got = decomposition.aggregate({'k': large[slots % 2]}, slots, {'k': large})
+  assert got['k'].dtype == dtype
+  np.testing.assert_array_equal(got['k'], large)
 
 
 @pytest.mark.parametrize(('L', 'S', 'min_depth'), rest_is_slow(SIZES, QUICK))

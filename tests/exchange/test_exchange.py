@@ -102,6 +102,19 @@ def hand_over_on_mesh(assigner, num_devices, encoding):
   return exchange_on_mesh(hand_over, assigner.division, num_devices, encoding)
 
 
+@pytest.mark.parametrize('encoding', ['float32', 'bfloat16', 'int16'])
+@pytest.mark.parametrize('exchange', [masked_psum, hand_over])
+def test_numbers_of_16_bits_are_added_up_in_32(exchange, encoding):
+  """An exchange may be called with them, though rounds widen them first."""
+  division = Division(9, 4, 3)
+  before, after = tiny.in_turn(Assigner(*division), [3], 2)
+  chain = random_chain(before.slots)
+  short = jax.tree.map(lambda x: x.astype(jnp.bfloat16), chain)
+  got = exchange_on_mesh(exchange, division, 2, encoding)(short, before, after)
+  assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype('bfloat16')}
+  assert_dealt(got, short, before.slots, after.slots, 9, tolerance=2e-2)
+
+
 @pytest.mark.parametrize(
   ('S', 'D', 'min_depth', 'encoding'),
   rest_is_slow([*CASES, (4, 2, 7, 'float32')], QUICK),

@@ -318,6 +318,39 @@ def test_randomness_follows_seed_round_worker_and_step():
   assert (losses(0, T=2) != first).all()
 
 
+@pytest.mark.parametrize('on_device', [False, True])
+def test_batches_of_another_length_are_refused(on_device):
+  """JAX would take the last step again, and the metrics be wrong."""
+  loss_fn, params = problem()
+  for S, T in ((4, 1), (4, 3), (8, 2)):
+    with pytest.raises(ValueError, match=r'it must be \[S=4, T=2, ...\]'):
+      tiny.run_rounds(
+        loss_fn, params, full(4), 2, [tiny.batches(0, S, T)], on_device
+      )
+
+
+def test_slots_that_leave_a_block_out_are_refused():
+  params = {'blocks': {'w': np.ones((4, 3), np.float32)}}
+  slots = {'blocks': decomposition.Assignment(np.array([[0, 1], [1, 2]]))}
+  protocol = rounds.Protocol(2, 1, {'blocks': 4})
+  with pytest.raises(ValueError, match='no worker holds block 3 of blocks'):
+    rounds.distribute(
+      rounds.Whole(params), protocol, rounds.make_mesh(2), slots
+    )
+
+
+def test_a_protocol_without_outer_step_drops_its_moments():
+  params = {'blocks': {'w': np.ones((4, 3), np.float32)}}
+  before = rounds.Protocol(2, 1, {'blocks': 4}, outer=optax.sgd(0.7, 0.9))
+  whole = rounds.with_carried(rounds.Whole(params), optax.sgd(0.1), before)
+  assert whole.outer is not None
+  protocol = rounds.Protocol(2, 1, {'blocks': 4})
+  state = rounds.distribute(
+    whole, protocol, rounds.make_mesh(2), protocol.assign(0, 0)
+  )
+  assert state.outer is None
+
+
 def test_a_network_without_what_the_protocol_keeps_is_refused():
   """Rounds would leave the outer step out, and bytes would count it."""
   mesh = rounds.make_mesh(2)
