@@ -4,6 +4,7 @@ All of them are found from shapes, before anything is compiled.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import inspect
 from typing import Any
 
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from resist_jax.decomposition import Assignment, join, split
-from resist_jax.errors import did_you_mean
+from resist_jax.errors import did_you_mean, message
 from resist_jax.rounds.arrays import kind_of
 from resist_jax.rounds.local_training import LossFn
 from resist_jax.rounds.mesh import shapes_on
@@ -81,8 +82,32 @@ def metric_names(
     return jax.tree.map(jnp.asarray, found)
 
   params = join(shared, chain)
-  shapes_on(mesh, called, params, present, batch, key, *extra)
+  with blocks_in_bounds() if chain else contextlib.nullcontext():
+    shapes_on(mesh, called, params, present, batch, key, *extra)
   return tuple(names)
+
+
+@contextlib.contextmanager
+def blocks_in_bounds() -> Iterator[None]:
+  """Refuses a loss that takes block 7 of a worker with two of them.
+
+  JAX would give it the last one, and so train another network.
+
+  Raises:
+    ValueError: If the loss, traced in here, takes what is not there.
+  """
+  name = 'jax_check_static_indices'
+  before = getattr(jax.config, name)
+  jax.config.update(name, True)
+  try:
+    yield
+  except IndexError as error:
+    raise ValueError(
+      f'the loss takes a block that a worker does not hold ({message(error)}): '
+      'loop over the len(present[NAME]) blocks that it gets, not over all.'
+    ) from error
+  finally:
+    jax.config.update(name, before)
 
 
 def _check_signature(

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import hashlib
 import json
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
 from resist_jax.decomposition import Assignment, split
+from resist_jax.errors import ConfigError
 from resist_jax.exchange import WORKER, Norms
 from resist_jax.rounds.arrays import first_copy, from_here
 from resist_jax.rounds.mesh import SHARDED
@@ -54,6 +56,29 @@ class Stored(NamedTuple):
 
   state: State
   record: dict[str, Any]
+
+
+def check_place(folder: pathlib.Path, what: str) -> None:
+  """Refuses a path below which orbax would not find what it has written.
+
+  Args:
+    folder: The folder.
+    what: What the error message calls it.
+
+  Raises:
+    ConfigError: If orbax would take the path for a pattern or a URL.
+  """
+  path = str(folder.absolute())
+  if re.search(r'[*?]|\[.+\]', path):
+    problem = 'reads *, ? and [] in a path as patterns'
+  elif re.match(r'/(gs|s3|az|hf)(/|$)', path):
+    problem = f'takes /{folder.absolute().parts[1]} for the store of a cloud'
+  else:
+    return
+  raise ConfigError(
+    f'{what} is {path}, but orbax, which saves there, {problem}: choose '
+    'another path.'
+  )
 
 
 def write(

@@ -1,7 +1,6 @@
 """How good a trained network of somebody else's is, by its own loss."""
 
 import contextlib
-import dataclasses
 import sys
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from resist_jax import accounting, data
 from resist_jax.errors import ConfigError
 from resist_jax.rounds import make_mesh, nodes
-from resist_jax.run import depth, module_task, same_data, setup
+from resist_jax.run import depth, export, module_task, same_data, setup
 from resist_jax.run.export import Parameters
 from resist_jax.run.mean_loss import MeanLoss
 from resist_jax.run.module_task import ModuleTask
@@ -135,19 +134,26 @@ def _on_images(
   run: Trained, config: ml_collections.ConfigDict, name: str
 ) -> ModuleTask:
   """Puts another set of images in the place of the tests."""
-  task = _made(config)
-  _check_same(run, task)
-  if data.same_set(name, config.data.name):  # It has images to train on.
+  model: Any = run.model
+  about, task = model.images, None
+  if about is None or data.same_set(name, config.data.name):
+    task = _made(config)
+    _check_same(run, task)
+    if data.same_set(name, config.data.name):  # It has images to train on.
+      return task
+    dataset: Any = task.dataset
+    about = export.about_images(dataset)
+  shape, classes = tuple(about['image_shape']), tuple(about['class_names'])
+  test = data.load_test(name, classes, shape, about['resized'], config.data.dir)
+  if same_data.is_training_set(run, test):  # It lies elsewhere now.
+    config.data.name = name
+    task = _made(config)
+    _check_same(run, task)
     return task
-  dataset: Any = task.dataset
-  shape = dataset.train.images.shape[1:]
-  test = data.load_test(
-    name, dataset.class_names, shape, dataset.resized, config.data.dir
-  )
+  moments = (np.array(about[key], np.float32) for key in ('mean', 'std'))
   tests = {data.test_key(name): test}
-  return dataclasses.replace(
-    task, dataset=dataclasses.replace(dataset, tests=tests)
-  )
+  other = data.Dataset('', test, tests, classes, *moments)
+  return module_task.make(config, other, lambda: other, trains=False)
 
 
 def _digests(task: ModuleTask) -> list[Any]:

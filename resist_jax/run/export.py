@@ -204,11 +204,31 @@ class Parameters:
     module: The module that defines it, see `module_task`.
     params: The global parameters.
     scales: Residual scale of each chain that ResIST cuts, `float32[L]`.
+    images: See `about_images`; None for tables, and in older models.
   """
 
   module: str
   params: PyTree
   scales: dict[str, np.ndarray]
+  images: dict[str, Any] | None = None
+
+
+def about_images(dataset: data.Dataset) -> dict[str, Any]:
+  """Returns what a network has to be told of its training images.
+
+  Args:
+    dataset: The images.
+
+  Returns:
+    JSON values, by the names of attributes of `Predictor`.
+  """
+  return {
+    'mean': dataset.mean.tolist(),
+    'std': dataset.std.tolist(),
+    'class_names': list(dataset.class_names),
+    'image_shape': list(dataset.train.images.shape[1:]),
+    'resized': dataset.resized,
+  }
 
 
 def load(workdir: str | os.PathLike[str]) -> Predictor:
@@ -251,7 +271,8 @@ def read(workdir: str | os.PathLike[str]) -> Predictor | Parameters:
   record, state = _read(workdir)
   if 'module' in record:
     scales = state.get('scales', {})
-    return Parameters(record['module'], state['params'], scales)
+    params, images = state['params'], record.get('images')
+    return Parameters(record['module'], params, scales, images)
   network = record['network']
   for field in ('stage_sizes', 'widths'):
     network[field] = tuple(network[field])

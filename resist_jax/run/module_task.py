@@ -28,6 +28,7 @@ import functools
 import importlib
 import pathlib
 import types
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +39,7 @@ import numpy as np
 import optax
 
 from resist_jax import data
-from resist_jax.decomposition import Division, join, split
+from resist_jax.decomposition import Division, join, slots_per_worker, split
 from resist_jax.errors import FOREIGN, ConfigError, message, one_line
 from resist_jax.rounds import LossFn, State, checks, make_mesh, nodes
 from resist_jax.rounds.arrays import to_host
@@ -133,18 +134,27 @@ class ModuleTask:
     """See `task.Task`; they are found by tracing the loss."""
     return self.traced(None)
 
-  def traced(self, key: jax.Array | None) -> tuple[str, ...]:
+  def traced(
+    self, key: jax.Array | None, held: Mapping[str, int] = MappingProxyType({})
+  ) -> tuple[str, ...]:
     """Calls the loss on the shapes of an example; returns names of its metrics.
 
     Args:
       key: What the loss gets as its key: one in training, None in a test.
+      held: By chain, how many blocks a worker holds; empty for all blocks.
 
     Raises:
       ValueError: If what the loss returns cannot be used.
     """
     batch = self.examples(next(iter(self.dataset.tests)), np.zeros(1, int))
     loss = functools.partial(self.test_loss, key=key)
-    found = jax.eval_shape(loss, self.shapes(), batch, {})
+    shared, chains = split(self.shapes(), held)
+    for name, blocks in chains.items():
+      size = (held[name],)
+      chains[name] = jax.tree.map(
+        lambda x, n=size: jax.ShapeDtypeStruct(n + x.shape[1:], x.dtype), blocks
+      )
+    found = jax.eval_shape(loss, join(shared, chains), batch, {})
     return checks.returned_metrics(found)
 
   @property
@@ -289,7 +299,9 @@ class ModuleTask:
     """See `task.Task`."""
     del state, test
     form = nodes.described(params)
-    record = {'module': self.config.model.module, 'nodes': form}
+    record: Any = {'module': self.config.model.module, 'nodes': form}
+    if isinstance(self.dataset, data.Dataset):
+      record['images'] = export.about_images(self.dataset)
     export.write(workdir, {'params': params, 'scales': dict(scales)}, record)
 
   def flops(self, lengths: Mapping[str, int]) -> None:
@@ -418,6 +430,15 @@ def _check(task: ModuleTask) -> None:
     task.traced(jax.random.key(0))
   if config.protocol == 'resist':
     _check_chains(config, name, lengths)
+    held = {
+      chain: slots_per_worker(
+        L, config.num_workers, config.min_depth, chosen_depths(config)
+      )
+      for chain, L in lengths.items()
+    }
+    what = f'loss(config) of {name}, on a worker that holds {held}'
+    with _told(what), checks.blocks_in_bounds():
+      task.traced(jax.random.key(0), held)
 
 
 def _check_optimizer(task: ModuleTask) -> None:

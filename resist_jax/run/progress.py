@@ -147,6 +147,7 @@ def after_round(
     **{
       f'train_{name}': _finite(measured[name][healthy].mean())
       for name in setup.task.metrics
+      if name in measured  # A loss may measure more in a test.
     },
     **({'left_out': excluded} if excluded else {}),
     **_update_norms(measured),

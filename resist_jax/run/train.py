@@ -171,7 +171,7 @@ def _rounds(
       except ConfigError:
         begun = restored or (loop and loop.progress.round)
         if writes and not begun:  # What is mended may begin here.
-          for name in ('config.json', workdir_lib.DATA):
+          for name in (workdir_lib.DATA, 'config.json'):  # This one last.
             (folder / name).unlink(missing_ok=True)
         raise
       except NonFiniteError as error:

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from resist_jax import data, folders
 from resist_jax.errors import ConfigError, message
+from resist_jax.rounds import storage
 from resist_jax.run.config import ELASTIC, TRAINED_BY, differences
 from resist_jax.run.fields import each
 
@@ -33,6 +34,7 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
       written to.
   """
   folders.check_writable(workdir, 'workdir')
+  storage.check_place(workdir, 'workdir')
   now = _as_json(config)
   if not (workdir / 'config.json').exists():
     if saved_rounds(workdir / 'checkpoints'):
@@ -40,6 +42,7 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
         f'workdir {workdir} holds checkpoints but no config.json: choose '
         'another workdir.'
       )
+    _check_free(workdir)
     return
   changed = _changed(read_config(workdir / 'config.json'), now)
   moved = set()
@@ -64,6 +67,16 @@ def check(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
       f'workdir {workdir} belongs to a run of another config '
       f'({_listed(fixed)}): choose another workdir, or set these back.'
     )
+
+
+def _check_free(workdir: pathlib.Path) -> None:
+  """Refuses a folder in which a run would replace what is not a run's."""
+  for name in ('model', DATA, 'summary.json'):
+    if os.path.lexists(workdir / name):
+      raise ConfigError(
+        f'workdir {workdir} holds {name} but no config.json, so no run has '
+        'written it, and this one would replace it: choose another workdir.'
+      )
 
 
 def check_ended(

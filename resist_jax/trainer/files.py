@@ -52,15 +52,22 @@ def write(
   """
   folder = folders.resolve(folder, 'folder').absolute()
   folders.check_writable(folder, 'folder')
+  storage.check_place(folder, 'folder')
   name = f'round_{int(state.round)}'
   newest = _pointed_at(folder / _POINTER)
   if newest and newest.name == name:
     name = f'{name}_again'  # The one that is there stays whole meanwhile.
+  place = folder / name
+  if os.path.lexists(place) and not (place / _OF_ORBAX).exists():
+    raise ValueError(
+      f'folder {folder} holds {name}, which is no state: move that away, or '
+      'save into another folder.'
+    )
   described = nodes.described([state.shared, state.chain])
-  storage.write(folder / name, state, {'nodes': described, **record})
+  storage.write(place, state, {'nodes': described, **record})
   if jax.process_index() == 0:
-    folders.flush(folder / name)  # Before the older one is deleted.
-    _point_to(folder / _POINTER, folder / name)
+    folders.flush(place)  # Before the older one is deleted.
+    _point_to(folder / _POINTER, place)
   if jax.process_count() > 1:  # The others read the pointer next.
     multihost_utils.sync_global_devices('resist_jax: a state is saved')
 

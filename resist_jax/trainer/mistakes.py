@@ -98,6 +98,11 @@ def _check_depths(trainer: 'Trainer') -> None:
       f'min_depth is {trainer.min_depth!r}; it must be a whole number, or one '
       'for each chain.'
     )
+  if len(trainer.depths) and not len(trainer.chains):
+    raise ValueError(
+      f'depths is {tuple(trainer.depths)}, but chains is empty: name the chain '
+      'that is cut, or leave depths empty.'
+    )
 
 
 def _holds(values: Any, kind: Any) -> bool:

@@ -24,6 +24,7 @@ import pytest
 from test_train import rows, tiny_config
 from wire import train_and_compare
 
+from resist_jax import data
 from resist_jax.errors import ConfigError
 from resist_jax.run import (
   depth,
@@ -464,36 +465,46 @@ def test_a_chain_may_lie_inside_a_dictionary(tmp_path, monkeypatch):
   )
 
 
+def image_network(_):
+  def draw(seed):
+    rng = np.random.default_rng(seed)
+    return {
+      'first': rng.normal(size=(64, 10)).astype(np.float32) / 8,
+      'blocks': rng.normal(size=(4, 10, 10)).astype(np.float32) / 8,
+    }
+
+  return module_task.Network(draw, ('blocks',))
+
+
+def image_loss(_):
+  def loss_fn(params, present, batch, key):
+    del key
+    images, labels = batch
+    x = images.reshape(len(images), -1) @ params['first']
+    for k, held in enumerate(present['blocks']):
+      x = x + held * jnp.tanh(x @ params['blocks'][k])
+    losses = optax.softmax_cross_entropy_with_integer_labels(x, labels)
+    return losses.mean(), {}
+
+  return loss_fn
+
+
 def test_images_come_augmented_and_normalised(tmp_path, monkeypatch):
   """Without `data` the config names the data: here digits."""
   monkeypatch.delattr(own_network, 'data')
   seen = []
 
-  def network(_):
-    init = own_network.module_task.Network
+  def loss(made):
+    loss_fn = image_loss(made)
 
-    def draw(seed):
-      rng = np.random.default_rng(seed)
-      return {
-        'first': rng.normal(size=(64, 10)).astype(np.float32) / 8,
-        'blocks': rng.normal(size=(4, 10, 10)).astype(np.float32) / 8,
-      }
-
-    return init(draw, ('blocks',))
-
-  def loss(_):
-    def loss_fn(params, present, batch, key):
+    def changed(params, present, batch, key):
       images, labels = batch
       seen.append((images.dtype, labels.dtype, key is None))
-      x = images.reshape(len(images), -1) @ params['first']
-      for k, held in enumerate(present['blocks']):
-        x = x + held * jnp.tanh(x @ params['blocks'][k])
-      losses = optax.softmax_cross_entropy_with_integer_labels(x, labels)
-      return losses.mean(), {}
+      return loss_fn(params, present, batch, key)
 
-    return loss_fn
+    return changed
 
-  monkeypatch.setattr(own_network, 'network', network)
+  monkeypatch.setattr(own_network, 'network', image_network)
   monkeypatch.setattr(own_network, 'loss', loss)
   summary = train.train(config(num_rounds=2), tmp_path)
   assert summary['class_names'] == [str(i) for i in range(10)]
@@ -502,6 +513,25 @@ def test_images_come_augmented_and_normalised(tmp_path, monkeypatch):
   assert kinds == {('float32', 'int32')}
   assert {c for *_, c in seen} == {True, False}
   assert summary['test_loss'] < 10
+
+
+def test_images_are_evaluated_without_those_of_the_training(
+  tmp_path, monkeypatch, capsys
+):
+  monkeypatch.delattr(own_network, 'data')
+  monkeypatch.setattr(own_network, 'network', image_network)
+  monkeypatch.setattr(own_network, 'loss', image_loss)
+  digits = data.load('digits')
+  first, test = digits.train, digits.tests['test']
+  given = data.from_arrays(
+    first.images, first.labels, test_images=test.images, test_labels=test.labels
+  )
+  summary = train.train(config(num_rounds=2), tmp_path / 'run', dataset=given)
+  np.savez(tmp_path / 'a.npz', images=test.images, labels=test.labels)
+  found, _ = evaluated(
+    capsys, tmp_path / 'run', tmp_path, f'--data={tmp_path / "a.npz"}'
+  )
+  assert found['measures']['a_loss'] == pytest.approx(summary['test_loss'])
 
 
 def test_a_loss_draws_with_a_key_of_its_own(monkeypatch):
@@ -572,6 +602,36 @@ def seed_of_int(seed):
   return {'blocks': jnp.zeros((4, 2), jnp.int32)}
 
 
+def fixed_loss(config):
+  """Loops over all blocks of the network, and not over those it gets."""
+
+  def loss_fn(params, present, batch, key):
+    del present, key
+    x = params['embedding'][batch['seen']]
+    for k in range(config.model.options.blocks):
+      x = x + jnp.tanh(x @ params['blocks']['in'][k])
+    return jnp.square(x).mean(), {}
+
+  return loss_fn
+
+
+def scanned_loss(config):
+  """Scans over as many blocks as the network has."""
+
+  def loss_fn(params, present, batch, key):
+    del present, key
+    x = params['embedding'][batch['seen']]
+    x, _ = jax.lax.scan(
+      lambda x, w: (jnp.tanh(x @ w), None),
+      x,
+      params['blocks']['in'],
+      length=config.model.options.blocks,
+    )
+    return jnp.square(x).mean(), {}
+
+  return loss_fn
+
+
 @pytest.mark.parametrize(
   ('name', 'value', 'words'),
   [
@@ -595,6 +655,8 @@ def seed_of_int(seed):
       'a name that tests use',
     ),
     ('loss', lambda _: None, 'not callable'),
+    ('loss', fixed_loss, r"worker that holds \{'blocks': 1\}: .*a block that"),
+    ('loss', scanned_loss, 'on a worker that holds .*scan got `length`'),
     (
       'loss',
       lambda _: lambda p, h, b, key: (jax.random.normal(key), {}),
@@ -707,6 +769,25 @@ def test_a_metric_that_is_not_finite_stops_nothing(
   found, out = evaluated(capsys, tmp_path, tmp_path / 'out', '--depths=none')
   assert found['measures']['test_accuracy'] is None
   assert 'nan' in out
+
+
+def test_a_metric_may_be_measured_in_tests_alone(tmp_path, monkeypatch):
+  make = own_network.loss
+
+  def loss(config):
+    loss_fn = make(config)
+
+    def changed(params, present, batch, key):
+      value, metrics = loss_fn(params, present, batch, key)
+      return value, metrics if key is None else {}
+
+    return changed
+
+  monkeypatch.setattr(own_network, 'loss', loss)
+  train.train(config(num_rounds=1), tmp_path)
+  (row,) = [row for row in rows(tmp_path) if row['round'] == 1]
+  assert 'train_accuracy' not in row
+  assert 0 <= row['test_accuracy'] <= 1
 
 
 def test_tests_that_its_data_do_not_have_are_refused(tmp_path):

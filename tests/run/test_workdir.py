@@ -140,6 +140,22 @@ def test_checkpoints_are_numbered_folders_that_orbax_has_finished(tmp_path):
   assert workdir.saved_rounds(tmp_path / 'none') == []
 
 
+@pytest.mark.parametrize('name', ['model', 'data.json', 'summary.json'])
+def test_what_no_run_has_written_is_not_replaced(name, tmp_path):
+  (tmp_path / name).mkdir()
+  with pytest.raises(ConfigError, match=rf'holds {name} but no config\.json'):
+    check(tmp_path)
+  (tmp_path / 'config.json').write_text('{"lr": 0.1}')
+  check(tmp_path)
+
+
+@pytest.mark.parametrize('name', ['lr=[0.1,0.2]', 'a*'])
+def test_a_path_that_orbax_would_misread_is_refused(name, tmp_path):
+  with pytest.raises(ConfigError, match=r'orbax.* as patterns: choose another'):
+    check(tmp_path / name / 'run')
+  check(tmp_path / 'a[b')
+
+
 def test_what_is_no_checkpoint_does_not_need_a_config(tmp_path):
   folder = tmp_path / 'checkpoints' / '7'
   folder.mkdir(parents=True)

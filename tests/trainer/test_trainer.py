@@ -1059,6 +1059,28 @@ def test_batches_may_hold_keys():
   )
 
 
+def test_a_loss_that_loops_over_all_blocks_is_refused():
+  """JAX would give it a worker's last block again for those it lacks."""
+
+  def fixed(params, present, batch, key):
+    del present, key
+    blocks, x = params['inner']['blocks'], batch['x']
+    for k in range(L):
+      x = x + jnp.tanh(x @ blocks['w'][k] + blocks['b'][k][None])
+    return jnp.square(x @ params['out'] - batch['y']).mean(), {}
+
+  trainer = dataclasses.replace(make(), loss_fn=fixed)
+  with pytest.raises(ValueError, match='takes a block that a worker does not'):
+    trainer.round(trainer.init(network()), batches(0, 4))
+  whole = dataclasses.replace(trainer, chains=())
+  whole.round(whole.init(network()), batches(0, 4))
+
+
+def test_depths_of_no_chain_are_refused():
+  with pytest.raises(ValueError, match=r'depths is .*, but chains is empty'):
+    make(S=2, chains=(), depths=(2, 1))
+
+
 def test_devices_must_divide_the_workers():
   trainer, state = make(), make().init(network())
   assert trainer.bytes_per_round(state, 4) > trainer.bytes_per_round(state, 2)
@@ -1111,6 +1133,27 @@ def test_a_state_is_not_saved_onto_a_file(tmp_path):
     with pytest.raises(ValueError, match='is not a folder'):
       trainer.save(folder, state)
   assert path.read_text() == 'kept'
+
+
+def test_a_folder_of_somebody_else_is_not_replaced_by_a_state(tmp_path):
+  (tmp_path / 'round_0').mkdir()
+  (tmp_path / 'round_0' / 'picture').write_text('kept')
+  trainer = make(optax.sgd(RATE))
+  state = trainer.init(network())
+  with pytest.raises(ValueError, match='holds round_0, which is no state'):
+    trainer.save(tmp_path, state)
+  assert (tmp_path / 'round_0' / 'picture').read_text() == 'kept'
+
+
+@pytest.mark.parametrize(
+  ('path', 'says'),
+  [('depth=[2,3]', 'as patterns'), ('a?', 'patterns'), ('/s3/run', 'a cloud')],
+)
+def test_where_orbax_would_lose_a_state_none_is_saved(path, says, tmp_path):
+  trainer = make(optax.sgd(RATE))
+  with pytest.raises(ValueError, match=says):
+    trainer.save(tmp_path / path, trainer.init(network()))
+  assert not (tmp_path / path).exists()
 
 
 def test_a_state_lies_where_a_shell_would_look(tmp_path, monkeypatch):
