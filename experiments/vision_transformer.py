@@ -108,9 +108,13 @@ def task(dataset: data.Dataset, scale: str) -> Task:
   train, test = dataset.train, dataset.tests['test']
   height, width, channels = train.images.shape[1:]
   if dataset.streamed:
-    raise ConfigError(
-      f'--data={dataset.name} does not fit in memory: take a smaller set.'
-    )
+    problem = 'does not fit in memory: take a smaller set'
+    if dataset.resized:
+      problem = (
+        'has images of several sizes, or large ones: give all of them one size '
+        'of at most 224 pixels'
+      )
+    raise ConfigError(f'--data={dataset.name} {problem}.')
   if height % PATCHES or width % PATCHES:
     raise ConfigError(
       f'--data={dataset.name} has images of {height}x{width} pixels: take a '

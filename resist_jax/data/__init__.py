@@ -5,6 +5,7 @@ trains on the same images.
 """
 
 from resist_jax.data.augmentation import (
+  AUGMENTATIONS,
   FILLS,
   FLIPS,
   Augmentation,
@@ -36,6 +37,7 @@ from resist_jax.data.streaming import StreamedImages
 from resist_jax.data.tables import Table, Tables, from_tables
 
 __all__ = [
+  'AUGMENTATIONS',
   'FILLS',
   'FLIPS',
   'GIVEN',

@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from resist_jax.data.sets import Dataset
-from resist_jax.errors import ConfigError
+from resist_jax.errors import ConfigError, did_you_mean
 
+AUGMENTATIONS = (
+  'resized_crop_flip', 'resized_crop', 'crop_flip', 'crop', 'flip', 'none',
+)  # fmt: skip
 FILLS = ('black', 'reflection')
 FLIPS = ('random', 'alternating')
 
@@ -67,7 +70,7 @@ def choose(
   pixels, padded crops otherwise, and flips unless the images show characters.
 
   Args:
-    kind: `crop`, `resized_crop`, either with `_flip`, `flip`, `none` or `auto`.
+    kind: One of `AUGMENTATIONS`, or `auto`.
     dataset: The data set to augment.
     pad: Pixels on every side of padded crops; -1: an eighth of the shorter
       side, 4 of 32 (paper).
@@ -78,8 +81,19 @@ def choose(
     The augmentation of its training images.
 
   Raises:
-    ConfigError: If `pad` is not smaller than the shorter side of the images.
+    ConfigError: If `pad` is not smaller than the shorter side of the images, or
+      if there is no such `kind`, `fill` or `flips`.
   """
+  for name, value, known in (
+    ('kind', kind, ('auto', *AUGMENTATIONS)),
+    ('fill', fill, FILLS),
+    ('flips', flips, FLIPS),
+  ):
+    if value not in known:
+      raise ConfigError(
+        f'{name} is {value!r}. {did_you_mean(str(value), known)}Use one of '
+        f'{", ".join(known)}.'
+      )
   images = dataset.train.images
   side = min(images.shape[1:3])
   if kind == 'auto':

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import re
 from typing import NoReturn
 
 import numpy as np
@@ -31,6 +32,12 @@ from resist_jax.errors import ConfigError, one_line
 _SPLITS = {'val': 'validation', 'valid': 'validation', 'dev': 'validation'}
 _SPLITS |= {'training': 'train', 'testing': 'test'}
 _USUAL = ('train', 'test', 'validation')  # Whatever is in them.
+# A word that names a split, alone or within a name such as `seg_train`.
+_LIKE_SPLITS = re.compile(
+  r'(?:^|[\W_])(?:train|training|test|testing|val|valid|validation|dev|pred)'
+  r'\d*(?:[\W_]|$)',
+  re.IGNORECASE,
+)
 # What desktops, archives, file servers and file systems leave beside files.
 _LITTER = (
   'thumbs.db', 'desktop.ini', '__macosx', '@eadir', '#recycle', 'lost+found',
@@ -144,6 +151,12 @@ def _splits(root: pathlib.Path) -> dict[str, pathlib.Path]:
     for below in _folders_in(path)
   }
   if not classes:
+    like = [path.name for path in inside if _LIKE_SPLITS.search(path.name)]
+    if len(like) == len(inside) > 1:
+      raise ConfigError(
+        f'{root} has the folders {", ".join(like)}, which look like splits: '
+        'move the images to train/CLASS/* and test/CLASS/*.'
+      )
     return {'train': root}
   found: dict[str, pathlib.Path] = {}
   for path, split in inside.items():

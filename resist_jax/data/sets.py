@@ -48,11 +48,12 @@ class Split:
     """Returns some examples; streamed ones are not read yet.
 
     Args:
-      index: Their numbers, `int[n]`.
+      index: Their numbers, `int[n]`, or a mask, `bool[N]`.
 
     Returns:
       A split of n examples.
     """
+    index = np.arange(len(self))[index]
     images = self.images.take(index, axis=0)
     return Split(images, self.labels.take(index, axis=0), self.content)
 

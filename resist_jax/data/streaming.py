@@ -160,8 +160,9 @@ class StreamedImages(_Streamed):
     Returns:
       `uint8[..., H, W, C]`.
     """
-    if isinstance(index, slice):
+    if isinstance(index, slice) or np.asarray(index).dtype == bool:
       index = np.arange(len(self))[index]
+    index = np.asarray(index)
     images = np.zeros((index.size, *self.image_shape), np.uint8)
 
     def read(position: int) -> None:

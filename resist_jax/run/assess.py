@@ -184,13 +184,17 @@ def _dataset(
   tests = {}
   # The set of the run itself has images to train on, which are no test.
   if asked.data and not data.same_set(asked.data, config.data.name):
-    tests[data.test_key(asked.data)] = data.load_test(
+    test = data.load_test(
       asked.data,
       model.class_names,
       model.image_shape,
       model.resized,
       config.data.dir,
     )
+    if same_data.is_training_set(run, test):  # It lies elsewhere now.
+      config.data.name = asked.data
+    else:
+      tests[data.test_key(asked.data)] = test
   try:
     dataset = setup.load_data(config, copies=2)
     _check_same(run, model, dataset)

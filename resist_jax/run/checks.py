@@ -37,9 +37,6 @@ _TYPES: dict[type, tuple[Any, str]] = {
   tuple: (tuple | list, 'a tuple'),
   dict: (ml_collections.ConfigDict, 'a ConfigDict'),
 }
-AUGMENTATIONS = (
-  'resized_crop_flip', 'resized_crop', 'crop_flip', 'crop', 'flip', 'none',
-)  # fmt: skip
 # Names that a field may have, by field.
 CHOICES: dict[str, tuple[str, ...]] = {
   'protocol': PROTOCOLS,
@@ -48,7 +45,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
   'wire_format': tuple(FORMATS),
   'dealing': ('random', 'spread'),
   'residual_scale': ('evaluation', 'training', 'none'),
-  'data.augment': ('auto', *AUGMENTATIONS),
+  'data.augment': ('auto', *data.AUGMENTATIONS),
   'data.fill': tuple(data.FILLS),
   'data.flips': tuple(data.FLIPS),
   'data.streaming': tuple(data.STREAMING),
@@ -146,6 +143,12 @@ def _check_bounds(config) -> None:
     value = value_of(config, field)
     if not value > 0:
       raise ConfigError(f'{field} is {value}; it must be greater than 0{what}.')
+  for field in ('faults.timeout', 'faults.progress_timeout'):
+    if value_of(config, field) >= 1e9:  # `program` would take the default.
+      raise ConfigError(
+        f'{field} is {value_of(config, field)}; it must be less than 1e9 '
+        'seconds, which are 31 years.'
+      )
   for field, of in SHARES.items():
     value = value_of(config, field)
     if not 0 <= value < 1:

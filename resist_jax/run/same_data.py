@@ -145,6 +145,17 @@ def changes(run: Trained, dataset: Dataset) -> dict[str, str]:
   return _differences(run.folder, describe(dataset, run.config.data.name))
 
 
+def is_training_set(run: Trained, split: data.Split) -> bool:
+  """Returns whether a run was trained on a set of a person's own files.
+
+  Args:
+    run: The run.
+    split: All images of the set, which may lie elsewhere by now.
+  """
+  known = _recorded(run.folder).get('split train', {}).get('content')
+  return bool(split.content) and split.content == known
+
+
 def told(differ: Mapping[str, str]) -> str:
   """Returns changes as one text; see `changes`."""
   return '; '.join(f'{name}: {how}' for name, how in differ.items())

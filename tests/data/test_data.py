@@ -234,6 +234,20 @@ def test_a_pad_is_chosen_for_padded_crops_alone():
     data.choose('crop', digits, pad=8)
 
 
+@pytest.mark.parametrize(
+  ('fields', 'says'),
+  [
+    ({'kind': 'crop-flip'}, "kind is 'crop-flip'. Did you mean crop_flip"),
+    ({'kind': None}, 'kind is None'),
+    ({'fill': 'reflect'}, "fill is 'reflect'. Did you mean reflection"),
+    ({'flips': 'alternate'}, "flips is 'alternate'.*random, alternating"),
+  ],
+)
+def test_an_augmentation_that_is_none_is_refused(fields, says):
+  with pytest.raises(ConfigError, match=says):
+    data.choose(**{'kind': 'auto', 'dataset': data.load('digits'), **fields})
+
+
 def test_a_pad_fits_the_shorter_side():
   pixels = np.zeros((12, 64, 16, 3), np.uint8)
   flat = data.from_arrays(pixels, np.arange(12) % 3)

@@ -277,6 +277,18 @@ def test_a_test_without_labels_gives_way_to_val(tmp_path):
   assert 'have no labels' in refusal(tmp_path, test_split='test')
 
 
+@pytest.mark.parametrize(
+  'names', [('train', 'test1'), ('seg_train', 'seg_test'), ('val', 'TEST')]
+)
+def test_splits_are_no_classes(names, tmp_path):
+  """Images without the folders of classes, such as `train/cat.1.jpg`."""
+  some(tmp_path, names)
+  said = refusal(tmp_path)
+  assert 'look like splits: move the images to train/CLASS' in said
+  some(tmp_path, ('plane',))
+  assert load(tmp_path).num_classes == 3
+
+
 def test_a_class_may_be_called_train(tmp_path):
   some(tmp_path, ('plane', 'train'), count=5)
   assert load(tmp_path).class_names == ('plane', 'train')

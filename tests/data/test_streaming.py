@@ -323,6 +323,11 @@ def test_indexing_is_that_of_an_array():
   assert len(source.read) == 5  # Labels came with the images.
   whole = split.in_memory()
   assert whole.images.shape == split.images.shape
+  mask = np.array([False, True, True])
+  for one in (split, whole):
+    np.testing.assert_array_equal(one.images[mask], whole.images[1:])
+    np.testing.assert_array_equal(one.images[0], whole.images[0])
+    np.testing.assert_array_equal(one.take(mask).images[:], whole.images[1:])
   np.testing.assert_array_equal(whole.labels, [0, 0, 1])
 
 

@@ -143,6 +143,10 @@ def test_the_defaults_are_valid():
     ({'model.widths': (8, 8)}, '4 stages and model.widths 2'),
     ({'model.stage_sizes': (1, 1, 0, 1)}, 'at least 1'),
     ({'evaluation.batch_size': 0}, 'evaluation.batch_size'),
+    (
+      {'faults.timeout': 1e9},
+      'faults.timeout is .*less than 1e9 seconds',
+    ),
     ({'faults.loss_factor': 0.9}, 'faults.loss_factor is 0.9; .* than 1, or 0'),
     ({'faults.loss_factor': float('nan')}, 'faults.loss_factor is nan'),
     (

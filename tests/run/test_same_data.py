@@ -168,3 +168,27 @@ def test_a_finished_run_is_tested_again_on_another_set_of_the_same_name(
     summary = train.train(made, tmp_path / 'run')
     accuracies.append(summary['photos_accuracy'])
   assert sum(accuracies) == pytest.approx(1)  # The network is the same.
+
+
+@pytest.mark.parametrize('alone', [True, False])
+def test_the_training_set_at_another_place_is_no_other_test(
+  alone, tmp_path, capsys
+):
+  """Without a test of its own, images of the training would count as one."""
+  arrays = {'images': images(40), 'labels': np.arange(40) % 3}
+  if not alone:
+    arrays |= {'test_images': images(6), 'test_labels': np.arange(6) % 3}
+  np.savez(tmp_path / 'own.npz', class_names=NAMES, **arrays)
+  summary = train.train(config(tmp_path / 'own.npz', 1), tmp_path / 'run')
+  (tmp_path / 'own.npz').rename(tmp_path / 'moved.npz')
+  words = [f'--data={tmp_path / "moved.npz"}', f'--out={tmp_path}']
+  assert evaluate_command.main([str(tmp_path / 'run'), *words]) == 0
+  found = json.loads((tmp_path / 'evaluation.json').read_text())
+  (accuracy,) = (
+    value
+    for name, value in found['measures'].items()
+    if name.endswith('_accuracy')
+  )
+  assert accuracy == pytest.approx(summary['test_accuracy'])
+  assert list(found['examples'].values()) == [8 if alone else 6]
+  assert ('training images cannot be read' in capsys.readouterr().err) != alone
