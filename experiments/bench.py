@@ -44,7 +44,6 @@ from resist_jax import Trainer, accounting, data, folders, models
 from resist_jax.decomposition import (
   Assignment,
   join,
-  sample_slots,
   slots_per_worker,
 )
 from resist_jax.errors import Parser, refused
@@ -246,10 +245,11 @@ def _one_worker(
   network, dataset, params, B, S, repeats, steps
 ) -> dict[str, Any]:
   """Times a worker's step as a round runs it, and a plain jitted step."""
-  length = _length(params)
-  # The slots of worker 0 of S, as the only worker of a mesh of one device.
-  slots = np.asarray(sample_slots(jax.random.key(0), length, S))[:1]
-  protocol = Protocol(1, 1, {CHAIN: length}, masked_psum())
+  # The sub-network of a worker of S is all that this mesh of one device has.
+  blocks = slots_per_worker(_length(params), S)
+  params = {**params, CHAIN: jax.tree.map(lambda x: x[:blocks], params[CHAIN])}
+  slots = np.arange(blocks, dtype=np.int32)[None]
+  protocol = Protocol(1, 1, {CHAIN: blocks}, masked_psum())
   loss_fn, sgd, mesh = _loss(network, dataset), _sgd(), make_mesh(1)
   run = make_round(
     loss_fn,

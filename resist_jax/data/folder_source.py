@@ -34,7 +34,7 @@ _SPLITS |= {'training': 'train', 'testing': 'test'}
 _USUAL = ('train', 'test', 'validation')  # Whatever is in them.
 # A word that names a split, alone or within a name such as `seg_train`.
 _LIKE_SPLITS = re.compile(
-  r'(?:^|[\W_])(?:train|training|test|testing|val|valid|validation|dev|pred)'
+  r'(?:^|[\W_])(train|training|test|testing|val|valid|validation|dev|pred)'
   r'\d*(?:[\W_]|$)',
   re.IGNORECASE,
 )
@@ -151,8 +151,10 @@ def _splits(root: pathlib.Path) -> dict[str, pathlib.Path]:
     for below in _folders_in(path)
   }
   if not classes:
-    like = [path.name for path in inside if _LIKE_SPLITS.search(path.name)]
-    if len(like) == len(inside) > 1:
+    like = {path.name: _LIKE_SPLITS.search(path.name) for path in inside}
+    words = {match[1].lower() for match in like.values() if match}
+    # Classes may have one such word in common, such as steam_train.
+    if all(like.values()) and len(words) > 1:
       raise ConfigError(
         f'{root} has the folders {", ".join(like)}, which look like splits: '
         'move the images to train/CLASS/* and test/CLASS/*.'

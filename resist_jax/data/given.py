@@ -133,7 +133,7 @@ def from_source(
     split: dataclasses.replace(pairs, channels=shape[2] or 0)
     for split, pairs in splits.items()
   }
-  reading = Reading(streaming, image_size or 0)
+  reading = Reading(streaming, int(image_size or 0))
   return _made(name, splits, shape, names, reading)
 
 

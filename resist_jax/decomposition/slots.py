@@ -340,13 +340,17 @@ def aggregate(chains: PyTree, slots: jax.Array, chain: PyTree) -> PyTree:
     old = jnp.asarray(old)  # In the widest numbers that JAX has here.
     whole = jnp.issubdtype(old.dtype, jnp.integer)
     # As the exchanges do: sums of fewer bits lose what many holders add.
-    least = jnp.int32 if whole else jnp.float32
-    wide = old.dtype if old.dtype.itemsize >= 4 else least
-    total = block_sum(blocks.astype(wide), slots, num_blocks)
+    at_least = jnp.int32 if whole else jnp.float32
+    wide = old.dtype if old.dtype.itemsize >= 4 else at_least
     shape = (num_blocks,) + (1,) * (old.ndim - 1)
     count = holders.reshape(shape).astype(wide)
-    divide = jnp.floor_divide if whole else jnp.divide
-    mean = divide(total, jnp.maximum(count, 1))
+    least, blocks = jnp.maximum(count, 1), blocks.astype(wide)
+    if whole:  # Divided first, because a sum of large ones would overflow.
+      each = jnp.take(least, slots, axis=0, mode='clip')
+      rest = block_sum(blocks % each, slots, num_blocks) // least
+      mean = block_sum(blocks // each, slots, num_blocks) + rest
+    else:
+      mean = block_sum(blocks, slots, num_blocks) / least
     return jnp.where(count > 0, mean.astype(old.dtype), old)
 
   return jax.tree.map(mean, chains, chain)

@@ -6,6 +6,7 @@ All of them are found from shapes, before anything is compiled.
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import inspect
+import threading
 from typing import Any
 
 import jax
@@ -21,6 +22,8 @@ from resist_jax.rounds.mesh import shapes_on
 from resist_jax.rounds.nodes import names_of_leaves
 
 PyTree = Any
+
+_CHECKING = threading.RLock()  # An option of JAX is that of all threads.
 
 # Names of metrics that a round adds to those of the loss function.
 TAKEN = ('loss', 'finite', 'healthy', 'update_norm', 'seconds_local')
@@ -97,17 +100,21 @@ def blocks_in_bounds() -> Iterator[None]:
     ValueError: If the loss, traced in here, takes what is not there.
   """
   name = 'jax_check_static_indices'
-  before = getattr(jax.config, name)
-  jax.config.update(name, True)
-  try:
-    yield
-  except IndexError as error:
-    raise ValueError(
-      f'the loss takes a block that a worker does not hold ({message(error)}): '
-      'loop over the len(present[NAME]) blocks that it gets, not over all.'
-    ) from error
-  finally:
-    jax.config.update(name, before)
+  with _CHECKING:
+    before = getattr(jax.config, name)
+    jax.config.update(name, True)
+    try:
+      yield
+    except IndexError as error:
+      if 'out of bounds for axis' not in str(error):  # Another mistake.
+        raise
+      raise ValueError(
+        'the loss takes what is not there, such as a block that a worker does '
+        f'not hold ({message(error)}): loop over the len(present[NAME]) blocks '
+        'that it gets, not over all.'
+      ) from error
+    finally:
+      jax.config.update(name, before)
 
 
 def _check_signature(

@@ -192,7 +192,7 @@ def _dataset(
       config.data.dir,
     )
     if same_data.is_training_set(run, test):  # It lies elsewhere now.
-      config.data.name = asked.data
+      config.data.name, config.data.extra_tests = asked.data, ()
     else:
       tests[data.test_key(asked.data)] = test
   try:

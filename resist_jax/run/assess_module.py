@@ -146,7 +146,7 @@ def _on_images(
   shape, classes = tuple(about['image_shape']), tuple(about['class_names'])
   test = data.load_test(name, classes, shape, about['resized'], config.data.dir)
   if same_data.is_training_set(run, test):  # It lies elsewhere now.
-    config.data.name = name
+    config.data.name, config.data.extra_tests = name, ()
     task = _made(config)
     _check_same(run, task)
     return task

@@ -146,14 +146,17 @@ def changes(run: Trained, dataset: Dataset) -> dict[str, str]:
 
 
 def is_training_set(run: Trained, split: data.Split) -> bool:
-  """Returns whether a run was trained on a set of a person's own files.
+  """Returns whether a run took its training and its test from one set.
 
   Args:
     run: The run.
-    split: All images of the set, which may lie elsewhere by now.
+    split: All images of a set of a person's own files, which the run may have
+      found elsewhere.
   """
-  known = _recorded(run.folder).get('split train', {}).get('content')
-  return bool(split.content) and split.content == known
+  recorded = _recorded(run.folder)
+  parts = (recorded.get(f'split {name}', {}) for name in ('train', 'test'))
+  known = {part.get('content') for part in parts}
+  return bool(split.content) and known == {split.content}
 
 
 def told(differ: Mapping[str, str]) -> str:

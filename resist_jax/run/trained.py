@@ -116,8 +116,10 @@ def _config(path: pathlib.Path) -> ml_collections.ConfigDict:
     with config.unlocked():
       config.update(ml_collections.ConfigDict(_among(read, known)))
     checked = config.copy_and_resolve_references()
-    # Nothing is trained here, and a file with a schedule may be gone.
+    # Nothing is trained here: a file with a schedule may be gone, and a
+    # version before this one took any timeout.
     checked.optimizer.schedule = 'constant'
+    checked.faults = get_config().faults
     # A module may not be found from here, which `assess_module` says.
     checks.validate(checked, imports=False)
   except Exception as error:  # A damaged one raises anything.

@@ -1,6 +1,7 @@
 """A state in a folder: the files of its newest save, and which one that is."""
 
 from collections.abc import Mapping
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -148,9 +149,15 @@ def _point_to(pointer: pathlib.Path, folder: pathlib.Path) -> None:
     # Saves that were stopped have left some behind, too, whole or in part.
     name = rf'round_\d+(_again)?({storage.UNFINISHED})?'
     ours = re.fullmatch(name, other.name)
-    made = ours and (ours[2] or (other / _OF_ORBAX).exists())
-    if made and other.name != folder.name:
-      shutil.rmtree(other, ignore_errors=True)
+    if not ours or other.name == folder.name:
+      continue
+    old = other
+    if not ours[2]:
+      if not (other / _OF_ORBAX).exists():  # Of somebody else.
+        continue
+      with contextlib.suppress(OSError):  # Half of it is still known as ours.
+        old = other.rename(f'{other}.orbax-checkpoint-tmp')
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _pointed_at(pointer: pathlib.Path) -> _Newest | None:

@@ -289,6 +289,11 @@ def test_splits_are_no_classes(names, tmp_path):
   assert load(tmp_path).num_classes == 3
 
 
+def test_classes_may_have_the_word_of_a_split_in_common(tmp_path):
+  some(tmp_path, ('steam_train', 'diesel_train'), count=5)
+  assert load(tmp_path).class_names == ('diesel_train', 'steam_train')
+
+
 def test_a_class_may_be_called_train(tmp_path):
   some(tmp_path, ('plane', 'train'), count=5)
   assert load(tmp_path).class_names == ('plane', 'train')

@@ -1070,7 +1070,7 @@ def test_a_loss_that_loops_over_all_blocks_is_refused():
     return jnp.square(x @ params['out'] - batch['y']).mean(), {}
 
   trainer = dataclasses.replace(make(), loss_fn=fixed)
-  with pytest.raises(ValueError, match='takes a block that a worker does not'):
+  with pytest.raises(ValueError, match='such as a block that a worker'):
     trainer.round(trainer.init(network()), batches(0, 4))
   whole = dataclasses.replace(trainer, chains=())
   whole.round(whole.init(network()), batches(0, 4))
