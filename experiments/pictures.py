@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 from html import escape
 import statistics
+import textwrap
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -67,15 +68,26 @@ class Picture:
       lines, names = axes.get_legend_handles_labels()
       handles |= dict(zip(names, lines, strict=True))
     if len(handles) > 1:
-      inches = 0.6 + 0.08 * max(map(len, handles))  # For the longest name.
-      figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc='outside lower center',
-        ncols=max(1, min(len(handles), int(figure.get_figwidth() / inches))),
-        frameon=False,
-      )
+      _add_legend(figure, handles)
     return figure
+
+
+def _add_legend(figure: Figure, handles: Mapping[str, Any]) -> None:
+  """Names lines under the axes, and makes room for more than two rows."""
+  width, letter, sample = figure.get_figwidth(), 0.08, 0.6  # In inches.
+  most = int((width - sample) / letter)
+  names = [textwrap.wrap(name, most) for name in handles]
+  longest = max(len(line) for lines in names for line in lines)
+  columns = min(len(names), int(width / (sample + letter * longest)))
+  rows = sum(map(len, names)) / columns
+  figure.set_figheight(figure.get_figheight() + 0.2 * max(0, rows - 2))
+  figure.legend(
+    handles.values(),
+    map('\n'.join, names),
+    loc='outside lower center',
+    ncols=columns,
+    frameon=False,
+  )
 
 
 def _draw(axes: Any, made: Chart) -> None:

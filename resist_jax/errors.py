@@ -1,7 +1,7 @@
 """Errors that a person can mend; the message of each is one line."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import difflib
 import numbers
 import sys
@@ -62,6 +62,21 @@ def did_you_mean(name: str, names: Iterable[str], form: str = '{}') -> str:
   """
   found = [form.format(other) for other in nearest(name, names)]
   return f'Did you mean {" or ".join(found)}? ' if found else ''
+
+
+def check_choice(name: str, value: Any, known: Sequence[str]) -> None:
+  """Raises a ConfigError if a value is none of those that there are.
+
+  Args:
+    name: What the message calls it.
+    value: What was given.
+    known: What there is.
+  """
+  if value not in known:
+    raise ConfigError(
+      f'{name} is {value!r}. {did_you_mean(str(value), known)}Use one of '
+      f'{", ".join(known)}.'
+    )
 
 
 def message(error: BaseException) -> str:

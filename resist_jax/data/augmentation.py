@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resist_jax.data.sets import Dataset
-from resist_jax.errors import ConfigError, did_you_mean
+from resist_jax.errors import ConfigError, check_choice
 
 AUGMENTATIONS = (
   'resized_crop_flip', 'resized_crop', 'crop_flip', 'crop', 'flip', 'none',
@@ -89,11 +89,7 @@ def choose(
     ('fill', fill, FILLS),
     ('flips', flips, FLIPS),
   ):
-    if value not in known:
-      raise ConfigError(
-        f'{name} is {value!r}. {did_you_mean(str(value), known)}Use one of '
-        f'{", ".join(known)}.'
-      )
+    check_choice(name, value, known)
   images = dataset.train.images
   side = min(images.shape[1:3])
   if kind == 'auto':

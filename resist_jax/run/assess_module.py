@@ -85,9 +85,7 @@ def _task(run: Trained, asked: Asked) -> ModuleTask:
   if not asked.data:
     if config.data.name.startswith(data.GIVEN):
       _read(config)  # Raises what a program has to do.
-    task = _made(config)
-    _check_same(run, task)
-    return task
+    return _made_as_trained(run, config)
   if own:
     return _on_own_data(config, asked.data)
   return _on_images(run, config, asked.data)
@@ -107,6 +105,15 @@ def _check_same(run: Trained, task: ModuleTask) -> None:
 
 def _made(config: ml_collections.ConfigDict) -> ModuleTask:
   return module_task.make(config, None, lambda: _read(config), trains=False)
+
+
+def _made_as_trained(
+  run: Trained, config: ml_collections.ConfigDict
+) -> ModuleTask:
+  """Makes the task on the data of the training; see `_check_same`."""
+  task = _made(config)
+  _check_same(run, task)
+  return task
 
 
 def _read(config: ml_collections.ConfigDict) -> data.Dataset:
@@ -134,22 +141,18 @@ def _on_images(
   run: Trained, config: ml_collections.ConfigDict, name: str
 ) -> ModuleTask:
   """Puts another set of images in the place of the tests."""
+  if data.same_set(name, config.data.name):  # It has images to train on.
+    return _made_as_trained(run, config)
   model: Any = run.model
-  about, task = model.images, None
-  if about is None or data.same_set(name, config.data.name):
-    task = _made(config)
-    _check_same(run, task)
-    if data.same_set(name, config.data.name):  # It has images to train on.
-      return task
-    dataset: Any = task.dataset
+  about = model.images
+  if about is None:
+    dataset: Any = _made_as_trained(run, config).dataset
     about = export.about_images(dataset)
   shape, classes = tuple(about['image_shape']), tuple(about['class_names'])
   test = data.load_test(name, classes, shape, about['resized'], config.data.dir)
   if same_data.is_training_set(run, test):  # It lies elsewhere now.
     config.data.name, config.data.extra_tests = name, ()
-    task = _made(config)
-    _check_same(run, task)
-    return task
+    return _made_as_trained(run, config)
   moments = (np.array(about[key], np.float32) for key in ('mean', 'std'))
   tests = {data.test_key(name): test}
   other = data.Dataset('', test, tests, classes, *moments)

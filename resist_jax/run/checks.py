@@ -7,7 +7,7 @@ import ml_collections
 
 from resist_jax import data, models
 from resist_jax.decomposition import Division
-from resist_jax.errors import ConfigError, did_you_mean
+from resist_jax.errors import ConfigError, check_choice, did_you_mean
 from resist_jax.exchange import FORMATS
 from resist_jax.report.records import MAX_ROWS
 from resist_jax.rounds import average
@@ -125,12 +125,7 @@ def validate(config: ml_collections.ConfigDict, imports: bool = True) -> None:
 
 def _check_choices(config) -> None:
   for field, values in CHOICES.items():
-    value = value_of(config, field)
-    if value not in values:
-      raise ConfigError(
-        f'{field} is {value!r}. {did_you_mean(value, values)}Use one of '
-        f'{", ".join(values)}.'
-      )
+    check_choice(field, value_of(config, field), values)
 
 
 def _check_bounds(config) -> None:

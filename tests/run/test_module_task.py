@@ -738,7 +738,7 @@ def with_metrics(monkeypatch, change):
 
     def changed(params, present, batch, key):
       value, metrics = loss_fn(params, present, batch, key)
-      return change(value, metrics, batch)
+      return change(value, metrics, batch, key)
 
     return changed
 
@@ -751,7 +751,7 @@ def test_a_metric_that_is_not_finite_stops_nothing(
   """A masked accuracy is 0 / 0 where the mask is empty."""
   with_metrics(
     monkeypatch,
-    lambda loss, metrics, _: (loss, {'accuracy': metrics['accuracy'] * 0 / 0}),
+    lambda loss, metrics, *_: (loss, {'accuracy': metrics['accuracy'] * 0 / 0}),
   )
   fields = {'log.report': True, 'checkpoint_every': 1, 'eval_every': 1}
   fields |= {'best_by': 'test_accuracy', 'early_stopping.patience': 1}
@@ -772,18 +772,10 @@ def test_a_metric_that_is_not_finite_stops_nothing(
 
 
 def test_a_metric_may_be_measured_in_tests_alone(tmp_path, monkeypatch):
-  make = own_network.loss
-
-  def loss(config):
-    loss_fn = make(config)
-
-    def changed(params, present, batch, key):
-      value, metrics = loss_fn(params, present, batch, key)
-      return value, metrics if key is None else {}
-
-    return changed
-
-  monkeypatch.setattr(own_network, 'loss', loss)
+  with_metrics(
+    monkeypatch,
+    lambda loss, metrics, _, key: (loss, metrics if key is None else {}),
+  )
   train.train(config(num_rounds=1), tmp_path)
   (row,) = [row for row in rows(tmp_path) if row['round'] == 1]
   assert 'train_accuracy' not in row
@@ -831,7 +823,7 @@ def test_an_evaluation_needs_no_optimizer(
 def test_a_metric_says_by_its_sign_which_value_is_better(tmp_path, monkeypatch):
   with_metrics(
     monkeypatch,
-    lambda loss, metrics, _: (loss, {'error': 1 - metrics['accuracy']}),
+    lambda loss, metrics, *_: (loss, {'error': 1 - metrics['accuracy']}),
   )
   fields = {'eval_every': 1, 'best_by': 'test_error'}
   with pytest.raises(ConfigError, match='write -test_error if low ones are'):
@@ -848,7 +840,7 @@ def test_a_metric_may_be_any_number(tmp_path, monkeypatch):
   """As its check says: a number of Python, and fewer bits than 32."""
   with_metrics(
     monkeypatch,
-    lambda loss, metrics, batch: (
+    lambda loss, metrics, batch, _: (
       loss,
       {'n': 1 + len(batch), 'short': metrics['accuracy'].astype('bfloat16')},
     ),
@@ -859,7 +851,7 @@ def test_a_metric_may_be_any_number(tmp_path, monkeypatch):
 
 
 def test_a_loss_may_loop_from_a_constant(tmp_path, monkeypatch):
-  def summed(loss, metrics, batch):
+  def summed(loss, metrics, *_):
     total = jax.lax.fori_loop(0, 4, lambda _, x: x + loss / 4, 0.0)
     return total, metrics
 
