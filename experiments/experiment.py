@@ -19,7 +19,13 @@ from experiments.pictures import Picture
 from experiments.runs import RESULTS, conditions, load_card, machine, run
 from experiments.table import Table
 from resist_jax import folders
-from resist_jax.errors import ConfigError, NonFiniteError, Parser, refused
+from resist_jax.errors import (
+  ConfigError,
+  NonFiniteError,
+  Parser,
+  out_of_memory,
+  refused,
+)
 from resist_jax.run import program
 from resist_jax.run.config import differences, get_config
 from resist_jax.run.interrupt import Interrupt, Interrupted
@@ -500,7 +506,7 @@ def _train_all(
         print(f'{target.stem}: {stop}', file=sys.stderr)
       except Exception as error:
         remedy = 'take a device with more, or --dtype=bfloat16 with --results.'
-        if not (line := program.out_of_memory(error, remedy)):
+        if not (line := out_of_memory(error, remedy)):
           raise
         raise SystemExit(_say(target, line, 1)) from None
       # A signal in the last round does not stop the run, but it stops here.

@@ -1,9 +1,11 @@
 """Errors that a person can mend; the message of each is one line."""
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import difflib
 import numbers
+import os
+import signal
 import sys
 from typing import Any, NoReturn
 
@@ -111,6 +113,51 @@ def refused(error: Exception) -> int:
   """Prints what an error says, and returns the exit code for bad input."""
   print('error:', message(error), file=sys.stderr)
   return 2
+
+
+def exit_code(work: Callable[[], None]) -> int:
+  """Does the work of a command, and tells in a line what ends it early.
+
+  Args:
+    work: Does it, and prints what was found.
+
+  Returns:
+    The exit code: 0, 2 if the input is bad, 1 if the memory does not suffice,
+    or 130 after Ctrl-C.
+  """
+  try:
+    work()
+    sys.stdout.flush()
+  except BrokenPipeError:  # As in `| head`.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  except (ConfigError, OSError) as error:
+    return refused(error)
+  except KeyboardInterrupt:
+    print('error: it was interrupted.', file=sys.stderr)
+    return 128 + signal.SIGINT
+  except Exception as error:
+    line = out_of_memory(error, 'take a machine or a device with more.')
+    if not line:
+      raise
+    print('error:', line, file=sys.stderr)
+    return 1
+  return 0
+
+
+def out_of_memory(error: BaseException, remedy: str) -> str:
+  """Returns what to do if the memory does not suffice.
+
+  Args:
+    error: Any error.
+    remedy: What to do.
+
+  Returns:
+    A line; empty if the error is another one.
+  """
+  told = isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error)
+  if not told:
+    return ''
+  return f'the memory does not suffice ({one_line(error)}): {remedy}'
 
 
 def one_line(error: BaseException) -> str:

@@ -104,6 +104,52 @@ def test_the_last_of_two_flags_of_a_tuple_counts(name, first, last):
   assert found == value
 
 
+@pytest.mark.parametrize(
+  ('word', 'says'),
+  [
+    ('model=PreActResNet18', r'model is a section: .* --config\.model\.'),
+    ('data=./photos', r'data is a section'),
+    ('data.name.x=1', r'unknown config field data\.name\.x'),
+    ('model.options.none=5', r'options\.none is None in the card'),
+    ('model.options.a.b=5', r'unknown config field model\.options\.a\.b'),
+  ],
+)
+def test_a_flag_that_sets_no_value_is_told_in_one_line(word, says, own_card):
+  with pytest.raises(ConfigError, match=says) as error:
+    parse(f'--config={own_card}', f'--config.{word}')
+  assert '\n' not in str(error.value)
+
+
+@pytest.fixture
+def own_card(tmp_path):
+  card = tmp_path / 'card.py'
+  card.write_text(
+    'import os\n'
+    'from ml_collections import FrozenConfigDict\n'
+    'from resist_jax.run import fields\n'
+    'def get_config(frozen=""):\n'
+    '  config = fields.get_config()\n'
+    '  config.model.module = "own"\n'
+    '  config.model.options = {"none": None, "sizes": [1, 2], "a": 3}\n'
+    '  os.chdir(os.path.dirname(__file__))\n'
+    '  return FrozenConfigDict(config) if frozen else config\n'
+  )
+  return card
+
+
+def test_an_option_that_is_a_list_can_be_set(own_card):
+  words = ('--config.model.options.sizes=3', '--config.model.options.sizes=4,5')
+  options = parse(f'--config={own_card}', *words).config.model.options
+  assert options.sizes == (4, 5)
+
+
+def test_a_card_changes_neither_the_folder_nor_what_flags_can_set(own_card):
+  before = os.getcwd()
+  config = parse(f'--config={own_card}:frozen', '--config.lr=0.5').config
+  assert config.lr == 0.5
+  assert os.getcwd() == before
+
+
 def test_a_flag_without_a_field_is_told_in_one_line():
   with pytest.raises(
     ConfigError, match=r'write --config\.FIELD=VALUE'

@@ -4,10 +4,11 @@ TFDS has a reader of such folders, but it needs TensorFlow, knows three endings,
 and takes every other file for an image of none.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import hashlib
+from itertools import islice
 import os
 import pathlib
 import re
@@ -171,7 +172,21 @@ def _splits(root: pathlib.Path) -> dict[str, pathlib.Path]:
         'images of one into the other, or rename it.'
       )
     found[split] = path
+  if found.keys() == {'train'}:
+    _check_beside(found['train'], inside)
   return found
+
+
+def _check_beside(train: pathlib.Path, inside: Iterable[pathlib.Path]) -> None:
+  """Refuses a class that is called as the split, and would be the only one."""
+  for path in inside:
+    if path == train or not any(map(_is_image, islice(_below(path), 8))):
+      continue
+    raise ConfigError(
+      f'{train} holds folders, so it is the split of that name, but {path} '
+      'beside it holds images: move all classes to train/CLASS/*, or that '
+      'folder out of the data set.'
+    )
 
 
 def _split_name(path: pathlib.Path) -> str:
@@ -328,6 +343,14 @@ def _headers(files: Files) -> list[headers.Header]:
   """Reads the beginning of every file, so that none is another thing."""
   with ThreadPoolExecutor(THREADS) as pool:
     return list(pool.map(_header, (files.root / path for path in files.paths)))
+
+
+def _is_image(path: pathlib.Path) -> bool:
+  try:
+    _header(path)
+  except ConfigError:
+    return False
+  return True
 
 
 def _header(path: pathlib.Path) -> headers.Header:

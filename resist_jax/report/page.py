@@ -9,13 +9,12 @@ import itertools
 import json
 import os
 from pathlib import Path
-import sys
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from resist_jax import folders
-from resist_jax.errors import ConfigError, Parser, printable
+from resist_jax.errors import Parser, exit_code, printable
 from resist_jax.report import curves, plots, shell, tables, units
 from resist_jax.report.groups import Group, grouped
 from resist_jax.report.records import (
@@ -332,7 +331,7 @@ def main(args: Sequence[str] | None = None) -> int:
     args: The command line; that of this process if None.
 
   Returns:
-    The exit code: 0, or 2 if the input is bad.
+    The exit code, see `exit_code`.
   """
   parser = Parser(
     'python -m resist_jax.report',
@@ -349,13 +348,13 @@ def main(args: Sequence[str] | None = None) -> int:
     help='folder to write to (default: RUN, or ./report for several runs)',
   )
   flags = parser.parse_args(args)
-  try:
-    runs = [folders.resolve(d, 'a run', is_text=False) for d in flags.dirs]
-    out = Path('report') if runs[1:] else runs[0]
-    page = write_report(runs, out if flags.out is None else flags.out)
-    print(printable(str(page)))
-  except (ConfigError, OSError) as error:
-    hint = '' if isinstance(error, ConfigError) else '; try another --out.'
-    print(f'error: {error}{hint}', file=sys.stderr)
-    return 2
-  return 0
+  return exit_code(lambda: _report(flags.dirs, flags.out))
+
+
+def _report(dirs: Sequence[str], out: str | None) -> None:
+  runs = [folders.resolve(d, 'a run', is_text=False) for d in dirs]
+  default = 'report' if runs[1:] else runs[0]
+  place = folders.resolve(default if out is None else out, '--out', False)
+  folders.check_writable(place, '--out')
+  page = write_report(runs, place)
+  print(printable(str(page)))

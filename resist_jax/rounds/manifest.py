@@ -6,8 +6,16 @@ files beside those that were saved.
 """
 
 from collections.abc import Mapping
+import errno
 import hashlib
 import pathlib
+
+# What says that a file, or a part of it, is gone; decompressors give no number.
+# Other errors, such as of permissions, of a network or of too many open files,
+# do not tell what a file holds.
+_LOST = (
+  errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EBADMSG, errno.EUCLEAN, None,
+)  # fmt: skip
 
 
 def manifest(folder: pathlib.Path) -> dict[str, str]:
@@ -43,7 +51,7 @@ def check(folder: pathlib.Path, manifest: Mapping[str, str]) -> str | None:
     `d/0 is missing`; None if nothing is.
 
   Raises:
-    PermissionError: If a file may not be read.
+    OSError: If a file cannot be read, and may be intact: see `is_lost`.
   """
   for name, digest in manifest.items():
     path = folder / name
@@ -52,11 +60,23 @@ def check(folder: pathlib.Path, manifest: Mapping[str, str]) -> str | None:
     try:
       if _sha256(path) != digest:
         return f'{name} is not as it was written'
-    except PermissionError:  # It says nothing about what the file holds.
-      raise
     except OSError as error:
+      if not is_lost(error):
+        raise
       return f'{name} cannot be read ({error.strerror})'
   return None
+
+
+def is_lost(error: BaseException) -> bool:
+  """Returns whether an error of reading a file says that it is damaged.
+
+  Args:
+    error: What was raised.
+
+  >>> is_lost(PermissionError(errno.EACCES, '')), is_lost(ValueError())
+  (False, True)
+  """
+  return not isinstance(error, OSError) or error.errno in _LOST
 
 
 def _sha256(path: pathlib.Path) -> str:

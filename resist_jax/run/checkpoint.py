@@ -35,7 +35,7 @@ from orbax.checkpoint import v1 as ocp
 from resist_jax import folders
 from resist_jax.errors import NonFiniteError, message, one_line
 from resist_jax.rounds import State, storage
-from resist_jax.rounds.manifest import check, manifest
+from resist_jax.rounds.manifest import check, is_lost, manifest
 from resist_jax.run import processes, workdir
 from resist_jax.run.examined import examine, sums_on_host
 
@@ -303,12 +303,7 @@ class Checkpoints:
           round_index,
         )
         return round_index, False
-      try:
-        problem = check(self._path(round_index), listed)
-      except PermissionError:
-        raise
-      except OSError as error:
-        problem = message(error)[:100]
+      problem = check(self._path(round_index), listed)
       if problem is None:
         return round_index, True
       _warn(round_index, problem, rounds)
@@ -320,9 +315,9 @@ class Checkpoints:
       stored = storage.read_on_host(self._path(round_index))
       found = stored.record['round']
       sums = stored.record.get(_SUMS)  # Older versions saved none.
-    except PermissionError:
-      raise
     except Exception as error:  # orbax and its codecs raise many types.
+      if not is_lost(error):
+        raise
       return message(error)[:100] or type(error).__name__
     # Files may have the same arrays in another order.
     if sums and sorted(sums) != sorted(sums_on_host(stored.state)):

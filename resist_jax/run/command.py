@@ -107,6 +107,7 @@ def parse(argv: Sequence[str], values: flags.FlagValues) -> Options:
     card = flatten(config.to_dict()).items()
     tuples = {f'config.{k}' for k, v in card if isinstance(v, tuple | list)}
     found, words = _last_of(_TUPLES | tuples, words)
+    _make_settable(config, [*(f'--{name}=' for name in found), *words])
     words = [program, *(f'--{n}={v}' for n, v in found.items()), *words]
     config_flags.DEFINE_config_dict(
       'config', config, _FLAGS['config=CARD'], flag_values=values,
@@ -117,7 +118,7 @@ def parse(argv: Sequence[str], values: flags.FlagValues) -> Options:
     raise ConfigError(_unknown(error.flagname, values)) from error
   except flags.Error as error:
     raise ConfigError(message(error)) from error
-  except (AttributeError, LookupError) as error:
+  except (AttributeError, LookupError, TypeError) as error:
     raise ConfigError(_no_field(words, config)) from error
   except ConfigError:
     raise
@@ -218,6 +219,35 @@ def _setting(field: fields.Field, card: ml_collections.ConfigDict) -> str:
 
 def _typed(value) -> str:
   return str(value).replace(' ', '') if value != '' else "''"
+
+
+def _make_settable(
+  config: ml_collections.ConfigDict, words: Sequence[str]
+) -> None:
+  """Makes tuples of lists that words set, and refuses what none can set."""
+  for word in words:
+    given = re.match(r'--?config\.([^=]+)=(.*)', word, re.DOTALL)
+    if not given:
+      continue
+    name, text = given[1], given[2].strip()
+    value = fields.value_of(config, name)
+    if isinstance(value, ml_collections.ConfigDict) and text[:1] != '{':
+      first = next(iter(value), 'NAME')
+      raise ConfigError(
+        f'--config.{name} is a section: set a field of it, such as '
+        f'--config.{name}.{first}.'
+      )
+    if value is None:
+      raise ConfigError(
+        f'--config.{name} is None in the card, so a flag cannot set it: let '
+        'the card give a number, a text or a tuple there.'
+      )
+    if isinstance(value, list):  # Flags set tuples alone.
+      above, _, last = name.rpartition('.')
+      section = fields.value_of(config, above)
+      with section.unlocked():
+        del section[last]  # Else it would become a list again.
+        section[last] = tuple(value)
 
 
 def _before_dashes(argv: Sequence[str]) -> list[str]:

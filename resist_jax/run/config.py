@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping
+import json
 from typing import Any
 
 import ml_collections
@@ -241,6 +242,6 @@ def differences(config: dict, other: dict, prefix: str = '') -> dict:
     name, ours, theirs = prefix + field, config.get(field), other.get(field)
     if isinstance(ours, dict) and isinstance(theirs, dict):
       found |= differences(ours, theirs, prefix=f'{name}.')
-    elif ours != theirs:
-      found[name] = ours, theirs
+    elif ours != theirs and json.dumps(ours) != json.dumps(theirs):
+      found[name] = ours, theirs  # NaN, as an option may be, equals itself.
   return found

@@ -1,5 +1,6 @@
 """The command that evaluates a finished run."""
 
+import argparse
 from collections.abc import Sequence
 import pathlib
 import sys
@@ -8,7 +9,7 @@ from typing import Any
 import ml_collections
 
 from resist_jax import folders
-from resist_jax.errors import ConfigError, Parser, refused
+from resist_jax.errors import ConfigError, Parser, exit_code
 from resist_jax.run import assess, assess_module, measured, trained
 from resist_jax.run.config import flat
 from resist_jax.run.export import Predictor
@@ -28,30 +29,28 @@ def main(args: Sequence[str] | None = None) -> int:
     args: The command line; that of this process if None.
 
   Returns:
-    The exit code: 0, or 2 if the input is bad.
+    The exit code, see `exit_code`.
   """
   options = _parser().parse_args(args)
-  try:
-    default = pathlib.Path(options.run) / 'evaluation'
-    out = folders.resolve(options.out or default, '--out')
-    folders.check_writable(out, '--out')
-    asked = _asked(options)
-    runs = trained.folders_of(options.run)
-    found, configs = [], []
-    for run in runs:
-      loaded = trained.load(run)
-      configs.append(loaded.config)
-      found.append(evaluate(loaded, asked))
-      measured.write(out / run.name if runs[1:] else out, found[-1])
-    if runs[1:]:
-      measured.write_together(out, found)
-  except (ConfigError, OSError) as error:
-    return refused(error)
-  if said := _mixed(configs):
+  return exit_code(lambda: _evaluate(options))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+  default = pathlib.Path(options.run) / 'evaluation'
+  out = folders.resolve(options.out or default, '--out')
+  folders.check_writable(out, '--out')
+  asked = _asked(options)
+  # All of them, before the first one is tested for minutes.
+  runs = [trained.load(run) for run in trained.folders_of(options.run)]
+  found = [evaluate(run, asked) for run in runs]
+  for run, one in zip(runs, found, strict=True):
+    measured.write(out / run.folder.name if runs[1:] else out, one)
+  if runs[1:]:
+    measured.write_together(out, found)
+  if said := _mixed([run.config for run in runs]):
     print(said, file=sys.stderr)
   print(measured.together(found) if found[1:] else measured.text(found[0]))
   print(f'written to {out}')
-  return 0
 
 
 def _mixed(configs: Sequence[ml_collections.ConfigDict]) -> str:
@@ -102,7 +101,7 @@ def _parser() -> Parser:
   return parser
 
 
-def _asked(options: Any) -> Asked:
+def _asked(options: argparse.Namespace) -> Asked:
   for name, least in (('draws', 0), ('depth_images', 1)):
     value = getattr(options, name)
     if value < least:

@@ -1,10 +1,11 @@
 """The command that writes a finished run's network for another library."""
 
+import argparse
 from collections.abc import Sequence
 import pathlib
 
 from resist_jax import folders
-from resist_jax.errors import ConfigError, Parser, refused
+from resist_jax.errors import Parser, exit_code
 from resist_jax.run import formats, trained
 
 
@@ -15,7 +16,7 @@ def main(args: Sequence[str] | None = None) -> int:
     args: The command line; that of this process if None.
 
   Returns:
-    The exit code: 0, or 2 if the input is bad.
+    The exit code, see `exit_code`.
   """
   parser = Parser(
     'python -m resist_jax.export',
@@ -29,13 +30,13 @@ def main(args: Sequence[str] | None = None) -> int:
     '--out', help='file or folder to write (default: in RUN/exported)'
   )
   options = parser.parse_args(args)
+  return exit_code(lambda: _export(options))
+
+
+def _export(options: argparse.Namespace) -> None:
   name = formats.FORMATS[options.to].name
   default = pathlib.Path(options.run) / 'exported' / name
-  try:
-    out = folders.resolve(options.out or default, '--out')
-    formats.check(options.to, out)  # Before the network is read.
-    formats.write(trained.network(options.run), options.to, out)
-  except (ConfigError, OSError) as error:
-    return refused(error)
+  out = folders.resolve(options.out or default, '--out')
+  formats.check(options.to, out)  # Before the network is read.
+  formats.write(trained.network(options.run), options.to, out)
   print(out)
-  return 0

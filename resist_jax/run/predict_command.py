@@ -1,10 +1,10 @@
 """The command that asks a finished run for the likeliest classes of files."""
 
+import argparse
 from collections.abc import Iterator, Sequence
 import contextlib
 import csv
 import io
-import os
 import pathlib
 import sys
 from typing import IO
@@ -12,7 +12,7 @@ from typing import IO
 import numpy as np
 
 from resist_jax import data, folders
-from resist_jax.errors import ConfigError, Parser, refused
+from resist_jax.errors import ConfigError, Parser, exit_code
 from resist_jax.run import trained
 from resist_jax.run.export import Predictor
 
@@ -27,7 +27,7 @@ def main(args: Sequence[str] | None = None) -> int:
     args: The command line; that of this process if None.
 
   Returns:
-    The exit code: 0, or 2 if the input is bad.
+    The exit code, see `exit_code`.
   """
   parser = Parser(
     'python -m resist_jax.predict',
@@ -42,26 +42,24 @@ def main(args: Sequence[str] | None = None) -> int:
   )
   parser.add_argument('--out', help='file to write (default: to print)')
   options = parser.parse_args(args)
-  try:
-    if options.out is not None:
-      _check_out(folders.resolve(options.out, '--out'))
-    model = trained.classifier(options.run)
-    paths = data.listed_files(options.files)
-    top = _top(options.top, len(model.class_names))
-    found = rows(model, paths, top)
-    first = next(found)  # The header follows when files can be read.
-    numbers = range(1, top + 1)
-    pairs = [(f'class_{i}', f'probability_{i}') for i in numbers]
-    with _opened(options.out) as file:
-      writer = csv.writer(file, lineterminator='\n')
-      writer.writerow(['file', *(name for pair in pairs for name in pair)])
-      writer.writerow(first)
-      writer.writerows(found)
-  except BrokenPipeError:  # As in `| head`.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-  except (ConfigError, OSError) as error:
-    return refused(error)
-  return 0
+  return exit_code(lambda: _predict(options))
+
+
+def _predict(options: argparse.Namespace) -> None:
+  if options.out is not None:
+    _check_out(folders.resolve(options.out, '--out'))
+  model = trained.classifier(options.run)
+  paths = data.listed_files(options.files)
+  top = _top(options.top, len(model.class_names))
+  found = rows(model, paths, top)
+  first = next(found)  # The header follows when files can be read.
+  numbers = range(1, top + 1)
+  pairs = [(f'class_{i}', f'probability_{i}') for i in numbers]
+  with _opened(options.out) as file:
+    writer = csv.writer(file, lineterminator='\n')
+    writer.writerow(['file', *(name for pair in pairs for name in pair)])
+    writer.writerow(first)
+    writer.writerows(found)
 
 
 def _top(asked: int | None, known: int) -> int:

@@ -20,6 +20,7 @@ from resist_jax.errors import (
   NonFiniteError,
   WorkdirLostError,
   one_line,
+  out_of_memory,
 )
 from resist_jax.run import places, processes, same_program, train
 from resist_jax.run.checkpoint import SaveError
@@ -68,22 +69,6 @@ def explain(error: BaseException, workdir: str) -> tuple[str, int]:
   return str(error), next((codes[k] for k in codes if isinstance(error, k)), 1)
 
 
-def out_of_memory(error: BaseException, remedy: str = _LESS_MEMORY) -> str:
-  """Returns what to do if the memory does not suffice.
-
-  Args:
-    error: Any error.
-    remedy: What to do; by default, what a run can.
-
-  Returns:
-    A line; empty if the error is another one.
-  """
-  told = isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error)
-  if not told:
-    return ''
-  return f'the memory does not suffice ({one_line(error)[:200]}): {remedy}'
-
-
 def main(options: Options) -> None:
   """Trains, and prints the table of the run; exits with a code on an error.
 
@@ -106,7 +91,7 @@ def main(options: Options) -> None:
     processes.fail('it was interrupted.', 128 + signal.SIGINT)
   except Exception as error:
     processes.explain_failure()
-    if line := out_of_memory(error):
+    if line := out_of_memory(error, _LESS_MEMORY):
       _fail(line, code=1)
     if not processes.are_several():
       raise

@@ -299,6 +299,15 @@ def test_a_class_may_be_called_train(tmp_path):
   assert load(tmp_path).class_names == ('plane', 'train')
 
 
+def test_no_class_is_lost_beside_one_that_is_called_train(tmp_path):
+  some(tmp_path / 'train', ('steam', 'diesel'))
+  some(tmp_path, ('bus', 'car'))
+  said = refusal(tmp_path)
+  assert f'{tmp_path}/bus beside it holds images: move all classes' in said
+  some(tmp_path / 'test', ('steam', 'diesel'))  # Then it is certainly a split.
+  assert load(tmp_path).class_names == ('diesel', 'steam')
+
+
 def test_another_folder_is_an_extra_test(tmp_path):
   some(tmp_path / 'own', count=5)
   some(tmp_path / 'of a friend', count=2, shape=(20, 31))

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 import tempfile
@@ -416,6 +417,27 @@ def test_a_file_that_may_not_be_read_is_not_taken_for_damaged(
   with pytest.raises(
     ValueError, match=r'Permission denied.*let this user read'
   ):
+    Checkpoints(tmp_path, make_mesh(4)).restore()
+  monkeypatch.undo()
+  assert Checkpoints(tmp_path, make_mesh(4)).restore().progress['round'] == 2
+
+
+@pytest.mark.parametrize('listed', [True, False])
+@pytest.mark.parametrize('number', [errno.ESTALE, errno.ENOTCONN, errno.EMFILE])
+def test_a_server_that_is_away_damages_nothing(
+  number, listed, tmp_path, monkeypatch
+):
+  """Else an older checkpoint replaces the newest, which is deleted."""
+  save(tmp_path, 1, 2)
+  if not listed:
+    (tmp_path / 'digests' / '2.json').unlink()
+
+  def away(*args):
+    raise OSError(number, os.strerror(number), str(tmp_path))
+
+  monkeypatch.setattr(manifest, '_sha256', away)
+  monkeypatch.setattr(checkpoint.storage, 'read_on_host', away)
+  with pytest.raises(OSError, match=os.strerror(number)):
     Checkpoints(tmp_path, make_mesh(4)).restore()
   monkeypatch.undo()
   assert Checkpoints(tmp_path, make_mesh(4)).restore().progress['round'] == 2

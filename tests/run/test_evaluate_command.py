@@ -220,6 +220,20 @@ def test_runs_of_several_seeds_have_a_mean_and_a_deviation(
   assert (tmp_path / 'evaluation' / 'depth_test.png').is_file()
 
 
+def test_where_one_of_several_runs_is_damaged_nothing_is_written(
+  finished, capsys, tmp_path
+):
+  folder, _ = finished
+  (tmp_path / 'seed0').symlink_to(folder)
+  shutil.copytree(folder, tmp_path / 'seed1')
+  (tmp_path / 'seed1' / 'config.json').write_text('{')
+  before = sorted(tmp_path.rglob('*'))
+  code, out, err = command(capsys, tmp_path)
+  assert (code, out) == (2, '')
+  assert str(tmp_path / 'seed1' / 'config.json') in err
+  assert sorted(tmp_path.rglob('*')) == before
+
+
 def test_a_mean_over_other_settings_than_seeds_is_told():
   one, other = tiny_config(seed=0), tiny_config(seed=1)
   assert evaluate_command._mixed([one, other]) == ''

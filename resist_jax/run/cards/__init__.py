@@ -7,6 +7,7 @@ this package are found by name, all others by path.
 
 import ast
 from collections.abc import Callable
+import contextlib
 import importlib.machinery
 import importlib.util
 import pathlib
@@ -64,11 +65,12 @@ def load(card: str) -> ml_collections.ConfigDict:
       f'The cards are {", ".join(names())}.'
     )
   try:
-    if name in names():
-      module = importlib.import_module(f'{__name__}.{name}')
-    else:
-      module = _import(path)
-    config = module.get_config(*([words] if colon else []))
+    with contextlib.chdir('.'):  # Relative paths keep their meaning.
+      if name in names():
+        module = importlib.import_module(f'{__name__}.{name}')
+      else:
+        module = _import(path)
+      config = module.get_config(*([words] if colon else []))
   except FOREIGN as error:  # A card is a program: it can raise anything.
     kind = '' if type(error) is ValueError else f'{type(error).__name__}: '
     text = ' '.join(f'{kind}{error}'.split())
@@ -78,6 +80,8 @@ def load(card: str) -> ml_collections.ConfigDict:
       f'--config={card} returns a {type(config).__name__}, not a ConfigDict: '
       'begin with resist_jax.run.config.get_config().'
     )
+  if isinstance(config, ml_collections.FrozenConfigDict):
+    return config.as_configdict()  # Flags set its fields.
   return config
 
 
