@@ -1,7 +1,11 @@
-"""What the processes of a run must have in common: settings, versions, code."""
+"""What the processes of a run must have in common: settings, versions, code.
+
+A run also notes in its file `code.json` what a person's own code was, because a
+loss or a schedule that changes between two starts changes what the run means.
+"""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -11,13 +15,16 @@ import re
 import sysconfig
 from typing import Any
 
+from absl import logging
 import jax
 from ml_collections import ConfigDict
 
 from resist_jax import folders
 from resist_jax.errors import FOREIGN
+from resist_jax.run import workdir
 from resist_jax.run.config import value_if_there
 
+CODE = 'code.json'
 # Options of JAX that change what a program computes, or whether it ends.
 _JAX_OPTIONS = (
   'jax_enable_x64', 'jax_default_matmul_precision', 'jax_default_prng_impl',
@@ -48,7 +55,7 @@ def describe(config: ConfigDict) -> dict[str, Any]:
     'versions': {name: importlib.metadata.version(name) for name in _PACKAGES},
     'kinds of device': _accelerators(),
     'code of resist_jax': _digest_of('resist_jax'),
-    **_own_code(config),
+    **{f'code of {n}': _digest_of(n) for n in _own_code(config).values()},
     'jax.config': {
       name: str(getattr(jax.config, name, None)) for name in _JAX_OPTIONS
     },
@@ -71,15 +78,43 @@ def _accelerators() -> dict[str, Any]:
   }
 
 
+def warn_of_changes(folder: pathlib.Path, config: ConfigDict) -> None:
+  """Warns that a person's own code is not that of the last start of a run.
+
+  Args:
+    folder: The workdir of a run that goes on.
+    config: Its config.
+  """
+  before = workdir.json_object(folder / CODE)
+  for field, digest in _digests(config).items():
+    if before.get(field, digest) != digest:
+      logging.warning(
+        'the code of %s, or what it imports, has changed since the run was '
+        'last started: the rounds that follow are trained by the new one',
+        field,
+      )
+
+
+def note(folder: pathlib.Path, config: ConfigDict) -> None:
+  """Notes what a person's own code is, see `warn_of_changes`."""
+  if digests := _digests(config):
+    workdir.write_json(folder / CODE, digests)
+
+
+def _digests(config: ConfigDict) -> Mapping[str, str]:
+  names = _own_code(config)
+  return {field: _digest_of(name) for field, name in names.items()}
+
+
 def _own_code(config: ConfigDict) -> dict[str, str]:
-  """Returns digests of the modules and files that a config names."""
-  names = [value_if_there(config, 'model.module')]
+  """Returns the modules and files that a config names, by its fields."""
+  names = {'model.module': value_if_there(config, 'model.module')}
   schedule = value_if_there(config, 'optimizer.schedule')
   if isinstance(schedule, str) and ':' in schedule:
-    names.append(schedule.rpartition(':')[0])
+    names['optimizer.schedule'] = schedule.rpartition(':')[0]
   return {
-    f'code of {name}': _digest_of(name)
-    for name in names
+    field: name
+    for field, name in names.items()
     if name and isinstance(name, str)
   }
 

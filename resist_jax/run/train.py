@@ -20,6 +20,7 @@ from resist_jax.run import (
   phases,
   processes,
   same_data,
+  same_program,
   speed,
   stopping,
 )
@@ -166,12 +167,14 @@ def _rounds(
         )
         log.check()
         if writes and restored:
+          same_program.warn_of_changes(folder, config)
           _record(folder, config, described, done)
         loop.run()
       except ConfigError:
         begun = restored or (loop and loop.progress.round)
         if writes and not begun:  # What is mended may begin here.
-          for name in (workdir_lib.DATA, 'config.json'):  # This one last.
+          names = (workdir_lib.DATA, same_program.CODE, 'config.json')
+          for name in names:  # The config last.
             (folder / name).unlink(missing_ok=True)
         raise
       except NonFiniteError as error:
@@ -190,9 +193,10 @@ def _record(
   described: dict[str, Any],
   done: int,
 ) -> None:
-  """Writes what a run trains, and on which data."""
+  """Writes what a run trains, on which data, and by which code."""
   workdir_lib.write_json(folder / 'config.json', config.to_dict())
   same_data.write(folder, described)
+  same_program.note(folder, config)
   if done < config.num_rounds:  # It would be that of another end.
     (folder / 'summary.json').unlink(missing_ok=True)
 

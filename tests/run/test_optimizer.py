@@ -1,14 +1,18 @@
 """SGD as in the paper's code, and a rate that spans the run."""
 
+import pathlib
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_train import least_config
 
 from resist_jax.errors import ConfigError
 from resist_jax.rounds.moments import take_apart
-from resist_jax.run import checks, optimizer
+from resist_jax.run import checks, optimizer, train
 from resist_jax.run import config as config_lib
 
 
@@ -155,6 +159,25 @@ def test_a_schedule_of_a_card_may_be_warmed_up(card):
   got = [float(rate(step)) for step in (0, 4, 51)]
   want = [0.04, 0.2 * 0.96**0.5, 0.4 * 0.49**0.5]
   np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_a_schedule_that_changes_between_two_starts_is_told(
+  tmp_path, card, caplog
+):
+  config = least_config(num_rounds=1)
+  config.optimizer.schedule = f'{card}:falling'
+  train.train(config, tmp_path / 'run')
+  (tmp_path / 'moved').mkdir()
+  card = shutil.move(card, tmp_path / 'moved')  # It holds the same there.
+  config.optimizer.schedule, config.num_rounds = f'{card}:falling', 2
+  train.train(config, tmp_path / 'run')
+  assert 'has changed' not in caplog.text
+  path = pathlib.Path(card)
+  path.write_text(f'{path.read_text()}# Another one.\n')
+  for rounds in (3, 4):  # It is told once.
+    config.num_rounds = rounds
+    train.train(config, tmp_path / 'run')
+    assert caplog.text.count('the code of optimizer.schedule') == 1
 
 
 def test_a_schedule_may_lie_in_a_module():
