@@ -181,6 +181,12 @@ def _check_steps(config) -> None:
       f'{config.local_steps}, {steps} steps in all; steps must be fewer than '
       '2**31: lower one.'
     )
+  warmup = config.optimizer.warmup_rounds * config.local_steps
+  if warmup >= 2**31:
+    raise ConfigError(
+      f'optimizer.warmup_rounds is {config.optimizer.warmup_rounds}, {warmup} '
+      'steps in all; they must be fewer than 2**31: lower it.'
+    )
   if config.log.report and config.num_rounds > MAX_ROWS:
     raise ConfigError(
       f'num_rounds is {config.num_rounds}, and a report shows at most '

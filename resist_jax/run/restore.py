@@ -46,9 +46,11 @@ def start(
         'the last round was one of %s; by num_rounds and phases it would be '
         'one of %s', name, by_config,
       )  # fmt: skip
-  phase = phases.make_phase(setup, name)
   factors = _scale_changes(setup, restored)
-  if not factors:
+  # Another protocol begins with a state that is handed out, also in a run that
+  # was not stopped between both.
+  if not factors and restored.progress['last'].get('protocol', name) == name:
+    phase = phases.make_phase(setup, name)
     try:
       state = phase.trainer.resume(stored)
     except ValueError as error:  # Such as the state of another optimiser.

@@ -132,6 +132,10 @@ def test_the_defaults_are_valid():
       {'optimizer.schedule': 'one_cycle', 'optimizer.warmup_rounds': 1},
       'a rise of its own: set optimizer.warmup_rounds to 0',
     ),
+    (
+      {'optimizer.warmup_rounds': 1_500_000_000},
+      'optimizer.warmup_rounds is 1500000000, .* fewer than 2..31: lower it',
+    ),
     ({'optimizer.momentum': 1.0}, 'momentum'),
     ({'optimizer.drops': ('half',)}, 'optimizer.drops is .*shares of the run'),
     ({'optimizer.weight_decay': -0.1}, 'weight_decay'),

@@ -85,6 +85,27 @@ def test_full_model_rounds_equal_a_plain_loop(tmp_path, protocol, full):
   )
 
 
+def test_a_stop_between_two_phases_changes_nothing(tmp_path):
+  """Norms of updates before a phase judge nobody in it, in either case."""
+  config = tiny_config(
+    **{**FIELDS, 'num_rounds': 3, 'protocol': 'local_sgd'},
+    **{'phases.protocol': 'data_parallel', 'optimizer.carry_momentum': True},
+    **{'optimizer.schedule': 'step', 'optimizer.drops': ()},  # Constant.
+  )
+  found = {}
+  for name, stops in (('whole', (3,)), ('stopped', (2, 3))):
+
+    def watch(row, state, name=name):
+      if row['round'] == 3:
+        found[name] = jax.tree.map(np.asarray, state)
+
+    for rounds in stops:
+      config.num_rounds = rounds
+      config.phases.full_after = int(rounds == 3)
+      train.train(config, tmp_path / name, callbacks=[watch])
+  jax.tree.map(np.testing.assert_array_equal, found['whole'], found['stopped'])
+
+
 def test_an_ended_run_names_no_phase_that_it_did_not_train(tmp_path, caplog):
   """Fewer rounds may end a run, but then its last ones were no full models."""
   config = tiny_config(**{**FIELDS, 'num_rounds': 1, 'phases.full_after': 0})

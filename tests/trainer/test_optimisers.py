@@ -1,7 +1,5 @@
 """What any optimiser of optax keeps goes from round to round as it should."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,7 +113,7 @@ def test_estimates_from_all_gradients_are_not_carried_apart():
   """Where gradients are averaged, all workers make the same estimate."""
   prodigy = optax.contrib.prodigy(1.0)
   trainer = make(prodigy, carry=True)
-  says = 'carry is set, but optimizer estimates a number from all gradients'
+  says = 'carry is set, but optimizer keeps a number that depends on all grad'
   with pytest.raises(ValueError, match=says):
     trainer.round(trainer.init(network()), batches(0, 4))
   run(make(prodigy), rounds=1)
@@ -125,11 +123,32 @@ def test_estimates_from_all_gradients_are_not_carried_apart():
   run(make(rate, carry=True), rounds=1)
 
 
+@pytest.mark.parametrize(
+  'optimizer',
+  [
+    optax.apply_if_finite(optax.adam(RATE), 5),
+    optax.MultiSteps(
+      optax.sgd(RATE), 2, should_skip_update_fn=optax.skip_not_finite
+    ).gradient_transformation(),
+  ],
+)
+def test_counts_of_skipped_steps_are_not_carried_apart(optimizer):
+  """A worker that skips a step would be behind the others for good."""
+  trainer = make(optimizer, carry=True)
+  with pytest.raises(ValueError, match='or a count of skipped steps'):
+    trainer.round(trainer.init(network()), batches(0, 4))
+  parallel = {'chains': (), 'average_gradients': True}
+  run(make(optimizer, carry=True, **parallel), rounds=1)
+
+
 def test_numbers_that_change_nothing_may_be_carried():
   """Nor may anything differ where there is one worker."""
-  skip = functools.partial(optax.skip_large_updates, max_squared_norm=1e9)
-  several = optax.MultiSteps(optax.sgd(RATE), 2, should_skip_update_fn=skip)
-  run(make(several.gradient_transformation(), carry=True), rounds=1)
+
+  def note_norm(updates, state, params=None):
+    return updates, optax.tree.norm(updates)
+
+  noting = optax.GradientTransformation(lambda params: jnp.zeros(()), note_norm)
+  run(make(optax.chain(noting, optax.sgd(RATE)), carry=True), rounds=1)
   alone = {'S': 1, 'devices': 1, 'carry': True}
   run(make(optax.contrib.prodigy(1.0), **alone), rounds=1)
 
