@@ -223,6 +223,7 @@ def run_all(platform: str, only: str, folder: pathlib.Path) -> None:
     folder: Where to write the parameters of each case, and a description.
   """
   seconds, errors = {}, {}
+  device = f'{len(jax.devices())} x {jax.devices()[0].device_kind}'
   for case in chosen(platform, only):
     jax.config.update('jax_enable_x64', case.dtype == 'float64')
     started = time.perf_counter()
@@ -235,7 +236,6 @@ def run_all(platform: str, only: str, folder: pathlib.Path) -> None:
       print(errors[case.name], file=sys.stderr)
     seconds[case.name] = time.perf_counter() - started
     print(f'{platform}: {case.name}: {seconds[case.name]:.1f} s', flush=True)
-    device = f'{len(jax.devices())} x {jax.devices()[0].device_kind}'
     record = {'device': device, 'seconds': seconds, 'errors': errors}
     (folder / f'{platform}.json').write_text(json.dumps(record))
 
@@ -267,12 +267,12 @@ def main() -> int:
   if not chosen('accelerator', args.only):
     names = '; '.join(case.name for case in CASES['accelerator'])
     parser.error(f'--only is {args.only!r}; no case has it: {names}.')
+  if not args.out and _platform() == 'cpu':
+    parser.error('JAX sees no accelerator here, so there is nothing to see.')
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     _run_platforms(folder, args.only, args.timeout)
     about = {p: _about(folder / f'{p}.json') for p in CASES}
-    if about['accelerator']['device'].endswith(' cpu') and not args.out:
-      parser.error('JAX sees no accelerator here, so there is nothing to see.')
     results = _compare(folder, args.only)
   for row in results:
     print(
@@ -306,6 +306,14 @@ def main() -> int:
   write_record(path, record)
   print('written to', path)
   return failed
+
+
+def _platform() -> str:
+  """Returns JAX's platform, from a process that frees its devices again."""
+  code = 'import jax; print(jax.devices()[0].platform)'
+  command = [sys.executable, '-c', code]
+  asked = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+  return asked.stdout.strip()
 
 
 def _run_platforms(folder: pathlib.Path, only: str, timeout: float) -> None:

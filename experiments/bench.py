@@ -33,6 +33,7 @@ import optax
 from experiments.runs import (
   RESULTS,
   command,
+  count,
   load,
   machine,
   parsed,
@@ -121,11 +122,11 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
   parser = Parser(description=__doc__.split('\n')[0])
   parser.add_argument('--network', choices=[*NETWORKS, 'both'], default='both')
-  parser.add_argument('--workers', type=int, default=4, help='S, the workers')
-  parser.add_argument('--batch_size', type=int, help='B, of a worker')
-  parser.add_argument('--local_steps', type=int, help='T, in a round')
+  parser.add_argument('--workers', type=count, default=4, help='S, the workers')
+  parser.add_argument('--batch_size', type=count, help='B, of a worker')
+  parser.add_argument('--local_steps', type=count, help='T, in a round')
   parser.add_argument(
-    '--repeats', type=int, default=7, help='timed calls of each function'
+    '--repeats', type=count, default=7, help='timed calls of each function'
   )
   parser.add_argument(
     '--dtype', default='float32', choices=['float32', 'bfloat16']
@@ -139,7 +140,7 @@ def _arguments() -> argparse.Namespace:
     '--only_step', action='store_true', help='measure no rounds'
   )
   parser.add_argument(
-    '--steps', type=int, default=1, help='steps of a timed call'
+    '--steps', type=count, default=1, help='steps of a timed call'
   )
   parser.add_argument(
     '--profile',

@@ -21,6 +21,7 @@ import jax
 from experiments.runs import (
   RESULTS,
   command,
+  count,
   load_card,
   machine,
   parsed,
@@ -101,9 +102,9 @@ def tables() -> Iterator[Table]:
 def main() -> int:
   """Runs the experiment."""
   parser = Parser(description=(__doc__ or '').split('\n')[0])
-  parser.add_argument('--turns', type=int, default=5, help='of each kind')
-  parser.add_argument('--rounds', type=int, default=3, help='in a turn')
-  parser.add_argument('--local_steps', type=int, help='of a round')
+  parser.add_argument('--turns', type=count, default=5, help='of each kind')
+  parser.add_argument('--rounds', type=count, default=3, help='in a turn')
+  parser.add_argument('--local_steps', type=count, help='of a round')
   options = parsed(parser)
   fields = dict(FIELDS)
   if options.local_steps:

@@ -409,23 +409,24 @@ def wire() -> list[Claim]:
 
 def slow_links() -> list[Claim]:
   """Judges whether ResIST exchanges faster on slow links."""
-  records = slow_report.load('paper_shares')
+  records, method = slow_report.load('paper_shares'), 'resist_hand_over'
   links = dict.fromkeys(link for link, _ in records if link != 'no limit')
   pairs = {
     link: (
-      slow_report.exchange_seconds(records, link, 'resist_hand_over'),
+      slow_report.exchange_seconds(records, link, method),
       slow_report.exchange_seconds(records, link, 'local_sgd'),
     )
     for link in links
+    if slow_report.beside(records, link, method)
   }
   text = 'On slow links, ResIST exchanges faster than local SGD.'
   return [smaller(text, pairs, 's', 'cpu', _SECONDS)]
 
 
 def every() -> Iterator[Claim]:
-  """Yields all claims at both scales, those without results included."""
+  """Yields all claims at all scales, those without results included."""
+  scales = {'digits': ['cpu'], 'ablation': ['paper', 'cpu', 'cpu90']}
   for name, judge in OF_EXPERIMENT.items():
-    for scale in ('paper', 'cpu'):
-      if name != 'digits' or scale == 'cpu':
-        yield from judge(Results(name, scale))
+    for scale in scales.get(name, ['paper', 'cpu']):
+      yield from judge(Results(name, scale))
   yield from (*slow_links(), *counts(), *wire())

@@ -81,6 +81,10 @@ class Results:
     home = cell.home if cell else ''
     return self._root / (home or self.name) / self.scale
 
+  def folders(self) -> list[pathlib.Path]:
+    """Returns the folders of all experiments at this scale."""
+    return sorted(self._root.glob(f'*/{self.scale}'))
+
   def target(self, cell: Cell, seed: int) -> pathlib.Path:
     """Returns the result file of a cell."""
     return self.folder(cell) / f'{cell.name}_seed{seed}.json'
@@ -385,18 +389,17 @@ def _refusal(
   if options.show:
     return ''
   shown = [*cells, *experiment.beside(options.scale)]
-  return _other_dtype(results, shown, options.dtype) or _other_config(
-    results, shown
-  )
+  return _other_dtype(results, options.dtype) or _other_config(results, shown)
 
 
-def _other_dtype(results: Results, cells: Sequence[Cell], dtype: str) -> str:
+def _other_dtype(results: Results, dtype: str) -> str:
   """Says which results would be compared with those of another dtype."""
-  # All that are in a folder: other experiments show them together.
-  for folder in {results.folder(cell) for cell in cells}:
+  # Those of all experiments: some show results of others together with theirs.
+  for folder in results.folders():
     for path in runs.paths_of_seeds(folder):
       config = runs.read(path).get('config', {})
-      found = config.get('model', {}).get('dtype', dtype)
+      model = config.get('model', {}) if isinstance(config, dict) else {}
+      found = model.get('dtype', dtype)
       if found != dtype:
         name = path.stem.rpartition('_seed')[0]
         return (

@@ -145,8 +145,8 @@ def _caption(records: Sequence[Record]) -> str:
     'ResIST multiplies its branches by 1 / S in tests, or, with the scale in '
     'training, by S in training. "MB sent" is what all workers send in the run '
     'when each has its own device. "Seconds" are predicted for '
-    f'{SETTING}, not measured: the machine simulated all workers, and '
-    f'had other work to do. {of_runs(records)}'
+    f'{SETTING}, not measured: one machine simulated all workers. '
+    f'{of_runs(records)}'
   )
 
 

@@ -179,6 +179,13 @@ def first_test(
   return next(tests, None)
 
 
+def count(text: str) -> int:
+  """Reads an option that counts something, of which there is at least one."""
+  if not re.fullmatch('0*[1-9][0-9]{0,8}', text):
+    raise argparse.ArgumentTypeError(f'{text!r} is no number of at least 1')
+  return int(text)
+
+
 def parsed(
   parser: argparse.ArgumentParser, free: Sequence[str] = ()
 ) -> argparse.Namespace:

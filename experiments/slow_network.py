@@ -213,8 +213,7 @@ def main() -> None:
     try:
       measured = measure(network, method, link, folder / 'run')
     except NotPossibleError as error:
-      print(f'skipped: {error}', file=sys.stderr)
-      continue
+      parser.error(str(error))
     finally:
       shutil.rmtree(folder, ignore_errors=True)
     record = {

@@ -11,7 +11,13 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments.namespaces import LINKS
-from experiments.runs import RESULTS, machine, read, show_results
+from experiments.runs import (
+  RESULTS,
+  conditions,
+  machine,
+  read,
+  show_results,
+)
 from experiments.slow_network import FOLDER, METHODS
 from experiments.table import Table
 from resist_jax.report import plots
@@ -58,10 +64,26 @@ def exchange_seconds(records: Records, link: str, method: str) -> float | None:
   record = records.get((link, method))
   if record is None:
     return None
-  base = records.get((link, 'local_sgd'))
-  if method == 'data_parallel' and base:
-    return record['seconds_round'] - base['seconds_local']
-  return record['seconds_exchange']
+  if method != 'data_parallel':
+    return record['seconds_exchange']
+  base = beside(records, link, method)
+  return record['seconds_round'] - base['seconds_local'] if base else None
+
+
+def beside(records: Records, link: str, method: str) -> Record | None:
+  """Returns local SGD on the link and the machine of a result.
+
+  Args:
+    records: See `load`.
+    link: Name of the link.
+    method: A key of `METHODS`.
+
+  Returns:
+    Its record; None without one, or where the machines differ.
+  """
+  both = [records.get((link, name)) for name in (method, 'local_sgd')]
+  wheres = {conditions(r['provenance']) if r else '' for r in both}
+  return both[1] if len(wheres) == 1 else None
 
 
 def tables(results: pathlib.Path = RESULTS) -> list[Table]:
@@ -85,10 +107,11 @@ def _exchange_table(records: Records) -> list[Table]:
     row = [NAMES[method]]
     for link in links:
       seconds = exchange_seconds(records, link, method)
-      base = exchange_seconds(records, link, 'local_sgd')
       row.append('' if seconds is None else f'{seconds:.2f}')
       if link != 'no limit':
-        row.append(f'{seconds / base:.2f}' if seconds and base else '')
+        base = beside(records, link, method)
+        ratio = seconds / base['seconds_exchange'] if seconds and base else None
+        row.append('' if ratio is None else f'{ratio:.2f}')
     counted = records.get(('no limit', method), {})
     if 'kernel_bytes' in counted:
       n = counted['rounds_counted']

@@ -34,6 +34,7 @@ from experiments.launch.local import free_port
 from experiments.runs import (
   RESULTS,
   command,
+  count,
   load,
   machine,
   parsed,
@@ -156,7 +157,7 @@ class Run:
     ]
     self.faults: list[Fault] = []
     self.logged: list[Logged] = []
-    self._starts, self._config = 0, 0.0
+    self._starts, self._config, self._read = 0, 0.0, 0
 
   def now(self) -> float:
     """Returns the seconds since the start."""
@@ -170,8 +171,9 @@ class Run:
       if changed != self._config:
         self._starts, self._config = self._starts + 1, changed
     newest = _newest_round(work / 'metrics.jsonl')
-    if newest and (not self.logged or self.logged[-1].round != newest):
+    if newest > self._read:  # A start may cut rounds off the log.
       self.logged.append(Logged(self.now(), newest, self._starts))
+    self._read = newest
 
   def end(self) -> None:
     """Kills what is left."""
@@ -335,7 +337,7 @@ def main() -> int:
   parser = Parser(description=(__doc__ or '').split('\n')[0])
   parser.add_argument('--seed', type=int, default=0, help='of the storm')
   parser.add_argument('--gap', type=float, default=40, help='mean seconds')
-  parser.add_argument('--rounds', type=int, default=110, help='of the run')
+  parser.add_argument('--rounds', type=count, default=110, help='of the run')
   parser.add_argument('--calm', action='store_true', help='without a storm')
   parser.add_argument(
     '--folder',

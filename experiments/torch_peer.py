@@ -23,6 +23,7 @@ from typing import Any
 from experiments.runs import (
   RESULTS,
   command,
+  count,
   load,
   machine,
   parsed,
@@ -121,11 +122,11 @@ def main() -> None:
   parser.add_argument(
     '--torch', required=True, help='a Python interpreter with PyTorch'
   )
-  parser.add_argument('--batch_size', type=int, default=16)
-  parser.add_argument('--workers', type=int, default=2, help='1: all blocks')
-  parser.add_argument('--runs', type=int, default=5)
-  parser.add_argument('--repeats', type=int, default=7, help='timed calls')
-  parser.add_argument('--steps', type=int, default=1, help='of a timed call')
+  parser.add_argument('--batch_size', type=count, default=16)
+  parser.add_argument('--workers', type=count, default=2, help='1: all blocks')
+  parser.add_argument('--runs', type=count, default=5)
+  parser.add_argument('--repeats', type=count, default=7, help='timed calls')
+  parser.add_argument('--steps', type=count, default=1, help='of a timed call')
   parser.add_argument(
     '--dtype', default='float32', choices=['float32', 'bfloat16']
   )
@@ -180,7 +181,10 @@ def _measure(args) -> None:
   }
   print(json.dumps(record, indent=2))
   kept = '_kept' if 'MALLOC_TRIM_THRESHOLD_' in os.environ else ''
-  path = args.out or FOLDER / f'peer_batch{args.batch_size}{kept}.json'
+  kind = record['provenance']['device'].split(' x ')[1].replace(' ', '_')
+  where = '' if kind == 'cpu' else f'{kind}_{args.dtype}_torch_'
+  name = f'{where}peer_batch{args.batch_size}{kept}.json'
+  path = args.out or FOLDER / name
   write_record(path, record)
 
 

@@ -69,19 +69,23 @@ def measure(flags: tuple[str, ...], cores: list[int]) -> dict[str, Any]:
   with tempfile.TemporaryDirectory() as folder:
     args = [*FLAGS, *flags, f'--workdir={folder}/run']
     started = []
-    for core, command in zip(cores, local.commands(2, args), strict=True):
-      quiet = subprocess.DEVNULL
-      # The first process says for both why a run fails.
-      process = subprocess.Popen(
-        command,
-        stdout=quiet,
-        stderr=quiet if started else None,
-        env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
-      )
-      os.sched_setaffinity(process.pid, {core})
-      started.append(process)
-    Throttle(started[1]).start()
-    codes = [process.wait() for process in started]
+    try:
+      for core, command in zip(cores, local.commands(2, args), strict=True):
+        quiet = subprocess.DEVNULL
+        # The first process says for both why a run fails.
+        process = subprocess.Popen(
+          command,
+          stdout=quiet,
+          stderr=quiet if started else None,
+          env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+        )
+        started.append(process)
+        os.sched_setaffinity(process.pid, {core})
+      Throttle(started[1]).start()
+      codes = [process.wait() for process in started]
+    finally:  # One that is suspended would wait for ever.
+      for process in started:
+        process.kill()
     if any(codes):
       sys.exit(f'error: the processes ended with {codes}.')
     run = pathlib.Path(folder) / 'run'
@@ -112,6 +116,7 @@ def main() -> None:
   parser = Parser(description=(__doc__ or '').split('\n')[0])
   parser.parse_args()
   check_results(parser)
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   cores = _cores()
   results: dict[str, list[dict[str, Any]]] = {name: [] for name in DEPTHS}
   for _ in range(REPEATS):

@@ -4,10 +4,12 @@ import pathlib
 import subprocess
 import sys
 
+from absl import flags
 import pytest
 
 from experiments import namespaces, slow_network, slow_report
 from experiments.namespaces import Link, NotPossibleError
+from resist_jax.run import checks, command
 
 SERVER = """
 import socket
@@ -124,17 +126,34 @@ def test_seconds_of_a_round_are_between_rows_that_say_the_same():
   assert slow_network._seconds_of_a_round(rows) == 1.0
 
 
-def test_every_method_has_a_name_and_valid_flags():
+def test_every_method_has_a_name_and_a_file():
   assert slow_report.NAMES.keys() == slow_network.METHODS.keys()
   names = [target.stem for *_, target in slow_network.settings()]
   assert len(set(names)) == len(names)
 
 
+@pytest.mark.parametrize('method', slow_network.METHODS)
+@pytest.mark.parametrize('network', slow_network.NETWORKS)
+def test_the_flags_of_a_run_are_valid(network, method):
+  parts = slow_network.NETWORKS[network], slow_network.METHODS[method]
+  words = [word for part in parts for word in part]
+  values = flags.FlagValues()
+  command.define(values)
+  words = ['p', '--workdir=run', slow_network.CARD, *words]
+  checks.validate(command.parse(words, values).config)
+
+
 def test_data_parallel_trains_as_long_as_local_sgd():
-  records = {
-    ('l', 'local_sgd'): {'seconds_local': 2.0, 'seconds_exchange': 1.0},
-    ('l', 'data_parallel'): {'seconds_round': 9.0, 'seconds_exchange': 0.1},
-  }
+  where = {'device': '1 x cpu', 'cores': 2, 'processor': 'A'}
+  where['versions'] = {'jax': '0.10.2'}
+  local, parallel = (
+    {'seconds_local': 2.0, 'seconds_exchange': 1.0, 'provenance': where},
+    {'seconds_round': 9.0, 'seconds_exchange': 0.1, 'provenance': where},
+  )
+  records = {('l', 'local_sgd'): local, ('l', 'data_parallel'): parallel}
   assert slow_report.exchange_seconds(records, 'l', 'data_parallel') == 7.0
+  assert slow_report.beside(records, 'l', 'data_parallel') == local
   assert slow_report.exchange_seconds(records, 'l', 'local_sgd') == 1.0
   assert slow_report.exchange_seconds(records, 'k', 'local_sgd') is None
+  parallel['provenance'] = {**where, 'processor': 'B'}
+  assert slow_report.exchange_seconds(records, 'l', 'data_parallel') is None
