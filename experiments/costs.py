@@ -119,6 +119,11 @@ class Plan:
         'the package can be planned: name a card without it.'
       )
     config.update({'protocol': 'resist', 'num_workers': 2, 'num_devices': 0})
+    if config.depths:
+      raise ConfigError(
+        f'depths is {config.depths}, but a plan gives all workers equally many '
+        'blocks: set it to ().'
+      )
     if config.devices_per_worker > 1:
       raise ConfigError(
         f'devices_per_worker is {config.devices_per_worker}, but a plan gives '

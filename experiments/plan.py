@@ -186,11 +186,9 @@ def _check(config: Any, workers: Sequence[int]) -> list[dict[str, Any]]:
   for S in workers:
     machine = None
     for name in NAMES:  # Local SGD comes first and calibrates the machine.
-      config = config.copy_and_resolve_references()
-      config.update({'protocol': name, 'num_workers': S, 'num_devices': S})
-      setup = prepare(config)
+      setup = prepare(_alone(config, name, S))
       task: Any = setup.task
-      plan = Plan(config, task.image_shape, task.dataset.num_classes)
+      plan = Plan(setup.config, task.image_shape, task.dataset.num_classes)
       phase, state = restore.start(setup, None)
       exchange = config.exchange if setup.chains else 'all_reduce'
       cost, batches = plan.cost(phase, exchange), setup.pipeline.batches(0)
@@ -216,6 +214,20 @@ def _check(config: Any, workers: Sequence[int]) -> list[dict[str, Any]]:
       }
       rows.append(row | {'predicted': predicted, 'measured': measured})
   return rows
+
+
+def _alone(config: Any, name: str, num_workers: int) -> Any:
+  """Returns a config whose rounds are all those of one protocol."""
+  made = config.copy_and_resolve_references()
+  made.update(
+    {'protocol': name, 'num_workers': num_workers, 'num_devices': num_workers}
+  )
+  made.phases.update({'full_before': 0, 'full_after': 0})
+  if name == 'data_parallel':  # What it has no use for is refused.
+    made.distillation.weight = 0.0
+    if made.wire_format == 'int8':
+      made.wire_format = 'float32'
+  return made
 
 
 def _measure(setup: Setup, phase: Phase, state: State, cost: Cost) -> Machine:

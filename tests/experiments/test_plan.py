@@ -353,6 +353,7 @@ def test_check_measures_what_it_predicts():
   config = digits.get_config('smoke')
   config.update({'batch_size': 8, 'partition': (2,)})
   config.model.update({'stage_sizes': (1, 3), 'widths': (8, 8)})
+  config.phases.full_before, config.wire_format = 1, 'int8'
   rows = plan_lib._check(config, [2])
   assert [row['protocol'] for row in rows] == list(plan_lib.NAMES)
   network = config_lib.build_model(config, 10)
