@@ -201,8 +201,9 @@ class StreamedImages(_Streamed):
       image = _resize(image, (width, height), box)
     elif image.size != (width, height):
       raise ConfigError(
-        f'image {number} of {self.records.name} has {image.height}x'
-        f'{image.width} pixels, not {height}x{width}: {self.records.remedy}.'
+        f'{self._called(number, record)} has {image.height}x{image.width} '
+        f'pixels, not {height}x{width}: mend or remove it, and '
+        f'{self.records.remedy}.'
       )
     pixels = np.asarray(image).reshape(self.image_shape)
     return pixels, np.int32(record['label'])
@@ -221,14 +222,17 @@ class StreamedImages(_Streamed):
         pixels = _eight_bits(image).convert(mode)
         return pixels if how is None else pixels.transpose(how)
     except Exception as error:  # Each format raises types of its own.
-      file = next(filter(None, map(record.get, _FILE_NAMES)), '')
-      if isinstance(file, bytes):
-        file = file.decode(errors='replace')
-      reason = one_line(error)
       raise ConfigError(
-        f'image {number} of {self.records.name}{file and f" ({file})"} cannot '
-        f'be decoded ({reason}): mend or remove it, and {self.records.remedy}.'
+        f'{self._called(number, record)} cannot be decoded ({one_line(error)}):'
+        f' mend or remove it, and {self.records.remedy}.'
       ) from error
+
+  def _called(self, number: int, record: dict[str, Any]) -> str:
+    """Returns which image it is, and its file where that is known."""
+    file = next(filter(None, map(record.get, _FILE_NAMES)), '')
+    if isinstance(file, bytes):
+      file = file.decode(errors='replace')
+    return f'image {number} of {self.records.name}{file and f" ({file})"}'
 
 
 def _resize(image: Image.Image, size: tuple[int, int], box: Box) -> Image.Image:

@@ -162,6 +162,21 @@ def test_a_photograph_that_was_taken_sideways_stands_upright(tmp_path):
     np.testing.assert_array_equal(image, upright)
 
 
+def test_an_image_that_turns_when_it_is_decoded_is_named(tmp_path):
+  """The header of a PNG does not tell what stands behind its pixels."""
+  some(tmp_path, shape=(8, 12, 3))
+  exif = Image.Exif()
+  exif[ExifTags.Base.Orientation] = 6
+  path = put(tmp_path / 'cat' / '0.png', pixels(8, 12, 3), exif=exif)
+  content = path.read_bytes()
+  start = content.index(b'eXIf') - 4
+  end = start + 12 + int.from_bytes(content[start : start + 4], 'big')
+  chunk, last = content[start:end], content[-12:]
+  path.write_bytes(content[:start] + content[end:-12] + chunk + last)
+  said = refusal(tmp_path)
+  assert f'({path}) has 12x8 pixels, not 8x12: mend or remove it' in said
+
+
 @pytest.mark.parametrize('kind', ['jpeg', 'png', 'webp'])
 def test_malformed_exif_turns_nothing(kind, tmp_path):
   some(tmp_path, count=10, shape=(8, 12, 3))
