@@ -1,7 +1,7 @@
 """Images in arrays: those of a file `*.npz`, or of the caller."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 import dataclasses
 import re
 from typing import Any
@@ -142,7 +142,8 @@ def names_of(class_names: Sequence[Any]) -> tuple[str, ...]:
   Raises:
     ValueError: If it is no list of texts, or if two classes have one name.
   """
-  if isinstance(class_names, str | Mapping | Set):
+  odd = isinstance(class_names, str | Mapping | Set)
+  if odd or not isinstance(class_names, Iterable):
     raise ValueError(
       f'class_names is {class_names!r}; it must be a list with a name for each '
       'class, in the order of the labels.'

@@ -302,7 +302,7 @@ def read_files(
   """Reads image files for a trained network.
 
   Args:
-    paths: The files.
+    paths: The files, named as for `listed_files`.
     image_shape: `(H, W, C)` of the images that it was trained on.
     resized: Whether these were cut at the centre and resized to that shape; an
       image of another shape is in any case.
@@ -314,6 +314,7 @@ def read_files(
     ConfigError: If a file is not there, or no image.
   """
   height, width, channels = image_shape
+  paths = [str(folders.resolve(p, 'a file', is_text=False)) for p in paths]
   files = Files(pathlib.Path(), paths, [0] * len(paths))
   parts = [Part('the disk', 0, len(paths))]
   records = Records('the files', Examples('', files, parts, _AGAIN), 1)

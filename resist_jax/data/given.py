@@ -112,6 +112,14 @@ def from_source(
       what to change.
   """
   check_reading(streaming, 1 if image_size is None else image_size)
+  for title, source in (('train', train), ('test', test)):
+    usable = all(hasattr(source, n) for n in ('__len__', '__getitem__'))
+    if source is not None and not usable:
+      raise ValueError(
+        f'{title} is a {type(source).__name__}; it must have a length and an '
+        'index, as a list does: give the data set itself, not what iterates '
+        'over it.'
+      )
   ours, theirs = (getattr(source, 'classes', None) for source in (train, test))
   both = isinstance(ours, list | tuple) and isinstance(theirs, list | tuple)
   if both and [*ours] != [*theirs]:
@@ -120,11 +128,11 @@ def from_source(
       'meanings: make both with the same classes.'
     )
   class_names = ours if class_names is None else class_names
-  if class_names is None or len(class_names) < 2:
+  names = () if class_names is None else names_of(class_names)
+  if len(names) < 2:
     raise ValueError(
       'class_names is missing: name each class, in the order of the labels.'
     )
-  names = names_of(class_names)
   splits = {'train': Pairs(train)}
   if test is not None:
     splits['test'] = Pairs(test)

@@ -53,8 +53,16 @@ def batch_indices(
     Indices of examples, `int32[S, T, B]`, `~n` for image n mirrored. No example
     repeats within a worker's epoch; examples at its end that do not fill a
     batch are skipped.
+
+  Raises:
+    ValueError: If the batch size is less than 1, or more than a worker can see.
   """
   visible = num_examples // num_workers if sharded else num_examples
+  if not 1 <= batch_size <= visible:
+    raise ValueError(
+      f'batch_size is {batch_size}, but a worker sees {visible} examples: give '
+      'a number from 1 to that.'
+    )
   per_epoch = visible // batch_size
   batches = np.empty((num_workers, local_steps, batch_size), np.int32)
   for worker in range(num_workers):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+from functools import partial
 import re
 from typing import Any
 
@@ -129,10 +130,10 @@ def _checked(key: str, examples: PyTree) -> Table:
       raise ValueError(f'{key} holds {leaf.dtype}: give it numbers.')
     if leaf.dtype.kind == 'f' and not np.isfinite(leaf).all():
       raise ValueError(f'{key} holds NaN or infinity: give it finite numbers.')
-  return Table(jax.tree.map(_narrow, arrays))
+  return Table(jax.tree.map(partial(_narrow, key), arrays))
 
 
-def _narrow(array: np.ndarray) -> np.ndarray:
+def _narrow(key: str, array: np.ndarray) -> np.ndarray:
   narrower = _NARROWER.get(array.dtype)
   if narrower is None:
     return array
@@ -144,8 +145,8 @@ def _narrow(array: np.ndarray) -> np.ndarray:
     fits = np.array_equal(found, array)
   if not fits:
     raise ValueError(
-      f'{array.dtype} holds a number that does not fit in the 32 bits with '
-      'which JAX computes: make it smaller.'
+      f'{key} holds a number of {array.dtype} that does not fit in the 32 bits '
+      'with which JAX computes: make it smaller.'
     )
   return found
 

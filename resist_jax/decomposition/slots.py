@@ -118,9 +118,14 @@ def blocks_owned(
   Returns:
     How many blocks each worker owns: L together, none more than its depth.
 
+  Raises:
+    ValueError: See `slots_per_worker`.
+
   >>> blocks_owned(22, 4), blocks_owned(22, 4, (16, 10, 5, 4))
   ((6, 6, 5, 5), (10, 6, 3, 3))
   """
+  least = 0 if len(depths) else None  # Without depths, some may own none.
+  slots_per_worker(num_blocks, num_workers, least, depths)  # Validates.
   parts = [*depths] or [1] * num_workers
   owned = [0] * num_workers
   for _ in range(num_blocks):
@@ -294,14 +299,15 @@ def take(chain: PyTree, slots_s: jax.Array) -> PyTree:
     Pytree of arrays `[K, ...]`, zeros in empty slots.
 
   Raises:
-    ValueError: If the arrays do not stack the same number of blocks.
+    ValueError: If the arrays do not stack the same number of blocks, or if
+      slots are no whole numbers.
 
   >>> chain = {'w': jnp.array([1.0, 2.0, 3.0])}
   >>> take(chain, jnp.array([0, 2, 3]))['w'].tolist()
   [1.0, 3.0, 0.0]
   """
   _check_stacked(chain)
-  slots_s = jnp.asarray(slots_s)
+  slots_s = _whole(slots_s, 'slots_s')
   return jax.tree.map(
     lambda x: jnp.take(x, slots_s, axis=0, mode='fill', fill_value=0), chain
   )
@@ -329,6 +335,7 @@ def aggregate(chains: PyTree, slots: jax.Array, chain: PyTree) -> PyTree:
   """
   if not jax.tree.leaves(chain):  # An optimiser may keep nothing of a chain.
     return chain
+  slots = _whole(slots, 'slots')
   _check_stacked(chain)
   _check_held(chains, slots, chain)
   num_blocks = jax.tree.leaves(chain)[0].shape[0]
@@ -354,6 +361,16 @@ def aggregate(chains: PyTree, slots: jax.Array, chain: PyTree) -> PyTree:
     return jnp.where(count > 0, mean.astype(old.dtype), old)
 
   return jax.tree.map(mean, chains, chain)
+
+
+def _whole(slots: Any, name: str) -> jax.Array:
+  slots = jnp.asarray(slots)
+  if not jnp.issubdtype(slots.dtype, jnp.integer):
+    raise ValueError(
+      f'{name} is {slots.dtype}{list(slots.shape)}; it must hold numbers of '
+      'blocks: take jnp.flatnonzero of a mask.'
+    )
+  return slots
 
 
 def _check_stacked(chain: PyTree) -> None:

@@ -59,7 +59,7 @@ def wire_format(name: str) -> Format:
   Raises:
     ValueError: If there is no such format.
   """
-  if name not in FORMATS:
+  if not isinstance(name, str) or name not in FORMATS:
     raise ValueError(
       f'wire_format is {name!r}; use one of {", ".join(FORMATS)}.'
     )

@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from resist_jax import folders
-from resist_jax.errors import Parser, exit_code, printable
+from resist_jax.errors import ConfigError, Parser, exit_code, printable
 from resist_jax.report import curves, plots, shell, tables, units
 from resist_jax.report.groups import Group, grouped
 from resist_jax.report.records import (
@@ -209,6 +209,8 @@ def write_report(
   """
   out = folders.resolve(out_dir, '--out', is_text=False)
   runs = load_runs(run_dirs)
+  if not runs:
+    raise ConfigError('run_dirs is empty: name the workdir of a run.')
   folders.check_writable(out, '--out')
   rows = {run.label: run.rows for run in runs}
   rated = any('test_accuracy' in row for run in runs for row in run.rows)

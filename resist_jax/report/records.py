@@ -249,10 +249,10 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
   Raises:
     ConfigError: If a line is damaged; see `each_row`.
   """
-  return list(each_row(Path(path)))
+  return list(each_row(path))
 
 
-def each_row(path: Path) -> Iterator[dict[str, Any]]:
+def each_row(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
   """Reads the rows of a `metrics.jsonl` one after another.
 
   Args:
@@ -266,6 +266,7 @@ def each_row(path: Path) -> Iterator[dict[str, Any]]:
     ConfigError: If another line is damaged, or not that of a run; names the
       file and the line.
   """
+  path = folders.resolve(path, 'the log', is_text=False)
   if not path.exists():
     return
   chains: set[str] = set()

@@ -82,7 +82,8 @@ def metric_names(
       _explain_key(error, params, chain)
       raise
     names.extend(returned_metrics(found))
-    return jax.tree.map(jnp.asarray, found)
+    loss, metrics = found
+    return loss, {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
 
   params = join(shared, chain)
   with blocks_in_bounds() if chain else contextlib.nullcontext():
@@ -192,11 +193,19 @@ def returned_metrics(found: Any) -> tuple[str, ...]:
         f'the metric {name!r} that loss_fn returns is {kind_of(value)}; it '
         'must be a scalar: take its mean.'
       )
+    if not _is_kind(jnp.result_type(value), *_REAL):
+      raise ValueError(
+        f'the metric {name!r} that loss_fn returns is {kind_of(value)}; it '
+        'must be a real number, such as an absolute value.'
+      )
     if name in TAKEN:
       raise ValueError(
         f'loss_fn returns a metric {name!r}, a name that rounds use: rename it.'
       )
   return tuple(metrics)
+
+
+_REAL = jnp.floating, jnp.integer, jnp.bool_
 
 
 def _is_scalar(value: Any) -> bool:
@@ -254,6 +263,7 @@ def chain_lengths(
         f'params{where} has the shape {leaf.shape}, and so no numbers: leave '
         'it out.'
       )
+  _check_names(params)
   lengths: dict[str, Any] = {}
   for name in chains:
     blocks = _chain_at(params, name)
@@ -270,6 +280,22 @@ def chain_lengths(
       )
     (lengths[name],) = set(sizes.values())
   return lengths
+
+
+def _check_names(params: PyTree) -> None:
+  """Refuses leaves that would have one name in files."""
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+  for separator in './':  # orbax joins keys by dots, and we by slashes.
+    known: dict[str, Any] = {}
+    for path in paths:
+      name = jax.tree_util.keystr(path, simple=True, separator=separator)
+      other = known.setdefault(name, path)
+      if other != path:
+        one, two = map(jax.tree_util.keystr, (other, path))
+        raise ValueError(
+          f'params{one} and params{two} are both called {name} in saved files: '
+          'rename one.'
+        )
 
 
 def _chain_at(params: Mapping[str, PyTree], name: str) -> PyTree:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 PyTree = Any
 
@@ -30,6 +31,16 @@ def shapes_by_name(tree: PyTree, axes: int = 0) -> dict[str, tuple[int, ...]]:
   """
   shapes = [tuple(x.shape[axes:]) for x in jax.tree.leaves(tree)]
   return dict(zip(names_of_leaves(tree), shapes, strict=True))
+
+
+def dtypes_by_name(tree: PyTree) -> dict[str, str]:
+  """Returns the dtype that JAX gives each leaf, by its path.
+
+  Args:
+    tree: Pytree of arrays, or of shapes.
+  """
+  dtypes = [str(jnp.result_type(x.dtype)) for x in jax.tree.leaves(tree)]
+  return dict(zip(names_of_leaves(tree), dtypes, strict=True))
 
 
 def first_difference(

@@ -23,6 +23,7 @@ from resist_jax.rounds.arrays import first_copy, from_here
 from resist_jax.rounds.mesh import SHARDED
 from resist_jax.rounds.moments import Parts
 from resist_jax.rounds.nodes import (
+  dtypes_by_name,
   first_difference,
   shapes_by_name,
   with_nodes_of,
@@ -253,7 +254,8 @@ def difference(params: PyTree, state: State) -> tuple[str, Any, Any] | None:
 
   Returns:
     The name of a leaf, its shape in `params`, and that in the files, None where
-    it is missing; None if there is no difference.
+    it is missing, or its dtypes, where these differ; None if there is no
+    difference.
   """
   try:
     shared, chain = split(params, state.num_blocks)
@@ -264,9 +266,13 @@ def difference(params: PyTree, state: State) -> tuple[str, Any, Any] | None:
     for chain_name, slots in state.chain.items()
     for name, shape in shapes_by_name({chain_name: slots}, 2).items()
   }
-  return first_difference(
+  shapes = first_difference(
     {**shapes_by_name(shared), **shapes_by_name(chain)},
     {**shapes_by_name(state.shared), **held},
+  )
+  return shapes or first_difference(
+    {**dtypes_by_name(shared), **dtypes_by_name(chain)},
+    {**dtypes_by_name(state.shared), **dtypes_by_name(state.chain)},
   )
 
 

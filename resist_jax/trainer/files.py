@@ -123,8 +123,8 @@ def _in_their_nodes(
     if differ:
       name, ours, theirs = differ
       raise ValueError(
-        f'params has {name!r} with the shape {ours}, but in the files it is '
-        f'{theirs}: give the parameters of that training.'
+        f'params has {name!r} as {ours}, but in the files it is {theirs}: give '
+        'the parameters of that training.'
       )
     return storage.in_form_of(params, stored)
   described = stored.record.get('nodes', 0)  # Older versions saved none.

@@ -277,6 +277,47 @@ def check_usable(state: Any) -> None:
       )
 
 
+def check_given(params: Any) -> None:
+  """Refuses parameters without numbers.
+
+  Args:
+    params: What a person gave.
+
+  Raises:
+    ValueError: If a leaf is only a shape, or if its numbers are gone.
+  """
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    where = jax.tree_util.keystr(path)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      raise ValueError(
+        f'params{where} is only a shape, as jax.eval_shape returns it: give '
+        'arrays.'
+      )
+    if isinstance(leaf, jax.Array) and leaf.is_deleted():
+      raise ValueError(
+        f'params{where} was donated to a function, which consumed it: give '
+        'what it returned, or a copy made before.'
+      )
+
+
+def check_context(mesh: jax.sharding.Mesh) -> None:
+  """Refuses to compute under the mesh of somebody else.
+
+  Args:
+    mesh: That of the workers.
+
+  Raises:
+    ValueError: If `jax.set_mesh` has set another one.
+  """
+  here = jax.sharding.get_abstract_mesh()
+  if not here.empty and here != mesh.abstract_mesh:
+    raise ValueError(
+      f'jax.set_mesh has set the mesh {dict(here.shape)}, and the workers '
+      f'have {dict(mesh.shape)}: leave that context, or give that mesh to the '
+      'Trainer.'
+    )
+
+
 def check_is_state(state: Any) -> None:
   """Refuses what is no state.
 

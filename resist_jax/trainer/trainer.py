@@ -246,6 +246,7 @@ class Trainer:
     Raises:
       ValueError: See `protocol`.
     """
+    mistakes.check_given(whole.params)
     protocol = self.protocol(whole.params)
     whole = states.with_carried(whole, self.optimizer, protocol)
     assignments = protocol.assign(self.seed, round_index)
@@ -649,6 +650,7 @@ def _lengths(trainer: Trainer, state: State) -> tuple[tuple[str, int], ...]:
 def _check_state(trainer: Trainer, state: State) -> None:
   """Refuses the state of another trainer."""
   mistakes.check_is_state(state)
+  mistakes.check_context(trainer.devices)
   mistakes.check_settings(trainer, state)
   mistakes.check_width(join(state.shared, state.chain), trainer.exchange)
   protocol, wanted = trainer._division(_lengths(trainer, state))

@@ -330,3 +330,16 @@ def test_a_fourth_channel_is_neither_dropped_nor_made_up(tmp_path):
   three, four = str(tmp_path / '3.npz'), str(tmp_path / '4.npz')
   with pytest.raises(ConfigError, match=r'shape .8, 8, 4., but those of'):
     data.load(three, streaming='always', extra_tests=(four,))
+
+
+@pytest.mark.parametrize(
+  ('source', 'fields', 'says'),
+  [
+    (iter([]), {}, 'train is a list_iterator; it must have a length'),
+    ([], {'class_names': 5}, 'class_names is 5; it must be a list'),
+    ([], {'class_names': ['one']}, 'class_names is missing'),
+  ],
+)
+def test_what_is_no_source_is_refused(source, fields, says):
+  with pytest.raises(ValueError, match=says):
+    data.from_source(source, **{'class_names': ['a', 'b'], **fields})

@@ -359,3 +359,23 @@ def test_aggregate_reads_negative_slots_as_take_does():
 
 def test_aggregate_of_nothing_is_nothing():
   assert decomposition.aggregate({}, jnp.array([[0, 1]]), {}) == {}
+
+
+def test_slots_are_numbers_of_blocks():
+  chain = {'w': jnp.arange(3.0)}
+  mask = jnp.array([True, False, True])
+  with pytest.raises(ValueError, match=r'slots_s is bool\[3\].*flatnonzero'):
+    decomposition.take(chain, mask)
+  found = decomposition.take(chain, jnp.flatnonzero(mask))
+  assert found['w'].tolist() == [0, 2]
+  with pytest.raises(ValueError, match=r'slots is float32\[1, 1\]'):
+    decomposition.aggregate({'w': jnp.ones((1, 1))}, jnp.ones((1, 1)), chain)
+  found = decomposition.aggregate({'w': jnp.ones((1, 1))}, [[2]], chain)
+  assert found['w'].tolist() == [0, 1, 1]
+
+
+def test_impossible_owners_are_refused():
+  for args in ((22, 4, (16, 10)), (3, 0)):
+    with pytest.raises(ValueError, match=r'depths|num_workers'):
+      decomposition.blocks_owned(*args)
+  assert decomposition.blocks_owned(2, 3) == (1, 1, 0)

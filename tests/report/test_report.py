@@ -551,3 +551,14 @@ def test_runs_are_given_in_a_list_and_rows_by_any_path(tmp_path):
   (loaded,) = report.load_runs([run])
   read = report.read_rows(str(run / 'metrics.jsonl'))
   assert [row['round'] for row in read] == [row['round'] for row in loaded.rows]
+
+
+def test_paths_of_rows_may_begin_at_home(tmp_path, monkeypatch):
+  make_run(tmp_path / 'run')
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert report.read_rows('~/run/metrics.jsonl')
+
+
+def test_a_report_of_no_run_is_refused(tmp_path):
+  with pytest.raises(ConfigError, match='run_dirs is empty'):
+    report.write_report([], tmp_path)

@@ -142,7 +142,7 @@ def test_parameters_of_any_nodes_go_on_to_the_same_bits(tmp_path):
     trainer.restore(tmp_path / 'saved')
   shapes = jax.eval_shape(lambda: params)
   fewer = {**shapes, 'out': {0: shapes['out'][0]}}
-  with pytest.raises(ValueError, match=r"params has 'out/1' with .* None"):
+  with pytest.raises(ValueError, match=r"params has 'out/1' as None"):
     trainer.restore(tmp_path / 'saved', fewer)
   restored = trainer.restore(tmp_path / 'saved', shapes)
   end = assert_ends_alike(trainer, given, state, restored)
@@ -453,3 +453,79 @@ def test_bytes_of_two_moments_are_those_of_the_programs(exchange, wire_format):
   sizes = resist.accounting.measure_moments(state.carried, state)
   predicted, read = predicted_and_read(trainer, state, moments=sizes)
   assert predicted == read > 0
+
+
+@pytest.mark.parametrize(
+  'out', [{'a.b': 1, 'a': {'b': 2}}, {'a/b': 1, 'a': {'b': 2}}]
+)
+def test_two_parameters_with_one_name_in_files_are_refused(out):
+  """Else one of them comes back as the other."""
+  out = jax.tree.map(lambda n: n * np.ones(2, np.float32), out)
+  with pytest.raises(ValueError, match=r'both called more.a[./]b in saved'):
+    make().init(network() | {'more': out})
+
+
+def test_parameters_of_another_dtype_are_not_restored(tmp_path):
+  trainer = make()
+  wide = network()
+  narrow = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), wide)
+  trainer.save(tmp_path, trainer.init(narrow))
+  says = r"'inner/blocks/b' as float32, but in the files it is bfloat16"
+  with pytest.raises(ValueError, match=says):
+    trainer.restore(tmp_path, wide)
+  restored = trainer.restore(tmp_path, narrow)
+  assert restored.shared['out'].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+  ('value', 'says'),
+  [
+    (5_000_000_000, ''),
+    (np.complex64(1j), "metric 'tokens' .* must be a real number"),
+    (jax.random.key(0), "metric 'tokens' .* must be a real number"),
+  ],
+)
+def test_a_metric_is_any_real_number(value, says):
+  def counting(*args):
+    loss, _ = unrolled(*args)
+    return loss, {'tokens': value}
+
+  params = {
+    'blocks': np.ones((4, WIDTH, WIDTH), np.float32),
+    'out': np.ones((WIDTH, WIDTH), np.float32),
+  }
+  batch = np.ones((2, 1, 4, 5, WIDTH), np.float32)
+  trainer = resist.Trainer(
+    counting,
+    optax.sgd(0.1),
+    num_workers=2,
+    local_steps=1,
+    chains=('blocks',),
+    mesh=resist.make_mesh(1),
+  )
+  state = trainer.init(params)
+  if says:
+    with pytest.raises(ValueError, match=says):
+      trainer.round(state, batch)
+    return
+  _, metrics = trainer.round(state, batch)
+  np.testing.assert_allclose(metrics['tokens'], value)
+
+
+def test_parameters_without_numbers_are_refused():
+  with pytest.raises(ValueError, match=r"\['out'\] is only a shape"):
+    make().init({**network(), 'out': jax.ShapeDtypeStruct((3,), jnp.float32)})
+  gone = jnp.ones(3)
+  gone.delete()
+  with pytest.raises(ValueError, match=r"\['out'\] was donated"):
+    make().init({**network(), 'out': gone})
+
+
+def test_another_mesh_around_a_round_is_named():
+  trainer = make()
+  state = trainer.init(network())
+  with jax.set_mesh(jax.make_mesh((2,), ('mine',))):
+    says = r"jax\.set_mesh has set the mesh \{'mine': 2\}"
+    with pytest.raises(ValueError, match=says):
+      trainer.round(state, batches(0, 4))
+  trainer.round(state, batches(0, 4))

@@ -626,7 +626,7 @@ def test_a_state_of_another_depth_is_refused(tmp_path):
   trainer.save(tmp_path, trainer.init(params))
   twice = jax.tree.map(lambda x: np.concatenate([x, x]), params['inner'])
   deeper = {**params, 'inner': twice}
-  with pytest.raises(ValueError, match=rf'with the shape \({2 * L}, '):
+  with pytest.raises(ValueError, match=rf'as \({2 * L}, '):
     trainer.restore(tmp_path, deeper)
 
 
