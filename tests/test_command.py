@@ -107,7 +107,7 @@ def test_the_last_of_two_flags_of_a_tuple_counts(name, first, last):
 @pytest.mark.parametrize(
   ('word', 'says'),
   [
-    ('model=PreActResNet18', r'model is a section: .* --config\.model\.'),
+    ('model=PreActResNet18', r'model is a section, .* --config\.model\.'),
     ('data=./photos', r'data is a section'),
     ('data.name.x=1', r'unknown config field data\.name\.x'),
     ('model.options.none=5', r'options\.none is None in the card'),

@@ -234,8 +234,8 @@ def _make_settable(
     if isinstance(value, ml_collections.ConfigDict) and text[:1] != '{':
       first = next(iter(value), 'NAME')
       raise ConfigError(
-        f'--config.{name} is a section: set a field of it, such as '
-        f'--config.{name}.{first}.'
+        f'--config.{name} is a section, and {text!r} is not a dictionary of '
+        f'its fields: set a field, such as --config.{name}.{first}.'
       )
     if value is None:
       raise ConfigError(
