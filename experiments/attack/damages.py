@@ -316,6 +316,7 @@ def make_source(folder: pathlib.Path) -> None:
   rounds = f'--config.num_rounds={KILLED_AT - 1}'
   begun = started.Started(started.alone(folder, rounds), output).end()
   assert begun.code == 0, begun.err
+  summary = (folder / 'summary.json').read_text()
   # Rounds without end, so that the kill comes in one of them.
   command = started.alone(folder, '--config.num_rounds=1000')
   process = started.Started(command, output)
@@ -325,6 +326,8 @@ def make_source(folder: pathlib.Path) -> None:
   while not _unfinished(folder):
     assert process.process.poll() is None, process.end()
   process.kill()
+  # A run that goes on removes it, but it is to be damaged, too.
+  workdir.replace_text(folder / 'summary.json', summary)
   workdir.mark(folder)
   trainer = library.trainer()
   state = trainer.init(library.parameters())
