@@ -19,7 +19,7 @@ from experiments.experiment import (
   seconds,
   spread,
 )
-from experiments.runs import conditions, load
+from experiments.runs import conditions, load, machine
 from experiments.table import Table
 
 WORKERS = 4
@@ -110,20 +110,24 @@ def _costs() -> list[Table]:
       + [_sent(protocol, exchange, wire_format)]
       + ['' if waited is None else f'{waited:.2f} s', results.percent(run)]
     )
-  summary = links[link, 'data_parallel']['summary']
+  waited_for = links[link, 'data_parallel']
+  summary = waited_for['summary']
   millions, steps = summary['params_total'] / 1e6, summary['local_steps']
   values = table2.INITIAL[initial].replace(', ', ', with ', 1)
+  dtypes = sorted({r['config']['model']['dtype'] for r in on_gpu})
+  computed = f' in {" and ".join(dtypes)}' if dtypes else ''
   caption = (
     'Four workers. *CIFAR-100* is the test accuracy in %, and *training* the '
-    "seconds of training. Both are of the paper's network and settings in "
-    f'bfloat16{values}; all workers take turns on one device. '
+    "seconds of training. Both are of the paper's network and settings"
+    f'{computed}{values}; all workers take turns on one device. '
     f'{of_runs(on_gpu)}{_timed_on(on_gpu, where)} '
     '*Sent in a round* is what all workers together '
     "send in 50 steps of the paper's ResNet101, read from the compiled "
     'programs. *Exchange* is the time that the exchanges of a round take on '
     f'links of {link} between four processes, for {millions:.1f} million '
     'parameters; data parallel training exchanges in each of '
-    f'{steps} steps. *Digits* is the accuracy on handwritten digits. '
+    f'{steps} steps. Measured on {machine(waited_for["provenance"])}. '
+    '*Digits* is the accuracy on handwritten digits. '
     f'{of_runs(on_digits)}'
   )
   head = ['', 'CIFAR-100', 'training', 'sent in a round']

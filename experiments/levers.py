@@ -81,11 +81,6 @@ def _finish(config: ConfigDict) -> Mapping[str, Any]:
   return {'phases.full_after': max(1, config.num_rounds * 15 // 100)}
 
 
-def _other_init(config: ConfigDict) -> Mapping[str, Any]:
-  # At the scale smoke they are He's already.
-  return {'model.init': 'he' if config.model.init == 'torch' else 'torch'}
-
-
 def _growing(config: ConfigDict) -> Mapping[str, Any]:
   """Rounds are twice as long from half of the largest rate on."""
   return {'local_steps_alpha': config.lr / 2 * (2 * config.local_steps) ** 0.5}
@@ -162,7 +157,7 @@ LEVERS = {
   'gates_zero': Lever(
     'gates that begin at zero', _set(model__gates=True, model__gate_start=0.0)
   ),
-  'init': Lever('initial values of He et al.', _other_init),
+  'init': Lever('initial values of He et al.', _set(model__init='he')),
   'average': Lever('average, decay 0.8', _set(average__decay=0.8)),
   'growing': Lever('rounds grow as the rate falls', _growing),
   'half': Lever('half the steps in a round', _times(0.5)),
@@ -188,7 +183,8 @@ def cell(lever: str, protocol: str, workers: int, scale: str) -> Cell:
   Returns:
     The cell.
   """
-  base = {'protocol': protocol, **(SHORT if scale == 'cpu90' else {})}
+  short = SHORT if scale == 'cpu90' else {}
+  base = {'protocol': protocol, 'model.init': 'torch', **short}
   argument = f's{workers}'
   config = Cell('', 'cifar10', argument, base).config(scale)
   fields = {**base, **LEVERS[lever].fields(config)}
