@@ -29,6 +29,7 @@ from resist_jax.data.sets import (
   STREAMING,
   Dataset,
   Split,
+  content,
   load,
   load_test,
 )
@@ -54,6 +55,7 @@ __all__ = [
   'augment',
   'batch_indices',
   'choose',
+  'content',
   'from_arrays',
   'from_source',
   'from_tables',

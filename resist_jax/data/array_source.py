@@ -10,7 +10,7 @@ import zipfile
 import numpy as np
 
 from resist_jax import folders
-from resist_jax.data.prepared import Prepared, opener, used
+from resist_jax.data.prepared import Prepared, may_be_back, opener, used
 from resist_jax.data.streaming import MODES
 from resist_jax.errors import ConfigError, one_line
 
@@ -143,21 +143,31 @@ def names_of(class_names: Sequence[Any]) -> tuple[str, ...]:
     ValueError: If it is no list of texts, or if two classes have one name.
   """
   odd = isinstance(class_names, str | Mapping | Set)
+  odd |= isinstance(class_names, np.ndarray) and class_names.ndim != 1
   if odd or not isinstance(class_names, Iterable):
+    given = ' '.join(repr(class_names).split())  # Arrays have several lines.
     raise ValueError(
-      f'class_names is {class_names!r}; it must be a list with a name for each '
-      'class, in the order of the labels.'
+      f'class_names is {given}; it must be a list with a name for each class, in '
+      'the order of the labels.'
     )
-  names = tuple(
-    name.decode() if isinstance(name, bytes) else str(name)
-    for name in class_names
-  )
+  names = tuple(map(_text, class_names))
   twice = [name for name, count in Counter(names).items() if count > 1]
   if twice:
     raise ValueError(
       f'class_names hold {twice[0]!r} twice: give each class a name of its own.'
     )
   return names
+
+
+def _text(name: Any) -> str:
+  if isinstance(name, bytes):
+    return name.decode()
+  if isinstance(name, list | tuple | np.ndarray) and np.ndim(name):
+    raise ValueError(
+      f'class_names hold {name!r} as one name: give a flat list, with a name '
+      'for each class.'
+    )
+  return str(name)
 
 
 def find(
@@ -180,12 +190,24 @@ def find(
     ConfigError: If there is no such file, or its arrays are others.
   """
   path = folders.resolve(name, 'a data set')
-  if not path.is_file():
+  try:
+    there = path.is_file()
+    # NumPy would take anything else for a pickle.
+    whole = there and zipfile.is_zipfile(path)
+    if there and not whole:
+      path.open('rb').close()  # `is_zipfile` hides that it cannot be read.
+  except OSError as error:
+    if may_be_back(error):
+      raise
+    raise ConfigError(
+      f'{path} cannot be read ({error.strerror}): let this user read it.'
+    ) from error
+  if not there:
     raise ConfigError(
       f'the data set is {name!r}, but there is no such file: name a file that '
       'numpy.savez wrote, or a folder of images.'
     )
-  if not zipfile.is_zipfile(path):  # NumPy would take it for a pickle.
+  if not whole:
     raise ConfigError(
       f'{path} is not an npz file, or is truncated: write it again with '
       'numpy.savez.'

@@ -4,11 +4,11 @@ TFDS has a reader of such folders, but it needs TensorFlow, knows three endings,
 and takes every other file for an image of none.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import hashlib
-from itertools import islice
+import itertools
 import os
 import pathlib
 import re
@@ -45,6 +45,7 @@ _LITTER = (
   '$recycle.bin', 'system volume information',
 )  # fmt: skip
 # The data of a run whose rounds have begun must stay as they were.
+_OTHER = 'mend it, remove it, or name another'
 _AGAIN = 'run the same command again, in another workdir if it had begun'
 
 
@@ -56,11 +57,13 @@ class Files:
     root: The folder that they lie in.
     paths: Their paths below it.
     labels: Their labels; -1 for none.
+    entered: Each folder that holds them, by where it really is.
   """
 
   root: pathlib.Path
   paths: Sequence[str]
   labels: Sequence[int]
+  entered: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
 
   def __len__(self) -> int:
     return len(self.paths)
@@ -103,20 +106,25 @@ def find(
       in it is no image.
   """
   root = folders.resolve(name, 'a data set')
-  if not root.is_dir():
+  try:
+    there = root.is_dir()
+  except OSError as error:
+    _refuse(error)
+  if not there:
     raise ConfigError(
       f'the data set is {name!r}, but there is no such folder: name one of '
       'images, a file *.npz, or a set of the TFDS catalog.'
     )
   places = _splits(root)
   names = tuple(class_names) or _classes(name, places['train'])
-  read = used(places, wanted)
+  read = _read(places, wanted)
   splits = {
     split: _files(name, split, place, names, split in read)
     for split, place in places.items()
   }
   # Images without labels are neither trained on nor tested.
   labelled = [s for s in read if max(splits[s].labels, default=0) >= 0] or read
+  _check_apart({split: splits[split] for split in labelled}, *wanted)
   forms = [form for split in labelled for form in _headers(splits[split])]
   return Prepared(
     name,
@@ -129,12 +137,60 @@ def find(
   )
 
 
+def _read(
+  places: Mapping[str, pathlib.Path], wanted: Sequence[str]
+) -> list[str]:
+  """Returns the splits that are read: `validation` only for want of a test."""
+  read = used(places, wanted)
+  asked = ''.join(wanted)
+  if 'test' in read and any(map(any, map(_below, _folders_in(places['test'])))):
+    return [s for s in read if s != 'validation' or s in asked]
+  return read
+
+
+def _check_apart(
+  splits: Mapping[str, Files], train: str = '', test: str = ''
+) -> None:
+  """Refuses a folder that is trained on under one name, and tested on as well.
+
+  Args:
+    splits: What is read.
+    train: What is asked for to train on; empty for `train`.
+    test: The same to test on.
+  """
+  trained = [split for split in splits if split in (train or 'train')]
+  others = [split for split in splits if split not in trained]
+  tested = [split for split in others if split in test] if test else others[:1]
+  for one, other in itertools.product(trained, tested):
+    _check_once(splits[one].entered, splits[other].entered)
+
+
+def _check_once(
+  ours: Mapping[str, pathlib.Path], theirs: Mapping[str, pathlib.Path]
+) -> None:
+  """Refuses a folder that links make two of, with other labels or uses."""
+  for place in sorted(ours.keys() & theirs.keys()):
+    raise ConfigError(
+      f'{ours[place]} and {theirs[place]} are one folder, {place}: remove the '
+      'link that makes two of it.'
+    )
+
+
 def _folders_in(place: pathlib.Path) -> list[pathlib.Path]:
   """Returns the folders in a folder, sorted by name, without hidden ones."""
   try:
-    return sorted(path for path in place.iterdir() if _shown(path, True))
+    inside = sorted(place.iterdir())
+    found = [path for path in inside if _shown(path, True)]
+    lost = [path for path in inside if path.is_symlink() and not path.exists()]
   except OSError as error:
     _refuse(error)
+  for path in lost:
+    if _shown(path, False):
+      raise ConfigError(
+        f'{path} is a link to {os.readlink(path)}, which is not there: bring '
+        'that back, or remove the link.'
+      )
+  return found
 
 
 def _shown(path: pathlib.Path, folder: bool) -> bool:
@@ -180,7 +236,9 @@ def _splits(root: pathlib.Path) -> dict[str, pathlib.Path]:
 def _check_beside(train: pathlib.Path, inside: Iterable[pathlib.Path]) -> None:
   """Refuses a class that is called as the split, and would be the only one."""
   for path in inside:
-    if path == train or not any(map(_is_image, islice(_below(path), 8))):
+    if path == train or not any(
+      map(_is_image, itertools.islice(_below(path), 8))
+    ):
       continue
     raise ConfigError(
       f'{train} holds folders, so it is the split of that name, but {path} '
@@ -226,12 +284,17 @@ def _files(
     for path in inside
     if used and path.name not in labels and any(_below(path))
   ]
-  found = {
-    str(path.relative_to(place)): labels[label.name]
-    for label in inside
-    if label.name in labels
-    for path in _below(label)
-  }
+  found: dict[str, int] = {}
+  entered: dict[str, pathlib.Path] = {}
+  for label in inside:
+    if label.name not in labels:
+      continue
+    here: dict[str, pathlib.Path] = {}
+    for path in _below(label, here):
+      found[str(path.relative_to(place))] = labels[label.name]
+    if used:
+      _check_once(entered, here)
+    entered |= here
   if unknown:
     raise ConfigError(
       f'the data set is {name!r}, whose split {split} has the class '
@@ -239,9 +302,10 @@ def _files(
       f'{place / unknown[0]}, or remove it.'
     )
   if not inside:  # As competitions give out their tests.
-    found = {str(path.relative_to(place)): -1 for path in _below(place)}
+    files = _below(place, entered)
+    found = {str(path.relative_to(place)): -1 for path in files}
   paths = sorted(found, key=_shuffled)
-  return Files(place, paths, [found[path] for path in paths])
+  return Files(place, paths, [found[path] for path in paths], entered)
 
 
 def _shuffled(path: str) -> bytes:
@@ -253,25 +317,38 @@ def _shuffled(path: str) -> bytes:
 
 
 def _below(
-  place: pathlib.Path, above: frozenset[str] = frozenset()
+  place: pathlib.Path, entered: dict[str, pathlib.Path] | None = None
 ) -> Iterator[pathlib.Path]:
   """Yields the files in a folder and in those below it, but hidden ones.
 
   Args:
-    place: The folder. Links to folders are followed, but not in a circle.
-    above: Where the folders above it really are.
+    place: The folder. A link to a folder is followed, unless it leads upwards
+      or to a folder that was entered before.
+    entered: Takes up each folder, by where it really is; None if nobody asks.
   """
-  above |= {os.path.realpath(place)}
+  above = {os.path.realpath(parent) for parent in place.absolute().parents}
+  return _walk(place, above, {} if entered is None else entered)
+
+
+def _walk(
+  place: pathlib.Path, above: set[str], entered: dict[str, pathlib.Path]
+) -> Iterator[pathlib.Path]:
+  real = os.path.realpath(place)
+  if real in above or real in entered:
+    return
+  entered[real] = place
+  above = above.union(map(str, pathlib.Path(real).parents))
   try:
     inside = [*place.iterdir()] if place.is_dir() else []
     files = [path for path in inside if _shown(path, False)]
     below = [path for path in inside if _shown(path, True)]
+    # By the same name on every machine: a link comes after what it leads to.
+    below.sort(key=lambda path: (path.is_symlink(), path))
   except OSError as error:
     _refuse(error)
   yield from files
   for path in below:
-    if os.path.realpath(path) not in above:
-      yield from _below(path, above)
+    yield from _walk(path, above, entered)
 
 
 def listed_files(paths: Sequence[str]) -> list[str]:
@@ -289,7 +366,10 @@ def listed_files(paths: Sequence[str]) -> list[str]:
   found = []
   for path in paths:
     place = folders.resolve(path, 'a file', is_text=False)
-    inside = sorted(_below(place)) if place.is_dir() else [place]
+    try:
+      inside = sorted(_below(place)) if place.is_dir() else [place]
+    except OSError as error:
+      _refuse(error)
     if not inside:
       raise ConfigError(f'{place} holds no file: name images, or their folder.')
     found += map(str, inside)
@@ -302,7 +382,7 @@ def read_files(
   """Reads image files for a trained network.
 
   Args:
-    paths: The files, named as for `listed_files`.
+    paths: The files, as `listed_files` returns them.
     image_shape: `(H, W, C)` of the images that it was trained on.
     resized: Whether these were cut at the centre and resized to that shape; an
       image of another shape is in any case.
@@ -314,10 +394,9 @@ def read_files(
     ConfigError: If a file is not there, or no image.
   """
   height, width, channels = image_shape
-  paths = [str(folders.resolve(p, 'a file', is_text=False)) for p in paths]
   files = Files(pathlib.Path(), paths, [0] * len(paths))
   parts = [Part('the disk', 0, len(paths))]
-  records = Records('the files', Examples('', files, parts, _AGAIN), 1)
+  records = Records('the files', Examples('', files, parts, _OTHER), 1)
   numbers = np.arange(len(paths), dtype=np.int32)
   images = np.zeros((len(paths), *image_shape), np.uint8)
   for i, path in enumerate(paths):
@@ -361,6 +440,5 @@ def _header(path: pathlib.Path) -> headers.Header:
     if may_be_back(error):
       raise
     raise ConfigError(
-      f'{path} is no image that can be read ({one_line(error)}): mend it, '
-      'remove it, or name another.'
+      f'{path} is no image that can be read ({one_line(error)}): {_OTHER}.'
     ) from error

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import errno
 import hashlib
+import itertools
 import types
 from typing import Any, NamedTuple, Protocol, TypeGuard
 
@@ -42,6 +43,14 @@ class Part(NamedTuple):
   file: str
   first: int
   count: int
+
+  def meets(self, other: 'Part') -> bool:
+    """Returns whether both hold an example."""
+    return (
+      self.file == other.file
+      and self.first < other.first + other.count
+      and other.first < self.first + self.count
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,13 +143,13 @@ class Examples:
 
   def overlap(self, other: 'Examples') -> bool:
     """Returns whether two splits share an example."""
-    return any(
-      ours.file == theirs.file
-      and ours.first < theirs.first + theirs.count
-      and theirs.first < ours.first + ours.count
-      for ours in self.parts
-      for theirs in other.parts
-    )
+    pairs = itertools.product(self.parts, other.parts)
+    return any(one.meets(another) for one, another in pairs)
+
+  def repeats(self) -> bool:
+    """Returns whether an example is in it twice, as in `train+train`."""
+    pairs = itertools.combinations(self.parts, 2)
+    return any(one.meets(another) for one, another in pairs)
 
 
 @dataclasses.dataclass(frozen=True)

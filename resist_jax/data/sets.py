@@ -11,13 +11,18 @@ import math
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
+from absl import logging
 import numpy as np
 
 from resist_jax.data import sources
 from resist_jax.data.array_source import Arrays
 from resist_jax.data.held_out import hold_out, random_parts
 from resist_jax.data.order import sample
-from resist_jax.data.prepared import Examples, Prepared, opener
+from resist_jax.data.prepared import (
+  Examples,
+  Prepared,
+  opener,
+)
 from resist_jax.data.streaming import Records, StreamedImages, StreamedLabels
 from resist_jax.errors import ConfigError, is_whole
 
@@ -271,6 +276,11 @@ def assemble(
     ConfigError: If something in it does not fit.
   """
   train, test = splits
+  if (test is None or validation) and train.repeats():
+    raise ConfigError(
+      f'{train.name} holds images twice, and some of them are held out for a '
+      'test: name parts that do not overlap in data.train_split.'
+    )
   form = _form(source, len(train) + len(test or ()), reading)
   streamed = _streams(source.name, form, reading)
   trained = _split(train, source, form, streamed)
@@ -300,8 +310,45 @@ def assemble(
   for split in (trained, *tests.values()):
     if not len(split):
       raise ConfigError(f'data set {source.name!r} has an empty split.')
+  _warn_of_untrained(source, trained)
   mean, std = _moments(_sample(trained.images, form))
   return Dataset(source.kind, trained, tests, source.class_names, mean, std)
+
+
+def _warn_of_untrained(source: Prepared, trained: Split) -> None:
+  """Says which classes have no training image, if labels are at hand."""
+  labels = trained.labels
+  if isinstance(labels, StreamedLabels):
+    found = [labels.records.known_label(n) for n in labels.numbers.tolist()]
+    labels = np.array(found)
+    if labels.min() < 0:
+      return
+  names = source.class_names
+  without = [n for i, n in enumerate(names) if i not in {*np.unique(labels)}]
+  if without:
+    logging.warning(
+      '%s has no image to train on of %d of its %d classes, such as %r',
+      source.name, len(without), len(names), without[0],
+    )  # fmt: skip
+
+
+def content(name: str, data_dir: str, splits: tuple[str, str]) -> str:
+  """Returns a digest of the images that a run would train on.
+
+  Args:
+    name: A person's own files; see `load`.
+    data_dir: See `load`.
+    splits: What it would train and test on; see `load`.
+
+  Returns:
+    See `Examples.digest`; empty for a set of a catalog.
+
+  Raises:
+    ConfigError: If there is no such set, or no such split.
+  """
+  source = sources.find(name, data_dir, wanted=splits)
+  train, _ = source.train_and_test(*splits)
+  return train.digest() if source.fitted else ''
 
 
 def load_test(

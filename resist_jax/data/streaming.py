@@ -90,10 +90,14 @@ class Records:
 
   def label(self, number: int) -> int:
     """Returns the label of an example, which is read once at most."""
+    if self.known_label(number) < 0:
+      self[number]
+    return int(self._labels[number])
+
+  def known_label(self, number: int) -> int:
+    """Returns the label of an example without reading it; -1 if it must be."""
     if self._labels[number] < 0:
       self._labels[number] = known_label(self._source, number)
-    if self._labels[number] < 0:
-      self[number]
     return int(self._labels[number])
 
 

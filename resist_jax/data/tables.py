@@ -12,11 +12,7 @@ import numpy as np
 PyTree = Any
 
 # JAX computes with 32 bits unless it is told otherwise.
-_NARROWER = {
-  np.dtype('int64'): np.int32,
-  np.dtype('uint64'): np.uint32,
-  np.dtype('float64'): np.float32,
-}
+_NARROWER = {'i': np.int32, 'u': np.uint32, 'f': np.float32}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -134,9 +130,10 @@ def _checked(key: str, examples: PyTree) -> Table:
 
 
 def _narrow(key: str, array: np.ndarray) -> np.ndarray:
-  narrower = _NARROWER.get(array.dtype)
-  if narrower is None:
-    return array
+  native = array.dtype.newbyteorder('=')  # JAX has no other.
+  if array.dtype.itemsize <= 4:
+    return array.astype(native, copy=False)
+  narrower = _NARROWER[array.dtype.kind]
   with np.errstate(over='ignore'):
     found = array.astype(narrower)
   if array.dtype.kind == 'f':

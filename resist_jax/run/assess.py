@@ -191,7 +191,7 @@ def _dataset(
       model.resized,
       config.data.dir,
     )
-    if same_data.is_training_set(run, test):  # It lies elsewhere now.
+    if same_data.is_training_set(run, asked.data):  # It lies elsewhere now.
       config.data.name, config.data.extra_tests = asked.data, ()
     else:
       tests[data.test_key(asked.data)] = test

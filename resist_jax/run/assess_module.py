@@ -150,7 +150,7 @@ def _on_images(
     about = export.about_images(dataset)
   shape, classes = tuple(about['image_shape']), tuple(about['class_names'])
   test = data.load_test(name, classes, shape, about['resized'], config.data.dir)
-  if same_data.is_training_set(run, test):  # It lies elsewhere now.
+  if same_data.is_training_set(run, name):  # It lies elsewhere now.
     config.data.name, config.data.extra_tests = name, ()
     return _made_as_trained(run, config)
   moments = (np.array(about[key], np.float32) for key in ('mean', 'std'))

@@ -9,6 +9,7 @@ stored: their pixels depend on the decoder.
 """
 
 from collections.abc import Mapping
+import os
 import pathlib
 from typing import Any
 
@@ -145,18 +146,22 @@ def changes(run: Trained, dataset: Dataset) -> dict[str, str]:
   return _differences(run.folder, describe(dataset, run.config.data.name))
 
 
-def is_training_set(run: Trained, split: data.Split) -> bool:
-  """Returns whether a run took its training and its test from one set.
+def is_training_set(run: Trained, name: str) -> bool:
+  """Returns whether a set is what a run trained on, which lies elsewhere now.
 
   Args:
     run: The run.
-    split: All images of a set of a person's own files, which the run may have
-      found elsewhere.
+    name: Name of the set; see `data.load`.
   """
-  recorded = _recorded(run.folder)
-  parts = (recorded.get(f'split {name}', {}) for name in ('train', 'test'))
-  known = {part.get('content') for part in parts}
-  return bool(split.content) and known == {split.content}
+  config = run.config.data
+  known = _recorded(run.folder).get('split train', {}).get('content')
+  if not (known and data.is_own(name)):
+    return False
+  splits = config.train_split, config.test_split
+  try:
+    return data.content(name, config.dir, splits) == known
+  except ConfigError:  # It has no such splits.
+    return False
 
 
 def told(differ: Mapping[str, str]) -> str:
@@ -184,7 +189,13 @@ def write(folder: pathlib.Path, found: dict[str, Any]) -> None:
 
 
 def _recorded(folder: pathlib.Path) -> dict[str, Any]:
-  found = workdir_lib.json_object(folder / workdir_lib.DATA)
+  path = folder / workdir_lib.DATA
+  if path.exists() and not os.access(path, os.R_OK):
+    raise ConfigError(
+      f'{path} cannot be read, so the data cannot be compared with those that '
+      'the run began with: let this user read it.'
+    )
+  found = workdir_lib.json_object(path)
 
   def kind(name: str) -> type:
     if name.startswith('split '):

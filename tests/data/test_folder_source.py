@@ -455,6 +455,102 @@ def test_links_to_folders_are_followed_but_not_in_a_circle(tmp_path):
   assert np.bincount(labels).tolist() == [7, 4, 3]
 
 
+@pytest.mark.parametrize('up', ['..', '../..', '../../..'])
+def test_a_link_upwards_brings_no_image_of_another_class(up, tmp_path):
+  for split in ('train', 'test'):
+    some(tmp_path / split)
+  (tmp_path / 'train/cat/up').symlink_to(up)
+  # The folder that a link leads to has folders above it, too.
+  some(tmp_path / 'far', ('owl', 'fox'))
+  (tmp_path / 'train/dog/far').symlink_to(tmp_path / 'far/owl')
+  (tmp_path / 'far/owl/up').symlink_to('..')
+  assert np.bincount(load(tmp_path).train.labels).tolist() == [4, 8]
+
+
+def test_a_folder_counts_once_under_two_names(tmp_path):
+  some(tmp_path, ('cat/2024', 'dog'))
+  (tmp_path / 'cat/latest').symlink_to('2024')
+  dataset = load(tmp_path)
+  found = contents(dataset.train) + contents(dataset.tests['test'])
+  assert len(found) == len(set(found)) == 8
+
+
+@pytest.mark.parametrize(
+  ('link', 'to'),
+  [
+    ('train/cow', 'dog'),
+    ('train/cow/more', '../dog'),
+    ('test', 'train'),
+    ('test/dog', '../train/dog'),
+    ('test/cat/more', '../../train/cat'),
+  ],
+)
+def test_links_share_no_folder_between_classes_or_splits(link, to, tmp_path):
+  some(tmp_path / 'train')
+  (tmp_path / link).parent.mkdir(parents=True, exist_ok=True)
+  (tmp_path / link).symlink_to(to)
+  assert 'are one folder' in refusal(tmp_path)
+
+
+def test_a_test_may_be_called_validation_as_well(tmp_path):
+  for split in ('train', 'validation'):
+    some(tmp_path / split)
+  (tmp_path / 'test').symlink_to('validation')
+  assert len(load(tmp_path).tests['test']) == 8
+
+
+@pytest.mark.parametrize('link', ['test', 'train/cow'])
+def test_a_link_that_leads_nowhere_is_named(link, tmp_path):
+  some(tmp_path / 'train')
+  (tmp_path / link).symlink_to('/not/mounted')
+  assert f'{tmp_path / link} is a link to /not/mounted' in refusal(tmp_path)
+
+
+def test_what_is_held_out_is_in_no_other_part(tmp_path):
+  some(tmp_path)
+  assert 'do not overlap' in refusal(tmp_path, train_split='train+train')
+  halves = load(tmp_path, train_split='train[:60%]+train[60%:]')
+  assert len(halves.train) + len(halves.tests['test']) == 8
+  said = refusal(
+    tmp_path, train_split='train[:60%]+train[40%:]', test_split='train[60%:]'
+  )
+  assert 'share images' in said
+
+
+@pytest.mark.parametrize('streaming', ['always', 'never'])
+def test_a_class_without_an_image_to_train_on_is_named(
+  streaming, tmp_path, caplog
+):
+  some(tmp_path / 'train')
+  some(tmp_path / 'test')
+  (tmp_path / 'train/owl').mkdir()
+  (tmp_path / 'train/owl/notes').mkdir()
+  load(tmp_path, streaming=streaming)
+  assert not caplog.records  # A folder without files is no class.
+  put(tmp_path / 'train/owl/0.png', pixels(8, 8, 3))
+  load(tmp_path, streaming=streaming, train_split='train[:1]')
+  assert "of 2 of its 3 classes, such as '" in caplog.text
+
+
+def test_an_unused_validation_may_have_other_classes(tmp_path):
+  for split in ('train', 'test'):
+    some(tmp_path / split)
+  some(tmp_path / 'val', ('owl',))
+  assert len(load(tmp_path).tests['test']) == 8
+  said = refusal(tmp_path, test_split='validation')
+  assert "the class 'owl', which the training set does not have" in said
+
+
+def test_files_are_read_by_the_names_that_they_have(tmp_path, monkeypatch):
+  monkeypatch.setenv('NAME', 'alice')
+  monkeypatch.chdir(tmp_path)
+  theirs = put(tmp_path / '$NAME/0.png', pixels(8, 8, 3))
+  put(tmp_path / 'alice/0.png', pixels(8, 8, 3))
+  put(tmp_path / '~t.png', pixels(8, 8, 3))
+  first, *_ = data.read_files(data.listed_files(['.']), (8, 8, 3), False)
+  assert np.array_equal(first, np.asarray(Image.open(theirs)))
+
+
 def test_a_split_that_nobody_asked_for_changes_nothing(tmp_path):
   for split in ('train', 'test'):
     some(tmp_path / split)

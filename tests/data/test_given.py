@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 from PIL import ExifTags, Image
 import pytest
@@ -44,6 +45,9 @@ def test_other_arrays_are_refused_by_name():
     ({'class_names': dict(enumerate(NAMES))}, 'in the order of the labels'),
     ({'class_names': set(NAMES)}, 'in the order of the labels'),
     ({'class_names': ['a', 'b', 'a']}, "class_names hold 'a' twice"),
+    ({'class_names': [['a'], ['b']]}, 'as one name: give a flat list'),
+    ({'class_names': np.array([['a'], ['b']])}, 'it must be a list with a'),
+    ({'class_names': np.array('a')}, 'it must be a list with a'),
   ):  # fmt: skip
     with pytest.raises(ValueError, match=says) as caught:
       data.from_arrays(images(6), labels(6), **fields)
@@ -301,6 +305,15 @@ def test_a_test_of_tables_has_a_name_that_files_can_have(name):
 
 
 # Fourth channels.
+
+
+@pytest.mark.parametrize('dtype', ['>f4', '>f8', '>i4', '>i8', 'longdouble'])
+def test_tables_have_numbers_that_jax_takes(dtype):
+  table = {'x': np.arange(6, dtype=dtype)}
+  kind = np.dtype(dtype).kind
+  made = data.from_tables(table, {'test': table}).train.take(np.arange(6))
+  assert jax.device_put(made['x']).dtype == f'{kind}4'
+  assert made['x'].tolist() == list(range(6))
 
 
 def test_a_fourth_channel_of_arrays_is_kept():
