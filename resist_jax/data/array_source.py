@@ -147,8 +147,8 @@ def names_of(class_names: Sequence[Any]) -> tuple[str, ...]:
   if odd or not isinstance(class_names, Iterable):
     given = ' '.join(repr(class_names).split())  # Arrays have several lines.
     raise ValueError(
-      f'class_names is {given}; it must be a list with a name for each class, in '
-      'the order of the labels.'
+      f'class_names is {given}; it must be a list with a name for each '
+      'class, in the order of the labels.'
     )
   names = tuple(map(_text, class_names))
   twice = [name for name, count in Counter(names).items() if count > 1]
