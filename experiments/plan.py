@@ -223,8 +223,11 @@ def _alone(config: Any, name: str, num_workers: int) -> Any:
     {'protocol': name, 'num_workers': num_workers, 'num_devices': num_workers}
   )
   made.phases.update({'full_before': 0, 'full_after': 0})
-  if name == 'data_parallel':  # What it has no use for is refused.
-    made.distillation.weight = 0.0
+  if name != 'resist':  # What a protocol has no use for is refused.
+    made.shared_every = 0
+  if name == 'data_parallel':
+    made.distillation.weight = made.faults.loss_factor = 0.0
+    made.local_steps_alpha = 0.0
     if made.wire_format == 'int8':
       made.wire_format = 'float32'
   return made

@@ -111,6 +111,8 @@ def test_the_last_of_two_flags_of_a_tuple_counts(name, first, last):
     ('data=./photos', r'data is a section'),
     ('data.name.x=1', r'unknown config field data\.name\.x'),
     ('model.options.none=5', r'options\.none is None in the card'),
+    ('model.options.none', r'options\.none is None in the card'),
+    ('model', r'model is a section'),
     ('model.options.a.b=5', r'unknown config field model\.options\.a\.b'),
   ],
 )
@@ -125,12 +127,16 @@ def own_card(tmp_path):
   card = tmp_path / 'card.py'
   card.write_text(
     'import os\n'
-    'from ml_collections import FrozenConfigDict\n'
+    'from ml_collections import FieldReference, FrozenConfigDict\n'
+    'from ml_collections.config_dict import placeholder\n'
     'from resist_jax.run import fields\n'
     'def get_config(frozen=""):\n'
     '  config = fields.get_config()\n'
     '  config.model.module = "own"\n'
     '  config.model.options = {"none": None, "sizes": [1, 2], "a": 3}\n'
+    '  config.model.options.number = placeholder(int)\n'
+    '  config.model.options.any = FieldReference([1], field_type=object)\n'
+    '  config.depths = [8, 6, 4, 4]\n'
     '  os.chdir(os.path.dirname(__file__))\n'
     '  return FrozenConfigDict(config) if frozen else config\n'
   )
@@ -141,6 +147,41 @@ def test_an_option_that_is_a_list_can_be_set(own_card):
   words = ('--config.model.options.sizes=3', '--config.model.options.sizes=4,5')
   options = parse(f'--config={own_card}', *words).config.model.options
   assert options.sizes == (4, 5)
+
+
+@pytest.mark.parametrize(
+  ('word', 'name', 'value'),
+  [
+    ('model.options.number=5', 'model.options.number', 5),
+    ('model.options.any=x', 'model.options.any', 'x'),
+    ('model.options.sizes[0]=7', 'model.options.sizes', (7, 2)),
+    ('depths=4,4,4,4', 'depths', (4, 4, 4, 4)),
+    ('depths=by_speed', 'depths', 'by_speed'),
+    ('depths[0]=3', 'depths', (3, 6, 4, 4)),
+  ],
+)
+def test_flags_set_what_a_card_left_open(word, name, value, own_card):
+  config = parse(f'--config={own_card}', f'--config.{word}').config
+  found = fields.value_of(config, name)
+  assert (tuple(found) if isinstance(found, list) else found) == value
+
+
+@pytest.mark.parametrize('gone', [True, False])
+def test_a_card_of_the_package_needs_no_working_directory(gone, tmp_path):
+  """The folder may be removed, or may not be entered by this user."""
+  here = tmp_path / 'here'
+  here.mkdir()
+  program = (
+    'import os, sys\n'
+    'from resist_jax.run import cards\n'
+    'os.rmdir(os.getcwd()) if sys.argv[1:] else os.chmod(".", 0)\n'
+    'print(cards.load("digits").num_workers)\n'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', program, *['gone'] * gone],
+    cwd=here, capture_output=True, text=True, check=True,
+  )  # fmt: skip
+  assert done.stdout == '4\n'
 
 
 def test_a_card_changes_neither_the_folder_nor_what_flags_can_set(own_card):

@@ -115,7 +115,7 @@ def find(
       f'the data set is {name!r}, but there is no such folder: name one of '
       'images, a file *.npz, or a set of the TFDS catalog.'
     )
-  places = _splits(root)
+  places = _splits(root, asked=any(wanted[1:]))
   names = tuple(class_names) or _classes(name, places['train'])
   read = _read(places, wanted)
   splits = {
@@ -198,8 +198,8 @@ def _shown(path: pathlib.Path, folder: bool) -> bool:
   return not hidden and path.is_dir() == folder
 
 
-def _splits(root: pathlib.Path) -> dict[str, pathlib.Path]:
-  """Returns the folder of each split."""
+def _splits(root: pathlib.Path, asked: bool) -> dict[str, pathlib.Path]:
+  """Returns the folder of each split; `asked` if a test is named."""
   inside = {path: _split_name(path) for path in _folders_in(root)}
   classes = {
     below.name
@@ -228,7 +228,7 @@ def _splits(root: pathlib.Path) -> dict[str, pathlib.Path]:
         'images of one into the other, or rename it.'
       )
     found[split] = path
-  if found.keys() == {'train'}:
+  if found.keys() == {'train'} and not asked:
     _check_beside(found['train'], inside)
   return found
 
@@ -236,15 +236,24 @@ def _splits(root: pathlib.Path) -> dict[str, pathlib.Path]:
 def _check_beside(train: pathlib.Path, inside: Iterable[pathlib.Path]) -> None:
   """Refuses a class that is called as the split, and would be the only one."""
   for path in inside:
-    if path == train or not any(
-      map(_is_image, itertools.islice(_below(path), 8))
-    ):
+    if path == train or not _looks_like_class(path):
       continue
     raise ConfigError(
       f'{train} holds folders, so it is the split of that name, but {path} '
       'beside it holds images: move all classes to train/CLASS/*, or that '
       'folder out of the data set.'
     )
+
+
+def _looks_like_class(path: pathlib.Path) -> bool:
+  """Returns whether most files of a folder are images of no other purpose."""
+  if _LIKE_SPLITS.search(path.name):
+    return False
+  try:
+    files = [x for x in path.iterdir() if _shown(x, False)][:8]
+    return sum(map(_is_image, files)) > len(files) / 2
+  except OSError:
+    return False
 
 
 def _split_name(path: pathlib.Path) -> str:

@@ -365,6 +365,8 @@ def aggregate(chains: PyTree, slots: jax.Array, chain: PyTree) -> PyTree:
 
 def _whole(slots: Any, name: str) -> jax.Array:
   slots = jnp.asarray(slots)
+  if not slots.size:  # A worker without blocks; the dtype of [] says nothing.
+    return slots.astype(jnp.int32)
   if not jnp.issubdtype(slots.dtype, jnp.integer):
     raise ValueError(
       f'{name} is {slots.dtype}{list(slots.shape)}; it must hold numbers of '

@@ -241,7 +241,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
   """Reads the rows of a `metrics.jsonl`, one for each round.
 
   Args:
-    path: The file, which need not exist.
+    path: The file, see `each_row`.
 
   Returns:
     The rows in the order of the file; see `each_row`.
@@ -256,7 +256,8 @@ def each_row(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
   """Reads the rows of a `metrics.jsonl` one after another.
 
   Args:
-    path: The file, which need not exist.
+    path: The file, which need not exist. In a text, `~` and `$NAME` are filled
+      in; a `Path` is taken as it is.
 
   Yields:
     The rows in the order of the file; none if it does not exist. The last line
@@ -266,7 +267,8 @@ def each_row(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     ConfigError: If another line is damaged, or not that of a run; names the
       file and the line.
   """
-  path = folders.resolve(path, 'the log', is_text=False)
+  if not isinstance(path, Path):
+    path = folders.resolve(path, 'the log', is_text=False)
   if not path.exists():
     return
   chains: set[str] = set()

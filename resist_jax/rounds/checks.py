@@ -205,6 +205,7 @@ def returned_metrics(found: Any) -> tuple[str, ...]:
   return tuple(metrics)
 
 
+_WIDEST = {'f': 8, 'c': 16}  # Bytes of a number; NumPy has wider ones.
 _REAL = jnp.floating, jnp.integer, jnp.bool_
 
 
@@ -222,6 +223,10 @@ def _is_numeric(value: Any) -> bool:
 
 
 def _is_kind(dtype: Any, *kinds: Any) -> bool:
+  if isinstance(dtype, np.dtype):  # JAX has not all of NumPy's.
+    widest = _WIDEST.get(dtype.kind, dtype.itemsize)
+    if not dtype.isnative or dtype.itemsize > widest:
+      return False
   try:
     return any(jnp.issubdtype(dtype, kind) for kind in kinds)
   except TypeError:  # That of another library.
@@ -254,8 +259,8 @@ def chain_lengths(
       where = jax.tree_util.keystr(path)
       raise ValueError(
         f'params{where} is {dtype or type(leaf).__name__}; parameters must be '
-        'arrays of floating-point numbers, of NumPy or JAX. Pass other values '
-        'as constants.'
+        'arrays of floating-point numbers, of NumPy or JAX, with a dtype that '
+        'JAX has, such as float32. Pass other values as constants.'
       )
     if 0 in leaf.shape:
       where = jax.tree_util.keystr(path)
@@ -366,7 +371,8 @@ def check_batch(
       where = jax.tree_util.keystr(path)
       raise ValueError(
         f'batches{where} holds {getattr(x, "dtype", type(x).__name__)}; it '
-        'must be an array of numbers, of NumPy or JAX.'
+        'must be an array of numbers, of NumPy or JAX, with a dtype that JAX '
+        'has, such as float32.'
       )
 
 

@@ -14,7 +14,8 @@ import pathlib
 # Other errors, such as of permissions, of a network or of too many open files,
 # do not tell what a file holds.
 _LOST = (
-  errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EBADMSG, errno.EUCLEAN, None,
+  errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EBADMSG, None,
+  getattr(errno, 'EUCLEAN', errno.EIO),  # Only Linux has it.
 )  # fmt: skip
 
 
@@ -55,9 +56,9 @@ def check(folder: pathlib.Path, manifest: Mapping[str, str]) -> str | None:
   """
   for name, digest in manifest.items():
     path = folder / name
-    if not path.is_file():
-      return f'{name} is missing'
     try:
+      if not path.is_file():
+        return f'{name} is missing'
       if _sha256(path) != digest:
         return f'{name} is not as it was written'
     except OSError as error:

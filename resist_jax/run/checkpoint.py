@@ -312,6 +312,7 @@ class Checkpoints:
   def _read_problem(self, round_index: int) -> str:
     """Reads a whole checkpoint; returns why that fails, or ''."""
     try:
+      manifest(self._path(round_index))  # Orbax hides why a file is not read.
       stored = storage.read_on_host(self._path(round_index))
       found = stored.record['round']
       sums = stored.record.get(_SUMS)  # Older versions saved none.

@@ -225,26 +225,26 @@ def _make_settable(
   config: ml_collections.ConfigDict, words: Sequence[str]
 ) -> None:
   """Makes tuples of lists that words set, and refuses what none can set."""
-  for word in words:
-    given = re.match(r'--?config\.([^=]+)=(.*)', word, re.DOTALL)
-    if not given:
+  for word, following in zip(words, [*words[1:], ''], strict=True):
+    given = re.match(r'--?config\.([^=[]+)(=.*)?$', word, re.DOTALL)
+    if not given:  # Or an element, such as --config.depths[0]=3.
       continue
-    name, text = given[1], given[2].strip()
+    name, text = given[1], (given[2] or f'={following}')[1:].strip()
     value = fields.value_of(config, name)
+    above, _, last = name.rpartition('.')
+    section = fields.value_of(config, above) if above else config
     if isinstance(value, ml_collections.ConfigDict) and text[:1] != '{':
       first = next(iter(value), 'NAME')
       raise ConfigError(
         f'--config.{name} is a section, and {text!r} is not a dictionary of '
         f'its fields: set a field, such as --config.{name}.{first}.'
       )
-    if value is None:
+    if section.get_type(last) is type(None):  # Not a placeholder of a type.
       raise ConfigError(
         f'--config.{name} is None in the card, so a flag cannot set it: let '
         'the card give a number, a text or a tuple there.'
       )
-    if isinstance(value, list):  # Flags set tuples alone.
-      above, _, last = name.rpartition('.')
-      section = fields.value_of(config, above)
+    if section.get_type(last) is list:  # Flags set tuples alone.
       with section.unlocked():
         del section[last]  # Else it would become a list again.
         section[last] = tuple(value)

@@ -11,7 +11,7 @@ import ml_collections
 from resist_jax import folders
 from resist_jax.errors import ConfigError, Parser, exit_code
 from resist_jax.run import assess, assess_module, measured, trained
-from resist_jax.run.config import flat
+from resist_jax.run.config import differences, flat
 from resist_jax.run.export import Predictor
 from resist_jax.run.trained import Asked, Trained
 
@@ -42,9 +42,10 @@ def _evaluate(options: argparse.Namespace) -> None:
   asked = _asked(options)
   # All of them, before the first one is tested for minutes.
   runs = [trained.load(run) for run in trained.folders_of(options.run)]
-  found = [evaluate(run, asked) for run in runs]
-  for run, one in zip(runs, found, strict=True):
-    measured.write(out / run.folder.name if runs[1:] else out, one)
+  found = []
+  for run in runs:  # What is tested is written, whatever stops the next one.
+    found.append(evaluate(run, asked))
+    measured.write(out / run.folder.name if runs[1:] else out, found[-1])
   if runs[1:]:
     measured.write_together(out, found)
   if said := _mixed([run.config for run in runs]):
@@ -56,7 +57,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _mixed(configs: Sequence[ml_collections.ConfigDict]) -> str:
   """Says in which settings runs differ that are shown together; '' for none."""
   first, *others = [flat(config) for config in configs]
-  differ = {n for o in others for n in first if o.get(n) != first[n]}
+  differ = {n for o in others for n in differences(first, o) if n in first}
   listed = sorted(n for n in differ - _FREE if not n.startswith('log.'))
   if not listed:
     return ''

@@ -312,10 +312,14 @@ def check_context(mesh: jax.sharding.Mesh) -> None:
   here = jax.sharding.get_abstract_mesh()
   if not here.empty and here != mesh.abstract_mesh:
     raise ValueError(
-      f'jax.set_mesh has set the mesh {dict(here.shape)}, and the workers '
-      f'have {dict(mesh.shape)}: leave that context, or give that mesh to the '
-      'Trainer.'
+      f'jax.set_mesh has set the mesh {_told(here)}, and the workers have '
+      f'{_told(mesh)}: leave that context, or give that mesh to the Trainer.'
     )
+
+
+def _told(mesh: Any) -> str:
+  kinds = ', '.join(f'{kind}' for kind in mesh.axis_types)
+  return f'{dict(mesh.shape)} ({kinds})'
 
 
 def check_is_state(state: Any) -> None:

@@ -349,6 +349,7 @@ class Trainer:
     return not hold_the_same(found, protocol.assign(self.seed, int(state.draw)))
 
   def _round(self, state: State, batch: PyTree, streamed: bool) -> Round:
+    mistakes.check_context(self.devices)  # JAX compiles for a context.
     held = (state.shared, state.chain)
     leaves, structure = jax.tree.flatten((held, batch))
     shapes = tuple((x.shape, x.dtype) for x in leaves)
@@ -650,7 +651,6 @@ def _lengths(trainer: Trainer, state: State) -> tuple[tuple[str, int], ...]:
 def _check_state(trainer: Trainer, state: State) -> None:
   """Refuses the state of another trainer."""
   mistakes.check_is_state(state)
-  mistakes.check_context(trainer.devices)
   mistakes.check_settings(trainer, state)
   mistakes.check_width(join(state.shared, state.chain), trainer.exchange)
   protocol, wanted = trainer._division(_lengths(trainer, state))

@@ -319,7 +319,18 @@ def test_no_class_is_lost_beside_one_that_is_called_train(tmp_path):
   some(tmp_path, ('bus', 'car'))
   said = refusal(tmp_path)
   assert f'{tmp_path}/bus beside it holds images: move all classes' in said
+  parts = load(tmp_path, train_split='train[:80%]', test_split='train[80%:]')
+  assert parts.class_names == ('diesel', 'steam')
   some(tmp_path / 'test', ('steam', 'diesel'))  # Then it is certainly a split.
+  assert load(tmp_path).class_names == ('diesel', 'steam')
+
+
+def test_what_lies_beside_the_training_is_no_class(tmp_path):
+  some(tmp_path / 'train', ('steam', 'diesel'))
+  put(tmp_path / 'runs/first/accuracy.png', pixels(8, 8, 3))  # A workdir.
+  put(tmp_path / 'docs/logo.png', pixels(8, 8, 3))
+  (tmp_path / 'docs/read.md').write_text('These are trains.')
+  put(tmp_path / 'test1/0.png', pixels(8, 8, 3))
   assert load(tmp_path).class_names == ('diesel', 'steam')
 
 

@@ -298,6 +298,10 @@ def test_a_subnetwork_is_the_network_with_the_other_branches_off():
   np.testing.assert_allclose(cut, whole, rtol=1e-5, atol=1e-6)
 
 
+def test_a_worker_may_hold_no_block():
+  assert decomposition.take(CHAIN, [])['w'].shape == (0, 3)
+
+
 CHAIN = {'w': np.ones((6, 3), np.float32), 'b': np.ones(6, np.float32)}
 SLOTS = np.array([[0, 1, 2], [3, 4, 5]])
 SUBS = {'w': np.ones((2, 3, 3)), 'b': np.ones((2, 3))}

@@ -436,7 +436,6 @@ def test_a_server_that_is_away_damages_nothing(
     raise OSError(number, os.strerror(number), str(tmp_path))
 
   monkeypatch.setattr(manifest, '_sha256', away)
-  monkeypatch.setattr(checkpoint.storage, 'read_on_host', away)
   with pytest.raises(OSError, match=os.strerror(number)):
     Checkpoints(tmp_path, make_mesh(4)).restore()
   monkeypatch.undo()

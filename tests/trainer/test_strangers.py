@@ -528,4 +528,7 @@ def test_another_mesh_around_a_round_is_named():
     says = r"jax\.set_mesh has set the mesh \{'mine': 2\}"
     with pytest.raises(ValueError, match=says):
       trainer.round(state, batches(0, 4))
+  ready = trainer.compile(state, batches(0, 4))
+  with jax.set_mesh(jax.make_mesh((2,), ('mine',))):  # Nothing is traced.
+    state, _ = ready.round(state, batches(0, 4))
   trainer.round(state, batches(0, 4))

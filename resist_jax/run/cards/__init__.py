@@ -6,10 +6,11 @@ this package are found by name, all others by path.
 """
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
 import importlib.machinery
 import importlib.util
+import os
 import pathlib
 import re
 import sys
@@ -40,6 +41,27 @@ def about(name: str) -> str:
   return f'{first} {" ".join(found[0].split())}.' if found else first
 
 
+@contextlib.contextmanager
+def _same_folder() -> Iterator[None]:
+  """Goes back to the working directory if a card leaves it.
+
+  Relative paths keep their meaning then.
+  """
+  before = _working_directory()
+  try:
+    yield
+  finally:
+    if before and _working_directory() != before:
+      os.chdir(before)
+
+
+def _working_directory() -> str:
+  try:
+    return os.getcwd()
+  except OSError:  # It was removed; absolute paths still work.
+    return ''
+
+
 def load(card: str) -> ml_collections.ConfigDict:
   """Returns the config of a card.
 
@@ -65,7 +87,7 @@ def load(card: str) -> ml_collections.ConfigDict:
       f'The cards are {", ".join(names())}.'
     )
   try:
-    with contextlib.chdir('.'):  # Relative paths keep their meaning.
+    with _same_folder():
       if name in names():
         module = importlib.import_module(f'{__name__}.{name}')
       else:
