@@ -5,6 +5,7 @@ process. Nothing here imports JAX, so that `--help` answers at once.
 """
 
 from collections.abc import Sequence, Set
+import itertools
 import re
 import textwrap
 from typing import Any, NamedTuple
@@ -225,7 +226,7 @@ def _make_settable(
   config: ml_collections.ConfigDict, words: Sequence[str]
 ) -> None:
   """Makes tuples of lists that words set, and refuses what none can set."""
-  for word, following in zip(words, [*words[1:], ''], strict=True):
+  for word, following in itertools.zip_longest(words, words[1:], fillvalue=''):
     given = re.match(r'--?config\.([^=[]+)(=.*)?$', word, re.DOTALL)
     if not given:  # Or an element, such as --config.depths[0]=3.
       continue
