@@ -285,7 +285,7 @@ def test_a_run_goes_on_as_the_same_function(tmp_path, monkeypatch):
   for fields in ({}, *ELASTIC.values(), {'depths': (3, 1, 2, 1)}):
     setup = prepare(tiny_config(**fields))
     checkpoints = train.Checkpoints(tmp_path, setup.mesh)
-    restored = train._restore(checkpoints, setup)
+    restored = checkpoints.restore()
     _, state = restore.start(setup, restored)
     assert int(state.round) == 1
     variables = {
