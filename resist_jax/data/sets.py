@@ -319,10 +319,10 @@ def _warn_of_untrained(source: Prepared, trained: Split) -> None:
   """Says which classes have no training image, if labels are at hand."""
   labels = trained.labels
   if isinstance(labels, StreamedLabels):
-    found = [labels.records.known_label(n) for n in labels.numbers.tolist()]
-    labels = np.array(found)
-    if labels.min() < 0:
+    known = labels.records.known_label
+    if known(int(labels.numbers[0])) < 0:
       return
+    labels = np.array([known(n) for n in labels.numbers.tolist()])
   names = source.class_names
   without = [n for i, n in enumerate(names) if i not in {*np.unique(labels)}]
   if without:
