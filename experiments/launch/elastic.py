@@ -10,7 +10,7 @@ agent (`pip install '.[elastic]'` in a clone) watches over the process here.
 When a host is lost, the agents of the others meet anew and start their
 processes again, which go on from the newest checkpoint; a host that comes back
 is taken in by the next such restart. `--config.checkpoint_every=1` is added, so
-that at most one round is lost, and `--config.faults.timeout=20`, so that a lost
+at most two rounds are lost, and `--config.faults.timeout=20`, so that a lost
 host is noticed sooner; your own values win.
 
 The agents meet at `--meet`. While the host of that address is away, all others

@@ -39,8 +39,8 @@ class Protocol:
       see `exchange.participation`.
     loss_factor: See `Trainer`.
     update_factor: See `Trainer`.
-    outer: Optimiser that takes the mean change of a round; None for the mean
-      itself (the paper).
+    outer: Optimiser whose gradient is the negative mean change; None for the
+      mean itself (the paper).
     average: Decay of an average of the network over rounds, see `average`; 0
       for none.
     rounds_at_once: How many rounds are trained as one, without the exchanges

@@ -81,7 +81,7 @@ class Whole(NamedTuple):
 def with_carried(
   whole: Whole, optimizer: optax.GradientTransformation, protocol: Protocol
 ) -> Whole:
-  """Adds or drops what is kept besides parameters, as a protocol wants it.
+  """Adds or drops what is kept besides parameters, as a protocol requires.
 
   Args:
     whole: The global network.

@@ -100,7 +100,7 @@ def described(
 def make_outer(
   lr: float, momentum: float, nesterov: bool
 ) -> optax.GradientTransformation | None:
-  """Returns what takes the mean change of a round; see `Trainer.outer`.
+  """Returns what takes the negative mean change; see `Trainer.outer`.
 
   Args:
     lr: Its rate; 0 for none, so that a round ends with the mean itself.
